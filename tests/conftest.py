@@ -1,0 +1,36 @@
+"""Fixtures shared by all tests: the extension, loaded as launch.py loads it, and tiny models."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lods():
+    """The extension package, under the name that launch.py gives it: ``threestudio-lods``."""
+    from threestudio.utils.extensions import load_extension
+
+    return load_extension(ROOT / "custom" / "threestudio-lods")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory):
+    """``tiny_sd(prediction_type="epsilon", width=32, tokens=16) -> folder`` of a random
+    StableDiffusionPipeline, made once per set of arguments."""
+    from tests.tiny_models import make_tiny_sd
+
+    made = {}
+
+    def make(**kwargs):
+        key = tuple(sorted(kwargs.items()))
+        if key not in made:
+            made[key] = make_tiny_sd(tmp_path_factory.mktemp("tiny_sd"), **kwargs)
+        return str(made[key])
+
+    return make
