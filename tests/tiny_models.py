@@ -1,4 +1,4 @@
-"""A Stable Diffusion of random weights, small enough to be made and saved in a fraction of a second.
+"""A Stable Diffusion of random weights, small enough to be made and saved in under a second.
 
 It is a complete diffusers folder (tokenizer, text encoder, UNet with cross attention, VAE,
 scheduler), so tests go through the same loading code as a real model, offline.
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-WORDS = (
-    "a an the of on is dslr image photo hamburger astronaut riding horse house car chair snowman "
-    "red green blue yellow front side back backside overhead view"
-).split()
+WORDS = """
+    a an the of on is dslr image photo hamburger astronaut riding horse house car chair snowman
+    red green blue yellow front side back backside overhead view
+"""
 
 
 def _byte_characters():
@@ -28,7 +28,7 @@ def _vocabulary():
     letters = _byte_characters()
     tokens = letters + [c + "</w>" for c in letters]
     merges = []
-    for word in WORDS:
+    for word in WORDS.split():
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             pair = (parts[0], parts[1])
