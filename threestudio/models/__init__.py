@@ -1,0 +1,14 @@
+"""Built-in scene modules. Importing this package registers all of them."""
+
+from . import background, exporters, geometry, materials, prompt_processors, renderers
+from .holder import SceneHolder
+
+__all__ = [
+    "SceneHolder",
+    "background",
+    "exporters",
+    "geometry",
+    "materials",
+    "prompt_processors",
+    "renderers",
+]

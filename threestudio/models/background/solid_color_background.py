@@ -1,0 +1,51 @@
+"""One colour everywhere."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+import threestudio
+from threestudio.models.background.base import BaseBackground
+from threestudio.utils.typing import *
+
+
+@threestudio.register("solid-color-background")
+class SolidColorBackground(BaseBackground):
+    """The colour ``env_color`` (C,): a buffer, or a parameter when ``learned``.
+
+    With ``random_aug``, while training, a batch gets with probability ``random_aug_prob`` one
+    uniform random colour per image instead, which keeps the object from being drawn by its
+    background.
+    """
+
+    @dataclass
+    class Config(BaseBackground.Config):
+        n_output_dims: int = 3
+        color: Any = (1.0, 1.0, 1.0)  # n_output_dims numbers, 0..1
+        learned: bool = False
+        random_aug: bool = False
+        random_aug_prob: float = 0.5
+
+    cfg: Config
+
+    def configure(self) -> None:
+        color = torch.tensor([float(c) for c in self.cfg.color], dtype=torch.float32)
+        if len(color) != self.cfg.n_output_dims:
+            raise ValueError(
+                f"background.color has {len(color)} numbers but background.n_output_dims is "
+                f"{self.cfg.n_output_dims}"
+            )
+        self.env_color: Float[Tensor, "C"]
+        if self.cfg.learned:
+            self.env_color = nn.Parameter(color)
+        else:
+            self.register_buffer("env_color", color)
+
+    def forward(self, dirs: Float[Tensor, "B H W 3"]) -> Float[Tensor, "B H W C"]:
+        n = self.cfg.n_output_dims
+        color = self.env_color.expand(*dirs.shape[:-1], n)
+        if self.training and self.cfg.random_aug and torch.rand(()) < self.cfg.random_aug_prob:
+            # '0 *' keeps a learned colour in the graph, which distributed training insists on
+            color = color * 0 + torch.rand(dirs.shape[0], 1, 1, n).to(dirs)
+        return color

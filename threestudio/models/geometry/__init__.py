@@ -1,0 +1,5 @@
+"""Geometries: what the scene is made of."""
+
+from . import base
+
+__all__ = ["base"]

@@ -1,0 +1,112 @@
+"""Text embeddings of any Stable-Diffusion-shaped model: a CLIP tokenizer and text encoder."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+import torch
+
+import threestudio
+from threestudio.models.prompt_processors.base import PromptProcessor
+from threestudio.utils.errors import UserError
+from threestudio.utils.typing import *
+
+PARTS = ("tokenizer", "text_encoder")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".msgpack", ".h5", ".onnx")
+
+
+def fingerprint_folder(folder: str) -> str:
+    """Hash that changes when the text model in ``folder`` does: contents of its small files,
+    size and time of the files with weights."""
+    digest = hashlib.sha256(os.path.realpath(folder).encode())
+    for part in PARTS:
+        for name in sorted(os.listdir(os.path.join(folder, part))):
+            path = os.path.join(folder, part, name)
+            if not os.path.isfile(path):
+                continue
+            digest.update(f"{part}/{name}".encode())
+            if name.endswith(WEIGHTS):
+                stat = os.stat(path)
+                digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+            else:
+                with open(path, "rb") as file:
+                    digest.update(file.read())
+    return digest.hexdigest()
+
+
+def hub_folder(model_id: str) -> Optional[str]:
+    """The folder of the hub's local copy of ``model_id`` (its name is the revision), or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(model_id, "text_encoder/config.json")
+    except ValueError:  # not a valid name on the hub
+        return None
+    return os.path.dirname(os.path.dirname(found)) if isinstance(found, str) else None
+
+
+@threestudio.register("stable-diffusion-prompt-processor")
+class StableDiffusionPromptProcessor(PromptProcessor):
+    """Embeddings are the encoder's last hidden states; T and D are the model's own.
+
+    ``pretrained_model_name_or_path`` is a folder (relative to the current one, or absolute) or a
+    hub id, with subfolders ``tokenizer`` and ``text_encoder``.
+    """
+
+    @dataclass
+    class Config(PromptProcessor.Config):
+        pass
+
+    cfg: Config
+
+    def fingerprint(self) -> Optional[str]:
+        model = self.cfg.pretrained_model_name_or_path
+        folder = model if os.path.isdir(model) else hub_folder(model)
+        if folder is None:
+            return None
+        try:
+            return fingerprint_folder(folder)
+        except OSError:  # a part is missing, so there is nothing to identify
+            return None
+
+    def encode(self, texts: List[str]) -> Tuple[Float[Tensor, "N T D"], List[int]]:
+        tokenizer, text_encoder = self._load()
+        limit = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+        # counted here, so that the tokenizer's own warning per text is not needed
+        counts = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
+        tokens = tokenizer(
+            texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        ).to(self.device)
+        masked = getattr(text_encoder.config, "use_attention_mask", False)
+        with torch.no_grad():
+            embeddings = text_encoder(
+                tokens.input_ids, attention_mask=tokens.attention_mask if masked else None
+            )[0]
+        return embeddings, counts
+
+    def _load(self) -> Tuple[Any, Any]:
+        """Tokenizer and text encoder (float32, on ``self.device``)."""
+        from transformers import AutoTokenizer, CLIPTextModel
+
+        model = self.cfg.pretrained_model_name_or_path
+        if not os.path.isdir(model) and (model.count("/") != 1 or model[0] in "./~"):
+            raise UserError(
+                f"there is no model folder {model!r} (from {os.getcwd()}): set "
+                "pretrained_model_name_or_path to a diffusers folder or to a hub id 'owner/name'"
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model, subfolder=PARTS[0])
+            text_encoder = CLIPTextModel.from_pretrained(model, subfolder=PARTS[1])
+        except Exception as error:  # one of many kinds, by library and by version
+            where = "in the folder" if os.path.isdir(model) else "on the hub or in its local cache"
+            raise UserError(
+                f"cannot load tokenizer and text_encoder of {model!r} {where} "
+                f"({type(error).__name__}: {_first_line(error)}): check "
+                "pretrained_model_name_or_path, the network, or download the model first"
+            ) from None
+        return tokenizer, text_encoder.to(self.device, torch.float32).eval()
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if len(line) <= 200 else line[:200] + "..."

@@ -1,0 +1,5 @@
+"""Renderers: from a scene and cameras to images."""
+
+from . import base
+
+__all__ = ["base"]
