@@ -4,59 +4,17 @@ It is a complete diffusers folder (tokenizer, text encoder, UNet with cross atte
 scheduler), so tests go through the same loading code as a real model, offline.
 """
 
-import json
 import warnings
 from pathlib import Path
 
 import torch
 
+from pocket.tokenizer import save_tokenizer
+
 WORDS = """
     a an the of on is dslr image photo hamburger astronaut riding horse house car chair snowman
     red green blue yellow front side back backside overhead view
 """
-
-
-def _byte_characters():
-    """The 256 printable characters that byte-level BPE writes bytes with (GPT-2's table)."""
-    keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    extra = [b for b in range(256) if b not in keep]
-    return [chr(b) for b in keep] + [chr(256 + i) for i in range(len(extra))]
-
-
-def _vocabulary():
-    """Token -> id and the merges: single bytes, plus one token for each of ``WORDS``."""
-    letters = _byte_characters()
-    tokens = letters + [c + "</w>" for c in letters]
-    merges = []
-    for word in WORDS.split():
-        parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:
-            pair = (parts[0], parts[1])
-            parts = ["".join(pair), *parts[2:]]
-            if pair not in merges:
-                merges.append(pair)
-                tokens.append(parts[0])
-    tokens = list(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
-    return {token: i for i, token in enumerate(tokens)}, merges
-
-
-def _save_tokenizer(folder: Path, tokens: int):
-    from transformers import CLIPTokenizer
-
-    folder.mkdir(parents=True, exist_ok=True)
-    vocab, merges = _vocabulary()
-    # Older versions of transformers read these two, newer ones tokenizer.json.
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
-    try:
-        tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens)
-    except TypeError:  # transformers < 5 takes the two files
-        tokenizer = CLIPTokenizer(
-            str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=tokens
-        )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
 
 
 def make_tiny_sd(
@@ -84,7 +42,7 @@ def make_tiny_sd(
         from transformers import CLIPTextConfig, CLIPTextModel
 
     folder = Path(folder)
-    tokenizer = _save_tokenizer(folder / "tokenizer", tokens)
+    tokenizer = save_tokenizer(folder / "tokenizer", WORDS, tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(

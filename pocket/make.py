@@ -1,0 +1,61 @@
+"""``python -m pocket.make``: the pocket prior from nothing, with a fixed seed.
+
+Stages, each resumable and kept under --work: render pictures, train the autoencoder, train text
+encoder and UNet together, save a ``StableDiffusionPipeline`` folder, train the judge, report.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("build/pocket"))
+    parser.add_argument("--out", type=Path, default=Path("custom/threestudio-lods/models/pocket"))
+    parser.add_argument("--stages", default="data,vae,unet,save,judge,report")
+    parser.add_argument("--pictures", type=int, default=60000)
+    parser.add_argument("--vae-steps", type=int, default=6000)
+    parser.add_argument("--unet-steps", type=int, default=14000)
+    parser.add_argument("--judge-steps", type=int, default=4000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    stages = args.stages.split(",")
+
+    import torch
+
+    torch.set_num_threads(args.threads)
+    data_file = args.work / "train.npz"
+    if "data" in stages and not data_file.exists():
+        from pocket.data import make
+
+        images, masks, labels = make(args.pictures, args.seed, workers=args.threads)
+        np.savez(data_file, images=images, labels=labels)
+        print(f"{len(images)} pictures in {data_file}", flush=True)
+    if "vae" in stages:
+        from pocket.autoencoder import train
+
+        train(args.work, steps=args.vae_steps, seed=args.seed)
+    if "unet" in stages:
+        from pocket.diffusion import train
+
+        train(args.work, steps=args.unet_steps, seed=args.seed)
+    if "save" in stages:
+        from pocket.diffusion import save_pipeline
+
+        save_pipeline(args.work, args.out)
+    if "judge" in stages:
+        from pocket.judge import train
+
+        train(args.work, steps=args.judge_steps, seed=args.seed)
+    if "report" in stages:
+        from pocket.report import report
+
+        report(args.out)
+
+
+if __name__ == "__main__":
+    main()
