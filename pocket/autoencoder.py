@@ -102,7 +102,9 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 32, peak: float = 
         optimizer.step()
         if (step + 1) % 200 == 0:
             psnr = -10 * torch.log10(error.square().mean() / 4)
-            print(f"vae {step + 1}/{steps} loss {loss.item():.4f} psnr {psnr.item():.1f}", flush=True)
+            print(
+                f"vae {step + 1}/{steps} loss {loss.item():.4f} psnr {psnr.item():.1f}", flush=True
+            )
         if (step + 1) % 500 == 0:
             save_state(
                 state_file, model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1

@@ -75,7 +75,13 @@ def sample_camera(rng, view: int) -> Camera:
     elevation = rng.uniform(62, 88) if view == 3 else rng.uniform(-10, 45)
     low, high = {0: (45, 135), 1: (-45, 45), 2: (135, 225), 3: (-180, 180)}[view]
     azimuth = rng.uniform(low, high) * (rng.choice((-1, 1)) if view == 0 else 1)
-    return Camera(elevation, azimuth, rng.uniform(30, 60), rng.uniform(0.68, 0.95), rng.uniform(-0.07, 0.07, 3))
+    return Camera(
+        elevation,
+        azimuth,
+        rng.uniform(30, 60),
+        rng.uniform(0.68, 0.95),
+        rng.uniform(-0.07, 0.07, 3),
+    )
 
 
 def build(rng, kind: int, color: int) -> Scene:
@@ -94,7 +100,9 @@ def draw(rng, scene: Scene, camera: Camera, sky=None, light=None, size: int = SI
     tan_half = np.tan(np.radians(camera.fovy) / 2)
     origin = back / (camera.fill * np.sin(np.radians(camera.fovy) / 2)) + camera.shift
     if light is None:
-        direction = rotation @ np.array([rng.uniform(-0.8, 0.8), rng.uniform(0.1, 1.0), rng.uniform(0.5, 1.0)])
+        direction = rotation @ np.array(
+            [rng.uniform(-0.8, 0.8), rng.uniform(0.1, 1.0), rng.uniform(0.5, 1.0)]
+        )
         ambient = rng.uniform(0.5, 0.7)
         light = np.concatenate([direction / np.linalg.norm(direction), [ambient, 1.08 - ambient]])
     sky = _background(rng) if sky is None else sky

@@ -21,7 +21,8 @@ LENGTH, WIDTH = 16, 96
 WORDS = tuple(
     dict.fromkeys(
         " ".join(
-            [t.format("a an the of") for t in TEMPLATES] + [*COLOR_NAMES, *KIND_NAMES, *VIEWS, "view ,"]
+            [t.format("a an the of") for t in TEMPLATES]
+            + [*COLOR_NAMES, *KIND_NAMES, *VIEWS, "view ,"]
         )
         .lower()
         .split()
@@ -129,7 +130,9 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 32, peak: float = 
     models = torch.nn.ModuleList(build_models(tokenizer))
     text_encoder, unet = models
     ema = {k: v.clone() for k, v in models.state_dict().items()}
-    optimizer = torch.optim.AdamW(models.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(
+        models.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-2
+    )
     scheduler = build_scheduler()
     start, running = 0, None
     if state_file.exists():
@@ -144,7 +147,9 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 32, peak: float = 
         x = latents[pick].float()
         noise = torch.randn(x.shape, generator=noise_source)
         # Stratified timesteps: each batch covers the whole range, so the loss is less noisy.
-        t = torch.from_numpy(((np.arange(batch) + rng.uniform(size=batch)) * 1000 / batch).astype(int))
+        t = torch.from_numpy(
+            ((np.arange(batch) + rng.uniform(size=batch)) * 1000 / batch).astype(int)
+        )
         noisy = scheduler.add_noise(x, noise, t)
         target = scheduler.get_velocity(x, noise, t)
         text = text_encoder(captions.draw(rng, labels[pick]))[0]
@@ -165,7 +170,11 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 32, peak: float = 
             print(f"unet {step + 1}/{steps} loss {running:.4f}", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             save_state(
-                state_file, model=models.state_dict(), ema=ema, optimizer=optimizer.state_dict(), step=step + 1
+                state_file,
+                model=models.state_dict(),
+                ema=ema,
+                optimizer=optimizer.state_dict(),
+                step=step + 1,
             )
 
 

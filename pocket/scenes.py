@@ -45,7 +45,10 @@ class Scene:
     def arrays(self, fit: float = 0.87):
         """Centre the bounding box on the origin, fit its longest side to [-fit, fit]."""
         centers, axes = np.array(self.centers), np.array(self.axes)
-        reach = np.abs(axes).sum(-1) * (1 + np.array(self.params) * (np.array(self.kinds) == TORUS))[:, None]
+        reach = (
+            np.abs(axes).sum(-1)
+            * (1 + np.array(self.params) * (np.array(self.kinds) == TORUS))[:, None]
+        )
         low, high = (centers - reach).min(0), (centers + reach).max(0)
         scale = 2 * fit / (high - low).max()
         centers, axes = (centers - (low + high) / 2) * scale, axes * scale
@@ -62,8 +65,18 @@ def _turn(degrees):
     return rz @ ry @ rx
 
 
-DARK, WHITE, WOOD, GREY = (0.06, 0.06, 0.07), (0.95, 0.95, 0.95), (0.45, 0.27, 0.12), (0.5, 0.5, 0.52)
-GLASS, GOLD, BREAD, SKIN = (0.55, 0.80, 0.95), (0.98, 0.85, 0.25), (0.82, 0.52, 0.20), (0.93, 0.75, 0.52)
+DARK, WHITE, WOOD, GREY = (
+    (0.06, 0.06, 0.07),
+    (0.95, 0.95, 0.95),
+    (0.45, 0.27, 0.12),
+    (0.5, 0.5, 0.52),
+)
+GLASS, GOLD, BREAD, SKIN = (
+    (0.55, 0.80, 0.95),
+    (0.98, 0.85, 0.25),
+    (0.82, 0.52, 0.20),
+    (0.93, 0.75, 0.52),
+)
 
 
 def _eyes(s, x, y, z, r, color=DARK):
@@ -87,7 +100,14 @@ def snowman(s, r, c):
     s.add(SPHERE, (0, 0, 0.12), 0.41, snow)
     s.add(SPHERE, (0, 0, 0.68), 0.31, snow)
     _eyes(s, 0.26, 0.12, 0.76, 0.065)
-    s.add(FRUSTUM, (0.46, 0, 0.66), (0.09, 0.09, 0.22), (0.98, 0.45, 0.05), turn=(0, 90, 0), param=0.05)
+    s.add(
+        FRUSTUM,
+        (0.46, 0, 0.66),
+        (0.09, 0.09, 0.22),
+        (0.98, 0.45, 0.05),
+        turn=(0, 90, 0),
+        param=0.05,
+    )
     for z in (-0.05, 0.15, -0.45):
         s.add(SPHERE, (0.41 if z > -0.3 else 0.54, 0, z), 0.07, DARK)
     s.add(FRUSTUM, (0, 0, 0.93), (0.40, 0.40, 0.035), DARK, param=1.0)
@@ -115,8 +135,22 @@ def car(s, r, c):
     for side in (-1, 1):
         s.add(BOX, (-0.18, side * 0.435, 0.27 + top / 2), (0.38, 0.015, top / 2 - 0.02), GLASS)
         for x in (-0.62, 0.62):
-            s.add(FRUSTUM, (x, side * 0.48, -0.22), (0.25, 0.25, 0.09), DARK, turn=(90, 0, 0), param=1.0)
-            s.add(FRUSTUM, (x, side * 0.53, -0.22), (0.12, 0.12, 0.06), (0.75, 0.75, 0.78), turn=(90, 0, 0), param=1.0)
+            s.add(
+                FRUSTUM,
+                (x, side * 0.48, -0.22),
+                (0.25, 0.25, 0.09),
+                DARK,
+                turn=(90, 0, 0),
+                param=1.0,
+            )
+            s.add(
+                FRUSTUM,
+                (x, side * 0.53, -0.22),
+                (0.12, 0.12, 0.06),
+                (0.75, 0.75, 0.78),
+                turn=(90, 0, 0),
+                param=1.0,
+            )
         s.add(SPHERE, (1.04, side * 0.32, 0.05), (0.06, 0.12, 0.10), (1.0, 0.97, 0.70))
         s.add(BOX, (-1.05, side * 0.34, 0.06), (0.03, 0.12, 0.08), (0.75, 0.02, 0.02))
     s.add(BOX, (1.05, 0, -0.08), (0.03, 0.22, 0.07), DARK)
@@ -143,7 +177,9 @@ def mushroom(s, r, c):
 
 
 def ice_cream(s, r, c):
-    s.add(FRUSTUM, (0, 0, -0.55), (0.46, 0.46, 0.62), (0.80, 0.55, 0.25), turn=(180, 0, 0), param=0.05)
+    s.add(
+        FRUSTUM, (0, 0, -0.55), (0.46, 0.46, 0.62), (0.80, 0.55, 0.25), turn=(180, 0, 0), param=0.05
+    )
     s.add(TORUS, (0, 0, 0.06), (0.42, 0.42, 0.42), c, param=0.25)
     s.add(SPHERE, (0, 0, 0.34), 0.50, c)
     s.add(SPHERE, (0, 0, 0.90), 0.12, (0.80, 0.04, 0.10))
@@ -156,15 +192,33 @@ def donut(s, r, c):
     for k in range(9):
         a = np.radians(40 * k + r.uniform(-12, 12))
         color = COLORS[COLOR_NAMES[r.integers(5)]]
-        s.add(BOX, (0.68 * np.cos(a), 0.68 * np.sin(a), 0.31), (0.08, 0.03, 0.03), color, turn=(0, 0, r.uniform(0, 180)))
+        s.add(
+            BOX,
+            (0.68 * np.cos(a), 0.68 * np.sin(a), 0.31),
+            (0.08, 0.03, 0.03),
+            color,
+            turn=(0, 0, r.uniform(0, 180)),
+        )
 
 
 def traffic_cone(s, r, c):
     cone = (0.98, 0.38, 0.05)
     s.add(BOX, (0, 0, -0.92), (0.62, 0.62, 0.07), cone)
-    for low, high, color in ((-0.86, -0.35, cone), (-0.35, 0.0, WHITE), (0.0, 0.35, cone), (0.35, 0.62, WHITE), (0.62, 0.95, cone)):
+    for low, high, color in (
+        (-0.86, -0.35, cone),
+        (-0.35, 0.0, WHITE),
+        (0.0, 0.35, cone),
+        (0.35, 0.62, WHITE),
+        (0.62, 0.95, cone),
+    ):
         wide = [0.46 - 0.36 * (z + 0.86) / 1.81 for z in (low, high)]
-        s.add(FRUSTUM, (0, 0, (low + high) / 2), (wide[0], wide[0], (high - low) / 2), color, param=wide[1] / wide[0])
+        s.add(
+            FRUSTUM,
+            (0, 0, (low + high) / 2),
+            (wide[0], wide[0], (high - low) / 2),
+            color,
+            param=wide[1] / wide[0],
+        )
 
 
 def mug(s, r, c):
@@ -194,7 +248,13 @@ def rocket(s, r, c):
     s.add(FRUSTUM, (0, 0, -0.98), (0.2, 0.2, 0.14), (1.0, 0.65, 0.1), turn=(180, 0, 0), param=0.1)
     s.add(TORUS, (0, 0, 0.25), (0.325, 0.325, 0.3), (0.80, 0.82, 0.85), param=0.12)
     for k in range(4):
-        s.add(WEDGE, (0.38 * np.cos(k * np.pi / 2), 0.38 * np.sin(k * np.pi / 2), -0.55), (0.05, 0.42, 0.32), (0.80, 0.82, 0.85), turn=(0, 0, 90 * k + 90))
+        s.add(
+            WEDGE,
+            (0.38 * np.cos(k * np.pi / 2), 0.38 * np.sin(k * np.pi / 2), -0.55),
+            (0.05, 0.42, 0.32),
+            (0.80, 0.82, 0.85),
+            turn=(0, 0, 90 * k + 90),
+        )
 
 
 def apple(s, r, c):
@@ -269,7 +329,9 @@ def penguin(s, r, c):
     s.add(SPHERE, (0, 0, 0.58), 0.36, coat)
     s.add(SPHERE, (0.14, 0, 0.56), (0.26, 0.25, 0.24), WHITE)
     _eyes(s, 0.36, 0.12, 0.64, 0.06)
-    s.add(FRUSTUM, (0.50, 0, 0.50), (0.10, 0.10, 0.16), (0.98, 0.62, 0.05), turn=(0, 90, 0), param=0.1)
+    s.add(
+        FRUSTUM, (0.50, 0, 0.50), (0.10, 0.10, 0.16), (0.98, 0.62, 0.05), turn=(0, 90, 0), param=0.1
+    )
     for side in (-1, 1):
         s.add(SPHERE, (-0.02, side * 0.55, -0.12), (0.18, 0.09, 0.45), coat, turn=(side * 14, 0, 0))
         s.add(SPHERE, (0.22, side * 0.22, -0.92), (0.26, 0.16, 0.08), (0.98, 0.62, 0.05))

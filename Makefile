@@ -1,0 +1,42 @@
+# `make demo` and `make test` work in a fresh clone: they make (or reuse) their own environment.
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= a DSLR image of a hamburger
+BIN := $(VENV)/bin
+
+.PHONY: demo test format pocket judge-report bench clean
+
+$(VENV)/.ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/python launch.py --config configs/lods-gs-embedding.yaml --config configs/pocket.yaml --train system.prompt_processor.prompt="$(PROMPT)"
+
+test: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Retrains the pocket prior from nothing (fixed seed; about two hours on two cores), then judges it.
+pocket: $(VENV)/.ready
+	$(BIN)/python -m pocket.make
+
+# The tables of the README, from the models that are there.
+judge-report: $(VENV)/.ready
+	$(BIN)/python -m pocket.report
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/rasterize.py
+
+clean:
+	rm -rf build outputs .threestudio_cache
