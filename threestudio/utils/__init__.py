@@ -1,0 +1,1 @@
+"""Helpers shared by the data, models and systems."""

@@ -1,0 +1,276 @@
+"""Experiment configs: YAML files, command-line overrides, resolvers and structured parsing."""
+
+import dataclasses
+import hashlib
+import os
+import re
+import typing
+import warnings
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+import threestudio
+from threestudio.utils.errors import UserError, nearest
+from threestudio.utils.misc import schedule_knots
+from threestudio.utils.typing import *
+
+# --- resolvers ----------------------------------------------------------------------------------
+
+
+def C_max(value) -> float:
+    """The largest value that a scheduled value (see :func:`threestudio.utils.misc.C`) takes."""
+    if isinstance(value, (int, float)):
+        return value
+    return max(knot_value for _, knot_value in schedule_knots(value))
+
+
+_RESOLVERS = {
+    "calc_exp_lr_decay_rate": lambda factor, n: factor ** (1.0 / n),
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "idiv": lambda a, b: a // b,
+    "basename": lambda path: os.path.basename(path),
+    "rmspace": lambda s, sub: str(s).replace(" ", sub),
+    "tuple2": lambda x: [float(x), float(x)],
+    "gt0": lambda x: x > 0,
+    "not": lambda x: not x,
+    "cmaxgt0": lambda v: C_max(v) > 0,
+    "cmaxgt0orcmaxgt0": lambda a, b: C_max(a) > 0 or C_max(b) > 0,
+}
+with warnings.catch_warnings():
+    # omegaconf 2.4 renames this method, but 2.3's method of the new name means something else
+    warnings.simplefilter("ignore")
+    for _name, _resolver in _RESOLVERS.items():
+        # replace: a second import (or another copy of this API in the process) is no error
+        OmegaConf.register_new_resolver(_name, _resolver, replace=True)
+
+
+# --- the experiment -----------------------------------------------------------------------------
+
+_MAX_NAME_BYTES = 120  # file systems allow 255; the timestamp and suffixes come on top
+
+
+def safe_name(text: str) -> str:
+    """`text` as the name of one folder: no separators, no control characters, no leading dots, at
+    most 120 bytes. A text that is cut gets eight digits of its hash, so that two stay apart."""
+    name = re.sub(r"[\x00-\x1f/\\:*?\"<>|]", "_", str(text)).strip()
+    name = re.sub(r"^\.+", lambda dots: "_" * len(dots[0]), name)
+    if len(name.encode()) > _MAX_NAME_BYTES:
+        digest = hashlib.sha256(str(text).encode()).hexdigest()[:8]
+        name = name.encode()[: _MAX_NAME_BYTES - 9].decode(errors="ignore") + "-" + digest
+    return name
+
+
+@dataclass
+class ExperimentConfig:
+    """One run. `exp_dir`, `trial_name`, `trial_dir` and `n_gpus` are derived, not set.
+
+    The results go to ``exp_root_dir/name/tag@timestamp``. `name` and `tag` may come from a prompt:
+    they are made safe (see :func:`safe_name`; a `name` may hold "/" to make subfolders) and never
+    lead out of `exp_root_dir`. Nothing is created on disk here.
+    """
+
+    name: str = "default"
+    description: str = ""
+    tag: str = ""
+    seed: int = 0
+    use_timestamp: bool = True
+    timestamp: Optional[str] = None  # set in a saved config, so that a relaunch finds its folder
+    exp_root_dir: str = "outputs"
+
+    exp_dir: str = ""
+    trial_name: str = ""
+    trial_dir: str = ""
+    n_gpus: int = 1
+
+    resume: Optional[str] = None
+
+    data_type: str = ""
+    data: dict = field(default_factory=dict)
+
+    system_type: str = ""
+    system: dict = field(default_factory=dict)
+
+    trainer: dict = field(default_factory=dict)  # arguments of Lightning's Trainer
+    checkpoint: dict = field(default_factory=dict)  # arguments of Lightning's ModelCheckpoint
+
+    def __post_init__(self):
+        if not self.tag and not self.use_timestamp:
+            raise UserError("tag is empty and use_timestamp is false: set one, to name the run")
+        if self.timestamp is None:
+            self.timestamp = ""
+            if self.use_timestamp and self.n_gpus > 1:
+                threestudio.warn("with several GPUs no timestamp is added to the run's folder")
+            elif self.use_timestamp:
+                self.timestamp = datetime.now().strftime("@%Y%m%d-%H%M%S")
+        parts = [safe_name(part) for part in str(self.name).split("/") if part] or ["default"]
+        self.trial_name = safe_name(self.tag) + safe_name(self.timestamp)
+        self.exp_dir = os.path.join(self.exp_root_dir, *parts)
+        self.trial_dir = os.path.join(self.exp_dir, self.trial_name)
+
+
+def _load_yaml(text_or_path: str, from_string: bool) -> DictConfig:
+    try:
+        if from_string:
+            conf = OmegaConf.create(text_or_path)
+        else:
+            conf = OmegaConf.load(text_or_path)
+    except FileNotFoundError:
+        folder = Path(text_or_path).parent
+        there = [str(p) for p in folder.glob("*.yaml")] if folder.is_dir() else []
+        hint = nearest(str(text_or_path), there)
+        raise UserError(f"config file {text_or_path} not found{hint}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        where = "the config" if from_string else text_or_path
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(conf, DictConfig):
+        raise UserError(f"{'the config' if from_string else text_or_path} is not a YAML mapping")
+    return conf
+
+
+def parse_overrides(cli_args: Iterable[str]) -> DictConfig:
+    """``["a.b=1", ...]`` as a nested config. Values are read as YAML, except that a text stays the
+    text that was typed (``prompt=a cat: asleep #1`` is one string)."""
+    conf = OmegaConf.create()
+    for arg in cli_args:
+        key, equals, raw = arg.partition("=")
+        if arg.startswith("-"):
+            plain = arg.lstrip("-")
+            if equals:
+                raise UserError(f"override {arg!r}: write it without dashes, as {plain!r}")
+            raise UserError(f"unknown option {arg!r}: options of a config are written key=value")
+        if not equals or not key:
+            raise UserError(f"cannot read {arg!r}: options of a config are written key=value")
+        try:
+            # OmegaConf's own reading, for its number formats (1e-3 is a float)
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={raw}"]))["x"]
+        except (yaml.YAMLError, OmegaConfBaseException):
+            value = raw
+        braced = raw.lstrip().startswith("{")
+        quoted = raw.lstrip().startswith(("'", '"'))
+        if (isinstance(value, dict) and not braced) or (isinstance(value, str) and not quoted):
+            value = raw
+        elif value is None and not raw.strip():
+            value = ""
+        try:
+            OmegaConf.update(conf, key, value)
+        except OmegaConfBaseException as error:
+            raise UserError(f"cannot read {arg!r}: {_first_line(error)}") from None
+    return conf
+
+
+def _missing(conf, prefix: str = "") -> List[str]:
+    """Full keys of all values that are literally ``???`` (an interpolation of one is not)."""
+    found: List[str] = []
+    for key in conf if isinstance(conf, DictConfig) else range(len(conf)):
+        node = conf._get_node(key)
+        full = f"{prefix}.{key}" if prefix else str(key)
+        if node._value() == "???":
+            found.append(full)
+        elif OmegaConf.is_config(node) and not (node._is_none() or node._is_interpolation()):
+            found += _missing(node, full)
+    return found
+
+
+def _complain_of_missing(conf: DictConfig) -> None:
+    missing = _missing(conf)
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        example = " ".join(f'{key}="..."' for key in missing)
+        raise UserError(f"{', '.join(missing)} {verb} missing: add {example}")
+
+
+def load_config(
+    *yamls: str, cli_args: Iterable[str] = (), from_string: bool = False, **kwargs
+) -> DictConfig:
+    """Merge YAML files (or strings) from left to right, then the overrides `cli_args`
+    (``"system.loss.lambda_sds=1"``), then `kwargs`; resolve everything; derive the folders.
+
+    Returns an OmegaConf config with the fields of :class:`ExperimentConfig`. Raises
+    :class:`UserError` that names the key for a missing (``???``) value, an unknown key, an
+    interpolation that leads nowhere or a value of the wrong type.
+    """
+    conf = OmegaConf.merge(
+        *[_load_yaml(y, from_string) for y in yamls], parse_overrides(cli_args), dict(kwargs)
+    )
+    _complain_of_missing(conf)
+    try:
+        OmegaConf.resolve(conf)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {_first_line(error)} (at {error.full_key})") from None
+    return parse_structured(ExperimentConfig, conf, where="the config")
+
+
+def config_to_primitive(config, resolve: bool = True) -> Any:
+    """The config as plain dicts, lists and scalars."""
+    return OmegaConf.to_container(config, resolve=resolve)
+
+
+def dump_config(path, config) -> None:
+    """Write the config to a YAML file, all interpolations resolved."""
+    with open(path, "w", encoding="utf-8") as stream:
+        OmegaConf.save(config=config, f=stream, resolve=True)
+
+
+# --- structured parsing -------------------------------------------------------------------------
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _full_key(cfg, key) -> str:
+    try:
+        return cfg._get_full_key(key)
+    except AttributeError:
+        return str(key)
+
+
+def _adapt(value, annotation):
+    """Accept what a YAML author means: an int where ``Union[float, str]`` asks for a float, and a
+    plain list (a schedule) where a YAML list is accepted already."""
+    options = set(typing.get_args(annotation)) if typing.get_origin(annotation) is Union else set()
+    if isinstance(value, int) and not isinstance(value, bool):
+        if float in options and int not in options:
+            return float(value)
+    elif isinstance(value, (list, tuple)) and (options or {annotation}) & {float, int}:
+        return OmegaConf.create(list(value))
+    return value
+
+
+def parse_structured(fields, cfg=None, where: str = "") -> Any:
+    """Build the dataclass `fields` from the mapping `cfg`, as an OmegaConf structured config.
+
+    A list is accepted for a field of one number (a schedule), an int for ``Union[float, str]``.
+    Raises :class:`UserError`, one line that names the class and the key, for an unknown key (with
+    the nearest field), a missing value or a value of the wrong type.
+    """
+    where = where or getattr(fields, "__qualname__", str(fields))
+    cfg = {} if cfg is None else cfg
+    known = {f.name for f in dataclasses.fields(fields) if f.init}
+    annotations = typing.get_type_hints(fields)
+    values = {}
+    for key in cfg:
+        if key not in known:
+            hint = nearest(key, known) or f"; its fields are {', '.join(sorted(known))}"
+            raise UserError(f"{where} has no field {_full_key(cfg, key)!r}{hint}")
+        try:
+            value = cfg[key]
+        except MissingMandatoryValue:
+            full = _full_key(cfg, key)
+            raise UserError(f'{full} is missing: add {full}="..."') from None
+        values[key] = _adapt(value, annotations.get(key))
+    try:
+        return OmegaConf.structured(fields(**values))
+    except TypeError as error:  # a field without default that is not given
+        raise UserError(f"{where}: {_first_line(error)}") from None
+    except OmegaConfBaseException as error:
+        key = error.full_key or error.key
+        raise UserError(f"{where}, field {str(key)!r}: {_first_line(error)}") from None

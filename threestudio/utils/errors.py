@@ -1,0 +1,24 @@
+"""Errors that are the user's to mend: one line that says what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in a config, a command or a file. ``launch.py`` prints its message as one line."""
+
+    def __str__(self) -> str:
+        return " ".join(str(arg) for arg in self.args)
+
+
+class UnknownNameError(UserError, KeyError):
+    """A name that nothing is registered under (a ``KeyError`` for code written against one)."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """``": did you mean 'x'?"`` for the closest of `choices`, or ``""`` if none is close."""
+    choices = list(choices)
+    found = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.55)
+    if not found:  # 'embedding-guidance' for 'lods-embedding-guidance', which a ratio can miss
+        found = [c for c in choices if len(str(word)) >= 4 and (word in c or c in word)][:1]
+    return f": did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,91 @@
+"""Loading of extensions: folders (or single files) in ``custom/`` that register their classes."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+failed: dict = {}  # extension name -> the exception it failed to load with
+
+_PARTIAL = "__entered_without_init__"
+
+
+def one_line(error: BaseException) -> str:
+    """``ValueError: the message``, without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _forget(name: str) -> None:
+    """Undo what a failed import left behind, so that a later load starts afresh."""
+    import threestudio
+
+    for module in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
+        del sys.modules[module]
+    for key, cls in list(threestudio.__modules__.items()):
+        if cls.__module__ == name or cls.__module__.startswith(name + "."):
+            del threestudio.__modules__[key]
+
+
+def load_extension(path, submodule: str | None = None) -> ModuleType:
+    """Import the folder (or ``.py`` file) at `path` as a package named after it.
+
+    The name may hold dashes (``threestudio-lods``); the package imports its own modules
+    relatively. Loading twice returns the same module. With ``submodule="playground"`` the package
+    is entered in ``sys.modules`` without running its ``__init__``, and only
+    ``threestudio-lods.playground`` is imported and returned.
+
+    Raises ``ImportError`` if there is nothing to import or if another extension of that name is
+    loaded, and whatever the extension raises itself; names it had registered are taken back.
+    """
+    path = Path(path).resolve()
+    name = path.stem if path.suffix == ".py" else path.name
+    file = path if path.suffix == ".py" else path / "__init__.py"
+    if not file.is_file():
+        raise ImportError(f"no extension at {path}: {file.name} is missing")
+    module = sys.modules.get(name)
+    if module is not None and Path(getattr(module, "__file__", None) or "/") != file:
+        raise ImportError(f"{name!r} is already loaded from {getattr(module, '__file__', '?')}")
+    try:
+        if module is None:
+            locations = [str(path)] if path.is_dir() else None
+            spec = importlib.util.spec_from_file_location(
+                name, file, submodule_search_locations=locations
+            )
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module  # first, so that its relative imports find it
+            setattr(module, _PARTIAL, True)
+        if submodule is not None:
+            return importlib.import_module(f"{name}.{submodule}")
+        if getattr(module, _PARTIAL, False):
+            delattr(module, _PARTIAL)
+            module.__spec__.loader.exec_module(module)
+        return module
+    except BaseException:
+        _forget(name)
+        raise
+
+
+def load_custom_modules(root="custom") -> dict:
+    """Load every extension in the folder `root`, in sorted order.
+
+    ``__pycache__``, hidden entries, names ending in ``_disabled`` and files that are not ``.py``
+    are skipped; a missing folder means no extensions. A failure does not stop the others: it is
+    kept in :data:`failed`, for :func:`threestudio.find` to mention.
+
+    Returns ``{name: None, or the exception it failed with}``.
+    """
+    result: dict = {}
+    root = Path(root)
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        name = path.stem if path.suffix == ".py" else path.name
+        wanted = path.is_dir() or path.suffix == ".py"
+        if not wanted or name.startswith((".", "__")) or name.endswith("_disabled"):
+            continue
+        try:
+            load_extension(path)
+            failed.pop(name, None)
+            result[name] = None
+        except Exception as error:
+            failed[name] = result[name] = error
+    return result

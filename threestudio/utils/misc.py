@@ -1,0 +1,236 @@
+"""Schedules, devices, random states, checkpoint weights and small process helpers."""
+
+import functools
+import gc
+import itertools
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import ListConfig
+from packaging import version
+
+from threestudio.utils.errors import UserError
+from threestudio.utils.typing import *
+
+
+def parse_version(ver: str) -> version.Version:
+    """`ver` as a comparable version."""
+    return version.parse(ver)
+
+
+def get_rank() -> int:
+    """Rank of this process, from the launcher's environment variables; 0 without a launcher."""
+    for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+        if key in os.environ:
+            return int(os.environ[key])
+    return 0
+
+
+_device_type: Optional[str] = None
+
+
+def set_device_type(device_type: Optional[str]) -> None:
+    """Fix the kind of device that :func:`get_device` answers ("cpu", "cuda", "mps"); None: the
+    best there is. ``launch.py`` sets it from the trainer's accelerator."""
+    global _device_type
+    _device_type = device_type
+
+
+def get_device() -> torch.device:
+    """The device of this process: ``cuda:<local rank>`` where CUDA can be used, else the CPU."""
+    kind = _device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", get_rank())))
+    return torch.device(kind)
+
+
+# --- scheduled values ---------------------------------------------------------------------------
+
+
+def schedule_knots(value) -> List[Tuple[float, float]]:
+    """The ``(step, value)`` knots of a scheduled value given as a list.
+
+    Forms: ``[v0, v1, s1]`` (from step 0), ``[s0, v0, v1, s1]`` and, piecewise,
+    ``[s0, v0, v1, s1, v2, s2, ...]``. Raises ``ValueError`` for any other length.
+    """
+    items = list(value)
+    if len(items) == 3:
+        items = [0, *items]
+    if len(items) < 4 or len(items) % 2:
+        raise ValueError(
+            f"the schedule {items} has {len(items)} items: write [start_value, end_value, "
+            "end_step], [start_step, start_value, end_value, end_step] or longer, "
+            "[step0, value0, value1, step1, value2, step2, ...]"
+        )
+    if any(isinstance(i, bool) or not isinstance(i, (int, float)) for i in items):
+        raise ValueError(f"the schedule {items} must hold numbers only")
+    return [(items[0], items[1])] + [(items[i + 1], items[i]) for i in range(2, len(items), 2)]
+
+
+def C(value, epoch: int, global_step: int, interpolation: str = "linear") -> float:
+    """A scheduled value at a moment of the run.
+
+    A number is itself. A list (see :func:`schedule_knots`) is constant before its first step and
+    after its last, and in between interpolates with ``r = (now - s0) / (s1 - s0)``:
+    ``v0 + r (v1 - v0)`` if `interpolation` is "linear", ``v0 (v1 / v0)^r`` if "exp". The type of
+    the LAST item chooses the clock: an int counts global steps, a float epochs (the random-camera
+    dataset never ends, so epochs do not advance there). Where two knots share a step, the value
+    jumps at it.
+
+    Raises ``TypeError`` for anything else, ``ValueError`` for a malformed list.
+    """
+    if isinstance(value, (int, float)):
+        return value
+    if not isinstance(value, (list, tuple, ListConfig)) and not _is_tuple_config(value):
+        raise TypeError(f"a scheduled value must be a number or a list of numbers, not {value!r}")
+    knots = schedule_knots(value)
+    now = global_step if isinstance(knots[-1][0], int) else epoch
+    if now >= knots[-1][0]:
+        return knots[-1][1]
+    for (s0, v0), (s1, v1) in itertools.pairwise(knots):
+        if now < s1:
+            r = (now - s0) / (s1 - s0) if now > s0 else 0.0
+            return _interpolate(v0, v1, r, interpolation)
+    return knots[-1][1]
+
+
+def _interpolate(v0: float, v1: float, r: float, kind: str) -> float:
+    if kind == "linear":
+        return v0 + r * (v1 - v0)
+    if kind == "exp":
+        if v0 * v1 <= 0:
+            raise ValueError(f"an exponential schedule needs values of one sign, not {v0} and {v1}")
+        return v0 * (v1 / v0) ** r
+    raise ValueError(f"unknown interpolation {kind!r}: 'linear' or 'exp'")
+
+
+def _is_tuple_config(value) -> bool:
+    # omegaconf >= 2.4 wraps tuples in a class of their own, which 2.3 does not have
+    return type(value).__name__ == "TupleConfig"
+
+
+# --- random state -------------------------------------------------------------------------------
+
+
+def capture_rng_state() -> Dict[str, Any]:
+    """States of the global generators of torch, CUDA, numpy and Python, as tensors and numbers,
+    which ``torch.load(weights_only=True)`` reads back."""
+    name, keys, pos, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (the global one)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), pos, has_gauss, gauss],
+        "python": random.getstate(),
+    }
+
+
+def restore_rng_state(state: Mapping[str, Any]) -> None:
+    """Undo everything drawn since :func:`capture_rng_state`."""
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available():
+        for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda_state.cpu(), device)
+    name, keys, pos, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), pos, has_gauss, gauss))  # noqa: NPY002
+    python_version, numbers, gauss = state["python"]
+    random.setstate((python_version, tuple(numbers), gauss))
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def load_module_weights(
+    path,
+    module_name: Optional[str] = None,
+    ignore_modules: Optional[List[str]] = None,
+    map_location=None,
+) -> Tuple[Dict[str, Tensor], int, int]:
+    """Weights in a checkpoint, with its counters: ``(state_dict, epoch, global_step)``.
+
+    With `module_name` only the keys under ``module_name.``, with that prefix removed; with
+    `ignore_modules` all keys but those under these names. The two exclude each other.
+    """
+    from threestudio.utils.checkpoint import read_checkpoint
+
+    if module_name is not None and ignore_modules is not None:
+        raise ValueError("module_name and ignore_modules exclude each other: give one of them")
+    checkpoint = read_checkpoint(path, map_location=map_location)
+    state = checkpoint["state_dict"]
+    if module_name is not None:
+        prefix = module_name + "."
+        state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        if not state:
+            raise UserError(f"{path} holds no weights of a module called {module_name!r}")
+    if ignore_modules is not None:
+        prefixes = tuple(name + "." for name in ignore_modules)
+        state = {k: v for k, v in state.items() if not k.startswith(prefixes)}
+    return state, checkpoint["epoch"], checkpoint["global_step"]
+
+
+def find_last_path(path: str) -> str:
+    """Replace the ``LAST`` in `path`: the part before it is a prefix, and the last sibling folder
+    (in sorted order) that begins with it is meant. Spaces become underscores, as in the tag of a
+    run. A path without ``LAST`` is returned as it is. Raises ``FileNotFoundError``.
+    """
+    if path is None or "LAST" not in str(path):
+        return path
+    path = str(path).replace(" ", "_")
+    before, after = path.split("LAST", 1)
+    folder, prefix = Path(before).parent, Path(before).name
+    if before.endswith(os.sep):
+        folder, prefix = Path(before), ""
+    found = sorted(p for p in folder.glob("*") if p.is_dir() and p.name.startswith(prefix))
+    if not found:
+        raise FileNotFoundError(
+            f"no folder begins with {before!r}: {path} has nothing to resolve to"
+        )
+    return f"{found[-1]}{after}"
+
+
+# --- processes and memory -----------------------------------------------------------------------
+
+
+def cleanup() -> None:
+    """Collect garbage and give cached CUDA memory back."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def finish_with_cleanup(func: Callable) -> Callable:
+    """Decorator: :func:`cleanup` after every call."""
+
+    @functools.wraps(func)
+    def wrapper(*args, **kwargs):
+        out = func(*args, **kwargs)
+        cleanup()
+        return out
+
+    return wrapper
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def barrier() -> None:
+    """Wait for all processes; nothing with one process."""
+    if _distributed():
+        torch.distributed.barrier()
+
+
+def broadcast(tensor: Tensor, src: int = 0) -> Tensor:
+    """The tensor of process `src` on every process (in place); itself with one process."""
+    if _distributed():
+        torch.distributed.broadcast(tensor, src=src)
+    return tensor
+
+
+def enable_gradient(model: torch.nn.Module, enabled: bool = True) -> None:
+    """Switch ``requires_grad`` of all parameters of `model`."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(enabled)
