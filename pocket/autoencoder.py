@@ -1,7 +1,7 @@
 """The pocket autoencoder: a small ``AutoencoderKL`` trained on rendered pictures.
 
-Loss: mean |x - x'| + 2 mean (x - x')^2 + 1e-5 KL, on random 32-pixel crops for the first 72 % of the
-steps (cheap) and on whole pictures after (borders). At the end a per-channel whitening of the
+Loss: mean |x - x'| + 2 mean (x - x')^2 + 1e-5 KL, on random 32-pixel crops for the first 72 % of
+the steps (cheap) and on whole pictures after (borders). At the end a per-channel whitening of the
 latents is folded into ``quant_conv`` and ``post_quant_conv``, so that latents have mean 0 and
 standard deviation 1 and ``scaling_factor`` is 1.
 """
@@ -46,7 +46,7 @@ def save_state(path: Path, **state):
 
 
 def cosine(step: int, steps: int, peak: float, warm: int = 100) -> float:
-    """Learning rate: linear from 0 in ``warm`` steps, then half a cosine down to 2 % of the peak."""
+    """Learning rate: linear from 0 in ``warm`` steps, then half a cosine to 2 % of the peak."""
     if step < warm:
         return peak * (step + 1) / warm
     return peak * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * (step - warm) / max(1, steps - warm))))

@@ -16,9 +16,15 @@ from pocket.scenes import COLOR_NAMES, COLORS, KINDS, Scene
 SIZE = 64
 VIEWS = ("side", "front", "back", "overhead")  # threestudio's order
 TEMPLATES = (
-    "{}", "a DSLR image of {}", "a DSLR photo of {}", "a photo of {}", "a 3d render of {}", "an image of {}",
-    "a high quality photo of {}", "a picture of {}",
-)  # fmt: skip
+    "{}",
+    "a DSLR image of {}",
+    "a DSLR photo of {}",
+    "a photo of {}",
+    "a 3d render of {}",
+    "an image of {}",
+    "a high quality photo of {}",
+    "a picture of {}",
+)
 
 
 def view_of(elevation: float, azimuth: float) -> int:

@@ -32,7 +32,7 @@ def main():
     if "data" in stages and not data_file.exists():
         from pocket.data import make
 
-        images, masks, labels = make(args.pictures, args.seed, workers=args.threads)
+        images, _, labels = make(args.pictures, args.seed, workers=args.threads)
         np.savez(data_file, images=images, labels=labels)
         print(f"{len(images)} pictures in {data_file}", flush=True)
     if "vae" in stages:

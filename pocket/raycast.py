@@ -101,7 +101,7 @@ def _quadric(o, d, zz, z1, z0, t_in, t_out, n):
 def _hit(kind, param, o, d, n):
     """First t > 0 at which the ray o + t d enters the unit shape, or _FAR; n = local normal."""
     t_in, t_out = 0.0, _FAR
-    if kind == SPHERE or kind == DOME:
+    if kind in (SPHERE, DOME):
         if kind == DOME:
             t_in, t_out = _half_space(o, d, 0.0, 0.0, -1.0, 0.0, t_in, t_out, n)
         t_in, t_out = _quadric(o, d, -1.0, 0.0, 1.0, t_in, t_out, n)
@@ -166,9 +166,10 @@ def render(kinds, params, maps, colors, origin, rotation, tan_half, size, sample
             for p in range(kinds.shape[0]):
                 m = maps[p]
                 for k in range(3):
-                    o[k] = m[k, 0] * origin[0] + m[k, 1] * origin[1] + m[k, 2] * origin[2] + m[k, 3]
+                    o[k] = m[k, 0] * origin[0] + m[k, 1] * origin[1]
+                    o[k] += m[k, 2] * origin[2] + m[k, 3]
                     d[k] = m[k, 0] * ray[0] + m[k, 1] * ray[1] + m[k, 2] * ray[2]
-                # Skip what the ray passes by: every unit shape lies in a ball of radius 1.8 + param.
+                # Skip what the ray passes by: a unit shape lies in a ball of radius 1.8 + param.
                 dd = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
                 od = o[0] * d[0] + o[1] * d[1] + o[2] * d[2]
                 oo = o[0] * o[0] + o[1] * o[1] + o[2] * o[2]

@@ -1,5 +1,6 @@
 """A CLIP tokenizer with a vocabulary of its own: all bytes, and one token for each given word."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def _apply(merges: list[tuple[str, str]], word: str) -> list[str]:
     pieces = [*word[:-1], word[-1] + "</w>"]
     rank = {pair: i for i, pair in enumerate(merges)}
     while True:
-        pairs = [(rank.get(p, len(rank)), i) for i, p in enumerate(zip(pieces, pieces[1:]))]
+        pairs = [(rank.get(p, len(rank)), i) for i, p in enumerate(itertools.pairwise(pieces))]
         if not pairs or min(pairs)[0] == len(rank):
             return pieces
         i = min(pairs)[1]
