@@ -1,0 +1,10 @@
+"""Distil a few images from a prompt with LODS and a learnt embedding; ``--help`` says how."""
+
+import sys
+from pathlib import Path
+
+from threestudio.utils.extensions import load_extension
+
+if __name__ == "__main__":
+    extension = Path(__file__).resolve().parent / "custom" / "threestudio-lods"
+    sys.exit(load_extension(extension, submodule="playground").main("embedding"))

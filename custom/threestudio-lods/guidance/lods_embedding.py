@@ -1,0 +1,91 @@
+"""LODS with a learnt null-text embedding (arXiv:2312.04820)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import threestudio
+from threestudio.utils.typing import *
+
+from . import formulas
+from .base import BaseGuidance
+from .denoiser import load_model_config
+
+
+@threestudio.register("lods-embedding-guidance")
+class LODSEmbeddingGuidance(BaseGuidance):
+    """g = w(t) [ eps(x_t; y) - eps / s + (1 - s) / s eps(x_t; e) ], with the embedding e learnt:
+
+    ``loss_embedding`` = mean (eps(x_t'; e) - eps')^2 over what is being rendered. e (T, D) is
+    shared by all views; it starts as the negative prompt's embedding, once, in ``initialize``: the
+    buffer ``initialized`` is saved with it, so that a resumed run goes on with what was learnt.
+    """
+
+    @dataclass
+    class Config(BaseGuidance.Config):
+        pass
+
+    cfg: Config
+
+    def configure(self) -> None:
+        super().configure()
+        name = self.cfg.pretrained_model_name_or_path
+        tokens = load_model_config(name, "text_encoder").get("max_position_embeddings")
+        if tokens is None:
+            raise ValueError(
+                f"the text_encoder of {name!r} does not say how many tokens it takes "
+                "(max_position_embeddings): it is not a CLIP text model"
+            )
+        # Its final shape from the start, so that checkpoints load before anything is rendered.
+        self.learnable_embedding = torch.nn.Parameter(
+            torch.zeros(tokens, self.denoiser.text_width, device=self.device)
+        )
+        self.unscale_gradients([self.learnable_embedding])
+        self.register_buffer("initialized", torch.tensor(False, device=self.device))
+
+    def initialize(self, prompt_utils) -> None:
+        if self._prompt_checked:
+            return
+        super().initialize(prompt_utils)
+        null = prompt_utils.uncond_text_embeddings[0]
+        if null.shape != self.learnable_embedding.shape:
+            raise ValueError(
+                f"the negative prompt's embedding is {tuple(null.shape)}, the learnt one "
+                f"{tuple(self.learnable_embedding.shape)}: give prompt_processor and guidance the "
+                "same pretrained_model_name_or_path"
+            )
+        if not self.initialized:
+            with torch.no_grad():
+                self.learnable_embedding.copy_(null)
+            self.initialized.fill_(True)
+
+    def _null(self, rows: int) -> Float[Tensor, "B T D"]:
+        return self.learnable_embedding.expand(rows, -1, -1)
+
+    def learn(self, latents, null) -> Dict[str, Float[Tensor, ""]]:
+        def predict(x_t, t):
+            return self.denoiser.predict_noise(x_t, t, self._null(len(x_t)))
+
+        return {"loss_embedding": self.denoising_loss(latents, predict)}
+
+    def gradient(self, x_t, t, eps, prompt, null) -> Float[Tensor, "B c h w"]:
+        eps_c, eps_u = self.denoiser.predict_noise(
+            torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([prompt, self._null(len(x_t))])
+        ).chunk(2)
+        return formulas.lods(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))
+
+    def save_learned(self, path) -> Path:
+        """Write ``learnable_embedding`` (T, D), float32, with the model's name as metadata."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        save_file(
+            {"learnable_embedding": self.learnable_embedding.detach().float().cpu().contiguous()},
+            path,
+            metadata={
+                "format": "lods-embedding",
+                "model": self.cfg.pretrained_model_name_or_path,
+            },
+        )
+        return path

@@ -1,0 +1,90 @@
+"""LODS with a learnt LoRA as the null prediction (arXiv:2312.04820)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import threestudio
+from threestudio.utils.typing import *
+
+from . import formulas
+from .base import BaseGuidance
+from .lora import RowLora
+
+
+@threestudio.register("lods-lora-guidance")
+class LODSLoRAGuidance(BaseGuidance):
+    """g = w(t) [ eps(x_t; y) - eps / s + (1 - s) / s eps_lora(x_t; n) ], n the negative prompt.
+
+    eps is the frozen model, eps_lora the same with its LoRA at strength ``lora_scale``, learnt by
+    ``loss_lora`` = mean (eps_lora(x_t'; n) - eps')^2 over what is being rendered. Both are rows of
+    one UNet call, unless ``pretrained_model_name_or_path_lora`` names another model.
+    """
+
+    @dataclass
+    class Config(BaseGuidance.Config):
+        pass
+
+    cfg: Config
+
+    def configure(self) -> None:
+        super().configure()
+        other = self.cfg.pretrained_model_name_or_path_lora
+        if other in (None, "", self.cfg.pretrained_model_name_or_path):
+            self.denoiser_lora = self.denoiser
+        else:
+            self.denoiser_lora = self.load_denoiser(other, vae=self.denoiser.vae)
+            self._check_alike(other)
+        self.lora = RowLora(self.denoiser_lora.unet, self.cfg.lora_rank)
+        self.unscale_gradients(self.lora.parameters())
+
+    def _check_alike(self, other: str) -> None:
+        one, two = self.denoiser, self.denoiser_lora
+        for what in ("latent_channels", "latent_size", "text_width", "num_train_timesteps"):
+            if getattr(one, what) != getattr(two, what):
+                raise ValueError(
+                    f"pretrained_model_name_or_path_lora {other!r} does not fit: its {what} is "
+                    f"{getattr(two, what)}, not {getattr(one, what)}"
+                )
+        if not torch.allclose(one.alphas_cumprod, two.alphas_cumprod, atol=1e-4):
+            raise ValueError(
+                f"pretrained_model_name_or_path_lora {other!r} does not fit: its noise schedule "
+                "is another"
+            )
+
+    def learn(self, latents, null) -> Dict[str, Float[Tensor, ""]]:
+        null = null.repeat(self.cfg.lora_n_timestamp_samples, 1, 1)
+
+        def predict(x_t, t):
+            with self.lora.strength(self.cfg.lora_scale):
+                return self.denoiser_lora.predict_noise(x_t, t, null)
+
+        return {"loss_lora": self.denoising_loss(latents, predict)}
+
+    def predict_pair(
+        self, x_t, t, prompt, null
+    ) -> Tuple[Float[Tensor, "B c h w"], Float[Tensor, "B c h w"]]:
+        """(eps under the prompt, LoRA off; eps_lora under the null prompt)."""
+        scale = self.cfg.lora_scale
+        if self.denoiser_lora is not self.denoiser:
+            with self.lora.strength(scale):
+                eps_u = self.denoiser_lora.predict_noise(x_t, t, null)
+            return self.denoiser.predict_noise(x_t, t, prompt), eps_u
+        strength = x_t.new_zeros(2 * len(x_t))
+        strength[len(x_t) :] = scale
+        with self.lora.strength(strength):
+            return self.denoiser.predict_noise(
+                torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([prompt, null])
+            ).chunk(2)
+
+    def gradient(self, x_t, t, eps, prompt, null) -> Float[Tensor, "B c h w"]:
+        eps_c, eps_u = self.predict_pair(x_t, t, prompt, null)
+        return formulas.lods(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))
+
+    def save_learned(self, path) -> Path:
+        """Write the LoRA for ``StableDiffusionPipeline.load_lora_weights``, at ``lora_scale``."""
+        model = self.cfg.pretrained_model_name_or_path_lora or (
+            self.cfg.pretrained_model_name_or_path
+        )
+        return self.lora.save(path, self.cfg.lora_scale, {"model": model})

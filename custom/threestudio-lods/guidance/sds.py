@@ -1,0 +1,34 @@
+"""Plain score distillation sampling, the baseline (DreamFusion, arXiv:2209.14988)."""
+
+from dataclasses import dataclass
+
+import torch
+
+import threestudio
+from threestudio.utils.typing import *
+
+from . import formulas
+from .base import BaseGuidance
+
+
+@threestudio.register("lods-sds-guidance")
+class SDSGuidance(BaseGuidance):
+    """g = w(t) [ eps_u + s (eps_c - eps_u) - eps ], with eps_u under the negative prompt.
+
+    Nothing is learnt. This is s times the gradient that the LODS priors have for the same
+    ``guidance_scale``: with Adam that hardly matters, but a ``grad_clip`` and the weights of other
+    losses mean something else.
+    """
+
+    @dataclass
+    class Config(BaseGuidance.Config):
+        pass
+
+    cfg: Config
+    finite_scale = True
+
+    def gradient(self, x_t, t, eps, prompt, null) -> Float[Tensor, "B c h w"]:
+        eps_c, eps_u = self.denoiser.predict_noise(
+            torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([prompt, null])
+        ).chunk(2)
+        return formulas.sds(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))

@@ -1,0 +1,256 @@
+"""The 2D playground: a few latents are distilled from a prompt, with a learnt prior.
+
+``main("lora")`` and ``main("embedding")`` are the two commands. Nothing here knows of 3D.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import re
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+POCKET = Path(__file__).resolve().parent / "models" / "pocket"
+
+# Per model and prior: the published settings for Stable Diffusion
+# (https://github.com/yg1115/LODS), and what suits the pocket prior.
+#   batch      particles in one UNet call (all particles are seen once in every step)
+#   t_max      max_step_percent, from the first step to the last (linear)
+#   samples    draws of (t, noise) per particle for the prior's own loss
+_SD = {"prompt": "an astronaut is riding a horse", "lr": 3e-2, "batch": 3, "samples": 1}
+_POCKET = {"prompt": "a DSLR image of a hamburger", "lr": 3e-2, "batch": 64, "samples": 1}
+SETTINGS = {
+    ("stable-diffusion", "lora"): _SD
+    | {"steps": 700, "guidance_scale": 1e6, "prior_lr": 1e-5, "t_max": (0.98, 0.98)},
+    ("stable-diffusion", "embedding"): _SD
+    | {"steps": 1000, "guidance_scale": 100.0, "prior_lr": 1e-4, "t_max": (0.98, 0.98)},
+    ("pocket", "lora"): _POCKET
+    | {"steps": 400, "guidance_scale": 7.5, "prior_lr": 1e-3, "t_max": (0.98, 0.5)},
+    ("pocket", "embedding"): _POCKET
+    | {"steps": 400, "guidance_scale": 7.5, "prior_lr": 1e-3, "t_max": (0.98, 0.5)},
+}
+
+
+def _positive(kind):
+    def parse(text):
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"number above 0 ({kind.__name__})"  # argparse names it in its message
+    return parse
+
+
+def parse_arguments(kind: str, argv=None) -> argparse.Namespace:
+    """The command line; what is None there gets the default of the chosen model later."""
+    parser = argparse.ArgumentParser(
+        description=f"Distil images from a prompt with LODS ({kind}). Without arguments: Stable "
+        "Diffusion if there is a GPU and the model can be had, else the embedded pocket prior."
+    )
+    add = parser.add_argument
+    add("--prompt", help="what to make (default: one that suits the model)")
+    add("--model", help="diffusers folder, hub id, or 'pocket' (default: chosen, and said why)")
+    add("--steps", type=_positive(int), help="optimiser steps")
+    add("--guidance-scale", type=_positive(float), help="guidance scale, inf allowed")
+    add("--particles", type=_positive(int), default=6, help="number of images (default 6)")
+    add("--lr", type=_positive(float), help="learning rate of the particles")
+    add("--prior-lr", type=_positive(float), help=f"learning rate of the {kind}")
+    add("--every", type=_positive(int), default=50, help="steps between pictures (default 50)")
+    add("--output", help=f"folder (default: outputs/2d_lods_{kind}/<prompt>@<time>)")
+    add("--seed", type=int, default=1, help="random seed (default 1)")
+    add("--gpu", type=int, default=0, help="index of the GPU, -1 for the CPU (default 0)")
+    return parser.parse_args(argv)
+
+
+def choose_model(model, load_model_config, default_model: str):
+    """(folder or hub id, "stable-diffusion" or "pocket", why in a few words)."""
+    if model == "pocket":
+        return str(POCKET), "pocket", "as asked"
+    if model is not None:
+        pocket = Path(model).resolve() == POCKET
+        return model, "pocket" if pocket else "stable-diffusion", "as asked"
+    if not torch.cuda.is_available():
+        return str(POCKET), "pocket", "there is no CUDA GPU; --model takes any Stable Diffusion"
+    try:
+        load_model_config(default_model, "unet")
+    except ValueError as error:
+        return str(POCKET), "pocket", str(error)
+    return default_model, "stable-diffusion", "there is a CUDA GPU and the model can be had"
+
+
+def optimise(guidance, prompt_utils, particles, steps: int, lr: float, prior_lr: float, batch: int):
+    """Generator of one dict of numbers per optimiser step; ``particles`` (N, c, h, w), a leaf
+    tensor, and what the guidance learns are updated in place."""
+    groups = [{"params": [particles], "lr": lr}]
+    learnt = [p for p in guidance.parameters() if p.requires_grad]
+    if learnt:
+        groups.append({"params": learnt, "lr": prior_lr})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    for step in range(steps):
+        guidance.do_update_step(0, step)
+        optimizer.zero_grad()
+        numbers: dict = {}
+        for part in particles.split(batch):
+            front = torch.zeros(len(part), device=part.device)  # all seen from the front
+            out = guidance(
+                part.permute(0, 2, 3, 1), prompt_utils, front, front, front, rgb_as_latents=True
+            )
+            losses = {k: v * (len(part) / len(particles)) for k, v in out.items() if "loss_" in k}
+            sum(losses.values()).backward()
+            for key, value in losses.items():
+                numbers[key] = numbers.get(key, 0.0) + value.detach()
+        optimizer.step()
+        yield {"step": step + 1} | {k: float(v) for k, v in numbers.items()}
+
+
+@torch.no_grad()
+def decode(guidance, particles):
+    """uint8 pictures (N, H, W, 3) of the particles."""
+    images = torch.cat([guidance.denoiser.decode(p) for p in particles.detach().split(4)])
+    return (images.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+
+
+def save_grid(path: Path, images) -> Path:
+    """One picture with all images, about half as many rows as columns."""
+    from PIL import Image
+
+    columns = min(len(images), math.ceil(math.sqrt(2 * len(images))))
+    height, width = images.shape[1:3]
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
+    for i, image in enumerate(images):
+        sheet.paste(Image.fromarray(image), (i % columns * width, i // columns * height))
+    sheet.save(path)
+    return path
+
+
+def save_results(folder: Path, guidance, particles, kind: str) -> Path:
+    """Grid, single pictures, latents and what was learnt; returns the grid's path."""
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    images = decode(guidance, particles)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"particle_{i:02d}.png")
+    save_file({"latents": particles.detach().cpu().contiguous()}, folder / "latents.safetensors")
+    guidance.save_learned(folder / f"{kind}.safetensors")
+    return save_grid(folder / "final.png", images)
+
+
+def default_folder(kind: str, prompt: str) -> Path:
+    """outputs/2d_lods_<kind>/<prompt>@<time>, with only harmless characters of the prompt."""
+    name = re.sub(r"\W+", "_", prompt)[:80].strip("_") or "prompt"
+    return Path("outputs") / f"2d_lods_{kind}" / f"{name}@{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def run(kind: str, args: argparse.Namespace) -> Path:
+    """The whole job; returns the folder with the results.
+
+    Raises ``ValueError`` for bad input, and ``KeyboardInterrupt`` after it has saved what there is.
+    """
+    # The libraries are heavy, so that bad flags and --help answer before they load.
+    from tqdm import tqdm
+
+    import threestudio
+
+    from . import guidance as registers_the_priors  # noqa: F401
+    from .guidance.denoiser import DEFAULT_MODEL, load_model_config
+
+    model, family, why = choose_model(args.model, load_model_config, DEFAULT_MODEL)
+    defaults = SETTINGS[family, kind]
+    settings = {
+        key: defaults[key] if getattr(args, key) is None else getattr(args, key)
+        for key in ("prompt", "steps", "guidance_scale", "lr", "prior_lr")
+    }
+    print(f"Model: {model} ({why}).", flush=True)
+    torch.manual_seed(args.seed)
+    prior = threestudio.find(f"lods-{kind}-guidance")(
+        {
+            "pretrained_model_name_or_path": model,
+            "guidance_scale": settings["guidance_scale"],
+            "lora_n_timestamp_samples": defaults["samples"],
+            "max_step_percent": _schedule(defaults["t_max"], settings["steps"]),
+        }
+    )
+    prompt_utils = threestudio.find("stable-diffusion-prompt-processor")(
+        {"pretrained_model_name_or_path": model, "prompt": settings["prompt"]}
+    )()
+
+    folder = Path(args.output) if args.output else default_folder(kind, settings["prompt"])
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**vars(args), **defaults, **settings, "model": model, "why": why, "kind": kind}
+    if math.isinf(config["guidance_scale"]):
+        config["guidance_scale"] = "inf"  # JSON has no such number
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    size = prior.denoiser.latent_size
+    shape = (args.particles, prior.denoiser.latent_channels, size, size)
+    particles = torch.rand(shape, device=prior.device).mul_(2).sub_(1).requires_grad_()
+    loop = optimise(
+        prior,
+        prompt_utils,
+        particles,
+        settings["steps"],
+        settings["lr"],
+        settings["prior_lr"],
+        defaults["batch"],
+    )
+    start, done, interrupted = time.monotonic(), 0, False
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        table = None
+        try:
+            for numbers in (bar := tqdm(loop, total=settings["steps"], desc=kind, unit="step")):
+                done = numbers["step"]
+                numbers["seconds"] = round(time.monotonic() - start, 3)
+                if table is None:
+                    table = csv.DictWriter(file, numbers)
+                    table.writeheader()
+                table.writerow(numbers)
+                bar.set_postfix({k[5:]: f"{v:.3g}" for k, v in numbers.items() if "loss_" in k})
+                if done % args.every == 0 and done < settings["steps"]:
+                    save_grid(folder / f"{done:05d}.png", decode(prior, particles))
+        except KeyboardInterrupt:
+            interrupted = True
+            print(f"Interrupted after step {done}: saving what there is.", flush=True)
+    grid = save_results(folder, prior, particles, kind)
+    print(f"Pictures: {grid}\nLearnt {kind}: {folder / (kind + '.safetensors')}", flush=True)
+    if interrupted:
+        raise KeyboardInterrupt
+    return folder
+
+
+def _schedule(ends, steps: int):
+    from omegaconf import OmegaConf
+
+    first, last = ends
+    return first if first == last else OmegaConf.create([0, first, last, steps])
+
+
+def main(kind: str, argv=None) -> int:
+    """Entry point of the script for one kind of prior; returns the exit status."""
+    args = parse_arguments(kind, argv)
+    # Before CUDA starts: this process then sees that GPU only (-1: none).
+    os.environ["CUDA_VISIBLE_DEVICES"] = _visible(args.gpu)
+    try:
+        run(kind, args)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _visible(gpu: int) -> str:
+    """CUDA_VISIBLE_DEVICES for the ``gpu``-th of those that are visible now."""
+    if gpu < 0:
+        return "-1"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    listed = visible.split(",") if visible else []
+    return listed[gpu] if gpu < len(listed) else visible or str(gpu)
