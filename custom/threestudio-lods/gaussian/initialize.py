@@ -1,0 +1,282 @@
+"""Where the Gaussians start: a ball, a file, or an object that Shap-E makes from the prompt.
+
+Every source gives a coloured point cloud, from which :func:`from_points` makes Gaussians; only a
+ply file that already holds Gaussians is taken as it is. All randomness comes from the seed in the
+configuration, never from the global generators, so that the choice of a source does not change
+the cameras or the noise of the run.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+
+from threestudio.utils.config import parse_structured
+from threestudio.utils.typing import *
+
+from .ply import read_ply
+
+SH_C0 = 0.28209479177387814  # the constant spherical harmonic, 1 / (2 sqrt(pi))
+AXES = {
+    sign + axis: (1.0 if sign == "+" else -1.0) * np.eye(3)[i]
+    for i, axis in enumerate("xyz")
+    for sign in "+-"
+}
+
+
+@dataclass
+class Points:
+    """A coloured point cloud: ``xyz`` (N, 3) in world units, ``rgb`` (N, 3) in 0..1."""
+
+    xyz: np.ndarray
+    rgb: np.ndarray
+
+
+def axes_rotation(front: str, up: str) -> np.ndarray:
+    """The rotation (3, 3) that turns ``front`` to +x (azimuth 0, where the cameras see the front)
+    and ``up`` to +z. Both are '+x', '-x', '+y', '-y', '+z' or '-z'.
+
+    Its rows are front, up x front and up, hence R @ front = e_x and R @ up = e_z.
+    """
+    for name, value in (("front", front), ("up", up)):
+        if value not in AXES:
+            raise ValueError(f"{name}='{value}' is not an axis: use one of {', '.join(AXES)}")
+    f, u = AXES[front], AXES[up]
+    if abs(f @ u) > 0.5:
+        raise ValueError(f"front='{front}' and up='{up}' are the same axis")
+    return np.stack([f, np.cross(u, f), u])
+
+
+def neighbour_scale(xyz: np.ndarray, minimum: float = 1e-7) -> np.ndarray:
+    """The root mean square distance (N,) of each point to its 3 nearest neighbours:
+    ``sqrt(max(mean_k d_k^2, minimum))``, the initial size of 3DGS (arXiv:2308.04079)."""
+    if len(xyz) < 4:
+        raise ValueError(
+            f"{len(xyz)} points are too few to size the Gaussians by their 3 nearest neighbours"
+        )
+    distance, _ = cKDTree(xyz).query(xyz, k=4)
+    return np.sqrt(np.maximum((distance[:, 1:] ** 2).mean(1), minimum))
+
+
+def from_points(points: Points, opacity: float, scale: float, sh_degree: int) -> Dict[str, Tensor]:
+    """Round Gaussians on a point cloud.
+
+    Returns ``means`` (N, 3), ``scales`` (N, 3) = log(scale * rms distance to 3 neighbours),
+    ``quats`` (N, 4) = identity, wxyz, ``opacities`` (N,) = logit(opacity), ``sh0`` (N, 1, 3) =
+    (rgb - 1/2) / SH_C0 and, for ``sh_degree`` > 0, ``shN`` (N, (sh_degree+1)^2 - 1, 3) = 0.
+    """
+    if not 0.0 < opacity < 1.0:
+        raise ValueError(f"init_opacity={opacity} must lie strictly between 0 and 1")
+    if not scale > 0.0:
+        raise ValueError(f"init_scale={scale} must be positive")
+    n = len(points.xyz)
+    size = torch.from_numpy(neighbour_scale(points.xyz) * scale).float()
+    params = {
+        "means": torch.from_numpy(points.xyz).float(),
+        "scales": size.log()[:, None].repeat(1, 3),
+        "quats": torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(n, 1),
+        "opacities": torch.logit(torch.full((n,), float(opacity))),
+        "sh0": (torch.from_numpy(points.rgb).float()[:, None] - 0.5) / SH_C0,
+    }
+    if sh_degree > 0:
+        params["shN"] = torch.zeros(n, (sh_degree + 1) ** 2 - 1, 3)
+    return params
+
+
+@dataclass
+class BallInit:
+    """Uniformly filled ball of random colours."""
+
+    n_points: int = 4096
+    radius: float = 0.6  # world units
+
+    def points(self, rng: np.random.Generator) -> Points:
+        if self.n_points < 4 or not self.radius > 0:
+            raise ValueError(
+                f"ball.n_points={self.n_points} must be at least 4 and "
+                f"ball.radius={self.radius} positive"
+            )
+        direction = rng.normal(size=(self.n_points, 3))
+        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+        # the volume inside r grows with r^3, so r ~ U^(1/3)
+        r = self.radius * rng.random((self.n_points, 1)) ** (1 / 3)
+        return Points(direction * r, rng.random((self.n_points, 3)))
+
+
+@dataclass
+class FileInit:
+    """A mesh (anything trimesh reads), a coloured point cloud, or a 3DGS ply."""
+
+    path: str = ""
+    n_points: int = 20000  # points drawn on the surface of a mesh
+    radius: float = 0.0  # > 0: centre the file and scale it to this bounding radius
+    front: str = "+x"  # the file's axis that shall face azimuth 0
+    up: str = "+z"  # the file's axis that shall point up
+
+    def load(self, rng: np.random.Generator) -> Union[Points, Dict[str, Tensor]]:
+        """The points, or the Gaussians of a 3DGS ply."""
+        if not self.path:
+            raise ValueError("init_type=file needs system.geometry.file.path=<mesh or ply>")
+        path = Path(self.path).expanduser()
+        if not path.is_file():
+            raise ValueError(f"system.geometry.file.path: no file '{path}'")
+        content = read_ply(path) if path.suffix.lower() == ".ply" else None
+        if content is not None and "means" in content:
+            if self.radius or (self.front, self.up) != ("+x", "+z"):
+                raise ValueError(
+                    f"'{path}' holds Gaussians, which are taken as they are: remove "
+                    "system.geometry.file.radius, front and up"
+                )
+            return content
+        if content is not None and "faces" not in content:
+            points = Points(content["xyz"], content["rgb"])
+        else:
+            points = sample_mesh(path, self.n_points, rng)
+        xyz = points.xyz @ axes_rotation(self.front, self.up).T
+        if self.radius > 0:
+            xyz = xyz - (xyz.min(0) + xyz.max(0)) / 2
+            extent = np.linalg.norm(xyz, axis=1).max()
+            if extent == 0:
+                raise ValueError(f"'{path}': all points are the same, nothing to scale")
+            xyz = xyz * (self.radius / extent)
+        return Points(xyz, points.rgb)
+
+
+def sample_mesh(path: Path, n_points: int, rng: np.random.Generator) -> Points:
+    """``n_points`` uniform on the surface of a mesh, with its interpolated vertex colours (mid
+    grey if it has none)."""
+    import trimesh
+
+    try:
+        mesh = trimesh.load(path, force="mesh")
+    except Exception as error:
+        raise ValueError(f"'{path}' cannot be read as a mesh: {error}") from error
+    if not isinstance(mesh, trimesh.Trimesh) or len(mesh.faces) == 0 or mesh.area == 0:
+        raise ValueError(f"'{path}' holds no triangles")
+    if n_points < 4:
+        raise ValueError(f"system.geometry.file.n_points={n_points} must be at least 4")
+    vertex_rgb = np.full((len(mesh.vertices), 3), 0.5)
+    if mesh.visual.defined:
+        visual = mesh.visual if mesh.visual.kind != "texture" else mesh.visual.to_color()
+        vertex_rgb = np.asarray(visual.vertex_colors)[:, :3] / 255.0
+    faces = mesh.faces[rng.choice(len(mesh.faces), n_points, p=mesh.area_faces / mesh.area)]
+    # uniform barycentric coordinates: fold the unit square onto the triangle
+    ab = rng.random((n_points, 2))
+    ab = np.where(ab.sum(1, keepdims=True) > 1, 1 - ab, ab)
+    weights = np.concatenate([1 - ab.sum(1, keepdims=True), ab], axis=1)[..., None]
+    return Points((mesh.vertices[faces] * weights).sum(1), (vertex_rgb[faces] * weights).sum(1))
+
+
+def grow_points(
+    points: Points, n_candidates: int, distance: float, color_noise: float, rng: np.random.Generator
+) -> Points:
+    """Thicken a cloud as GaussianDreamer (arXiv:2310.08529) does.
+
+    Of ``n_candidates`` uniform points in the bounding box those nearer than ``distance`` to a
+    point are kept, with the nearest point's colour plus uniform noise in [0, ``color_noise``) per
+    channel, clipped to 1. They come before the original points.
+    """
+    lo, hi = points.xyz.min(0), points.xyz.max(0)
+    candidates = rng.uniform(lo, hi, (n_candidates, 3))
+    # cKDTree returns infinite distances and an index out of range beyond the bound
+    found, nearest = cKDTree(points.xyz).query(candidates, distance_upper_bound=distance)
+    near = found < distance
+    rgb = points.rgb[nearest[near]] + rng.uniform(0, color_noise, (int(near.sum()), 3))
+    return Points(
+        np.concatenate([candidates[near], points.xyz]),
+        np.concatenate([rgb.clip(0, 1), points.rgb]),
+    )
+
+
+@dataclass
+class ShapEInit:
+    """The surface of the object that Shap-E (arXiv:2305.02463) makes from the prompt."""
+
+    prompt: str = ""
+    pretrained_model_name_or_path: str = "openai/shap-e"
+    guidance_scale: float = 15.0
+    num_steps: int = 64
+    vertex_stride: int = 4  # every 4th vertex of the mesh
+    growth_points: int = 1_000_000  # candidates of grow_points; 0: do not grow
+    growth_distance: float = 0.01  # in Shap-E's unit cube
+    color_noise: float = 0.2
+    scale: float = 1.6  # world units per unit of Shap-E
+    front: str = "-y"  # the side that Shap-E's objects turn to the viewer
+    up: str = "+z"
+
+    def points(self, rng: np.random.Generator, device: torch.device) -> Points:
+        if not self.prompt.strip() or self.prompt.startswith("lib:"):
+            raise ValueError(
+                "Shap-E needs the prompt in words: set system.geometry.shap_e.prompt="
+                f"'...' (it is '{self.prompt}')"
+            )
+        points = self.sample(int(rng.integers(2**31)), device)
+        points = Points(points.xyz[:: self.vertex_stride], points.rgb[:: self.vertex_stride])
+        if self.growth_points > 0:
+            points = grow_points(
+                points, self.growth_points, self.growth_distance, self.color_noise, rng
+            )
+        rotation = axes_rotation(self.front, self.up)
+        return Points(points.xyz @ rotation.T * self.scale, points.rgb)
+
+    def sample(self, seed: int, device: torch.device) -> Points:
+        """The vertices of the mesh, in Shap-E's own axes."""
+        try:
+            from diffusers import ShapEPipeline
+
+            pipe = ShapEPipeline.from_pretrained(
+                self.pretrained_model_name_or_path,
+                torch_dtype=torch.float16 if device.type == "cuda" else torch.float32,
+            ).to(device)
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise ValueError(
+                f"Shap-E's weights '{self.pretrained_model_name_or_path}' cannot be had "
+                f"({type(error).__name__}: {reason[0] if reason else ''}): download them, or "
+                "start from a ball with system.geometry.init_type=ball"
+            ) from error
+        mesh = pipe(
+            self.prompt,
+            guidance_scale=self.guidance_scale,
+            num_inference_steps=self.num_steps,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="mesh",
+        ).images[0]
+        rgb = torch.stack([mesh.vertex_channels[c] for c in "RGB"], dim=-1)
+        xyz = mesh.verts.detach().cpu().double().numpy()
+        if len(xyz) == 0:
+            raise ValueError(f"Shap-E found no surface for '{self.prompt}': try another seed")
+        return Points(xyz, rgb.detach().cpu().double().numpy().clip(0, 1))
+
+
+def initial_gaussians(cfg: Any, device: torch.device) -> Dict[str, Tensor]:
+    """The Gaussians that the geometry's configuration asks for; see :func:`from_points` for the
+    keys. ``init_type`` 'none' gives none at all (a checkpoint or a file fills them in)."""
+    # all three blocks are parsed, so that a misspelt key is found whichever source is chosen
+    ball = parse_structured(BallInit, cfg.ball)
+    file = parse_structured(FileInit, cfg.file)
+    shap_e = parse_structured(ShapEInit, cfg.shap_e)
+    rng = np.random.default_rng(cfg.init_seed)
+    if cfg.init_type == "none":
+        source = None
+    elif cfg.init_type == "ball":
+        source = BallInit(**ball).points(rng)
+    elif cfg.init_type == "file":
+        source = FileInit(**file).load(rng)
+    elif cfg.init_type == "shap-e":
+        source = ShapEInit(**shap_e).points(rng, device)
+    else:
+        raise ValueError(
+            f"system.geometry.init_type='{cfg.init_type}' is unknown: "
+            "use ball, file, shap-e or none"
+        )
+    if source is None:
+        n_rest = (cfg.sh_degree + 1) ** 2 - 1
+        empty = {"means": (0, 3), "scales": (0, 3), "quats": (0, 4), "opacities": (0,)}
+        empty |= {"sh0": (0, 1, 3)} | ({"shN": (0, n_rest, 3)} if n_rest else {})
+        return {name: torch.zeros(shape) for name, shape in empty.items()}
+    if isinstance(source, Points):
+        return from_points(source, cfg.init_opacity, cfg.init_scale, cfg.sh_degree)
+    return source

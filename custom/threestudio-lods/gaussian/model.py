@@ -1,0 +1,106 @@
+"""A cloud of 3D Gaussians as a threestudio geometry."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+
+import threestudio
+from threestudio.models.geometry.base import BaseGeometry
+from threestudio.utils.typing import *
+
+from .initialize import SH_C0, initial_gaussians
+
+NAMES = ("means", "scales", "quats", "opacities", "sh0", "shN")
+
+
+@threestudio.register("lods-gaussians")
+class Gaussians(BaseGeometry):
+    """Gaussians with ``gsplat``'s parameters, directly on the module (so that an optimizer names
+    them ``geometry.means`` and so on):
+
+    ``means`` (N, 3) world units; ``scales`` (N, 3) log of the standard deviations; ``quats``
+    (N, 4) wxyz, of any length; ``opacities`` (N,) logits; ``sh0`` (N, 1, 3) and, with
+    ``sh_degree`` > 0, ``shN`` (N, (sh_degree+1)^2 - 1, 3) spherical harmonics.
+
+    Loading a state dict takes over the number of Gaussians that is stored in it.
+    """
+
+    @dataclass
+    class Config(BaseGeometry.Config):
+        sh_degree: int = 0  # 0: one colour from all sides; up to 3
+        init_type: str = "ball"  # ball | file | shap-e | none
+        init_seed: int = 0
+        init_opacity: float = 0.1
+        init_scale: float = 1.0  # times the rms distance to the 3 nearest neighbours
+        # the settings of each init_type: BallInit, FileInit and ShapEInit in initialize.py
+        ball: dict = field(default_factory=dict)
+        file: dict = field(default_factory=dict)
+        shap_e: dict = field(default_factory=dict)
+
+    cfg: Config
+
+    def configure(self) -> None:
+        if not 0 <= self.cfg.sh_degree <= 3:
+            raise ValueError(f"system.geometry.sh_degree={self.cfg.sh_degree} must be 0 to 3")
+        params = initial_gaussians(self.cfg, torch.device(self.device))
+        n_rest = (self.cfg.sh_degree + 1) ** 2 - 1
+        if n_rest and "shN" not in params:  # a file of degree 0
+            params["shN"] = torch.zeros(len(params["means"]), n_rest, 3)
+        stored = params["shN"].shape[1] if "shN" in params else 0
+        if stored != n_rest:
+            degree = int((stored + 1) ** 0.5) - 1
+            raise ValueError(
+                f"'{self.cfg.file.path}' has spherical harmonics of degree {degree}: "
+                f"set system.geometry.sh_degree={degree}"
+            )
+        for name, value in params.items():
+            setattr(self, name, nn.Parameter(value.to(self.device)))
+        if self.count > 0:
+            threestudio.info(f"{self.count} Gaussians from init_type={self.cfg.init_type}")
+
+    @property
+    def count(self) -> int:
+        """The number N of Gaussians."""
+        return self.means.shape[0]
+
+    def gaussians(self) -> Dict[str, nn.Parameter]:
+        """The parameters by name, without those that ``sh_degree`` leaves out."""
+        return {name: getattr(self, name) for name in NAMES if hasattr(self, name)}
+
+    def set_gaussians(self, params: Dict[str, nn.Parameter]) -> None:
+        """Take over other parameters, as a densification strategy leaves them behind."""
+        for name, value in params.items():
+            setattr(self, name, value)
+
+    def base_colors(self) -> Float[Tensor, "N 3"]:
+        """The colour (N, 3) without its view dependence: max(1/2 + SH_C0 * sh0, 0), which can
+        exceed 1."""
+        return (self.sh0[:, 0] * SH_C0 + 0.5).clamp_min(0.0)
+
+    def export(self) -> Dict[str, Tensor]:
+        """Detached parameters by name, as :func:`..gaussian.ply.write_gaussians` takes them."""
+        return {name: value.detach() for name, value in self.gaussians().items()}
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        stored = {n: state_dict[prefix + n] for n in NAMES if prefix + n in state_dict}
+        counts = {name: len(value) for name, value in stored.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"the checkpoint's Gaussians do not agree in number: {counts}")
+        for name, param in self.gaussians().items():
+            value = stored.get(name)
+            if value is None:
+                continue  # torch itself reports missing keys
+            if value.shape[1:] != param.shape[1:]:
+                raise ValueError(
+                    f"the checkpoint's {prefix}{name} has shape {tuple(value.shape)} and does not "
+                    f"fit system.geometry.sh_degree={self.cfg.sh_degree}"
+                )
+            # the Parameter object stays the same, so an existing optimizer keeps pointing at it
+            param.data = param.data.new_empty(value.shape)
+        if "shN" in stored and not hasattr(self, "shN"):
+            degree = int((stored["shN"].shape[1] + 1) ** 0.5) - 1
+            raise ValueError(
+                f"the checkpoint has spherical harmonics: set system.geometry.sh_degree={degree}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,133 @@
+"""Gaussians and coloured points to and from ply files, through ``plyfile``."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import threestudio
+from threestudio.utils.typing import *
+
+
+def gaussian_properties(n_rest: int) -> List[str]:
+    """Property names of the standard 3DGS layout, in order, with ``n_rest`` = 3 * (number of
+    higher spherical harmonics) entries ``f_rest_*``."""
+    names = ["x", "y", "z", "nx", "ny", "nz"]
+    names += [f"f_dc_{i}" for i in range(3)]
+    names += [f"f_rest_{i}" for i in range(n_rest)]
+    return [*names, "opacity", *(f"scale_{i}" for i in range(3)), *(f"rot_{i}" for i in range(4))]
+
+
+def _write(path: Union[str, Path], columns: Dict[str, Tuple[str, np.ndarray]]) -> None:
+    """Write one 'vertex' element, replacing the file only when it is complete."""
+    from plyfile import PlyData, PlyElement
+
+    n = len(next(iter(columns.values()))[1])
+    vertex = np.empty(n, dtype=[(name, kind) for name, (kind, _) in columns.items()])
+    for name, (_, values) in columns.items():
+        vertex[name] = values
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    PlyData([PlyElement.describe(vertex, "vertex")], byte_order="<").write(str(partial))
+    os.replace(partial, path)
+
+
+def write_gaussians(
+    path: Union[str, Path],
+    means: Float[Tensor, "N 3"],
+    scales: Float[Tensor, "N 3"],
+    quats: Float[Tensor, "N 4"],
+    opacities: Float[Tensor, "N"],
+    sh0: Float[Tensor, "N 1 3"],
+    shN: Optional[Float[Tensor, "N K 3"]] = None,
+) -> int:
+    """Write the standard 3DGS ply: log scales, wxyz quaternions, opacity logits, normals of zero,
+    ``f_rest`` channel after channel. Rows with a value that is not finite are left out with a
+    warning (viewers refuse them). Returns the number of Gaussians written.
+    """
+    n = len(means)
+    rest = sh0.new_zeros(n, 0) if shN is None else shN.transpose(1, 2).reshape(n, -1)
+    rows = torch.cat(
+        [means, torch.zeros_like(means), sh0[:, 0], rest, opacities[:, None], scales, quats], dim=1
+    )
+    finite = torch.isfinite(rows).all(dim=1)
+    if not finite.all():
+        threestudio.warn(f"{int((~finite).sum())} of {n} Gaussians are not finite and left out")
+    values = rows[finite].detach().cpu().float().numpy()
+    names = gaussian_properties(rest.shape[1])
+    _write(path, {name: ("<f4", values[:, i]) for i, name in enumerate(names)})
+    return len(values)
+
+
+def write_points(
+    path: Union[str, Path], xyz: Float[Tensor, "N 3"], rgb: Float[Tensor, "N 3"]
+) -> None:
+    """Write a coloured point cloud; ``rgb`` is clipped to 0..1 and stored as bytes."""
+    position = xyz.detach().cpu().float().numpy()
+    byte = (rgb.detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy()
+    columns = {name: ("<f4", position[:, i]) for i, name in enumerate("xyz")}
+    columns |= {name: ("u1", byte[:, i]) for i, name in enumerate(("red", "green", "blue"))}
+    _write(path, columns)
+
+
+def read_ply(path: Union[str, Path]) -> Dict[str, Any]:
+    """Read a ply file.
+
+    With the 3DGS properties: the Gaussians as float32 tensors, ``means``, ``scales``, ``quats``,
+    ``opacities``, ``sh0`` and, if the file has ``f_rest_*``, ``shN`` (N, K, 3). Otherwise ``xyz``
+    (N, 3) and ``rgb`` (N, 3) in 0..1 (mid grey without colours) as float64 arrays, and ``faces``
+    (their number) when it is a mesh.
+
+    Raises:
+        ValueError: not a ply file, no points, missing properties, values that are not finite.
+    """
+    from plyfile import PlyData
+
+    try:
+        data = PlyData.read(str(path))
+        vertex = data["vertex"]
+        names = [p.name for p in vertex.properties]
+        n = vertex.count
+        columns = {name: np.asarray(vertex[name]) for name in names}
+    except Exception as error:
+        raise ValueError(f"'{path}' is not a readable ply file: {error}") from error
+    if n == 0:
+        raise ValueError(f"'{path}' holds no points")
+
+    def stack(wanted: List[str]) -> np.ndarray:
+        missing = [name for name in wanted if name not in columns]
+        if missing:
+            raise ValueError(f"'{path}' lacks the properties {', '.join(missing)}")
+        values = np.stack([columns[name] for name in wanted], axis=1)
+        bad = ~np.isfinite(values).all(axis=1)
+        if bad.any():
+            raise ValueError(f"'{path}': {int(bad.sum())} of {n} points are not finite")
+        return values
+
+    if "f_dc_0" not in columns:
+        xyz = stack(["x", "y", "z"]).astype(np.float64)
+        rgb = np.full((n, 3), 0.5)
+        if {"red", "green", "blue"} <= columns.keys():
+            rgb = stack(["red", "green", "blue"])
+            rgb = rgb / 255.0 if rgb.dtype.kind in "ui" else rgb.astype(np.float64).clip(0, 1)
+        result = {"xyz": xyz, "rgb": rgb}
+        if "face" in data and data["face"].count > 0:
+            result["faces"] = data["face"].count
+        return result
+
+    n_rest = sum(name.startswith("f_rest_") for name in names)
+    if n_rest // 3 + 1 not in (1, 4, 9, 16, 25) or n_rest % 3:
+        raise ValueError(f"'{path}' has {n_rest} f_rest properties: no whole degree of harmonics")
+    layout = gaussian_properties(n_rest)
+    # normals carry nothing here, and some writers leave them out
+    table = torch.from_numpy(stack(layout[:3] + layout[6:]).astype(np.float32))
+    means, sh0, rest, opacity, scales, quats = table.split([3, 3, n_rest, 1, 3, 4], dim=1)
+    if (quats.norm(dim=1) == 0).any():
+        raise ValueError(f"'{path}' has quaternions of length 0")
+    gaussians = {"means": means, "scales": scales, "quats": quats, "opacities": opacity[:, 0]}
+    gaussians["sh0"] = sh0[:, None]
+    if n_rest:
+        gaussians["shN"] = rest.reshape(n, 3, -1).transpose(1, 2)
+    return {name: value.contiguous() for name, value in gaussians.items()}

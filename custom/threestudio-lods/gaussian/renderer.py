@@ -1,0 +1,141 @@
+"""From Gaussians and cameras to images."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import threestudio
+from threestudio.models.renderers.base import Rasterizer
+from threestudio.utils.ops import get_ray_directions, get_rays
+from threestudio.utils.typing import *
+
+from .initialize import SH_C0
+from .rasterize import rasterization
+
+
+def world_to_camera(c2w: Float[Tensor, "B 4 4"]) -> Float[Tensor, "B 4 4"]:
+    """The inverse of ``c2w`` (OpenGL: x right, y up, z backward), as OpenCV has it (x right, y
+    down, z forward). A rotation is inverted by its transpose: [R^T | -R^T p]."""
+    rotation = c2w[:, :3, :3] * c2w.new_tensor([1.0, -1.0, -1.0])
+    inverse = torch.zeros_like(c2w)
+    inverse[:, :3, :3] = rotation.transpose(1, 2)
+    inverse[:, :3, 3:] = -rotation.transpose(1, 2) @ c2w[:, :3, 3:]
+    inverse[:, 3, 3] = 1.0
+    return inverse
+
+
+def intrinsics(fovy: Float[Tensor, "B"], height: int, width: int) -> Float[Tensor, "B 3 3"]:
+    """Pinhole matrices in pixels: focal length height / (2 tan(fovy / 2)) in both directions, the
+    principal point in the middle of the image. ``fovy`` in radians."""
+    K = fovy.new_zeros(len(fovy), 3, 3)
+    K[:, 0, 0] = K[:, 1, 1] = 0.5 * height / torch.tan(0.5 * fovy)
+    K[:, 0, 2], K[:, 1, 2], K[:, 2, 2] = 0.5 * width, 0.5 * height, 1.0
+    return K
+
+
+def spherical_harmonics(d: Float[Tensor, "*N 3"], degree: int) -> Float[Tensor, "*N K"]:
+    """The (degree+1)^2 - 1 real spherical harmonics above the constant one, at unit directions, in
+    the order and with the signs of 3DGS (arXiv:2308.04079): within a degree l the order is
+    m = -l..l, and the sign is (-1)^m."""
+    x, y, z = d.unbind(-1)
+    xx, yy, zz = x * x, y * y, z * z
+    terms = [-0.4886025119029199 * y, 0.4886025119029199 * z, -0.4886025119029199 * x]
+    if degree > 1:
+        terms += [
+            1.0925484305920792 * x * y,
+            -1.0925484305920792 * y * z,
+            0.31539156525252005 * (2 * zz - xx - yy),
+            -1.0925484305920792 * x * z,
+            0.5462742152960396 * (xx - yy),
+        ]
+    if degree > 2:
+        terms += [
+            -0.5900435899266435 * y * (3 * xx - yy),
+            2.890611442640554 * x * y * z,
+            -0.4570457994644658 * y * (4 * zz - xx - yy),
+            0.3731763325901154 * z * (2 * zz - 3 * xx - 3 * yy),
+            -0.4570457994644658 * x * (4 * zz - xx - yy),
+            1.445305721320277 * z * (xx - yy),
+            -0.5900435899266435 * x * (xx - 3 * yy),
+        ]
+    return torch.stack(terms, dim=-1)
+
+
+@threestudio.register("lods-gaussian-rasterizer")
+class GaussianRasterizer(Rasterizer):
+    """Rasterises a ``lods-gaussians`` geometry; the background module paints what is behind."""
+
+    @dataclass
+    class Config(Rasterizer.Config):
+        near_plane: float = 0.01
+        far_plane: float = 100.0
+        eps2d: float = 0.3  # pixels^2 added to the projected variances, so that nothing aliases
+        backend: str = "auto"  # auto | cpu | torch | gsplat
+
+    cfg: Config
+
+    def colors(self, camera_positions: Float[Tensor, "B 3"]) -> Float[Tensor, "*B N 3"]:
+        """Colours (N, 3), or (B, N, 3) where they depend on the view:
+        max(1/2 + SH_C0 sh0 + sum_k Y_k(direction from the camera) shN_k, 0)."""
+        degree = self.geometry.cfg.sh_degree
+        if degree == 0:
+            return self.geometry.base_colors()
+        directions = F.normalize(self.geometry.means - camera_positions[:, None], dim=-1)
+        basis = spherical_harmonics(directions, degree)
+        rest = torch.einsum("bnk,nkc->bnc", basis, self.geometry.shN)
+        return (self.geometry.sh0[:, 0] * SH_C0 + 0.5 + rest).clamp_min(0.0)
+
+    def forward(
+        self,
+        c2w: Float[Tensor, "B 4 4"],
+        fovy: Float[Tensor, "B"],
+        height: int,
+        width: int,
+        rays_d: Optional[Float[Tensor, "B H W 3"]] = None,
+        **kwargs,
+    ) -> Dict[str, Any]:
+        """Render all cameras in one call.
+
+        ``c2w`` has OpenGL axes, ``fovy`` is vertical and in radians; the rest of a batch is
+        ignored. Returns ``comp_rgb`` = ``comp_rgb_fg`` + (1 - ``opacity``) ``comp_rgb_bg``
+        (B, H, W, 3), not clamped; ``opacity`` (B, H, W, 1), the true accumulated alpha in 0..1;
+        ``depth`` (B, H, W, 1), the expected z in camera space, world units, 0 where nothing is;
+        and ``info``, the rasteriser's dictionary that densification reads.
+        """
+        g = self.geometry
+        # projections lose too many bits in 16-bit floats
+        with torch.autocast(c2w.device.type, enabled=False):
+            c2w, fovy = c2w.float(), fovy.float()
+            rendered, alpha, info = rasterization(
+                g.means,
+                g.quats,
+                g.scales.exp(),
+                g.opacities.sigmoid(),
+                self.colors(c2w[:, :3, 3]),
+                world_to_camera(c2w),
+                intrinsics(fovy, height, width),
+                width,
+                height,
+                near_plane=self.cfg.near_plane,
+                far_plane=self.cfg.far_plane,
+                eps2d=self.cfg.eps2d,
+                render_mode="RGB+ED",
+                backend=self.cfg.backend,
+            )
+        foreground, depth = rendered[..., :3], rendered[..., 3:]
+        if rays_d is None:
+            focal = 0.5 * height / torch.tan(0.5 * fovy)
+            directions = get_ray_directions(height, width, focal=1.0).to(c2w)
+            directions = directions.repeat(len(c2w), 1, 1, 1)
+            directions[..., :2] /= focal[:, None, None, None]
+            _, rays_d = get_rays(directions, c2w, keepdim=True)
+        background = self.background(dirs=rays_d)
+        return {
+            "comp_rgb": foreground + (1 - alpha) * background,
+            "comp_rgb_fg": foreground,
+            "comp_rgb_bg": background,
+            "opacity": alpha,
+            "depth": depth,
+            "info": info,
+        }
