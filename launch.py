@@ -1,0 +1,436 @@
+"""Train, validate, test or export an experiment.
+
+    python launch.py --train --config configs/lods-gs-embedding.yaml \\
+        system.prompt_processor.prompt="a car"
+
+Options of the config are overridden by key=value; several configs are merged from left to right.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import inspect
+import logging
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if str(HERE) not in sys.path:
+    sys.path.insert(0, str(HERE))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help shows the options)\n")
+
+
+def parse_args(argv):
+    """``(args, overrides)`` of a command line."""
+    parser = _Parser(
+        prog="launch.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        nargs="+",
+        action="append",
+        metavar="YAML",
+        help="config file; several are merged, later ones win",
+    )
+    parser.add_argument(
+        "--gpu",
+        default="0",
+        help="GPUs to use, such as 0 or 0,1 (default 0; without a CUDA device the CPU is used)",
+    )
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--train", action="store_true", help="train, then test")
+    mode.add_argument("--validate", action="store_true", help="render the validation views")
+    mode.add_argument("--test", action="store_true", help="render the test views and the video")
+    mode.add_argument("--export", action="store_true", help="export the 3D object")
+    parser.add_argument(
+        "--gradio",
+        action="store_true",
+        help="for a program that watches the run: keep its state in the file 'progress' of the "
+        "run's folder instead of drawing a bar, and export after training",
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="log everything, and show where errors come from"
+    )
+    parser.add_argument(
+        "--typecheck",
+        action="store_true",
+        help="check shapes and types at run time (slow; needs the package beartype)",
+    )
+    args, overrides = parser.parse_known_args(argv)
+    words = [word for group in args.config for word in group]
+    # '--config x.yaml key=value' is read as two files by argparse
+    args.config = [w for w in words if "=" not in w or os.path.exists(w)]
+    overrides = [w for w in words if w not in args.config] + overrides
+    if not args.config:
+        parser.error("--config needs a file")
+    return args, overrides
+
+
+# --- output -------------------------------------------------------------------------------------
+
+_NOISE = (  # of libraries, about things that are as they should be here
+    ".*does not have many workers.*",
+    ".*GPU available but not used.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*resuming from a checkpoint that ended.*",
+    ".*callbacks used to create the checkpoint.*",
+    ".*The dirpath has changed from.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*LeafSpec.*is deprecated.*",
+    ".*in eval mode at the start of training.*",
+    ".*torchvision.*",
+    ".*Experiment logs directory .* exists and is not empty.*",
+    ".*`training_step` returned `None`.*",
+    ".*lr_scheduler.step.*before.*optimizer.step.*",
+)
+
+
+class _NotLightning(logging.Filter):
+    """Drops what Lightning tells about itself (extensions log through the same logger)."""
+
+    def filter(self, record):
+        own = "pytorch_lightning" in record.pathname or "lightning_fabric" in record.pathname
+        return record.levelno >= logging.WARNING or not own
+
+
+def _quieten(verbose: bool) -> None:
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+        for handler in (logger, *logger.handlers):
+            for old in [f for f in handler.filters if isinstance(f, _NotLightning)]:
+                handler.removeFilter(old)
+            if not verbose:
+                handler.addFilter(_NotLightning())
+    if not verbose:
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+# --- set-up -------------------------------------------------------------------------------------
+
+
+def _check_types() -> None:
+    from jaxtyping import install_import_hook
+
+    if importlib.util.find_spec("beartype") is None:
+        print(
+            "error: --typecheck needs the package beartype: pip install beartype", file=sys.stderr
+        )
+        raise SystemExit(2)
+    install_import_hook(["threestudio", "threestudio-lods"], "beartype.beartype")
+
+
+def _load_extensions(verbose: bool) -> None:
+    import threestudio
+    from threestudio.utils.extensions import load_custom_modules, one_line
+
+    for root in dict.fromkeys([HERE / "custom", Path.cwd() / "custom"]):
+        for name, error in load_custom_modules(root).items():
+            if error is None:
+                continue
+            threestudio.warn(f"extension {name!r} failed to load: {one_line(error)}")
+            if verbose:
+                traceback.print_exception(error)
+
+
+def _check_names(function, values, where: str) -> None:
+    """Refuse arguments that `function` does not have, naming the nearest it has."""
+    from threestudio.utils.errors import UserError, nearest
+
+    names = set(inspect.signature(function).parameters) - {"self", "callbacks", "plugins"}
+    for key in values:
+        if key not in names:
+            raise UserError(f"{where} has no option {key!r}{nearest(key, names)}")
+
+
+def _choose_device(trainer_args: dict) -> dict:
+    """Add `accelerator` and `devices` (and a precision that the device has) to the arguments."""
+    import torch
+
+    from threestudio.utils.misc import set_device_type
+
+    args = dict(trainer_args)
+    accelerator = args.get("accelerator") or "auto"
+    if accelerator in ("auto", "gpu", "cuda"):
+        if torch.cuda.is_available():
+            args["accelerator"], kind = "gpu", "cuda"
+            args.setdefault("devices", -1)  # all that --gpu makes visible
+        else:
+            print("no CUDA device: running on the CPU", flush=True)
+            args["accelerator"], args["devices"], kind = "cpu", 1, "cpu"
+    else:
+        kind = accelerator
+        args.setdefault("devices", 1)
+    if kind == "cpu" and str(args.get("precision")) in ("16", "16-mixed", "16-true"):
+        print(f"precision {args['precision']} needs a GPU: using 32 on the CPU", flush=True)
+        args["precision"] = "32-true"
+    set_device_type(kind)
+    return args
+
+
+def _make_loggers(trial_dir: str, system) -> list:
+    from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+    loggers = [CSVLogger(trial_dir, name="csv_logs")]
+    if importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX"):
+        loggers.append(TensorBoardLogger(trial_dir, name="tb_logs"))
+    return loggers + list(system.get_loggers())
+
+
+def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
+    from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+
+    from threestudio.utils import callbacks
+    from threestudio.utils.checkpoint import LastCheckpoint
+
+    made: list = []
+    if args.gradio:
+        made.append(callbacks.ProgressCallback(os.path.join(cfg.trial_dir, "progress")))
+    elif trainer_args.get("enable_progress_bar", True):
+        made.append(callbacks.CustomProgressBar())
+    if not args.train:
+        return made
+    made += [
+        callbacks.CodeSnapshotCallback(os.path.join(cfg.trial_dir, "code"), use_version=False),
+        callbacks.ConfigSnapshotCallback(
+            args.config, cfg, os.path.join(cfg.trial_dir, "configs"), use_version=False
+        ),
+    ]
+    if trainer_args.get("logger", True):
+        made.append(LearningRateMonitor(logging_interval="step"))
+    if trainer_args.get("enable_checkpointing", True):
+        options = dict(cfg.checkpoint)
+        _check_names(ModelCheckpoint.__init__, options, "checkpoint")
+        options.pop("save_last", None)  # LastCheckpoint does that, and always
+        options = {
+            "dirpath": os.path.join(cfg.trial_dir, "ckpts"),
+            "enable_version_counter": False,  # a resumed run writes over its own files
+            **options,
+        }
+        every = options.get("every_n_train_steps")
+        made += [
+            ModelCheckpoint(**options),
+            LastCheckpoint(_last_path(cfg), guard, every_n_train_steps=every),
+        ]
+    return made
+
+
+def _write_command(args, argv, trial_dir: str) -> None:
+    command = shlex.join(["python", sys.argv[0] or "launch.py", *argv])
+    Path(trial_dir, "cmd.txt").write_text(f"{command}\n{args}\n")
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+_MODES = ("train", "validate", "test", "export")
+
+
+def _load(args, overrides):
+    """``(config, counters)``: the config, checked as far as it can be before anything is built,
+    and ``(epoch, global_step)`` of the checkpoint in `resume`, or None."""
+    import torch
+
+    from threestudio.utils.checkpoint import read_checkpoint
+    from threestudio.utils.config import load_config
+    from threestudio.utils.errors import UserError
+    from threestudio.utils.misc import find_last_path
+
+    n_gpus = len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) if torch.cuda.is_available() else 1
+    cfg = load_config(*args.config, cli_args=overrides, n_gpus=n_gpus)
+    mode = next(m for m in _MODES if getattr(args, m))
+    if not args.train and cfg.resume is None:
+        raise UserError(f"--{mode} needs a trained model: add resume=path/to/last.ckpt")
+    for key in ("data_type", "system_type"):
+        if not cfg[key]:
+            raise UserError(f"the config has no {key}: there is nothing to run")
+    if cfg.resume is None:
+        return cfg, None
+    cfg.resume = find_last_path(cfg.resume)
+    checkpoint = read_checkpoint(cfg.resume)
+    return cfg, (checkpoint["epoch"], checkpoint["global_step"])
+
+
+def _last_path(cfg) -> str:
+    folder = cfg.checkpoint.get("dirpath") or os.path.join(cfg.trial_dir, "ckpts")
+    return os.path.join(folder, "last.ckpt")
+
+
+def _make_trainer(args, cfg, guard, trainer_args: dict, system):
+    import pytorch_lightning as pl
+
+    from threestudio.utils.checkpoint import AtomicCheckpointIO
+
+    callbacks = _make_callbacks(args, cfg, guard, trainer_args)
+    logging_wanted = trainer_args.pop("logger", True) and args.train
+    defaults = {
+        "inference_mode": False,  # a system may need gradients to render (normals)
+        "enable_model_summary": False,
+        "enable_checkpointing": args.train,
+    }
+    return pl.Trainer(
+        callbacks=callbacks,
+        logger=_make_loggers(cfg.trial_dir, system) if logging_wanted else False,
+        plugins=[AtomicCheckpointIO()],
+        **{**defaults, **trainer_args},
+    )
+
+
+def _execute(args, cfg, counters, guard, trainer, system, data) -> None:
+    from threestudio.utils.checkpoint import Interrupted
+
+    if not args.train:
+        system.set_resume_status(*counters)
+        tasks = {"validate": trainer.validate, "test": trainer.test, "export": trainer.predict}
+        task = next(tasks[mode] for mode in tasks if getattr(args, mode))
+        task(system, datamodule=data, ckpt_path=cfg.resume)
+        return
+    if counters and counters[1] >= trainer.max_steps >= 0:
+        print(
+            f"{cfg.resume} is at step {counters[1]} of {trainer.max_steps}: nothing is left to "
+            "train (a larger trainer.max_steps continues it)"
+        )
+    trainer.fit(system, datamodule=data, ckpt_path=cfg.resume)
+    if guard.requested:  # too late to stop a step, in time to leave out the test
+        raise Interrupted(trainer.global_step)
+    trainer.test(system, datamodule=data, verbose=args.verbose)
+    if args.gradio:
+        trainer.predict(system, datamodule=data)
+
+
+def run(args, overrides, argv) -> int:
+    """Do what the command line says. Returns the exit status."""
+    import pytorch_lightning as pl
+
+    import threestudio
+    from threestudio.utils.checkpoint import Interrupted, InterruptGuard
+    from threestudio.utils.config import config_to_primitive
+    from threestudio.utils.misc import get_rank
+
+    _quieten(args.verbose)  # again: importing Lightning has set its loggers up
+    _load_extensions(args.verbose)
+    cfg, counters = _load(args, overrides)
+    trainer_args = config_to_primitive(cfg.trainer)
+    _check_names(pl.Trainer.__init__, trainer_args, "trainer")
+    trainer_args = _choose_device(trainer_args)
+    pl.seed_everything(cfg.seed + get_rank(), workers=True, verbose=args.verbose)
+
+    with InterruptGuard() as guard:
+        try:
+            data = threestudio.find(cfg.data_type)(cfg.data)
+            system = threestudio.find(cfg.system_type)(cfg.system, resumed=cfg.resume is not None)
+            system.set_save_dir(os.path.join(cfg.trial_dir, "save"))
+            trainer = _make_trainer(args, cfg, guard, trainer_args, system)
+            if trainer.is_global_zero:
+                _begin_trial(args, argv, cfg.trial_dir)
+            _execute(args, cfg, counters, guard, trainer, system, data)
+        except Interrupted as stop:
+            return _report_interrupt(stop, cfg)
+    if trainer.is_global_zero:
+        _report(args, cfg, system)
+    return 0
+
+
+def _begin_trial(args, argv, trial_dir: str) -> None:
+    """Make the run's folder, now that nothing in the config can fail any more."""
+    import threestudio
+
+    os.makedirs(trial_dir, exist_ok=True)
+    command = shlex.join(["python", sys.argv[0] or "launch.py", *argv])
+    Path(trial_dir, "cmd.txt").write_text(f"{command}\n{args}\n")
+    if args.gradio:
+        threestudio.logger.addHandler(logging.FileHandler(os.path.join(trial_dir, "logs")))
+
+
+def _report(args, cfg, system) -> None:
+    print(f"\nresults in {cfg.trial_dir}")
+    summary = getattr(system, "result_summary", None)
+    for line in summary() if summary is not None else []:
+        print(f"  {line}")
+    if args.train and os.path.exists(_last_path(cfg)):
+        print(f"  checkpoint: {_last_path(cfg)}")
+
+
+def _report_interrupt(stop, cfg) -> int:
+    last = _last_path(cfg)
+    if stop.step is not None:
+        parsed = shlex.quote(os.path.join(cfg.trial_dir, "configs", "parsed.yaml"))
+        print(
+            f"interrupted at step {stop.step}; resume with: "
+            f"python launch.py --config {parsed} --train {shlex.quote(f'resume={last}')}"
+        )
+    elif os.path.exists(last):
+        print(f"interrupted; the last checkpoint is {last}")
+    else:
+        print("interrupted; nothing had been trained yet")
+    return 130
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def _explain(error: BaseException) -> "str | None":
+    """One line for a mistake that the user can mend, None for any other error."""
+    from omegaconf.errors import OmegaConfBaseException
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    from threestudio.utils.errors import UserError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    kinds = (ValueError, KeyError, OmegaConfBaseException, MisconfigurationException, OSError)
+    if not isinstance(error, kinds):
+        return None
+    if isinstance(error, KeyError):
+        text = f"{type(error).__name__}: {text}"
+    origin = traceback.extract_tb(error.__traceback__)[-1].filename
+    ours = any(
+        Path(origin).is_relative_to(root) for root in (HERE / "threestudio", HERE / "custom")
+    )
+    return text if ours else f"{text} (--verbose shows where)"
+
+
+def main(argv=None) -> int:
+    """Run the command line `argv`; returns the exit status (2 after a mistake, 130 when
+    interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args, overrides = parse_args(argv)
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu)
+    with warnings.catch_warnings() if not args.verbose else contextlib.nullcontext():
+        _quieten(args.verbose)
+        if args.typecheck:
+            _check_types()
+        try:
+            return run(args, overrides, argv)
+        except KeyboardInterrupt:
+            print("interrupted; nothing had been trained yet")
+            return 130
+        except Exception as error:
+            message = _explain(error)
+            if message is None:
+                raise
+            if args.verbose:
+                traceback.print_exc()
+            print(f"error: {message}", file=sys.stderr)
+            return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""What accompanies a run: snapshots of config and code, and a progress bar."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pytorch_lightning.callbacks import Callback, ProgressBar
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from tqdm import tqdm
+
+import threestudio
+from threestudio.utils.config import dump_config
+from threestudio.utils.typing import *
+
+
+class VersionedCallback(Callback):
+    """Writes into `save_root`, or with `use_version` into a new folder ``version_N`` in it."""
+
+    def __init__(self, save_root, version: Optional[int] = None, use_version: bool = True) -> None:
+        self.save_root = str(save_root)
+        self.use_version = use_version
+        self._version = version
+
+    @property
+    def version(self) -> int:
+        """The number of the folder: the one given, else the first that is free."""
+        if self._version is None:
+            names = os.listdir(self.save_root) if os.path.isdir(self.save_root) else []
+            numbers = [int(n[8:]) for n in names if n.startswith("version_") and n[8:].isdigit()]
+            self._version = max(numbers, default=-1) + 1
+        return self._version
+
+    @property
+    def savedir(self) -> str:
+        """The folder to write into."""
+        if not self.use_version:
+            return self.save_root
+        return os.path.join(self.save_root, f"version_{self.version}")
+
+
+class ConfigSnapshotCallback(VersionedCallback):
+    """Saves ``parsed.yaml`` (the config with everything merged and resolved, enough to relaunch)
+    and ``raw.yaml`` (a copy of `config_path`; of several, ``raw.yaml``, ``raw_1.yaml``, ...)."""
+
+    def __init__(
+        self,
+        config_path: Union[str, List[str]],
+        cfg: DictConfig,
+        save_root,
+        version: Optional[int] = None,
+        use_version: bool = True,
+    ) -> None:
+        super().__init__(save_root, version, use_version)
+        self.config_paths = [config_path] if isinstance(config_path, str) else list(config_path)
+        # read now: a file may change before the fit starts, and raw.yaml may be its own source
+        self.raw = [Path(path).read_bytes() for path in self.config_paths]
+        self.cfg = cfg
+
+    @rank_zero_only
+    def save_config_snapshot(self) -> None:
+        """Write the files."""
+        os.makedirs(self.savedir, exist_ok=True)
+        dump_config(os.path.join(self.savedir, "parsed.yaml"), self.cfg)
+        for i, raw in enumerate(self.raw):
+            name = f"raw_{i}.yaml" if i else "raw.yaml"
+            Path(self.savedir, name).write_bytes(raw)
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        self.save_config_snapshot()
+
+
+class CodeSnapshotCallback(VersionedCallback):
+    """Copies the code of the current folder: files that git tracks or would track, except those in
+    ``load`` and ``outputs`` and those over 1 MB (weights, pictures). Without git or a repository
+    there is one warning and no snapshot."""
+
+    MAX_BYTES = 1_000_000
+
+    def __init__(self, save_root, version: Optional[int] = None, use_version: bool = True) -> None:
+        super().__init__(save_root, version, use_version)
+
+    def get_file_list(self) -> List[str]:
+        """Paths relative to the current folder. Raises ``OSError`` or ``CalledProcessError``."""
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        out = subprocess.run(command, check=True, capture_output=True).stdout.decode()
+        root = Path(self.save_root).resolve()
+        return [
+            name
+            for name in sorted(set(out.split("\0")))
+            if name
+            and name.split("/")[0] not in ("load", "outputs")
+            and os.path.isfile(name)
+            and os.path.getsize(name) <= self.MAX_BYTES
+            and root not in Path(name).resolve().parents
+        ]
+
+    @rank_zero_only
+    def save_code_snapshot(self) -> None:
+        """Copy the files."""
+        for name in self.get_file_list():
+            target = os.path.join(self.savedir, name)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copyfile(name, target)
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        try:
+            self.save_code_snapshot()
+        except (OSError, subprocess.CalledProcessError):
+            threestudio.warn("no snapshot of the code: it needs git, and a repository around here")
+
+
+class CustomProgressBar(ProgressBar):
+    """One line for the whole training, however long an epoch is: step, loss, time left. Evaluation
+    on its own gets a line too; the validations between training steps do not.
+
+    On a terminal the line is redrawn in place, at most every 0.1 s; in a log file a line is
+    written every 10 s. `refresh_rate`: consider it only every so many steps.
+    """
+
+    def __init__(self, refresh_rate: int = 1) -> None:
+        super().__init__()
+        self.refresh_rate = refresh_rate
+        self._bar: Optional[tqdm] = None
+        self._enabled = True
+        self._interval = 0.1 if sys.stderr.isatty() else 10.0
+        self._drawn_at = 0.0
+
+    def disable(self) -> None:
+        """Called by Lightning on all processes but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """The opposite of :meth:`disable`."""
+        self._enabled = True
+
+    def _open(self, description: str, total, initial: int = 0, unit: str = "step") -> None:
+        self._close()
+        self._bar = tqdm(
+            desc=description,
+            total=total if total and 0 < total < float("inf") else None,
+            initial=initial,
+            unit=unit,
+            disable=not self._enabled,
+            dynamic_ncols=True,
+            mininterval=0,  # the throttling is done here, where reading the loss is saved too
+        )
+        self._drawn_at = time.monotonic()
+
+    def _advance(self, n: int, outputs=None, final: bool = False) -> None:
+        now = time.monotonic()
+        if self._bar is None or n <= self._bar.n:
+            return
+        if not final and (now - self._drawn_at < self._interval or n % self.refresh_rate):
+            return
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if loss is not None:
+            self._bar.set_postfix_str(f"loss={float(loss):.4g}", refresh=False)
+        self._bar.update(n - self._bar.n)
+        self._drawn_at = now
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def print(self, *args, sep: str = " ", **kwargs) -> None:
+        """Print above the bar."""
+        tqdm.write(sep.join(str(arg) for arg in args), file=sys.stderr)
+
+    # --- training -------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self._open("training", trainer.max_steps, initial=trainer.global_step)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        last = trainer.global_step == trainer.max_steps
+        self._advance(trainer.global_step, outputs, final=last)
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self._close()
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        self._close()
+
+    # --- evaluation -----------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        if trainer.state.fn == "validate":
+            self._open("validating", sum(trainer.num_val_batches), unit="view")
+
+    def on_test_start(self, trainer, pl_module) -> None:
+        self._open("rendering", sum(trainer.num_test_batches), unit="view")
+
+    def on_predict_start(self, trainer, pl_module) -> None:
+        self._open("exporting", sum(trainer.num_predict_batches), unit="view")
+
+    def _on_eval_batch_end(self, trainer, batch_idx: int) -> None:
+        if trainer.state.fn != "fit" and self._bar is not None:
+            self._advance(batch_idx + 1, final=batch_idx + 1 == self._bar.total)
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, loader=0) -> None:
+        self._on_eval_batch_end(trainer, batch_idx)
+
+    def on_test_batch_end(self, trainer, module, outputs, batch, batch_idx, loader=0) -> None:
+        self._on_eval_batch_end(trainer, batch_idx)
+
+    def on_predict_batch_end(self, trainer, module, outputs, batch, batch_idx, loader=0) -> None:
+        self._on_eval_batch_end(trainer, batch_idx)
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if trainer.state.fn == "validate":
+            self._close()
+
+    def on_test_end(self, trainer, pl_module) -> None:
+        self._close()
+
+    def on_predict_end(self, trainer, pl_module) -> None:
+        self._close()
+
+
+class ProgressCallback(Callback):
+    """Keeps one line about the run's progress in the file `save_path`, for a program that watches
+    it (``launch.py --gradio``)."""
+
+    def __init__(self, save_path) -> None:
+        super().__init__()
+        self.save_path = Path(save_path)
+        self._written_at = 0.0
+
+    @rank_zero_only
+    def write(self, message: str) -> None:
+        """Replace the line."""
+        self.save_path.parent.mkdir(parents=True, exist_ok=True)
+        self.save_path.write_text(message)
+        self._written_at = time.monotonic()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        done = trainer.global_step / max(trainer.max_steps, 1)
+        if done >= 1 or time.monotonic() - self._written_at > 0.2:
+            self.write(f"Generation progress: {100 * min(done, 1):.2f}%")
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        self.write("Rendering validation image ...")
+
+    def on_test_start(self, trainer, pl_module) -> None:
+        self.write("Rendering video ...")
+
+    def on_predict_start(self, trainer, pl_module) -> None:
+        self.write("Exporting mesh assets ...")
