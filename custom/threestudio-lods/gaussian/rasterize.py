@@ -1,0 +1,157 @@
+"""Drawing 3D Gaussians: one function, several backends.
+
+``cpu`` (numba, any machine), ``torch`` (the dense twin: slow, any device and float dtype) and
+``gsplat`` (CUDA). All give the same images, gradients and ``info``.
+"""
+
+from functools import lru_cache
+
+import torch
+
+import threestudio
+from threestudio.utils.typing import *
+
+BACKENDS = ("auto", "cpu", "torch", "gsplat")
+RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
+
+
+@lru_cache
+def announce(backend: str, reason: str) -> None:
+    """One log line, once."""
+    threestudio.info(f"Gaussian rasteriser: {backend}{reason}")
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """The backend to use for tensors on ``device``; ``auto`` is gsplat on CUDA devices where it
+    works, else cpu. Raises ``ValueError`` for an unknown or an unusable backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"rasteriser backend {backend!r} is unknown; choose from {BACKENDS}")
+    if backend in ("auto", "gsplat"):
+        from . import raster_gsplat
+
+        missing = raster_gsplat.missing()
+        if backend == "gsplat" and (missing or device.type != "cuda"):
+            missing = missing or f"the Gaussians are on {device.type}, not on a CUDA device"
+            raise ValueError(f"rasteriser backend 'gsplat' is not usable: {missing}")
+        if backend == "auto":
+            backend = "gsplat" if device.type == "cuda" and not missing else "cpu"
+            reason = f" (gsplat: {missing})" if device.type == "cuda" and missing else ""
+            announce(backend, reason)
+            return backend
+    announce(backend, "")
+    return backend
+
+
+def rasterization(
+    means: Float[Tensor, "N 3"],
+    quats: Float[Tensor, "N 4"],
+    scales: Float[Tensor, "N 3"],
+    opacities: Float[Tensor, "N"],
+    colors: Float[Tensor, "*C N D"],
+    viewmats: Float[Tensor, "C 4 4"],
+    Ks: Float[Tensor, "C 3 3"],
+    width: int,
+    height: int,
+    near_plane: float = 0.01,
+    far_plane: float = 1e10,
+    eps2d: float = 0.3,
+    backgrounds: Optional[Float[Tensor, "C D"]] = None,
+    render_mode: str = "RGB",
+    absgrad: bool = False,
+    backend: str = "auto",
+) -> Tuple[Float[Tensor, "C H W X"], Float[Tensor, "C H W 1"], Dict[str, Any]]:
+    """Draws N Gaussians into C images. The arguments are those of ``gsplat.rasterization`` 1.5.
+
+    Args:
+        means: centres in the world.
+        quats: rotations (w, x, y, z), normalised here.
+        scales: standard deviations along the axes, in world units (not their logarithm).
+        opacities: 0 to 1; below 1/255 nothing is drawn.
+        colors: any number of channels, for all cameras (N, D) or for each (C, N, D).
+        viewmats: world to camera, OpenCV axes (x right, y down, z forward). Differentiable.
+        Ks: intrinsics in pixels; the centre of the first pixel is (0.5, 0.5). No gradient.
+        near_plane, far_plane: range of camera z that is drawn; near_plane > 0.
+        eps2d: variance added to the projected Gaussians [pixels^2].
+        backgrounds: colours behind everything; depth has the background 0.
+        render_mode: ``RGB``; ``D``, accumulated depth sum_i w_i z_i; ``ED``, expected depth, the
+            former over the alpha; ``RGB+D`` and ``RGB+ED``, with the depth as the last channel.
+        absgrad: also leaves ``info["means2d"].absgrad`` after backward (AbsGS, arXiv 2404.10484).
+        backend: see the module.
+
+    Returns the images (X = D, 1 or D + 1 channels), the alphas, and ``info``, which has what
+    gsplat's densification strategies need: ``means2d`` (C, N, 2), a node of the autograd graph
+    (``retain_grad`` works), ``radii`` (C, N, 2), 0 for what is not drawn, ``conics``, ``depths``,
+    ``opacities`` (C, N), ``width``, ``height``, ``n_cameras``, ``gaussian_ids`` (None).
+
+    Raises ``ValueError`` for shapes that do not fit, an unknown mode, or an unusable backend.
+    """
+    n, cameras = means.shape[0], viewmats.shape[0]
+    expected = {
+        "means": (means, (n, 3)),
+        "quats": (quats, (n, 4)),
+        "scales": (scales, (n, 3)),
+        "opacities": (opacities, (n,)),
+        "viewmats": (viewmats, (cameras, 4, 4)),
+        "Ks": (Ks, (cameras, 3, 3)),
+        "colors": (colors, ((cameras,) if colors.ndim == 3 else ()) + (n, colors.shape[-1])),
+    }
+    if backgrounds is not None:
+        expected["backgrounds"] = (backgrounds, (cameras, colors.shape[-1]))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, expected {shape}")
+    if render_mode not in RENDER_MODES:
+        raise ValueError(f"render_mode {render_mode!r} is unknown; choose from {RENDER_MODES}")
+    if near_plane <= 0 or width <= 0 or height <= 0:
+        raise ValueError("near_plane, width and height must be greater than 0")
+
+    backend = resolve_backend(backend, means.device)
+    if backend == "gsplat":
+        from . import raster_gsplat
+
+        return raster_gsplat.rasterization(
+            means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane,
+            far_plane, eps2d, backgrounds, render_mode, absgrad,
+        )  # fmt: skip
+    options = {}
+    if backend == "cpu":
+        from .raster_cpu import composite, project
+    else:
+        from .raster_torch import composite, project
+
+        if absgrad:
+            raise ValueError("the 'torch' rasteriser has no absgrad; use backend='cpu'")
+
+    means2d, conics, depths, extents = project(
+        means, quats, scales, opacities, viewmats, Ks, width, height, near_plane, far_plane, eps2d
+    )
+    device = means.device
+    means2d = means2d.to(device)
+    if absgrad:
+        options["keep_absgrad"] = lambda grad: setattr(means2d, "absgrad", grad.to(device))
+    with_depth = render_mode != "RGB"
+    if not render_mode.startswith("RGB"):
+        colors, backgrounds = colors[..., :0], None
+    image, alpha = composite(
+        means2d, conics, opacities, colors, depths, extents, width, height, backgrounds,
+        with_depth, **options,
+    )  # fmt: skip
+    image, alpha = image.to(device), alpha.to(device)
+    if render_mode.endswith("ED"):
+        depth = image[..., -1:] / alpha.clamp(min=1e-10)
+        image = torch.cat([image[..., :-1], depth], dim=-1)
+    info = {
+        "batch_ids": None,
+        "camera_ids": None,
+        "gaussian_ids": None,
+        "radii": extents.ceil().int().to(device),
+        "means2d": means2d,
+        "depths": depths.to(device),
+        "conics": conics.to(device),
+        "opacities": opacities.expand(cameras, n),
+        "width": width,
+        "height": height,
+        "n_batches": 1,
+        "n_cameras": cameras,
+    }
+    return image, alpha, info
