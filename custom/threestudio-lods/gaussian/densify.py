@@ -80,7 +80,7 @@ def torch_operators():
 
 
 def _default_strategy():
-    """gsplat's DefaultStrategy, with pruning by size and opacity reset independent of each other."""
+    """gsplat's DefaultStrategy, with its opacity reset and its pruning by size set right."""
     from gsplat.strategy import DefaultStrategy
     from gsplat.strategy.ops import remove, reset_opa
 
@@ -167,6 +167,11 @@ class Densifier:
             **({"scene_scale": scene_scale} if name == "default" else {})
         )
 
+    @property
+    def absgrad(self) -> bool:
+        """Whether the rasteriser has to sum absolute gradients (AbsGS, arXiv:2404.10484)."""
+        return bool(getattr(self.strategy, "absgrad", False))
+
     def before_backward(self, info: Dict[str, Any]) -> None:
         """Ask for the gradient of the projected means, which the default strategy judges by."""
         if self.name == "default":
@@ -210,7 +215,8 @@ class Densifier:
             if grad is None or not torch.isfinite(grad).all():
                 return False  # a step that a 16-bit scaler skipped
             if grad_scale != 1.0:
-                grad.div_(grad_scale)
+                for g in (grad, getattr(info["means2d"], "absgrad", grad.new_zeros(0))):
+                    g.div_(grad_scale)
             self.strategy.step_post_backward(*arguments)
         else:
             lr = next(

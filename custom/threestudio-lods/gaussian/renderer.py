@@ -93,12 +93,13 @@ class GaussianRasterizer(Rasterizer):
         height: int,
         width: int,
         rays_d: Optional[Float[Tensor, "B H W 3"]] = None,
+        absgrad: bool = False,
         **kwargs,
     ) -> Dict[str, Any]:
         """Render all cameras in one call.
 
         ``c2w`` has OpenGL axes, ``fovy`` is vertical and in radians; the rest of a batch is
-        ignored. Returns ``comp_rgb`` = ``comp_rgb_fg`` + (1 - ``opacity``) ``comp_rgb_bg``
+        ignored. ``absgrad`` asks the rasteriser for absolute gradients too. Returns ``comp_rgb`` = ``comp_rgb_fg`` + (1 - ``opacity``) ``comp_rgb_bg``
         (B, H, W, 3), not clamped; ``opacity`` (B, H, W, 1), the true accumulated alpha in 0..1;
         ``depth`` (B, H, W, 1), the expected z in camera space, world units, 0 where nothing is;
         and ``info``, the rasteriser's dictionary that densification reads.
@@ -121,6 +122,7 @@ class GaussianRasterizer(Rasterizer):
                 far_plane=self.cfg.far_plane,
                 eps2d=self.cfg.eps2d,
                 render_mode="RGB+ED",
+                absgrad=absgrad,
                 backend=self.cfg.backend,
             )
         foreground, depth = rendered[..., :3], rendered[..., 3:]

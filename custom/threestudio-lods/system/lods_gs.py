@@ -119,7 +119,7 @@ class LODSGaussianSplatting(BaseLift3DSystem):
         return self.optimizers(use_pl_optimizer=False)
 
     def training_step(self, batch: Dict[str, Any], batch_idx: int) -> Dict[str, Tensor]:
-        out = self(batch)
+        out = self.renderer(**batch, absgrad=self.densifier.absgrad)
         self.densifier.before_backward(out["info"])
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = scaler.get_scale() if scaler is not None else 1.0
