@@ -13,6 +13,7 @@ import inspect
 import logging
 import os
 import shlex
+import shutil
 import sys
 import traceback
 import warnings
@@ -66,7 +67,7 @@ def parse_args(argv):
     parser.add_argument(
         "--typecheck",
         action="store_true",
-        help="check shapes and types at run time (slow; needs the package beartype)",
+        help="not supported, and refused: a config may hold a schedule where a number is declared",
     )
     args, overrides = parser.parse_known_args(argv)
     words = [word for group in args.config for word in group]
@@ -75,6 +76,8 @@ def parse_args(argv):
     overrides = [w for w in words if w not in args.config] + overrides
     if not args.config:
         parser.error("--config needs a file")
+    if args.typecheck:  # jaxtyping's hook checks dataclasses too, and schedules break them
+        parser.error("--typecheck is not supported: leave it out")
     return args, overrides
 
 
@@ -123,17 +126,6 @@ def _quieten(verbose: bool) -> None:
 
 
 # --- set-up -------------------------------------------------------------------------------------
-
-
-def _check_types() -> None:
-    from jaxtyping import install_import_hook
-
-    if importlib.util.find_spec("beartype") is None:
-        print(
-            "error: --typecheck needs the package beartype: pip install beartype", file=sys.stderr
-        )
-        raise SystemExit(2)
-    install_import_hook(["threestudio", "threestudio-lods"], "beartype.beartype")
 
 
 def _load_extensions(verbose: bool) -> None:
@@ -275,20 +267,29 @@ def _make_trainer(args, cfg, guard, trainer_args: dict, system):
     import pytorch_lightning as pl
 
     from threestudio.utils.checkpoint import AtomicCheckpointIO
+    from threestudio.utils.errors import UserError
 
-    callbacks = _make_callbacks(args, cfg, guard, trainer_args)
-    logging_wanted = trainer_args.pop("logger", True) and args.train
+    logging_wanted = trainer_args.get("logger", True) and args.train
     defaults = {
         "inference_mode": False,  # a system may need gradients to render (normals)
         "enable_model_summary": False,
         "enable_checkpointing": args.train,
     }
-    return pl.Trainer(
-        callbacks=callbacks,
-        logger=_make_loggers(cfg.trial_dir, system) if logging_wanted else False,
-        plugins=[AtomicCheckpointIO()],
-        **{**defaults, **trainer_args},
-    )
+    try:
+        return pl.Trainer(
+            callbacks=_make_callbacks(args, cfg, guard, trainer_args),
+            plugins=[AtomicCheckpointIO()],
+            **{
+                **defaults,
+                **trainer_args,
+                "logger": _make_loggers(cfg.trial_dir, system) if logging_wanted else False,
+            },
+        )
+    except UserError:
+        raise
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"trainer or checkpoint options: {text}") from error
 
 
 def _execute(args, cfg, counters, guard, trainer, system, data) -> None:
@@ -331,6 +332,7 @@ def run(args, overrides, argv) -> int:
     pl.seed_everything(cfg.seed + get_rank(), workers=True, verbose=args.verbose)
 
     with InterruptGuard() as guard:
+        new_folder = not os.path.exists(cfg.trial_dir)
         try:
             data = threestudio.find(cfg.data_type)(cfg.data)
             system = threestudio.find(cfg.system_type)(cfg.system, resumed=cfg.resume is not None)
@@ -341,6 +343,10 @@ def run(args, overrides, argv) -> int:
             _execute(args, cfg, counters, guard, trainer, system, data)
         except Interrupted as stop:
             return _report_interrupt(stop, cfg)
+        except Exception:
+            if new_folder:
+                _discard_trial(cfg)
+            raise
     if trainer.is_global_zero:
         _report(args, cfg, system)
     return 0
@@ -355,6 +361,14 @@ def _begin_trial(args, argv, trial_dir: str) -> None:
     Path(trial_dir, "cmd.txt").write_text(f"{command}\n{args}\n")
     if args.gradio:
         threestudio.logger.addHandler(logging.FileHandler(os.path.join(trial_dir, "logs")))
+
+
+def _discard_trial(cfg) -> None:
+    """Remove the folder of a run that failed before it had any result."""
+    if not any(os.path.exists(os.path.join(cfg.trial_dir, name)) for name in ("ckpts", "save")):
+        shutil.rmtree(cfg.trial_dir, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other runs are in it
+            os.rmdir(cfg.exp_dir)
 
 
 def _report(args, cfg, system) -> None:
@@ -415,8 +429,6 @@ def main(argv=None) -> int:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu)
     with warnings.catch_warnings() if not args.verbose else contextlib.nullcontext():
         _quieten(args.verbose)
-        if args.typecheck:
-            _check_types()
         try:
             return run(args, overrides, argv)
         except KeyboardInterrupt:

@@ -183,6 +183,8 @@ class CustomProgressBar(ProgressBar):
         self._close()
 
     def on_exception(self, trainer, pl_module, exception) -> None:
+        if trainer.state.fn == "fit":
+            self._advance(trainer.global_step, final=True)
         self._close()
 
     # --- evaluation -----------------------------------------------------------------------------

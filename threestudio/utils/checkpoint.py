@@ -16,7 +16,14 @@ from pytorch_lightning.callbacks import Checkpoint
 from threestudio.utils.errors import UserError
 from threestudio.utils.typing import *
 
-_UNREADABLE = (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError)
+_UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
 
 
 def _is_whole(path: Path) -> bool:

@@ -1,7 +1,6 @@
 """Names for annotations, star-imported by convention (``from threestudio.utils.typing import *``).
 
-Shapes are documented with jaxtyping (``Float[Tensor, "B H W 3"]``). They are checked at run time
-only under ``launch.py --typecheck``.
+Shapes are documented with jaxtyping (``Float[Tensor, "B H W 3"]``); nothing checks them at run time.
 """
 
 from typing import (  # noqa: UP035 (upstream's names)
