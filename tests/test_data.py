@@ -247,6 +247,10 @@ def test_the_gaussian_alias_is_the_true_camera():
     for loader in (dm.train_dataloader(), dm.val_dataloader(), dm.test_dataloader()):
         batch = next(iter(loader))
         assert torch.equal(batch["c2w_3dgs"], batch["c2w"])
+        assert "rays_d" not in batch  # a rasterizer does without, unless it is asked for
+    dm = threestudio.find("random-camera-datamodule-gs")({**cfg, "rays": True})
+    dm.setup()
+    assert next(iter(dm.train_dataloader()))["rays_d"].shape == (1, 8, 8, 3)
 
 
 def test_resolution_and_batch_size_change_at_their_milestones():

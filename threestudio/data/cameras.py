@@ -174,6 +174,7 @@ def camera_batch(
     height: int,
     width: int,
     *,
+    rays: bool = True,
     rays_d_normalize: bool = True,
     directions_unit_focal: Optional[Float[Tensor, "H W 3"]] = None,
     camera_positions: Optional[Float[Tensor, "N 3"]] = None,
@@ -184,11 +185,11 @@ def camera_batch(
     """Everything that a renderer and a guidance may want to know of ``N`` cameras.
 
     Without the last four arguments the camera looks from its angles at the origin, z up, with the
-    light at the camera. Returns (float32, CPU): ``rays_o``, ``rays_d`` (N, H, W, 3) through the
-    pixel centres, unit length iff ``rays_d_normalize`` (else of unit depth); ``mvp_mtx``,
-    ``proj_mtx`` (image y down, as nvdiffrast wants it), ``c2w`` (N, 4, 4); ``camera_positions``,
-    ``light_positions`` (N, 3); ``elevation``, ``azimuth`` (degrees), ``camera_distances``,
-    ``fovy`` (radians) (N,); ``height``, ``width``.
+    light at the camera. Returns (float32, CPU): ``mvp_mtx``, ``proj_mtx`` (image y down, as
+    nvdiffrast wants it), ``c2w`` (N, 4, 4); ``camera_positions``, ``light_positions`` (N, 3);
+    ``elevation``, ``azimuth`` (degrees), ``camera_distances``, ``fovy`` (radians) (N,);
+    ``height``, ``width``; and if ``rays``, ``rays_o``, ``rays_d`` (N, H, W, 3) through the pixel
+    centres, of unit length iff ``rays_d_normalize`` (else of unit depth).
     """
     if camera_positions is None:
         camera_positions = spherical_to_cartesian(elevation, azimuth, camera_distances)
@@ -196,18 +197,9 @@ def camera_batch(
         center = torch.zeros_like(camera_positions)
     if up is None:
         up = torch.tensor([0.0, 0.0, 1.0]).expand_as(camera_positions)
-    if directions_unit_focal is None:
-        directions_unit_focal = get_ray_directions(height, width, focal=1.0)
     c2w = look_at(camera_positions, center, up, azimuth)
-    # unit-focal directions are (x, y, -1) in pixels; dividing by the focal length gives the ray
-    focal = 0.5 * height / torch.tan(0.5 * fovy)
-    directions = directions_unit_focal[None].repeat(len(fovy), 1, 1, 1)
-    directions[..., :2] /= focal[:, None, None, None]
-    rays_o, rays_d = get_rays(directions, c2w, keepdim=True, normalize=rays_d_normalize)
     proj = get_projection_matrix(fovy, width / height, NEAR, FAR)
-    return {
-        "rays_o": rays_o,
-        "rays_d": rays_d,
+    batch = {
         "mvp_mtx": get_mvp_matrix(c2w, proj),
         "proj_mtx": proj,
         "camera_positions": camera_positions,
@@ -220,3 +212,14 @@ def camera_batch(
         "height": height,
         "width": width,
     }
+    if rays:
+        if directions_unit_focal is None:
+            directions_unit_focal = get_ray_directions(height, width, focal=1.0)
+        # (x, y, -1) with x and y in pixels: divided by the focal length they are the direction
+        focal = 0.5 * height / torch.tan(0.5 * fovy)
+        directions = directions_unit_focal.repeat(len(fovy), 1, 1, 1)
+        directions[..., :2] /= focal[:, None, None, None]
+        batch["rays_o"], batch["rays_d"] = get_rays(
+            directions, c2w, keepdim=True, normalize=rays_d_normalize
+        )
+    return batch

@@ -61,6 +61,7 @@ class RandomCameraDataModuleConfig:
     # views open from the evaluation's front view to the full ranges over this many steps; 0: off
     progressive_until: int = 0
     rays_d_normalize: bool = True
+    rays: bool = True  # whether batches have rays_o and rays_d, which a rasterizer does not need
 
 
 def _check_ranges(cfg: RandomCameraDataModuleConfig) -> None:
@@ -179,6 +180,7 @@ class RandomCameraIterableDataset(IterableDataset, Updateable):
             **cameras,
             height=self.height,
             width=self.width,
+            rays=self.cfg.rays,
             rays_d_normalize=self.cfg.rays_d_normalize,
             directions_unit_focal=self.directions_unit_focal,
         )
@@ -216,6 +218,7 @@ class RandomCameraDataset(Dataset):
             fovy=torch.deg2rad(torch.full_like(azimuth, self.cfg.eval_fovy_deg)),
             height=self.cfg.eval_height,
             width=self.cfg.eval_width,
+            rays=self.cfg.rays,
             rays_d_normalize=self.cfg.rays_d_normalize,
             directions_unit_focal=self.directions_unit_focal,
         )
@@ -303,6 +306,7 @@ class GaussianCameraDataModuleConfig(RandomCameraDataModuleConfig):
     center_perturb: float = 0.0
     up_perturb: float = 0.0
     eval_camera_distance: float = 6.0
+    rays: bool = False  # at this size they cost more than everything else in the batch
     load_type: int = 0  # of GaussianDreamer; 1 (avatars from a body mesh) is not supported
 
 
