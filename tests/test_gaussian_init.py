@@ -1,0 +1,288 @@
+"""Where Gaussians start, and how they are written and read."""
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from plyfile import PlyData, PlyElement
+
+
+@pytest.fixture(scope="module")
+def init(lods):
+    return importlib.import_module("threestudio-lods.gaussian.initialize")
+
+
+@pytest.fixture(scope="module")
+def ply(lods):
+    return importlib.import_module("threestudio-lods.gaussian.ply")
+
+
+@pytest.fixture(scope="module")
+def Gaussians(lods):
+    return importlib.import_module("threestudio-lods.gaussian.model").Gaussians
+
+
+# -- initial values --------------------------------------------------------------------------------
+
+
+def test_scale_is_the_rms_distance_to_three_neighbours(init):
+    # the corners of a box with sides 1, 2, 3: the nearest of each corner are at 1, 2 and sqrt 5
+    # (across the 1-2 face), since 3 and everything else is farther
+    corners = np.array(np.meshgrid([0, 1], [0, 2], [0, 3])).reshape(3, -1).T.astype(float)
+    expected = math.sqrt((1 + 4 + 5) / 3)
+    assert np.allclose(init.neighbour_scale(corners), expected)
+    params = init.from_points(init.Points(corners, np.full((8, 3), 0.25)), 0.1, 2.0, 0)
+    assert torch.allclose(params["scales"].exp(), torch.tensor(2 * expected))
+    assert torch.allclose(params["opacities"].sigmoid(), torch.tensor(0.1))
+    assert torch.allclose(params["sh0"] * 0.5 / math.sqrt(math.pi) + 0.5, torch.tensor(0.25))
+    assert torch.equal(params["quats"], torch.tensor([1.0, 0, 0, 0]).expand(8, 4))
+    assert "shN" not in params
+    # coinciding points have a size too
+    assert np.allclose(init.neighbour_scale(np.zeros((5, 3))), math.sqrt(1e-7))
+    with pytest.raises(ValueError, match="3 points are too few"):
+        init.neighbour_scale(np.zeros((3, 3)))
+
+
+def test_ball_is_uniform_and_reproducible(Gaussians):
+    def make(seed):
+        cfg = {"init_type": "ball", "init_seed": seed, "ball": {"n_points": 4000, "radius": 0.6}}
+        return Gaussians(cfg)
+
+    state = torch.get_rng_state()
+    one, again, other = make(0), make(0), make(1)
+    assert torch.equal(state, torch.get_rng_state())  # its own randomness
+    assert torch.equal(one.means, again.means) and not torch.equal(one.means, other.means)
+    r = one.means.norm(dim=1) / 0.6
+    assert r.max() <= 1
+    # uniform in the ball: E r^3 = 1/2, and no direction is preferred
+    assert abs((r**3).mean().item() - 0.5) < 4 * math.sqrt(1 / 12 / 4000)
+    assert one.means.mean(0).abs().max() < 0.03
+    assert one.base_colors().min() >= 0 and abs(one.base_colors().mean() - 0.5) < 0.02
+
+
+def test_axes_rotation(init):
+    for front, up in (("+x", "+z"), ("-y", "+z"), ("+z", "+y"), ("-x", "-y")):
+        R = init.axes_rotation(front, up)
+        assert np.allclose(R @ init.AXES[front], [1, 0, 0])
+        assert np.allclose(R @ init.AXES[up], [0, 0, 1])
+        assert np.isclose(np.linalg.det(R), 1)  # a mirrored object would have -1
+    for bad in (("+x", "-x"), ("front", "+z")):
+        with pytest.raises(ValueError):
+            init.axes_rotation(*bad)
+
+
+def test_growing_points(init):
+    rng = np.random.default_rng(0)
+    points = init.Points(rng.uniform(-1, 1, (50, 3)), rng.uniform(0.5, 1, (50, 3)))
+    grown = init.grow_points(points, 20000, 0.1, 0.2, rng)
+    new = len(grown.xyz) - 50
+    assert np.array_equal(grown.xyz[new:], points.xyz)  # the originals come last
+    distance = np.linalg.norm(grown.xyz[:new, None] - points.xyz[None], axis=-1)
+    assert new > 100 and distance.min(1).max() < 0.1
+    excess = grown.rgb[:new] - points.rgb[distance.argmin(1)]
+    assert excess.min() >= -1e-12 and excess.max() < 0.2 and excess.max() > 0.15
+    assert grown.rgb.max() == 1.0  # clipped, not beyond
+    # as many as the volume near the points: here estimated with an independent sample
+    box = np.prod(points.xyz.max(0) - points.xyz.min(0))
+    sample = rng.uniform(points.xyz.min(0), points.xyz.max(0), (20000, 3))
+    near = np.linalg.norm(sample[:, None] - points.xyz[None], axis=-1).min(1) < 0.1
+    assert box > 0 and abs(near.sum() - new) < 6 * math.sqrt(new)
+
+
+def test_shap_e_points(init, monkeypatch):
+    """The pipeline's mesh becomes points: every 4th vertex, its front (-y) turned to +x."""
+    vertices = np.random.default_rng(0).normal(size=(400, 3))
+    colors = np.random.default_rng(1).random((400, 3))
+    monkeypatch.setattr(
+        init.ShapEInit, "sample", lambda self, seed, device: init.Points(vertices, colors)
+    )
+    source = init.ShapEInit(prompt="a cat", growth_points=0, scale=1.6)
+    points = source.points(np.random.default_rng(0), torch.device("cpu"))
+    x, y, z = vertices[::4].T
+    assert np.allclose(points.xyz, 1.6 * np.stack([-y, x, z], axis=1))
+    assert np.array_equal(points.rgb, colors[::4])
+    for prompt in ("", "lib:hamburger"):
+        with pytest.raises(ValueError, match=r"shap_e\.prompt"):
+            init.ShapEInit(prompt=prompt).points(np.random.default_rng(0), torch.device("cpu"))
+
+
+def test_shap_e_without_weights_is_one_line(Gaussians, tmp_path):
+    cfg = {
+        "init_type": "shap-e",
+        "shap_e": {"prompt": "x", "pretrained_model_name_or_path": str(tmp_path / "none")},
+    }
+    with pytest.raises(ValueError, match="init_type=ball") as error:
+        Gaussians(cfg)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "cfg, message",
+    [
+        ({"init_type": "sphere"}, "use ball, file, shap-e or none"),
+        ({"ball": {"n_point": 3}}, "n_point"),
+        ({"ball": {"n_points": 3}}, "at least 4"),
+        ({"init_type": "file"}, "path"),
+        ({"init_type": "file", "file": {"path": "/no/such.ply"}}, "no file"),
+        ({"sh_degree": 4}, "0 to 3"),
+        ({"init_opacity": 1.0}, "strictly between"),
+    ],
+)
+def test_wrong_settings(Gaussians, cfg, message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        Gaussians(cfg)
+    assert "\n" not in str(error.value)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def random_gaussians(n=17, k=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"means": (n, 3), "scales": (n, 3), "quats": (n, 4), "opacities": (n,)}
+    shapes |= {"sh0": (n, 1, 3)} | ({"shN": (n, k, 3)} if k else {})
+    return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("k", [0, 3, 8, 15])
+def test_ply_has_the_standard_layout(ply, tmp_path, k):
+    gaussians = random_gaussians(k=k)
+    assert ply.write_gaussians(tmp_path / "a.ply", **gaussians) == 17
+    vertex = PlyData.read(str(tmp_path / "a.ply"))["vertex"]
+    rest = [f"f_rest_{i}" for i in range(3 * k)]
+    names = ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", *rest, "opacity"]
+    names += ["scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"]
+    assert [p.name for p in vertex.properties] == names
+    assert all(p.val_dtype == "f4" for p in vertex.properties)
+
+    def column(name):
+        return torch.from_numpy(np.array(vertex[name]))
+
+    for i in range(3):
+        assert torch.equal(column("xyz"[i]), gaussians["means"][:, i])
+        assert torch.equal(column(f"f_dc_{i}"), gaussians["sh0"][:, 0, i])
+        assert torch.equal(column(f"scale_{i}"), gaussians["scales"][:, i])
+        for j in range(k):  # channel after channel
+            assert torch.equal(column(f"f_rest_{i * k + j}"), gaussians["shN"][:, j, i])
+    assert torch.equal(column("opacity"), gaussians["opacities"])
+    assert torch.equal(column("rot_2"), gaussians["quats"][:, 2])
+    back = ply.read_ply(tmp_path / "a.ply")
+    assert back.keys() == gaussians.keys()
+    assert all(torch.equal(back[name], gaussians[name]) for name in gaussians)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ply"]  # no half-written file remains
+
+
+def test_gsplat_writes_the_same_values(ply, tmp_path):
+    """An exporter that we did not write."""
+    from gsplat import export_splats
+
+    gaussians = random_gaussians(k=3)
+    export_splats(**gaussians, format="ply", save_to=str(tmp_path / "theirs.ply"))
+    back = ply.read_ply(tmp_path / "theirs.ply")  # it has no normals
+    assert all(torch.equal(back[name], gaussians[name]) for name in gaussians)
+
+
+def test_export_leaves_out_what_is_not_finite(ply, tmp_path, caplog):
+    gaussians = random_gaussians(k=0)
+    gaussians["scales"][3, 1] = math.nan
+    gaussians["opacities"][5] = math.inf
+    with caplog.at_level("WARNING", logger="pytorch_lightning"):
+        assert ply.write_gaussians(tmp_path / "a.ply", **gaussians) == 15
+    assert "2 of 17 Gaussians" in caplog.text
+    keep = [i for i in range(17) if i not in (3, 5)]
+    assert torch.equal(ply.read_ply(tmp_path / "a.ply")["means"], gaussians["means"][keep])
+
+
+def write_ply(path, columns, n):
+    data = np.zeros(n, dtype=[(name, "f4") for name in columns])
+    for name, value in columns.items():
+        data[name] = value
+    PlyData([PlyElement.describe(data, "vertex")]).write(str(path))
+
+
+def test_bad_ply_files(ply, tmp_path):
+    path = tmp_path / "bad.ply"
+    path.write_bytes(b"not a ply")
+    cases = [("not a readable ply", None)]
+    whole = {name: 1.0 for name in ply.gaussian_properties(0)}
+    cases.append(("lacks the properties rot_3", {k: v for k, v in whole.items() if k != "rot_3"}))
+    cases.append(("1 of 4 points are not finite", {**whole, "scale_1": [1, 2, np.nan, 3]}))
+    cases.append(("no whole degree", {**whole, "f_rest_0": 0.0}))
+    cases.append(("quaternions of length 0", {**whole, **{f"rot_{i}": 0.0 for i in range(4)}}))
+    cases.append(("lacks the properties z", {"x": 0.0, "y": 0.0}))
+    for message, columns in cases:
+        if columns is not None:
+            write_ply(path, columns, 4)
+        with pytest.raises(ValueError, match=message) as error:
+            ply.read_ply(path)
+        assert "\n" not in str(error.value)
+    write_ply(path, whole, 0)
+    with pytest.raises(ValueError, match="holds no points"):
+        ply.read_ply(path)
+    # cut short
+    ply.write_gaussians(path, **random_gaussians())
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="not a readable ply"):
+        ply.read_ply(path)
+
+
+def test_coloured_points_round_trip(ply, Gaussians, tmp_path):
+    rng = np.random.default_rng(0)
+    xyz = torch.from_numpy(rng.normal(size=(30, 3))).float()
+    rgb = torch.from_numpy(rng.integers(0, 256, (30, 3)) / 255).float()
+    ply.write_points(tmp_path / "p.ply", xyz, rgb)
+    back = ply.read_ply(tmp_path / "p.ply")
+    assert np.array_equal(back["xyz"], xyz.double().numpy())
+    assert np.allclose(back["rgb"], rgb, atol=1e-7)
+    geometry = Gaussians(
+        {"init_type": "file", "file": {"path": str(tmp_path / "p.ply"), "radius": 0.5}}
+    )
+    middle = (geometry.means.amin(0) + geometry.means.amax(0)) / 2
+    assert middle.abs().max() < 0.2  # centred before scaling, by the box
+    assert torch.isclose(geometry.means.norm(dim=1).max(), torch.tensor(0.5))
+    assert torch.allclose(geometry.base_colors(), rgb, atol=1e-6)
+
+
+def test_start_from_gaussians_in_a_file(ply, Gaussians, tmp_path):
+    gaussians = random_gaussians(k=3)
+    path = str(tmp_path / "g.ply")
+    ply.write_gaussians(path, **gaussians)
+    geometry = Gaussians({"init_type": "file", "sh_degree": 1, "file": {"path": path}})
+    assert all(torch.equal(v, gaussians[k]) for k, v in geometry.export().items())
+    with pytest.raises(ValueError, match="sh_degree=1"):
+        Gaussians({"init_type": "file", "sh_degree": 0, "file": {"path": path}})
+    with pytest.raises(ValueError, match="taken as they are"):
+        Gaussians({"init_type": "file", "sh_degree": 1, "file": {"path": path, "radius": 1.0}})
+    # a file without view dependence starts a geometry that has it
+    ply.write_gaussians(path, **random_gaussians(k=0))
+    geometry = Gaussians({"init_type": "file", "sh_degree": 2, "file": {"path": path}})
+    assert geometry.shN.shape == (17, 8, 3) and not geometry.shN.any()
+
+
+@pytest.mark.parametrize("suffix", ["obj", "ply", "glb"])
+def test_start_from_a_mesh(Gaussians, tmp_path, suffix):
+    """A box that is 4 long along y, coloured red where y > 0: the front -y must come to +x."""
+    import trimesh
+
+    mesh = trimesh.creation.box((1, 4, 2)).subdivide().subdivide()
+    red, blue = [255, 0, 0, 255], [0, 0, 255, 255]
+    mesh.visual.vertex_colors = [red if y > 0 else blue for y in mesh.vertices[:, 1]]
+    path = str(tmp_path / f"box.{suffix}")
+    mesh.export(path)
+    file = {"path": path, "n_points": 2000, "front": "-y", "up": "+z"}
+    geometry = Gaussians({"init_type": "file", "file": file})
+    assert geometry.count == 2000
+    size = geometry.means.amax(0) - geometry.means.amin(0)
+    assert torch.allclose(size, torch.tensor([4.0, 1.0, 2.0]), atol=0.02)
+    # on the surface
+    half = torch.tensor([2.0, 0.5, 1.0])
+    assert (geometry.means.abs() - half).amax(1).abs().max() < 1e-4
+    colors = geometry.base_colors()
+    front, back = geometry.means[:, 0] > 0.05, geometry.means[:, 0] < -1.05
+    assert torch.allclose(colors[front], torch.tensor([0.0, 0.0, 1.0]), atol=0.01)
+    assert torch.allclose(colors[back], torch.tensor([1.0, 0.0, 0.0]), atol=0.01)
+    # uniform in area: the two ends have 2 of the 28 area units each
+    ends = (geometry.means[:, 0].abs() > 2 - 1e-4).float().mean()
+    assert abs(ends.item() - 4 / 28) < 0.03
