@@ -6,6 +6,7 @@ latents is folded into ``quant_conv`` and ``post_quant_conv``, so that latents h
 standard deviation 1 and ``scaling_factor`` is 1.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def cosine(step: int, steps: int, peak: float, warm: int = 100) -> float:
     """Learning rate: linear from 0 in ``warm`` steps, then half a cosine to 2 % of the peak."""
     if step < warm:
         return peak * (step + 1) / warm
-    return peak * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * (step - warm) / max(1, steps - warm))))
+    return peak * (0.51 + 0.49 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def whiten(vae, images: torch.Tensor):

@@ -99,11 +99,13 @@ class Captions:
         return torch.tensor([self.ids(t) for t in texts])
 
 
-def encode_all(work: Path, vae) -> torch.Tensor:
-    """Posterior means of every training picture, float16 (N, 4, 16, 16), cached on disk."""
+def encode_all(work: Path, count: int = 40000) -> torch.Tensor:
+    """Posterior means of the first ``count`` training pictures, float16 (N, 4, 16, 16), cached on
+    disk."""
     file = work / "latents.pt"
     if not file.exists():
-        images = np.load(work / "train.npz")["images"]
+        vae = load_vae(work)
+        images = np.load(work / "train.npz")["images"][:count]
         with torch.no_grad():
             parts = [
                 vae.encode(to_tensor(images[i : i + 100])).latent_dist.mean.half()
@@ -122,13 +124,14 @@ def load_vae(work: Path):
 def train(work: Path, steps: int, seed: int = 0, batch: int = 32, peak: float = 1.2e-3):
     """Train to ``work/unet_state.pt`` (resumable; finished when its step equals ``steps``)."""
     state_file = work / "unet_state.pt"
-    latents = encode_all(work, load_vae(work))
+    latents = encode_all(work)
     labels = np.load(work / "train.npz")["labels"]
     tokenizer = save_tokenizer(work / "tokenizer", WORDS, LENGTH)
     captions = Captions(tokenizer)
     torch.manual_seed(seed)
     models = torch.nn.ModuleList(build_models(tokenizer))
     text_encoder, unet = models
+    unet.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
     ema = {k: v.clone() for k, v in models.state_dict().items()}
     optimizer = torch.optim.AdamW(
         models.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-2
@@ -144,7 +147,7 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 32, peak: float = 
         rng = np.random.default_rng((seed, 1, step))
         noise_source = torch.Generator().manual_seed(seed * 1_000_003 + step)
         pick = rng.integers(len(latents), size=batch)
-        x = latents[pick].float()
+        x = latents[pick].float().contiguous(memory_format=torch.channels_last)
         noise = torch.randn(x.shape, generator=noise_source)
         # Stratified timesteps: each batch covers the whole range, so the loss is less noisy.
         t = torch.from_numpy(

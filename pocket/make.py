@@ -14,11 +14,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/pocket"))
     parser.add_argument("--out", type=Path, default=Path("custom/threestudio-lods/models/pocket"))
-    parser.add_argument("--stages", default="data,vae,unet,save,judge,report")
+    parser.add_argument("--stages", default="data,vae,latents,unet,save,judge,report")
     parser.add_argument("--pictures", type=int, default=60000)
-    parser.add_argument("--vae-steps", type=int, default=6000)
-    parser.add_argument("--unet-steps", type=int, default=14000)
-    parser.add_argument("--judge-steps", type=int, default=4000)
+    parser.add_argument("--vae-steps", type=int, default=2200)
+    parser.add_argument("--unet-steps", type=int, default=7000)
+    parser.add_argument("--judge-steps", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -39,6 +39,10 @@ def main():
         from pocket.autoencoder import train
 
         train(args.work, steps=args.vae_steps, seed=args.seed)
+    if "latents" in stages:
+        from pocket.diffusion import encode_all
+
+        encode_all(args.work)
     if "unet" in stages:
         from pocket.diffusion import train
 
