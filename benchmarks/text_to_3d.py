@@ -35,10 +35,6 @@ PROMPTS = (
     "a photo of a traffic cone",
 )
 VIEWS = 12
-FIELDS = (
-    "config,prompt,seed,object_accuracy,color_accuracy,seen_as,seconds,train_seconds,peak_mib,"
-    "steps,cpu,threads,torch,commit"
-).split(",")
 
 
 def commit() -> str:
@@ -144,7 +140,7 @@ def main():
                 print(row, flush=True)
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 with args.out.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS)
+                    writer = csv.DictWriter(file, row)
                     writer.writeheader()
                     writer.writerows(rows)
     for config in args.configs:
