@@ -267,6 +267,7 @@ def _make_trainer(args, cfg, guard, trainer_args: dict, system):
     import pytorch_lightning as pl
 
     from threestudio.utils.checkpoint import AtomicCheckpointIO
+    from threestudio.utils.config import config_to_primitive
     from threestudio.utils.errors import UserError
 
     logging_wanted = trainer_args.get("logger", True) and args.train
@@ -275,6 +276,8 @@ def _make_trainer(args, cfg, guard, trainer_args: dict, system):
         "enable_model_summary": False,
         "enable_checkpointing": args.train,
     }
+    if not config_to_primitive(cfg.system).get("exporter", {}).get("save_video"):
+        defaults["limit_predict_batches"] = 1  # an export renders no views: do not make them all
     try:
         return pl.Trainer(
             callbacks=_make_callbacks(args, cfg, guard, trainer_args),
@@ -341,11 +344,11 @@ def run(args, overrides, argv) -> int:
             if trainer.is_global_zero:
                 _begin_trial(args, argv, cfg.trial_dir)
             _execute(args, cfg, counters, guard, trainer, system, data)
-        except Interrupted as stop:
-            return _report_interrupt(stop, cfg)
-        except Exception:
+        except BaseException as error:
             if new_folder:
                 _discard_trial(cfg)
+            if isinstance(error, Interrupted):
+                return _report_interrupt(error, cfg)
             raise
     if trainer.is_global_zero:
         _report(args, cfg, system)
@@ -364,7 +367,7 @@ def _begin_trial(args, argv, trial_dir: str) -> None:
 
 
 def _discard_trial(cfg) -> None:
-    """Remove the folder of a run that failed before it had any result."""
+    """Remove the folder of a run that ended before it had any result."""
     if not any(os.path.exists(os.path.join(cfg.trial_dir, name)) for name in ("ckpts", "save")):
         shutil.rmtree(cfg.trial_dir, ignore_errors=True)
         with contextlib.suppress(OSError):  # other runs are in it

@@ -58,6 +58,8 @@ def find(name: str):
         main, mixins = name.split(":", 1)
         bases = tuple(find(mixin.strip()) for mixin in mixins.split(",")) + (find(main.strip()),)
         return type(f"{main}.{mixins}", bases, {})
+    if not name:
+        raise UnknownNameError("no name to look up: a *_type option of the config is empty")
     if name not in __modules__:
         message = f"no module is registered as {name!r}{nearest(name, __modules__)}"
         for extension, error in extensions.failed.items():

@@ -57,8 +57,9 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
         self._resumed = resumed
         self._resumed_eval_status: Optional[Tuple[int, int]] = None
         self._rng_to_restore: Optional[dict] = None
+        self._rng_after_step: Optional[dict] = None
         self._bad_losses = 0
-        if "loggers" in cfg:
+        if cfg is not None and "loggers" in cfg:
             self.create_loggers(self.cfg.loggers)
         self.configure()
         if self.cfg.weights is not None:
@@ -163,6 +164,8 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self._batch_end()
+        # here and not when a validation starts: by then its loaders have drawn their seeds
+        self._rng_after_step = capture_rng_state()
 
     def on_validation_batch_end(self, outputs, batch, batch_idx, dataloader_idx=0):
         self._batch_end(self.cfg.cleanup_after_validation_step)
@@ -197,17 +200,17 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
     # --- exact resume ---------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        checkpoint["rng_state"] = capture_rng_state()
+        # a validation can write a checkpoint, and training must not see what it has drawn
+        validating = self._rng_after_step is not None and self.trainer.validating
+        checkpoint["rng_state"] = self._rng_after_step if validating else capture_rng_state()
 
     def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
         # restored at the first step: until then, setting up still draws random numbers
         self._rng_to_restore = checkpoint.get("rng_state")
 
-    def on_validation_start(self) -> None:
-        self._rng_before_validation = capture_rng_state()
-
     def on_validation_end(self) -> None:
-        restore_rng_state(self._rng_before_validation)
+        if self._rng_after_step is not None:
+            restore_rng_state(self._rng_after_step)
 
 
 class BaseLift3DSystem(BaseSystem):
@@ -314,7 +317,7 @@ class BaseLift3DSystem(BaseSystem):
     def guidance_evaluation_save(self, comp_rgb: Tensor, guidance_eval_out: Dict[str, Any]) -> None:
         """Save ``it{step}-train.png``: one row per image, the rendering and what the guidance
         made of it (noisy, one step, fully denoised, as far as given), captioned with `texts`."""
-        keys = [k for k in ("imgs_noisy", "imgs_1step", "imgs_1orig", "imgs_final")]
+        keys = ("imgs_noisy", "imgs_1step", "imgs_1orig", "imgs_final")
         columns = [guidance_eval_out[k] for k in keys if k in guidance_eval_out]
         rows = [
             [

@@ -39,7 +39,9 @@ def _primitive(config) -> Any:
     return config_to_primitive(config) if not isinstance(config, (dict, list)) else config
 
 
-def _optimizer_class(name: str) -> type:
+def _optimizer_class(name: Optional[str]) -> type:
+    if not name:
+        raise UserError("optimizer.name is missing: a class of torch.optim, such as Adam")
     cls = getattr(torch.optim, str(name), None)
     if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)) or name == "Optimizer":
         names = [n for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != "Optimizer"]

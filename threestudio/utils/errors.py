@@ -17,8 +17,8 @@ class UnknownNameError(UserError, KeyError):
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """``": did you mean 'x'?"`` for the closest of `choices`, or ``""`` if none is close."""
-    choices = list(choices)
-    found = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.55)
+    word, choices = str(word), list(choices)
+    found = difflib.get_close_matches(word, choices, n=1, cutoff=0.55)
     if not found:  # 'embedding-guidance' for 'lods-embedding-guidance', which a ratio can miss
-        found = [c for c in choices if len(str(word)) >= 4 and (word in c or c in word)][:1]
+        found = [c for c in choices if len(word) >= 4 and (word in c or c in word)][:1]
     return f": did you mean {found[0]!r}?" if found else ""

@@ -46,8 +46,9 @@ def load_extension(path, submodule: str | None = None) -> ModuleType:
     module = sys.modules.get(name)
     if module is not None and Path(getattr(module, "__file__", None) or "/") != file:
         raise ImportError(f"{name!r} is already loaded from {getattr(module, '__file__', '?')}")
+    new = module is None
     try:
-        if module is None:
+        if new:
             locations = [str(path)] if path.is_dir() else None
             spec = importlib.util.spec_from_file_location(
                 name, file, submodule_search_locations=locations
@@ -58,11 +59,13 @@ def load_extension(path, submodule: str | None = None) -> ModuleType:
         if submodule is not None:
             return importlib.import_module(f"{name}.{submodule}")
         if getattr(module, _PARTIAL, False):
+            new = True
             delattr(module, _PARTIAL)
             module.__spec__.loader.exec_module(module)
         return module
     except BaseException:
-        _forget(name)
+        if new:
+            _forget(name)
         raise
 
 

@@ -1,6 +1,7 @@
 """Names for annotations, star-imported by convention (``from threestudio.utils.typing import *``).
 
-Shapes are documented with jaxtyping (``Float[Tensor, "B H W 3"]``); nothing checks them at run time.
+Shapes are documented with jaxtyping (``Float[Tensor, "B H W 3"]``); nothing checks them when the
+program runs.
 """
 
 from typing import (  # noqa: UP035 (upstream's names)
