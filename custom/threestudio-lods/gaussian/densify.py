@@ -233,6 +233,12 @@ class Densifier:
             group["params"] = [replaced.get(id(p), p) for p in group["params"]]
         geometry.set_gaussians(params)
         before, now = len(old["means"]), len(params["means"])
+        if now == 0:
+            raise ValueError(
+                f"system.strategy pruned all {before} Gaussians at step {step}: lower its "
+                "prune_opa, raise its prune_scale3d or scene_scale, or set system.strategy.name "
+                "to none"
+            )
         if before != now:
             threestudio.debug(f"step {step}: {before} -> {now} Gaussians")
         return before != now

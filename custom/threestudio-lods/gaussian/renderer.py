@@ -99,10 +99,13 @@ class GaussianRasterizer(Rasterizer):
         """Render all cameras in one call.
 
         ``c2w`` has OpenGL axes, ``fovy`` is vertical and in radians; the rest of a batch is
-        ignored. ``absgrad`` asks the rasteriser for absolute gradients too. Returns ``comp_rgb`` = ``comp_rgb_fg`` + (1 - ``opacity``) ``comp_rgb_bg``
-        (B, H, W, 3), not clamped; ``opacity`` (B, H, W, 1), the true accumulated alpha in 0..1;
-        ``depth`` (B, H, W, 1), the expected z in camera space, world units, 0 where nothing is;
-        and ``info``, the rasteriser's dictionary that densification reads.
+        ignored. ``absgrad`` asks the rasteriser for absolute gradients too. Returns
+
+        - ``comp_rgb`` = ``comp_rgb_fg`` + (1 - ``opacity``) ``comp_rgb_bg`` (B, H, W, 3), not
+          clamped;
+        - ``opacity`` (B, H, W, 1), the true accumulated alpha in 0..1;
+        - ``depth`` (B, H, W, 1), the expected z in camera space, world units, 0 where nothing is;
+        - ``info``, the rasteriser's dictionary that densification reads.
         """
         g = self.geometry
         # projections lose too many bits in 16-bit floats

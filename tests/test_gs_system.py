@@ -1,0 +1,357 @@
+"""The Gaussian system through the command line and the trainer, with a tiny random prior."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from plyfile import PlyData
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {
+    "embedding": ["lods-gs-embedding.yaml"],
+    "lora": ["lods-gs-lora.yaml"],
+    "embedding+pocket": ["lods-gs-embedding.yaml", "pocket.yaml"],
+    "lora+pocket": ["lods-gs-lora.yaml", "pocket.yaml"],
+}
+GROW = "refine_start_iter: 0, refine_every: 1, refine_stop_iter: 9"
+STRATEGIES = {  # with changes of the number of Gaussians at every step from 1 on
+    "none": "system.strategy.name=none",
+    "default": "system.strategy={name: default, scene_scale: 9.0, default: {"
+    + f"{GROW}, grow_grad2d: 1.e-9}}}}",
+    "mcmc": "system.strategy={name: mcmc, mcmc: {" + GROW + ", min_opacity: 0.09}}",
+}
+
+
+@pytest.fixture
+def small(tiny_sd, tmp_path, monkeypatch):
+    """``small(config, *overrides) -> (files, overrides)`` of a run of seconds, in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(config, *more):
+        return [str(ROOT / "configs" / name) for name in CONFIGS[config]], [
+            "system.prompt_processor.prompt=a red car",
+            f"system.prompt_processor.pretrained_model_name_or_path={tiny_sd()}",
+            "data.batch_size=2",
+            "data.width=16",
+            "data.height=16",
+            "data.eval_width=24",
+            "data.eval_height=24",
+            "data.n_test_views=5",
+            "system.geometry.init_type=ball",
+            "system.geometry.ball={n_points: 120, radius: 0.6}",
+            "trainer.max_steps=2",
+            "trainer.val_check_interval=2",
+            "trainer.enable_progress_bar=false",
+            "trainer.precision=32",
+            "use_timestamp=false",
+            "tag=t",
+            *more,
+        ]
+
+    return make
+
+
+def launch(files, overrides, mode="--train"):
+    """``launch.py`` in this process; returns its exit status."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        return importlib.import_module("launch").main(["--config", *files, mode, *overrides])
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+def trial(config):
+    return Path("outputs") / CONFIGS[config][0].removesuffix(".yaml") / "t"
+
+
+def fit(files, overrides, resume=None, callbacks=(), max_steps=2):
+    """A fresh system trained by a fresh trainer, without the files of a launched run."""
+    import threestudio
+    from threestudio.utils.config import load_config
+
+    cfg = load_config(*files, cli_args=overrides)
+    pl.seed_everything(cfg.seed, verbose=False)
+    data = threestudio.find(cfg.data_type)(cfg.data)
+    system = threestudio.find(cfg.system_type)(cfg.system, resumed=resume is not None)
+    system.set_save_dir("save")
+    trainer = pl.Trainer(
+        max_steps=max_steps,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=bool(callbacks),
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        inference_mode=False,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(system, datamodule=data, ckpt_path=resume)
+    return system, trainer
+
+
+def same(a, b, where=""):
+    """Assert that two checkpoints' contents are equal, bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+KEYS = ("state_dict", "optimizer_states", "lods_densifier", "rng_state", "global_step")
+
+
+def read(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# -- resume ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "guidance, strategy",
+    [("embedding", s) for s in STRATEGIES] + [("lora", "default"), ("sds", "mcmc")],
+)
+def test_four_steps_are_two_and_two(small, guidance, strategy):
+    """A checkpoint of step 2, written by a callback inside of the loop, continues to the same
+    step 4, although the number of Gaussians changes on the way."""
+    config = "lora+pocket" if guidance == "lora" else "embedding+pocket"
+    more = ["system.renderer.backend=torch"]  # the compiled one: test_resume_in_a_new_process
+    more += ["system.guidance_type=lods-sds-guidance"] if guidance == "sds" else []
+    run = small(config, STRATEGIES[strategy], *more)
+
+    def saver(folder):
+        return pl.callbacks.ModelCheckpoint(
+            folder, filename="{step}", every_n_train_steps=2, save_top_k=-1
+        )
+
+    torch.manual_seed(0)
+    fit(*run, callbacks=[saver("whole")], max_steps=4)
+    torch.manual_seed(99)  # whatever happened in the process before
+    torch.rand(7)
+    fit(*run, resume="whole/step=2.ckpt", callbacks=[saver("resumed")], max_steps=4)
+    start, whole, resumed = (
+        read(p) for p in ("whole/step=2.ckpt", "whole/step=4.ckpt", "resumed/step=4.ckpt")
+    )
+    for key in KEYS:
+        same(whole[key], resumed[key], key)
+    counts = [len(c["state_dict"]["geometry.means"]) for c in (start, whole)]
+    if strategy == "none":
+        assert counts == [120, 120]
+    else:
+        assert 120 < counts[0] < counts[1]  # at the steps 1, 2 and 3
+    moved = start["state_dict"]["geometry.means"][:5] - whole["state_dict"]["geometry.means"][:5]
+    assert moved.abs().max() > 0
+    learnt = [k for k in whole["state_dict"] if k.startswith("guidance.") and "initial" not in k]
+    if guidance == "sds":
+        assert not learnt
+    else:
+        assert any(not torch.equal(start["state_dict"][k], whole["state_dict"][k]) for k in learnt)
+
+
+@pytest.mark.slow
+def test_resume_in_a_new_process(small):
+    files, overrides = small("embedding+pocket", STRATEGIES["default"])
+    overrides += ["checkpoint.every_n_train_steps=2"]
+    assert launch(files, [*overrides, "trainer.max_steps=4"]) == 0
+    whole = trial("embedding") / "ckpts"
+    again = [*overrides, "trainer.max_steps=4", "tag=again"]
+    subprocess.run(
+        [sys.executable, ROOT / "launch.py", "--config", *files, "--train", *again]
+        + [f"resume={whole}/epoch=0-step=2.ckpt"],
+        check=True,
+        capture_output=True,
+    )
+    one, two = read(whole / "last.ckpt"), read(whole.parents[1] / "again/ckpts/last.ckpt")
+    for key in KEYS:
+        same(one[key], two[key], key)
+    for name in ("it4-test-sheet.png", "it4-export/gaussians.ply"):
+        results = [whole.parent / "save" / name, whole.parents[1] / "again/save" / name]
+        assert results[0].read_bytes() == results[1].read_bytes()
+
+
+# -- every configuration, and what it leaves -------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_shipped_configurations_run(small, config, capsys):
+    assert launch(*small(config)) == 0
+    save = trial(config) / "save"
+    # 5 of 12 views: azimuth 0 and 360 look the same, the nearest to 0 is the first
+    with Image.open(save / "it2-test-sheet.png") as sheet:
+        assert sheet.size == (4 * 24, 24)
+    with Image.open(save / "it2-0.png") as grid:  # rgb, opacity, depth
+        assert grid.size == (3 * 24, 24)
+    assert sorted(p.name for p in (save / "it2-test").iterdir()) == [f"{i}.png" for i in range(5)]
+    state = read(trial(config) / "ckpts" / "last.ckpt")["state_dict"]
+    vertex = PlyData.read(str(save / "it2-export" / "gaussians.ply"))["vertex"]
+    means = np.stack([vertex[c] for c in "xyz"], axis=1)
+    assert np.array_equal(means, state["geometry.means"].numpy())
+    assert np.array_equal(vertex["opacity"], state["geometry.opacities"].numpy())
+    assert PlyData.read(str(save / "it2-export" / "gaussians-points.ply"))["vertex"].count == 120
+    printed = capsys.readouterr().out
+    for what, name in {
+        "video": "it2-test.mp4",
+        "contact sheet": "it2-test-sheet.png",
+        "gaussians": "it2-export/gaussians.ply (120)",
+    }.items():
+        assert f"{what}: {save / name}" in printed
+    assert (save / "it2-test.mp4").stat().st_size > 500
+
+
+def test_test_and_export_reproduce(small):
+    run = small("lora+pocket", STRATEGIES["mcmc"], "trainer.max_steps=3")
+    assert launch(*run) == 0
+    folder = trial("lora")
+    files = ["it3-test-sheet.png", "it3-test/3.png", "it3-export/gaussians.ply"]
+    files += ["it3-export/gaussians-points.ply", "it3-test.mp4"]
+    before = {name: (folder / "save" / name).read_bytes() for name in files}
+    resume = f"resume={folder}/ckpts/last.ckpt"
+    parsed = [str(folder / "configs" / "parsed.yaml")]
+    for mode, written in (("--test", files), ("--export", files[2:4])):
+        for name in files:
+            (folder / "save" / name).unlink()
+        assert launch(parsed, [resume], mode) == 0
+        for name in files:
+            path = folder / "save" / name
+            if name in written:
+                assert path.read_bytes() == before[name], (mode, name)
+            else:
+                assert not path.exists()
+            path.write_bytes(before[name])
+
+
+def test_sheet_takes_the_nearest_of_the_frames(small):
+    system, _ = fit(*small("embedding+pocket", "system.sheet_views=4", "system.sheet_columns=3"))
+    azimuths = torch.linspace(0, 360, 30).tolist()
+    for index, azimuth in enumerate(azimuths):
+        system._keep_for_sheet(azimuth, index, torch.full((8, 8, 3), index / 29))
+    Path("save/it2-test").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save("save/it2-test/0.png")
+    system.set_resume_status(0, 2)
+    system.on_test_epoch_end()
+    with Image.open("save/it2-test-sheet.png") as file:
+        sheet = np.asarray(file)
+    assert sheet.shape == (16, 24, 3)  # 4 pictures in rows of 3, the rest white
+    shown = [sheet[8 * (i // 3) + 4, 8 * (i % 3) + 4, 0] for i in range(6)]
+    nearest = [np.abs(np.array(azimuths) - a).argmin() for a in (0, 90, 180, 270)]
+    assert shown == [round(255 * i / 29) for i in nearest] + [255, 255]
+
+
+def test_lora_configuration_differs_in_the_prior_only():
+    from omegaconf import OmegaConf
+
+    one, two = (
+        OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / f"lods-gs-{name}.yaml"))
+        for name in ("embedding", "lora")
+    )
+    one["name"] = two["name"]
+    one["system"]["guidance_type"] = two["system"]["guidance_type"]
+    one["system"]["optimizer"]["params"]["guidance"]["lr"] = 5e-6
+    assert one == two
+
+
+# -- losses, learning rates, mistakes --------------------------------------------------------------
+
+
+def test_losses_are_their_formulas(small):
+    extra = [f"system.loss.lambda_{name}=1.0" for name in ("gaussian_scale", "gaussian_opacity")]
+    system, _ = fit(*small("embedding+pocket", *extra))
+    opacity = torch.tensor([0.0, 0.3, 0.9, 1.0]).view(1, 2, 2, 1).requires_grad_()
+    losses = system.regularisers({"opacity": opacity})
+    o = opacity.detach().double()
+    assert torch.isclose(losses["sparsity"].double(), (o * o + 0.01).sqrt().mean())
+    c = o.clamp(1e-3, 0.999)
+    entropy = -(c * c.log() + (1 - c) * (1 - c).log()).mean()
+    assert torch.isclose(losses["opaque"].double(), entropy, atol=1e-6)
+    assert torch.isclose(losses["gaussian_scale"], system.geometry.scales.exp().mean())
+    assert torch.isclose(losses["gaussian_opacity"], system.geometry.opacities.sigmoid().mean())
+    # it pushes opacities away from 1/2
+    (grad,) = torch.autograd.grad(losses["opaque"], opacity)
+    assert grad.flatten()[1] > 0 > grad.flatten()[2]
+
+
+def test_total_is_the_weighted_sum_and_lambdas_are_scheduled(small, monkeypatch):
+    run = small("embedding+pocket", "system.loss.lambda_sds=[0,2.0,4.0,2]")
+    system, _ = fit(*run)
+    logged = {}
+    monkeypatch.setattr(system, "log", lambda k, v, **kw: logged.update({k: float(v)}))
+    system.set_resume_status(0, 1)
+    losses = {"sds": torch.tensor(5.0), "embedding": torch.tensor(7.0)}
+    assert system.weigh(losses).item() == 3 * 5 + 7
+    assert logged["train/loss_sds"] == 5 and logged["train_params/lambda_sds"] == 3
+
+
+def test_learning_rates_follow_the_schedule_geometrically(small):
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            groups = {g["name"]: g["lr"] for g in trainer.optimizers[0].param_groups}
+            rates.append([groups["geometry.means"], groups["geometry.sh0"]])
+
+    schedule = "system.lr_schedule={geometry.means: [0, 1.0, 0.01, 2]}"
+    fit(*small("embedding+pocket", schedule), callbacks=[Watch()], max_steps=4)
+    assert np.allclose(rates, [[1.0, 0.05], [0.1, 0.05], [0.01, 0.05], [0.01, 0.05]])
+
+
+def test_only_what_is_listed_is_trained(small):
+    run = small("embedding+pocket", STRATEGIES["mcmc"])
+    files, overrides = run
+    import threestudio
+    from threestudio.utils.config import load_config
+
+    cfg = load_config(*files, cli_args=overrides)
+    del cfg.system.optimizer.params["geometry.sh0"]
+    system = threestudio.find(cfg.system_type)(cfg.system)
+    before = {k: v.detach().clone() for k, v in system.geometry.gaussians().items()}
+    trainer = pl.Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(system, datamodule=threestudio.find(cfg.data_type)(cfg.data))
+    changed = {k: not torch.equal(v, before[k]) for k, v in system.geometry.gaussians().items()}
+    assert not changed.pop("sh0") and changed.pop("means") and changed["opacities"]
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("system.loss={lambda_sds: 1.0}", "add system.loss.lambda_embedding=1.0"),
+        ("system.loss.lambda_sparsty=1.0", "system.loss.lambda_sparsty weighs a loss that does"),
+        ("system.lr_schedule={geometry.mean: [0, 1., 1., 2]}", "names 'geometry.mean', which"),
+        ("system.strategy.name=mcmmc", "use one of none, default, mcmc"),
+        ("system.strategy={name: mcmc, mcmc: {cap: 3}}", "mcmc.cap is unknown: the fields are"),
+        ("system.geometry.init_type=none", "there are no Gaussians to train"),
+        ("system.geometry.bal.n_points=3", "bal"),
+        ("system.exporter.fmt=[obj]", "the formats are ply, points"),
+    ],
+)
+def test_mistakes_are_one_line(small, capsys, override, message):
+    files, overrides = small("embedding+pocket", override)
+    assert launch(files, overrides) != 0
+    error = capsys.readouterr().err
+    line = next(line for line in error.splitlines() if line.startswith("error:"))
+    assert message in line and "Traceback" not in error
+
+
+def test_accumulation_with_densification_is_refused(small, capsys):
+    more = [STRATEGIES["default"], "trainer.accumulate_grad_batches=2"]
+    assert launch(*small("embedding+pocket", *more)) != 0
+    assert re.search(r"error: .*accumulate_grad_batches=1", capsys.readouterr().err)
