@@ -79,9 +79,8 @@ def _quadric(o, d, zz, z1, z0, t_in, t_out, n):
         # Inside a double cone the ray is in (-inf, high] and [low, inf): keep the branch that
         # overlaps the slab already clipped.
         low, high = high, low
-        if t_in <= low and t_out >= low and t_in < low:
-            t_out = min(t_out, low)
-            return t_in, t_out
+        if t_in < low:
+            return t_in, min(t_out, low)
         if t_in >= high:
             return t_in, t_out
         entry = high

@@ -1,0 +1,184 @@
+"""The pocket world and the prior trained on it."""
+
+import csv
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pocket import autoencoder, data, raycast, report, scenes
+from pocket.judge import load, verdict
+from pocket.tokenizer import save_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "custom/threestudio-lods/models/pocket"
+
+
+def _inside(kind, param, p):
+    """Whether local points (N, 3) are in the unit shape, straight from its definition."""
+    x, y, z = p.T
+    ring = np.hypot(x, y)
+    return {
+        raycast.SPHERE: lambda: (p**2).sum(1) <= 1,
+        raycast.DOME: lambda: ((p**2).sum(1) <= 1) & (z >= 0),
+        raycast.BOX: lambda: np.abs(p).max(1) <= 1,
+        raycast.FRUSTUM: lambda: (np.abs(z) <= 1) & (ring <= 1 + (param - 1) * (z + 1) / 2),
+        raycast.WEDGE: lambda: (np.abs(x) <= 1) & (z >= -1) & (np.abs(y) <= (1 - z) / 2),
+        raycast.TORUS: lambda: (ring - 1) ** 2 + z**2 <= param**2,
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    "kind, param",
+    [
+        (raycast.SPHERE, 0.0),
+        (raycast.DOME, 0.0),
+        (raycast.BOX, 0.0),
+        (raycast.FRUSTUM, 1.0),
+        (raycast.FRUSTUM, 0.3),
+        (raycast.FRUSTUM, 0.0),
+        (raycast.FRUSTUM, 1.5),
+        (raycast.WEDGE, 0.0),
+        (raycast.TORUS, 0.4),
+    ],
+)
+def test_rays_hit_shapes_where_they_begin(kind, param):
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(300):
+        o = rng.normal(size=3)
+        o *= 4 / np.linalg.norm(o)
+        d = rng.normal(size=3) * 0.7 - o / 2
+        n = np.zeros(3)
+        t = raycast._hit(kind, param, o, d, n)
+        steps = np.linspace(0, 6, 6001)
+        inside = steps[_inside(kind, param, o + steps[:, None] * d)]
+        if len(inside) < 5:  # a graze, or a miss
+            continue
+        hits += 1
+        assert t == pytest.approx(inside[0], abs=8e-3)
+        assert n @ d < 0  # the normal faces the ray
+        # a small step along the normal leaves the shape, against it enters
+        n = n / np.linalg.norm(n)
+        hit = o + t * d
+        assert not _inside(kind, param, (hit + 0.02 * n)[None])[0]
+    assert hits > 50
+
+
+def test_silhouette_of_a_ball_has_its_area():
+    ball = scenes.Scene()
+    ball.add(raycast.SPHERE, (0, 0, 0), 1.0, (1, 1, 1))
+    camera = data.Camera(20.0, 30.0, 50.0, 0.8, np.zeros(3))
+    _, opacity = data.draw(np.random.default_rng(0), ball, camera)
+    # The camera sees the ball of radius 0.87 under the half angle arcsin(r / distance).
+    distance = 1 / (0.8 * np.sin(np.radians(25)))
+    radius = np.tan(np.arcsin(0.87 / distance)) / np.tan(np.radians(25))
+    assert opacity.mean() == pytest.approx(np.pi * radius**2 / 4, rel=0.01)
+
+
+def test_view_words_follow_the_prompt_processors_rules(tiny_sd):
+    processor = importlib.import_module("threestudio.models.prompt_processors.base")
+    rng = np.random.default_rng(0)
+    elevation = torch.from_numpy(rng.uniform(-10, 90, 500))
+    azimuth = torch.from_numpy(rng.uniform(-180, 180, 500))
+    directions = _directions(processor, tiny_sd)
+    said = torch.zeros(500, dtype=torch.long)
+    for i, direction in enumerate(directions):
+        mask = direction.condition(elevation, azimuth, torch.ones(500))
+        said[mask] = i
+    ours = [data.view_of(float(e), float(a)) for e, a in zip(elevation, azimuth)]
+    assert said.tolist() == ours
+    assert [d.name for d in directions] == list(data.VIEWS)
+
+
+def _directions(processor, tiny_sd):
+    import threestudio
+
+    made = threestudio.find("stable-diffusion-prompt-processor")(
+        {
+            "prompt": "a car",
+            "pretrained_model_name_or_path": tiny_sd(),
+            "front_threshold": 45.0,
+            "back_threshold": 45.0,
+        }
+    )
+    return made.directions
+
+
+def test_pictures_depend_on_the_seed_only():
+    one, _, labels = data.make(7, seed=5, workers=1, chunk=3)
+    two, _, _ = data.make(7, seed=5, workers=2, chunk=3)
+    other, _, _ = data.make(7, seed=6, workers=1, chunk=3)
+    assert np.array_equal(one, two) and not np.array_equal(one, other)
+    assert labels.shape == (7, 4)
+
+
+def test_every_word_is_one_token(tmp_path):
+    from pocket.diffusion import WORDS
+
+    # Words whose pieces are merges of others, in both orders, are what breaks a naive table.
+    words = ["hat", "chair", "ai", "cha", "that", *WORDS]
+    tokenizer = save_tokenizer(tmp_path, words, 16)
+    broken = [w for w in words if len(tokenizer.tokenize(w)) != 1 and w.isalpha()]
+    assert broken == []
+    assert len(tokenizer("x " * 50, truncation=True, max_length=16).input_ids) == 16
+
+
+def test_whitening_changes_the_latents_and_not_the_pictures():
+    torch.manual_seed(0)
+    vae = autoencoder.build().eval()
+    for p in vae.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x = torch.randn(6, 3, 64, 64)
+    with torch.no_grad():
+        before = vae.encode(x).latent_dist
+        picture = vae.decode(before.mean).sample
+        autoencoder.whiten(vae, x)
+        after = vae.encode(x).latent_dist
+        mean = before.mean.mean((0, 2, 3), keepdim=True)
+        std = before.mean.std((0, 2, 3), keepdim=True)
+        assert not torch.allclose(before.mean, after.mean, atol=0.1)
+        assert torch.allclose(after.mean, (before.mean - mean) / std, atol=1e-4)
+        assert torch.allclose(after.std, before.std / std, rtol=1e-3)
+        assert torch.allclose(vae.decode(after.mean).sample, picture, atol=1e-4)
+
+
+def test_frechet_distance_of_known_gaussians():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200000, 2))
+    y = rng.normal(size=(200000, 2)) * [2, 1] + [3, 0]
+    # |m|^2 + sum (s_x - s_y)^2 = 9 + 1
+    assert report.frechet(x, y) == pytest.approx(10.0, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return report.load_pipeline(MODEL)
+
+
+def test_the_prior_is_small_and_loads_like_any_other(pipeline):
+    size = sum(f.stat().st_size for f in MODEL.rglob("*") if f.is_file())
+    assert size < 30e6
+    assert pipeline.unet.config.sample_size == 16
+    assert pipeline.tokenizer.model_max_length == 16
+
+
+def test_the_prior_obeys_words(pipeline):
+    judge = load()
+    words = ["a hamburger", "a blue car, front view", "a red mushroom", "a snowman, front view"]
+    images = report.generate(pipeline, words * 3, seed=3)
+    said = verdict(judge, torch.from_numpy(images).permute(0, 3, 1, 2))
+    kinds = [scenes.KIND_NAMES.index(n) for n in ("hamburger", "car", "mushroom", "snowman")]
+    assert (said["kind"] == np.array(kinds * 3)).mean() >= 0.8
+
+
+def test_the_committed_tables_hold_what_is_claimed():
+    with open(report.RESULTS / "accuracy.csv") as file:
+        rows = {r["source"]: r for r in csv.DictReader(file)}
+    for name in ("object", "color", "view"):
+        assert float(rows["true renders"][name]) >= 0.9, "the judge itself has to be good"
+    with open(report.RESULTS / "noise.csv") as file:
+        bins = list(csv.DictReader(file))
+    assert len(bins) == 10
