@@ -424,26 +424,43 @@ class Stop(Exception):
     pass
 
 
-class Saver(pl.Callback):
-    """Saves at the end of batch `at` as a checkpoint callback does, and then breaks off."""
+class StopAfter(pl.Callback):
+    """Saves at the end of the batch that is number `at`, as a checkpoint callback does, and breaks
+    the run off at the start of the next one."""
 
     def __init__(self, path, at):
         self.path, self.at = path, at
 
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.fit_loop.epoch_loop.batch_progress.total.processed == self.at:
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx + 1 == self.at:
             trainer.save_checkpoint(self.path)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == self.at + 1:
+        if batch_idx == self.at:
             raise Stop
 
 
-@pytest.mark.parametrize("at", [2, 3])
-def test_resume_from_a_checkpoint_in_the_middle(tmp_path, at):
-    whole, _ = fit(tmp_path, 6)
+class StopWithin(pl.Callback):
+    """Breaks the run off within the training step of the batch that follows number `at`, and saves
+    as it falls."""
+
+    def __init__(self, path, at):
+        self.path, self.at = path, at
+
+    def on_before_backward(self, trainer, module, loss):
+        if trainer.fit_loop.epoch_loop.batch_idx == self.at:
+            raise Stop
+
+    def on_exception(self, trainer, module, exception):
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("stop", [StopAfter, StopWithin])
+@pytest.mark.parametrize(("at", "accumulate"), [(2, 1), (3, 1), (3, 2)])
+def test_resume_in_the_middle(tmp_path, stop, at, accumulate):
+    whole, _ = fit(tmp_path, 6, accumulate_grad_batches=accumulate)
     path = str(tmp_path / "middle.ckpt")
     with pytest.raises(Stop):
-        fit(tmp_path, 6, callbacks=[Saver(path, at)])
-    rest, _ = fit(tmp_path, 6, resume=path)
+        fit(tmp_path, 6, accumulate_grad_batches=accumulate, callbacks=[stop(path, at)])
+    rest, _ = fit(tmp_path, 6, resume=path, accumulate_grad_batches=accumulate)
     assert rest.seen == whole.seen[at:]

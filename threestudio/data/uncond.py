@@ -253,7 +253,7 @@ class RandomCameraDataModule(pl.LightningDataModule):
         pass
 
     def general_loader(
-        self, dataset: Any, batch_size: Optional[int], collate_fn: Callable = None
+        self, dataset: Any, batch_size: Optional[int], collate_fn: Optional[Callable] = None
     ) -> DataLoader:
         """No workers, so that the dataset can change while it is iterated; a generator of its
         own, because a loader otherwise draws a seed from the global random state."""
@@ -326,7 +326,7 @@ class GaussianCameraDataModule(RandomCameraDataModule):
             raise UserError("data.load_type=1 (avatars) is not supported: leave it at 0")
 
     def general_loader(
-        self, dataset: Any, batch_size: Optional[int], collate_fn: Callable = None
+        self, dataset: Any, batch_size: Optional[int], collate_fn: Optional[Callable] = None
     ) -> DataLoader:
         def with_alias(items: Any) -> Dict[str, Any]:
             batch = collate_fn(items)
