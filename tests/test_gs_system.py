@@ -24,7 +24,7 @@ GROW = "refine_start_iter: 0, refine_every: 1, refine_stop_iter: 9"
 STRATEGIES = {  # with changes of the number of Gaussians at every step from 1 on
     "none": "system.strategy.name=none",
     "default": "system.strategy={name: default, scene_scale: 9.0, default: {"
-    + f"{GROW}, grow_grad2d: 1.e-9}}}}",
+    + f"{GROW}, grow_grad2d: 1.e-9, refine_scale2d_stop_iter: 0}}}}",
     "mcmc": "system.strategy={name: mcmc, mcmc: {" + GROW + ", min_opacity: 0.09}}",
 }
 

@@ -271,6 +271,15 @@ class LODSGaussianSplatting(BaseLift3DSystem):
 
     # -- files ---------------------------------------------------------------------------------
 
+    def on_predict_epoch_end(self) -> None:
+        """``--export``: the exporter's files, and what the guidance has learnt."""
+        super().on_predict_epoch_end()
+        if hasattr(self.guidance, "save_learned"):
+            name = f"it{self.true_global_step}-export/prior.safetensors"
+            path = self.guidance.save_learned(self.get_save_path(name))
+            if path is not None:
+                self._results["learnt prior"] = str(path)
+
     def on_test_end(self) -> None:
         """The files of ``--export`` are written at the end of a test too."""
         self.on_predict_start()
