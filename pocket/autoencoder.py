@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 CHANNELS = (16, 32, 64)
+POSTERIOR_STD = 0.02  # of latents with standard deviation 1
 
 
 def build():
@@ -54,14 +55,21 @@ def cosine(step: int, steps: int, peak: float, warm: int = 100) -> float:
 
 
 def whiten(vae, images: torch.Tensor):
-    """Fold (z - mean) / std per latent channel into the two 1x1 convolutions around the latents."""
+    """Fold (z - mean) / std per latent channel into the two 1x1 convolutions around the latents, and
+    make the posterior's standard deviation POSTERIOR_STD everywhere.
+
+    The learnt deviations do not survive the whitening: a channel that the decoder hardly uses has a
+    small spread and a wide posterior, which would be scaled up to many times the spread of the
+    means that the UNet is trained on.
+    """
     with torch.no_grad():
         z = vae.encode(images).latent_dist.mean
         mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
         n = len(mean)
         vae.quant_conv.weight[:n] /= std[:, None, None, None]
         vae.quant_conv.bias[:n] = (vae.quant_conv.bias[:n] - mean) / std
-        vae.quant_conv.bias[n:] -= 2 * std.log()
+        vae.quant_conv.weight[n:] = 0.0
+        vae.quant_conv.bias[n:] = 2 * math.log(POSTERIOR_STD)
         vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
         vae.post_quant_conv.weight *= std[None, :, None, None]
 

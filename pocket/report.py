@@ -34,6 +34,7 @@ def load_pipeline(folder):
 
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.to(dtype=torch.float32)  # the text encoder would stay in half precision
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
