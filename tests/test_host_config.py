@@ -297,3 +297,22 @@ def test_missing_and_unknown_keys_carry_their_full_path():
         parse_structured(Fields, cfg.system.geometry)
     with pytest.raises(UserError, match=r"'system\.other\.stepz': did you mean 'steps'"):
         parse_structured(Fields, cfg.system.other)
+
+
+def test_an_override_finds_keys_with_dots_in_them():
+    text = "system: {optimizer: {params: {geometry.means: {lr: 1}, geometry: {lr: 2}}}}\ntag: t"
+    cfg = load_config(
+        text,
+        from_string=True,
+        cli_args=[
+            "system.optimizer.params.geometry.means.lr=0.5",
+            "system.optimizer.params.geometry.lr=3",
+            "system.optimizer.params.other.lr=4",
+            "system.optimizer.params.geometry.means.eps=6",
+        ],
+    )
+    assert cfg.system.optimizer.params == {
+        "geometry.means": {"lr": 0.5, "eps": 6},
+        "geometry": {"lr": 3},
+        "other": {"lr": 4},
+    }

@@ -135,9 +135,24 @@ def _load_yaml(text_or_path: str, from_string: bool) -> DictConfig:
     return conf
 
 
-def parse_overrides(cli_args: Iterable[str]) -> DictConfig:
+def _split_key(key: str, base: Any) -> List[str]:
+    """The keys that a dotted `key` goes through. Where `base` has keys with dots in them, such as
+    the optimizer's ``geometry.means``, the longest that fits is one step."""
+    parts, path = key.split("."), []
+    while parts:
+        names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+        known = base if isinstance(base, DictConfig) else ()
+        name = next((n for n in names if n in known), parts[0])
+        base = base._get_node(name) if name in known else None
+        path.append(name)
+        parts = parts[name.count(".") + 1 :]
+    return path
+
+
+def parse_overrides(cli_args: Iterable[str], base: Optional[DictConfig] = None) -> DictConfig:
     """``["a.b=1", ...]`` as a nested config. Values are read as YAML, except that a text stays the
-    text that was typed (``prompt=a cat: asleep #1`` is one string)."""
+    text that was typed (``prompt=a cat: asleep #1`` is one string). Keys of `base` that hold dots
+    are recognised (``optimizer.params.geometry.means.lr=0.1``)."""
     conf = OmegaConf.create()
     for arg in cli_args:
         key, equals, raw = arg.partition("=")
@@ -160,7 +175,13 @@ def parse_overrides(cli_args: Iterable[str]) -> DictConfig:
         elif value is None and not raw.strip():
             value = ""
         try:
-            OmegaConf.update(conf, key, value)
+            path = _split_key(key, base)
+            if any("." in name for name in path):
+                for name in reversed(path):
+                    value = {name: value}
+                conf = OmegaConf.merge(conf, value)
+            else:
+                OmegaConf.update(conf, key, value)
         except OmegaConfBaseException as error:
             raise UserError(f"cannot read {arg!r}: {_first_line(error)}") from None
     return conf
@@ -197,9 +218,8 @@ def load_config(
     :class:`UserError` that names the key for a missing (``???``) value, an unknown key, an
     interpolation that leads nowhere or a value of the wrong type.
     """
-    conf = OmegaConf.merge(
-        *[_load_yaml(y, from_string) for y in yamls], parse_overrides(cli_args), dict(kwargs)
-    )
+    conf = OmegaConf.merge(*[_load_yaml(y, from_string) for y in yamls])
+    conf = OmegaConf.merge(conf, parse_overrides(cli_args, conf), dict(kwargs))
     _complain_of_missing(conf)
     try:
         OmegaConf.resolve(conf)
