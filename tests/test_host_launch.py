@@ -236,12 +236,12 @@ def test_an_extension_that_fails_is_named_where_it_is_missed(cli):
 # --- interruption ---
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(cli, name):
-    train(cli, "trainer.max_steps=6", prompt="whole")
-    status, out, err = train(
-        cli, "trainer.max_steps=6", "system.signal_at=2", f"system.signal={name}", prompt="a b"
-    )
+@pytest.mark.parametrize("name, batches", [("SIGINT", 1), ("SIGTERM", 1), ("SIGINT", 2)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(cli, name, batches):
+    flags = ["trainer.max_steps=6", f"trainer.accumulate_grad_batches={batches}"]
+    train(cli, *flags, prompt="whole")
+    flags += ["system.signal_at=2", f"system.signal={name}"]
+    status, out, err = train(cli, *flags, prompt="a b")
     assert status == 130 and "stopping after this step" in err
     line = out.splitlines()[-1]
     head, command = line.split("; resume with: python launch.py ")
@@ -259,6 +259,21 @@ def test_a_signal_in_the_last_step_skips_the_test(cli):
     status, out, _ = train(cli, "system.signal_at=3")
     assert status == 130 and "interrupted at step 4" in out
     assert read_checkpoint(last())["global_step"] == 4
+
+
+def test_a_signal_in_the_last_validation_skips_the_test(cli, monkeypatch):
+    train(cli, "trainer.max_steps=1")  # loads the extension
+    toy = sys.modules["toy_extension"]
+
+    def interrupt(system):
+        if system.true_global_step == 4:
+            os.kill(os.getpid(), 15)
+
+    monkeypatch.setattr(toy.ToySystem, "on_validation_epoch_end", interrupt)
+    status, out, _ = train(cli, prompt="q")
+    assert status == 130 and "interrupted at step 4; resume with" in out
+    assert not Path("outputs/toy/q/save").exists()
+    assert read_checkpoint(last("q"))["global_step"] == 4
 
 
 def test_a_signal_while_setting_up_leaves_nothing(cli, monkeypatch):

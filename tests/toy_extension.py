@@ -63,7 +63,7 @@ class ToySystem(BaseSystem):
 
     def training_step(self, batch, batch_idx):
         self.seen.append(self.true_global_step)
-        if self.true_global_step == self.cfg.signal_at:
+        if self.true_global_step == self.cfg.signal_at and self.seen.count(self.cfg.signal_at) == 1:
             os.kill(os.getpid(), getattr(signal, self.cfg.signal))
         noise = torch.randn(5, 4) + np.random.rand() + random.gauss(0, 1)  # noqa: NPY002
         loss = self.body(noise).square().mean()
