@@ -82,7 +82,7 @@ class BaseGuidance(BaseModule):
             if self.cfg[field] not in values:
                 threestudio.warn(f"guidance: {field}={self.cfg[field]} has no effect")
         self.denoiser = self.load_denoiser(self.cfg.pretrained_model_name_or_path)
-        self._prompt_checked = False
+        self._prompt_known = False
         self.update_step(0, 0)
 
     def load_denoiser(self, name_or_path: str, vae=None) -> Denoiser:
@@ -119,7 +119,7 @@ class BaseGuidance(BaseModule):
 
         Raises ``ValueError`` if the embeddings are of another model than the guidance.
         """
-        if self._prompt_checked:
+        if self._prompt_known:
             return
         width = prompt_utils.uncond_text_embeddings.shape[-1]
         if width != self.denoiser.text_width:
@@ -130,7 +130,11 @@ class BaseGuidance(BaseModule):
             )
         if getattr(prompt_utils, "use_perp_neg", False):
             threestudio.warn("guidance: use_perp_neg has no effect on this prior")
-        self._prompt_checked = True
+        self.start_from(prompt_utils.uncond_text_embeddings[0])
+        self._prompt_known = True
+
+    def start_from(self, null: Float[Tensor, "T D"]) -> None:
+        """Hook of ``initialize``, for a prior that starts at the negative prompt."""
 
     def encode(
         self, rgb: Float[Tensor, "B H W C"], rgb_as_latents: bool = False

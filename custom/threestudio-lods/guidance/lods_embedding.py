@@ -44,11 +44,7 @@ class LODSEmbeddingGuidance(BaseGuidance):
         self.unscale_gradients([self.learnable_embedding])
         self.register_buffer("initialized", torch.tensor(False, device=self.device))
 
-    def initialize(self, prompt_utils) -> None:
-        if self._prompt_checked:
-            return
-        super().initialize(prompt_utils)
-        null = prompt_utils.uncond_text_embeddings[0]
+    def start_from(self, null: Float[Tensor, "T D"]) -> None:
         if null.shape != self.learnable_embedding.shape:
             raise ValueError(
                 f"the negative prompt's embedding is {tuple(null.shape)}, the learnt one "
