@@ -296,6 +296,9 @@ def test_total_is_the_weighted_sum_and_lambdas_are_scheduled(small, monkeypatch)
     losses = {"sds": torch.tensor(5.0), "embedding": torch.tensor(7.0)}
     assert system.weigh(losses).item() == 3 * 5 + 7
     assert logged["train/loss_sds"] == 5 and logged["train_params/lambda_sds"] == 3
+    del system.cfg.loss["lambda_embedding"]
+    with pytest.raises(ValueError, match=r"add system\.loss\.lambda_embedding=1\.0"):
+        system.weigh(losses)
 
 
 def test_learning_rates_follow_the_schedule_geometrically(small):
@@ -333,7 +336,6 @@ def test_only_what_is_listed_is_trained(small):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("system.loss={lambda_sds: 1.0}", "add system.loss.lambda_embedding=1.0"),
         ("system.loss.lambda_sparsty=1.0", "system.loss.lambda_sparsty weighs a loss that does"),
         ("system.lr_schedule={geometry.mean: [0, 1., 1., 2]}", "names 'geometry.mean', which"),
         ("system.strategy.name=mcmmc", "use one of none, default, mcmc"),
@@ -349,6 +351,7 @@ def test_mistakes_are_one_line(small, capsys, override, message):
     error = capsys.readouterr().err
     line = next(line for line in error.splitlines() if line.startswith("error:"))
     assert message in line and "Traceback" not in error
+    assert not list(Path("outputs").glob("*/*/ckpts/*"))  # found before anything is trained
 
 
 def test_accumulation_with_densification_is_refused(small, capsys):

@@ -23,13 +23,17 @@ class GaussianExporter(Exporter):
 
     cfg: Config
 
-    def __call__(self) -> List[ExporterOutput]:
-        outputs = []
+    def configure(self, *args, **kwargs) -> None:
+        super().configure(*args, **kwargs)
         for fmt in self.cfg.fmt:
             if fmt not in FORMATS:
                 raise ValueError(
                     f"system.exporter.fmt has '{fmt}': the formats are {', '.join(FORMATS)}"
                 )
+
+    def __call__(self) -> List[ExporterOutput]:
+        outputs = []
+        for fmt in self.cfg.fmt:
             ending, save_type = FORMATS[fmt]
             if fmt == "ply":
                 params = self.geometry.export()

@@ -79,6 +79,7 @@ class LODSGaussianSplatting(BaseLift3DSystem):
         self.prompt_utils = self.prompt_processor()
         if hasattr(self.guidance, "initialize"):
             self.guidance.initialize(self.prompt_utils)
+        self.on_predict_start()  # a mistake in the exporter's settings shall not cost a training
         self._rendered: Optional[Tuple[int, dict, float]] = None
         self._sheet: Dict[int, Tuple[float, int, Tensor]] = {}
         self._results: Dict[str, str] = {}
