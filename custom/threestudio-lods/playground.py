@@ -31,9 +31,9 @@ SETTINGS = {
     ("stable-diffusion", "embedding"): _SD
     | {"steps": 1000, "guidance_scale": 100.0, "prior_lr": 1e-4, "t_max": (0.98, 0.98)},
     ("pocket", "lora"): _POCKET
-    | {"steps": 400, "guidance_scale": 7.5, "prior_lr": 1e-3, "t_max": (0.98, 0.5)},
+    | {"steps": 300, "guidance_scale": 7.5, "prior_lr": 1e-3, "t_max": (0.98, 0.5)},
     ("pocket", "embedding"): _POCKET
-    | {"steps": 400, "guidance_scale": 7.5, "prior_lr": 1e-3, "t_max": (0.98, 0.5)},
+    | {"steps": 300, "guidance_scale": 7.5, "prior_lr": 1e-3, "t_max": (0.98, 0.5)},
 }
 
 
@@ -205,14 +205,17 @@ def run(kind: str, args: argparse.Namespace) -> Path:
     with open(folder / "metrics.csv", "w", newline="") as file:
         table = None
         try:
-            for numbers in (bar := tqdm(loop, total=settings["steps"], desc=kind, unit="step")):
+            pause = 0.1 if sys.stderr.isatty() else 10.0  # seconds between lines in a log file
+            bar = tqdm(loop, total=settings["steps"], desc=kind, unit="step", mininterval=pause)
+            for numbers in bar:
                 done = numbers["step"]
                 numbers["seconds"] = round(time.monotonic() - start, 3)
                 if table is None:
                     table = csv.DictWriter(file, numbers)
                     table.writeheader()
                 table.writerow(numbers)
-                bar.set_postfix({k[5:]: f"{v:.3g}" for k, v in numbers.items() if "loss_" in k})
+                shown = {k[5:]: f"{v:.3g}" for k, v in numbers.items() if "loss_" in k}
+                bar.set_postfix(shown, refresh=False)
                 if done % args.every == 0 and done < settings["steps"]:
                     save_grid(folder / f"{done:05d}.png", decode(prior, particles))
         except KeyboardInterrupt:
