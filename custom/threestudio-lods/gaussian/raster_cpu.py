@@ -5,9 +5,7 @@
 """
 
 import math
-import threading
 
-import numba
 import numpy as np
 import torch
 from numba import njit, prange
@@ -15,27 +13,19 @@ from numba import njit, prange
 from threestudio.utils.typing import *
 
 from . import raster_kernels as kernels
-from .raster_kernels import INNER, OPTIONS
+from .raster_lists import deal, make_lists
+from .raster_simd import INNER, OPTIONS, run, workers_for
 from .raster_torch import ALPHA_MIN, EXTENT_MAX
 
-# Scalars of the projection are computed in double precision: it costs nothing here, and the
-# determinants of thin Gaussians cancel badly in single precision.
-# numba's fallback threading layer ('workqueue') does not survive concurrent calls.
-_LOCK = threading.Lock()
-# Below this many floats to touch, starting threads costs more than it saves.
-SERIAL_WORK = 4000
+TILE = 32  # pixels; the 6 planes of a tile's state (24 KB) fit into the L1 cache
+SMALL_TILE = 16  # for images with too few large tiles for the threads
 
 
 # ---------------------------------------------------------------------------- projection
 @njit(**INNER)
 def rotation(quat, R):
     """R of a quaternion (w, x, y, z), normalised here; returns the unit quaternion and 1 / |q|."""
-    w, x, y, z = (
-        1.0 * quat[0],
-        1.0 * quat[1],
-        1.0 * quat[2],
-        1.0 * quat[3],
-    )
+    w, x, y, z = 1.0 * quat[0], 1.0 * quat[1], 1.0 * quat[2], 1.0 * quat[3]
     scale = 1 / max(math.sqrt(w * w + x * x + y * y + z * z), 1e-12)
     w, x, y, z = w * scale, x * scale, y * scale, z * scale
     R[0, 0], R[0, 1], R[0, 2] = 1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)
@@ -113,13 +103,13 @@ def times(M, S, Y):
 
 @njit(**OPTIONS)
 def project_forward(
-    means, quats, scales, opacities, views, Ks, width, height, near, far, eps2d, workers,
-    means2d, conics, depths, extents,
+    means, quats, scales, opacities, views, Ks, width, height, near, far, eps2d,
+    scratch, means2d, conics, depths, extents,
 ):  # fmt: skip
-    """Writes the last four, the results of raster_torch.project."""
-    n = len(means)
+    """Writes the last four, the results of raster_torch.project. ``scratch`` (workers, 8, 3, 3)."""
+    n, workers = len(means), len(scratch)
     for worker in prange(workers):
-        R, S, M, Y = np.empty((3, 3)), np.empty((3, 3)), np.empty((2, 3)), np.empty((2, 3))
+        R, S, M, Y = scratch[worker, 0], scratch[worker, 1], scratch[worker, 2], scratch[worker, 3]
         for g in range(worker * n // workers, (worker + 1) * n // workers):
             covariance(quats[g], scales[g], R, S)
             faint = not opacities[g] >= ALPHA_MIN
@@ -150,20 +140,23 @@ def project_forward(
 
 @njit(**OPTIONS)
 def project_backward(
-    means, quats, scales, views, Ks, width, height, workers, extents, conics,
-    g_means2d, g_conics, g_depths, d_means, d_quats, d_scales, d_views,
+    means, quats, scales, views, Ks, width, height, extents, conics,
+    g_means2d, g_conics, g_depths, scratch, d_means, d_quats, d_scales, d_views,
 ):  # fmt: skip
     """Gradients from those of means2d, conics and depths. With C = M S M^T + eps2d I, Q = C^-1,
     G the gradient of Q: H = dL/dC = -Q G Q, dL/dS = M^T H M, dL/dM = 2 H M S; then M = J W,
     S = (R s)(R s)^T, and the perspective division. ``d_views`` (workers, C, 3, 4)."""
-    n = len(means)
+    n, workers = len(means), len(scratch)
     for worker in prange(workers):
-        R, S, D = np.empty((3, 3)), np.empty((3, 3)), np.empty((3, 3))
-        M, Y, dM = np.empty((2, 3)), np.empty((2, 3)), np.empty((2, 3))
-        point, dS = np.empty(3), np.empty((3, 3))
+        own = scratch[worker]
+        R, S, D, M, Y, dM, dS, point = (
+            own[0], own[1], own[2], own[3], own[4], own[5], own[6], own[7, 0],
+        )  # fmt: skip
         for g in range(worker * n // workers, (worker + 1) * n // workers):
             unit = covariance(quats[g], scales[g], R, S)
-            dS[:] = 0
+            for i in range(3):
+                for j in range(3):
+                    dS[i, j] = 0
             m0, m1, m2 = 0.0, 0.0, 0.0
             for c in range(len(views)):
                 if extents[c, g, 0] == 0:
@@ -225,57 +218,43 @@ def _array(tensor):
     return tensor.detach().contiguous().numpy()
 
 
-def workers_for(work: int) -> int:
-    """Threads to use: torch's number (torch.set_num_threads), one for little work."""
-    if work < SERIAL_WORK:
-        return 1
-    return max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-
-
-def run(kernel, workers, *args):
-    """Calls a kernel with the given number of threads, and leaves numba's setting as it was."""
-    with _LOCK:
-        before = numba.get_num_threads()
-        numba.set_num_threads(workers)
-        try:
-            return kernel(*args)
-        finally:
-            numba.set_num_threads(before)
+def tile_for(cameras: int, width: int, height: int, workers: int) -> int:
+    """The tile size: large, unless that leaves threads without work."""
+    tiles = cameras * -(-width // TILE) * -(-height // TILE)
+    return TILE if tiles >= 4 * workers else SMALL_TILE
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, means, quats, scales, opacities, viewmats, Ks, *settings):
-        width, height, near_plane, far_plane, eps2d = settings
         n, cameras = len(means), len(viewmats)
         means2d, conics = torch.empty(cameras, n, 2), torch.empty(cameras, n, 3)
         depths, extents = torch.empty(cameras, n), torch.empty(cameras, n, 2)
-        inputs = [_array(x) for x in (means, quats, scales)]
-        cams = [_array(viewmats.double()), _array(Ks.double())]
-        workers = workers_for(n * cameras)
+        ctx.workers = workers_for(n * cameras)
         run(
-            project_forward, workers, *inputs, _array(opacities), *cams, width, height,
-            near_plane, far_plane, eps2d, workers,
-            *(x.numpy() for x in (means2d, conics, depths, extents)),
+            project_forward, ctx.workers, _array(means), _array(quats), _array(scales),
+            _array(opacities), _array(viewmats.double()), _array(Ks.double()), *settings,
+            np.empty((ctx.workers, 8, 3, 3)),
+            means2d.numpy(), conics.numpy(), depths.numpy(), extents.numpy(),
         )  # fmt: skip
-        ctx.arguments = (*inputs, *cams, width, height, workers, extents.numpy(), conics.numpy())
+        ctx.size = settings[:2]
+        ctx.save_for_backward(means, quats, scales, viewmats, Ks, extents, conics)
         ctx.mark_non_differentiable(extents)
-        ctx.set_materialize_grads(False)
         return means2d, conics, depths, extents
 
     @staticmethod
-    def backward(ctx, g_means2d, g_conics, g_depths, *_):
-        means, quats, scales, views, _, _, _, workers, _, conics = ctx.arguments
-        given = zip((g_means2d, g_conics, g_depths), (conics[..., :2], conics, conics[..., 0]))
-        given = [np.zeros(x.shape, np.float32) if g is None else _array(g) for g, x in given]
+    def backward(ctx, g_means2d, g_conics, g_depths, _):
+        means, quats, scales, viewmats, Ks, extents, conics = ctx.saved_tensors
         grads = [torch.empty(x.shape) for x in (means, quats, scales)]
-        d_views = np.zeros((workers, len(views), 3, 4))
+        d_views = torch.zeros(ctx.workers, len(viewmats), 3, 4, dtype=torch.float64)
         run(
-            project_backward, workers, *ctx.arguments, *given,
-            *(g.numpy() for g in grads), d_views,
+            project_backward, ctx.workers, _array(means), _array(quats), _array(scales),
+            _array(viewmats.double()), _array(Ks.double()), *ctx.size, _array(extents),
+            _array(conics), _array(g_means2d), _array(g_conics), _array(g_depths),
+            np.empty((ctx.workers, 8, 3, 3)), *(g.numpy() for g in grads), d_views.numpy(),
         )  # fmt: skip
-        d_viewmats = torch.zeros(len(views), 4, 4)
-        d_viewmats[:, :3] = torch.from_numpy(d_views.sum(0)).float()
+        d_viewmats = torch.zeros(len(viewmats), 4, 4)
+        d_viewmats[:, :3] = d_views.sum(0)
         return (*grads, None, d_viewmats, *[None] * 6)
 
 
@@ -287,75 +266,73 @@ class _Composite(torch.autograd.Function):
     ):  # fmt: skip
         cameras, n = depths.shape
         channels = colors.shape[-1] + int(with_depth)
-        tile = 32
-        tiles_x, tiles_y = -(-width // tile), -(-height // tile)
         color, depth, opacity = _array(colors), _array(depths), _array(opacities)
         color = color[None] if color.ndim == 2 else color
         workers = workers_for(n * cameras)
-        records, rank, starts, begins, ids, slots = run(
-            kernels.make_lists, workers, _array(means2d), _array(conics), opacity,
-            _array(extents), depth.view(np.uint32), tile, tiles_x, tiles_y,
+        tile = tile_for(cameras, width, height, workers)
+        records, rank, starts, begins, ids, slots = make_lists(
+            _array(means2d), _array(conics), opacity, _array(extents), depth, tile,
+            -(-width // tile), -(-height // tile), workers,
         )  # fmt: skip
-        order = kernels.deal(begins, workers)
-        image = torch.empty(cameras, channels, height, width)
-        left = torch.empty(cameras, height, width)
+        order, shape = deal(begins, workers), (cameras, channels, height, width)
+        image, left = torch.empty(shape), torch.empty(cameras, height, width)
         background = np.zeros((cameras, channels), np.float32)
         if backgrounds is not None:
             background[:, : colors.shape[-1]] = _array(backgrounds)
+        states, ends = kernels.new_states(workers, 5, tile), np.empty(len(order), np.int64)
         for first in range(0, channels, 4):
+            last = min(first + 4, channels)
+            run(kernels.set_channels, workers, records, rank, color, depth, first, last)
             run(
-                kernels.set_channels, workers, records, rank, color, depth, first,
-                min(first + 4, channels),
+                kernels.blend, workers, records, ids, begins, order, tile, background, first,
+                shape, states, ends, image.numpy().ravel(), left.numpy().ravel(),
             )  # fmt: skip
-            ends = run(
-                kernels.blend, workers, records, ids, begins, order, workers, tile, background,
-                first, image.numpy(), left.numpy(),
-            )  # fmt: skip
+        # Planes are what the kernels and a VAE like; callers see gsplat's (C, H, W, D).
+        image, alpha = image.permute(0, 2, 3, 1), (1 - left).unsqueeze(-1)
         ctx.lists = records, rank, starts, begins, ids, slots, ends, order
-        ctx.inputs = opacity, color, depth, colors.shape
-        ctx.results = image.numpy(), left.numpy()
-        ctx.settings = tile, workers, backgrounds is not None, keep_absgrad
-        ctx.set_materialize_grads(False)
-        # Planes are what the kernels and the VAE like; callers see gsplat's (C, H, W, D).
-        return image.permute(0, 2, 3, 1), (1 - left).unsqueeze(-1)
+        ctx.settings = shape, tile, workers, backgrounds is not None, keep_absgrad
+        ctx.save_for_backward(opacities, colors, depths, image, left)
+        return image, alpha
 
     @staticmethod
     def backward(ctx, g_image, g_alpha):
         records, rank, starts, begins, ids, slots, ends, order = ctx.lists
-        opacity, color, depth, color_shape = ctx.inputs
-        image, left = ctx.results
-        tile, workers, has_background, keep_absgrad = ctx.settings
-        cameras, n = depth.shape
-        channels = image.shape[1]
-        none = torch.zeros(1)
-        g_image = none.expand(image.shape) if g_image is None else g_image.permute(0, 3, 1, 2)
-        g_alpha = none.expand(left.shape) if g_alpha is None else g_alpha.squeeze(-1)
-        g_image_, g_alpha_ = _array(g_image), _array(g_alpha)
+        opacities, colors, depths, image, left = ctx.saved_tensors
+        shape, tile, workers, has_background, keep_absgrad = ctx.settings
+        cameras, n = depths.shape
+        g_image = g_image.permute(0, 3, 1, 2)
+        maps = [_array(x).ravel() for x in (image.permute(0, 3, 1, 2), left, g_image, g_alpha)]
+        color, depth, opacity = _array(colors), _array(depths), _array(opacities)
+        color = color[None] if color.ndim == 2 else color
         shapes = [(cameras, n, 2), (cameras, n, 3), (n,), color.shape, (cameras, n)]
-        grads = [torch.zeros(shape) for shape in shapes]
-        absolute = torch.zeros(cameras, n, 2)
-        for first in range(0, channels, 4):
-            last = min(first + 4, channels)
-            if channels > 4:
+        grads = [torch.zeros(x) for x in (*shapes, (cameras, n, 2))]
+        states = kernels.new_states(workers, 6, tile)
+        sums, totals = (
+            np.empty(len(slots) * kernels.SLOT, np.float32),
+            np.empty((workers, 16), "f4"),
+        )
+        for first in range(0, shape[1], 4):
+            last = min(first + 4, shape[1])
+            if first > 0:
+                maps[3] = 0 * maps[3]  # the alphas' share is counted once
+            if shape[1] > 4:
                 run(kernels.set_channels, workers, records, rank, color, depth, first, last)
-            sums = run(
-                kernels.unblend, workers, records, ids, slots, begins, ends, order, workers, tile,
-                first, image, left, g_image_, g_alpha_ if first == 0 else 0 * g_alpha_,
-                keep_absgrad is not None,
+            run(
+                kernels.unblend, workers, records, ids, slots, begins, ends, order, tile, first,
+                shape, states, *maps, True if keep_absgrad else None, sums,
             )  # fmt: skip
             run(
-                kernels.collect, workers, records, rank, starts, sums, opacity, first, last,
-                *(g.numpy() for g in grads), absolute.numpy(),
+                kernels.collect, workers, records, rank, starts, sums, opacity, totals, first,
+                last, *(g.numpy() for g in grads),
             )  # fmt: skip
+        d_means2d, d_conics, d_opacities, d_colors, d_depths, absolute = grads
         if keep_absgrad is not None:
             keep_absgrad(absolute)
-        g_background = None
+        d_background = None
         if has_background:
-            d = color_shape[-1]
-            g_background = (torch.from_numpy(left)[:, None] * g_image[:, :d]).sum((2, 3))
-        d_means2d, d_conics, d_opacities, d_colors, d_depths = grads
-        d_colors = d_colors.view(color_shape)
-        return d_means2d, d_conics, d_opacities, d_colors, d_depths, g_background, *[None] * 5
+            d_background = (left[:, None] * g_image[:, : colors.shape[-1]]).sum((2, 3))
+        d_colors = d_colors.view(colors.shape)
+        return d_means2d, d_conics, d_opacities, d_colors, d_depths, d_background, *[None] * 5
 
 
 def _float(tensor):

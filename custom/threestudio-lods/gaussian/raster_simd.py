@@ -3,19 +3,50 @@
 Auto-vectorisation is lost silently (by an index type, an aliasing doubt, a branch), so the
 rasteriser does not depend on it: it is written with this explicit SIMD type. LLVM maps it to one
 AVX register, or to two SSE or NEON ones. It has + - * / with vectors and scalars (a multiply and
-an add contract to one fused operation), the comparisons > >= <=, ``&`` of their results, and the
+an add contract to one fused operation), the comparisons, ``&`` of their results, and the
 functions below.
 
-Numba's on-disk cache looks only at the file of the cached function: after a change here, raise
-``SIMD_VERSION`` in raster_kernels.py, so that its kernels are compiled again.
 """
 
 import operator
+import threading
 
+import numba
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+
+# How the kernels are compiled. 'contract' is fused multiply-add. prange only: turning every array
+# expression into a parallel loop takes minutes to compile.
+INNER = {"fastmath": {"contract", "nsz"}, "error_model": "numpy"}
+_OTHERS = ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")
+PARALLEL = {"prange": True, **dict.fromkeys(_OTHERS, False)}
+OPTIONS = {**INNER, "parallel": PARALLEL, "cache": True, "nogil": True}
+
+# numba's fallback threading layer ('workqueue') does not survive concurrent calls.
+_LOCK = threading.Lock()
+# For less than this many Gaussians, starting threads costs more than it saves.
+SERIAL_WORK = 2000
+
+
+def workers_for(work: int) -> int:
+    """Threads to use: torch's number (torch.set_num_threads), one for little work."""
+    if work < SERIAL_WORK:
+        return 1
+    return max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def run(kernel, workers: int, *args):
+    """Calls a kernel with the given number of threads, and leaves numba's setting as it was."""
+    with _LOCK:
+        before = numba.get_num_threads()
+        numba.set_num_threads(workers)
+        try:
+            return kernel(*args)
+        finally:
+            numba.set_num_threads(before)
 
 
 class Float32x8(types.Type):
@@ -80,6 +111,7 @@ _binary(operator.mul, F8, lambda b, x, y: b.fmul(x, y, flags=("contract",)))
 _binary(operator.truediv, F8, lambda b, x, y: b.fdiv(x, y))
 _binary(operator.gt, B8, lambda b, x, y: b.fcmp_ordered(">", x, y))
 _binary(operator.ge, B8, lambda b, x, y: b.fcmp_ordered(">=", x, y))
+_binary(operator.lt, B8, lambda b, x, y: b.fcmp_ordered("<", x, y))
 _binary(operator.le, B8, lambda b, x, y: b.fcmp_ordered("<=", x, y))
 
 
@@ -194,6 +226,14 @@ def max8(typingctx, a, b):
 def abs8(typingctx, a):
     def emit(context, builder, sig, args):
         return _call(builder, "fabs", args[0])
+
+    return F8(a), emit
+
+
+@intrinsic
+def minus_abs8(typingctx, a):
+    def emit(context, builder, sig, args):
+        return builder.fneg(_call(builder, "fabs", args[0]))
 
     return F8(a), emit
 
