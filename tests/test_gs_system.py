@@ -310,7 +310,8 @@ def test_learning_rates_follow_the_schedule_geometrically(small):
             rates.append([groups["geometry.means"], groups["geometry.sh0"]])
 
     schedule = "system.lr_schedule={geometry.means: [0, 1.0, 0.01, 2]}"
-    fit(*small("embedding+pocket", schedule), callbacks=[Watch()], max_steps=4)
+    fixed = "system.optimizer.params.geometry.sh0.lr=0.05"
+    fit(*small("embedding+pocket", schedule, fixed), callbacks=[Watch()], max_steps=4)
     assert np.allclose(rates, [[1.0, 0.05], [0.1, 0.05], [0.01, 0.05], [0.01, 0.05]])
 
 
