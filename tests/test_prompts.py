@@ -322,9 +322,14 @@ def test_a_long_prompt_is_truncated_with_one_warning(make, messages, tiny_sd):
     assert len([m for m in messages() if "token" in m]) == 2
 
 
-def test_a_prompt_that_fits_is_not_warned_about(make, messages):
+def test_only_a_prompt_that_does_not_fit_is_warned_about(make, messages):
     make(prompt="a car")
+    views = {f"prompt_{view}": "a car" for view in VIEWS}
+    make(prompt=" ".join("a" * 22), **views)  # with the two end tokens exactly 24
     assert messages() == []
+    make(prompt=" ".join("a" * 23), **views)
+    (warning,) = messages()
+    assert "prompt has 25" in warning and "view_dependent" not in warning
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "/nowhere", "nowhere"])
