@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -266,19 +267,21 @@ def test_a_signal_in_the_last_step_skips_the_test(cli):
     assert read_checkpoint(last())["global_step"] == 4
 
 
-def test_a_signal_in_the_last_validation_skips_the_test(cli, monkeypatch):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent, stopped", [(2, 3), (4, 4)])  # 4 is the last step
+def test_a_signal_in_a_validation(cli, monkeypatch, signum, sent, stopped):
     train(cli, "trainer.max_steps=1")  # loads the extension
     toy = sys.modules["toy_extension"]
 
     def interrupt(system):
-        if system.true_global_step == 4:
-            os.kill(os.getpid(), 15)
+        if system.true_global_step == sent:
+            os.kill(os.getpid(), signum)
 
     monkeypatch.setattr(toy.ToySystem, "on_validation_epoch_end", interrupt)
     status, out, _ = train(cli, prompt="q")
-    assert status == 130 and "interrupted at step 4; resume with" in out
-    assert not Path("outputs/toy/q/save").exists()
-    assert read_checkpoint(last("q"))["global_step"] == 4
+    assert status == 130 and f"interrupted at step {stopped}; resume with" in out
+    assert not Path("outputs/toy/q/save").exists(), "an interrupted run is not tested"
+    assert read_checkpoint(last("q"))["global_step"] == stopped
 
 
 def test_a_signal_while_setting_up_leaves_nothing(cli, monkeypatch):

@@ -135,8 +135,15 @@ class InterruptGuard:
     def __enter__(self) -> "InterruptGuard":
         if threading.current_thread() is threading.main_thread():  # Python allows it only there
             for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._handle)
+                self._before[signum] = signal.getsignal(signum)
+        self.take_over()
         return self
+
+    def take_over(self) -> None:
+        """Handle the signals again, inside the context: Lightning puts a handler of its own for
+        SIGTERM before it trains, which ends the run after a validation without saving."""
+        for signum in self._before:
+            signal.signal(signum, self._handle)
 
     def __exit__(self, *exc) -> None:
         for signum, handler in self._before.items():
@@ -174,6 +181,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer, pl_module) -> None:
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        self.guard.take_over()
         self.guard.training = True
 
     def _due(self, trainer) -> bool:
