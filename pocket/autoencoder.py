@@ -55,8 +55,8 @@ def cosine(step: int, steps: int, peak: float, warm: int = 100) -> float:
 
 
 def whiten(vae, images: torch.Tensor):
-    """Fold (z - mean) / std per latent channel into the two 1x1 convolutions around the latents, and
-    make the posterior's standard deviation POSTERIOR_STD everywhere.
+    """Fold (z - mean) / std per latent channel into the two 1x1 convolutions around the latents,
+    and make the posterior's standard deviation POSTERIOR_STD everywhere.
 
     The learnt deviations do not survive the whitening: a channel that the decoder hardly uses has a
     small spread and a wide posterior, which would be scaled up to many times the spread of the

@@ -11,10 +11,11 @@ import torch
 
 from pocket.tokenizer import save_tokenizer
 
-WORDS = """
-    a an the of on is dslr image photo hamburger astronaut riding horse house car chair snowman
-    red green blue yellow front side back backside overhead view
-"""
+WORDS = (  # threestudio's view words, and some to make prompts of
+    *("a", "an", "the", "of", "on", "is", "dslr", "image", "photo", "hamburger", "astronaut"),
+    *("riding", "horse", "house", "car", "chair", "snowman", "red", "green", "blue", "yellow"),
+    *("front", "side", "back", "backside", "overhead", "view"),
+)
 
 
 def make_tiny_sd(

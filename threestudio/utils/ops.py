@@ -222,8 +222,10 @@ def get_rays(
     """
     rotation, origin = c2w[..., :3, :3], c2w[..., :3, 3]
     if directions.ndim > 2:  # room for H and W between the batch and the vector
-        rotation, origin = rotation[..., None, None, :, :], origin[..., None, None, :]
-    rays_d = (directions[..., None, :] * rotation).sum(-1)
+        origin = origin[..., None, None, :]
+        rays_d = directions @ rotation.mT.unsqueeze(-3)
+    else:
+        rays_d = torch.einsum("...j,...ij->...i", directions, rotation)
     rays_o = origin.expand(rays_d.shape)
     if noise_scale > 0:
         rays_o = rays_o + torch.randn(3, device=rays_o.device) * noise_scale
