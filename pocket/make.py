@@ -17,7 +17,7 @@ def main():
     parser.add_argument("--stages", default="data,vae,latents,unet,save,judge,report")
     parser.add_argument("--pictures", type=int, default=60000)
     parser.add_argument("--vae-steps", type=int, default=2200)
-    parser.add_argument("--unet-steps", type=int, default=5500)
+    parser.add_argument("--unet-steps", type=int, default=7000)
     parser.add_argument("--judge-steps", type=int, default=1600)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
