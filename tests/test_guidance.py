@@ -228,6 +228,24 @@ def test_lora_rows_of_one_call(make, kind):
         torch.testing.assert_close(predict(x_t, t, null), base, rtol=0, atol=0)
 
 
+def test_lora_learns_at_the_strength_it_is_used_with(make):
+    guidance = make("lods-lora-guidance", lora_scale=0.5)
+    shake_lora(guidance)
+    z, null = latents(), random_prompt().uncond_text_embeddings.expand(2, -1, -1)
+    torch.manual_seed(1)
+    loss = guidance.learn(z, null)["loss_lora"]
+    torch.manual_seed(1)
+    t, eps = torch.randint(1000, (2,)), torch.randn_like(z)
+    x_t = guidance.denoiser.add_noise(z, eps, t)
+    by_hand = {}
+    for strength in (0.5, 1.0):
+        with guidance.lora.strength(strength):
+            predicted = guidance.denoiser.predict_noise(x_t, t, null)
+        by_hand[strength] = (predicted - eps).square().mean()
+    torch.testing.assert_close(loss, by_hand[0.5])
+    assert abs(loss - by_hand[1.0]) > 1e-3
+
+
 def test_lora_in_another_model(make, tiny_sd):
     other = tiny_sd(sample_size=4, seed=1)
     guidance = make("lods-lora-guidance", pretrained_model_name_or_path_lora=other)
