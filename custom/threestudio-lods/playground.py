@@ -202,7 +202,7 @@ def run(kind: str, args: argparse.Namespace) -> Path:
         defaults["batch"],
     )
     start, done, interrupted = time.monotonic(), 0, False
-    with open(folder / "metrics.csv", "w", newline="") as file:
+    with open(folder / "metrics.csv", "w", newline="", buffering=1) as file:
         table = None
         try:
             pause = 0.1 if sys.stderr.isatty() else 10.0  # seconds between lines in a log file
