@@ -129,13 +129,20 @@ class LODSGaussianSplatting(BaseLift3DSystem):
         guided = self.guidance(out["comp_rgb"], self.prompt_utils, **batch, rgb_as_latents=False)
         for name, value in guided.items():
             if not name.startswith("loss_") and _is_scalar(value):
-                self.log(f"train/{name}", float(value))
+                self.note(f"train/{name}", value)
         losses = {k[len("loss_") :]: v for k, v in guided.items() if k.startswith("loss_")}
         losses |= self.regularisers(out)
         loss = self.weigh(losses)
         self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log("train/n_gaussians", float(self.geometry.count))
+        self.note("train/n_gaussians", self.geometry.count)
         return {"loss": loss}
+
+    def note(self, name: str, value: Any) -> None:
+        """``self.log``, on the steps that loggers write only (``trainer.log_every_n_steps``): a
+        dozen calls take Lightning several milliseconds."""
+        every = self.trainer.log_every_n_steps
+        if every and (self.global_step + 1) % every == 0:
+            self.log(name, float(value))
 
     def regularisers(self, out: Dict[str, Any]) -> Dict[str, Float[Tensor, ""]]:
         """The losses of the class docstring whose lambda stands in the YAML, by name."""
@@ -173,10 +180,10 @@ class LODSGaussianSplatting(BaseLift3DSystem):
                     f"{self.cfg.guidance_type} returns loss_{name} but system.loss has no {key}: "
                     f"add system.loss.{key}=1.0 to the configuration"
                 )
-            self.log(f"train/loss_{name}", value.detach())
+            self.note(f"train/loss_{name}", value)
             total = total + value * self.C(self.cfg.loss[key])
         for key, value in self.cfg.loss.items():
-            self.log(f"train_params/{key}", float(self.C(value)))
+            self.note(f"train_params/{key}", self.C(value))
         return total
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
