@@ -118,10 +118,10 @@ def decode(guidance, particles):
 
 
 def save_grid(path: Path, images) -> Path:
-    """One picture with all images, about half as many rows as columns."""
+    """One picture with all images, as many columns as rows or one more."""
     from PIL import Image
 
-    columns = min(len(images), math.ceil(math.sqrt(2 * len(images))))
+    columns = math.ceil(math.sqrt(len(images)))
     height, width = images.shape[1:3]
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
     for i, image in enumerate(images):
