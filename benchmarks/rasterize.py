@@ -111,9 +111,11 @@ def count_pairs(means2d, conics, opacities, extents, order, width, height):
                 power = 0.5 * (conics[g, 0] * dx * dx + conics[g, 2] * dy * dy)
                 power += conics[g, 1] * dx * dy
                 alpha = min(0.999, opacities[g] * math.exp(-power))
-                if alpha >= 1 / 255 and left[i, j] * (1 - alpha) > 1e-4:
-                    left[i, j] *= 1 - alpha
-                    total += 1
+                if alpha < 1 / 255 or left[i, j] == 0:
+                    continue
+                after = left[i, j] * (1 - alpha)
+                left[i, j] = after if after > 1e-4 else 0  # the first that does not fit ends it
+                total += after > 1e-4
     return total
 
 

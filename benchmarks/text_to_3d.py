@@ -105,14 +105,14 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/text_to_3d.csv")
     parser.add_argument("overrides", nargs="*", help="key=value for launch.py, after a --")
     args = parser.parse_args()
-    judge = load()
+    judge, version = load(), commit()  # once: the tree may be committed to during a long run
     rows = list(csv.DictReader(args.out.open())) if args.out.exists() else []
     known = {(r["config"], r["prompt"], r["seed"], r["commit"]) for r in rows}
     for config in args.configs:
         for prompt in args.prompts:
             for seed in args.seeds:
                 kind, color = asked(prompt)
-                if (config, prompt, str(seed), commit()) in known:
+                if (config, prompt, str(seed), version) in known:
                     continue
                 folder, seconds, peak = run(config, prompt, seed, args.work, args.overrides)
                 images, step = views(folder)
@@ -134,7 +134,7 @@ def main():
                     "cpu": cpu_name(),
                     "threads": torch.get_num_threads(),
                     "torch": torch.__version__,
-                    "commit": commit(),
+                    "commit": version,
                 }
                 rows.append(row)
                 print(row, flush=True)
@@ -144,7 +144,7 @@ def main():
                     writer.writeheader()
                     writer.writerows(rows)
     for config in args.configs:
-        mine = [r for r in rows if r["config"] == config and r["commit"] == commit()]
+        mine = [r for r in rows if r["config"] == config and r["commit"] == version]
         right = np.mean([float(r["object_accuracy"]) for r in mine])
         colors = [float(r["color_accuracy"]) for r in mine if r["color_accuracy"] != ""]
         print(

@@ -231,6 +231,18 @@ def test_what_lies_behind_an_opaque_wall_is_not_seen(raster):
         assert_near(ours[name], reference[name], 1e-4)
 
 
+def test_clamped_alphas_have_no_gradient(raster):
+    """Where o exp(-sigma) exceeds 0.999 alpha is 0.999, and its derivative 0, not that of exp."""
+    scene = on_axis([2.0, 3.0], [1.0, 0.5], [[1.0, 0.5, 0.0], [0.0, 0.5, 1.0]], scale=5.0, size=9)
+    ours, _ = render(raster, scene, "cpu", torch.float32)
+    reference, _ = render(raster, scene, "torch", torch.float64)
+    unclamped = {**scene, "opacities": torch.tensor([0.998, 0.5])}
+    other, _ = render(raster, unclamped, "torch", torch.float64)
+    for name in ("opacities", "scales", "means2d"):
+        assert_near(ours[name], reference[name], 1e-4)
+        assert reference[name].flatten()[0].abs() < 0.9 * other[name].flatten()[0].abs()
+
+
 def test_the_order_of_the_input_does_not_matter(raster, twin):
     scene = clear_cut_scene(twin, n=100, cameras=2)
     order = torch.randperm(100, generator=torch.Generator().manual_seed(3))
