@@ -239,7 +239,8 @@ def test_clamped_alphas_have_no_gradient(raster, opacity):
     ours, _ = render(raster, scene, "cpu", torch.float32)
     reference, _ = render(raster, scene, "torch", torch.float64)
     for name in ("opacities", "means2d", "colors"):
-        assert_near(ours[name], reference[name], 1e-4)
+        # 1 / (1 - 0.998) magnifies the rounding of single precision
+        assert_near(ours[name], reference[name], 1e-3)
     assert bool(ours["opacities"][0] == 0) == (opacity > 0.999)
     assert ours["opacities"][1] != 0 and (ours["colors"] != 0).all()
 
