@@ -305,7 +305,8 @@ class _Composite(torch.autograd.Function):
         color, depth, opacity = _array(colors), _array(depths), _array(opacities)
         color = color[None] if color.ndim == 2 else color
         shapes = [(cameras, n, 2), (cameras, n, 3), (n,), color.shape, (cameras, n)]
-        grads = [torch.zeros(x) for x in (*shapes, (cameras, n, 2))]
+        grads = [torch.zeros(x) for x in shapes]
+        absolute = torch.zeros(cameras, n, 2) if keep_absgrad else None
         states = kernels.new_states(workers, 6, tile)
         sums, totals = (
             np.empty(len(slots) * kernels.SLOT, np.float32),
@@ -322,11 +323,11 @@ class _Composite(torch.autograd.Function):
                 shape, states, *maps, True if keep_absgrad else None, sums,
             )  # fmt: skip
             run(
-                kernels.collect, workers, records, rank, starts, sums, opacity, totals, first,
-                last, *(g.numpy() for g in grads),
+                kernels.collect, workers, rank, starts, sums, opacity, totals, first, last,
+                *(g.numpy() for g in grads), absolute.numpy() if keep_absgrad else None,
             )  # fmt: skip
-        d_means2d, d_conics, d_opacities, d_colors, d_depths, absolute = grads
-        if keep_absgrad is not None:
+        d_means2d, d_conics, d_opacities, d_colors, d_depths = grads
+        if keep_absgrad:
             keep_absgrad(absolute)
         d_background = None
         if has_background:

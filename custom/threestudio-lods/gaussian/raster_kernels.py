@@ -41,7 +41,7 @@ from .raster_simd import (
 # these kernels (raster_simd.py, raster_lists.py); a test demands it, and so a new compilation.
 HELPERS = "424445155fda"
 SLOT = 12  # floats of the sums that unblend leaves per (Gaussian, tile)
-CHECK = 32  # Gaussians between two checks whether a tile is opaque everywhere
+CHECK = 32  # Gaussians between two looks where a tile is opaque already
 
 ALPHA_MIN = np.float32(1 / 255)
 ALPHA_MAX = np.float32(0.999)
@@ -54,7 +54,7 @@ TWO, THREE, FOUR, FIVE = np.uint64(2), np.uint64(3), np.uint64(4), np.uint64(5)
 # as operands in memory these numbers cost no instruction, as literals two or three.
 CONSTANTS = (
     *(1.0, 0.6931470036506653, 0.24022242426872253, 0.05550733581185341),
-    *(0.009671512991189957, 0.001326472731307149, -126.0),
+    *(0.009671512991189957, 0.001326472731307149, -100.0),
     *(float(ALPHA_MIN), float(ALPHA_MAX), float(TRANSMITTANCE_MIN)),
 )
 
@@ -74,7 +74,8 @@ def constant(state, end, i):
 
 @njit(**INNER)
 def exp2_8(x, state, end):
-    """2^x of eight floats, relative error below 3e-7; 2^-126 where x is less than -126.
+    """2^x of eight floats, relative error below 3e-7; 2^-100 where x is less than -100
+    (lower, products of it would become denormal numbers, which are slow).
 
     x = n + f with |f| <= 1/2: 2^n by the exponent bits, 2^f by the polynomial of degree 5 whose
     coefficients minimise the largest relative error (fitted for this file)."""
@@ -95,15 +96,19 @@ def add8(array, index, value):
 
 
 @njit(**INNER)
-def box(records, r, left, top, tile):
+def box(records, r, left, top, tile, live):
     """The pixels of a tile in a Gaussian's bounding box: its centre (x, y) relative to the
     tile's first pixel centre, the rows [y0, y1) and, as the columns are visited in blocks of
-    eight that must not leave the tile, the first column and the number of blocks."""
+    eight that must not leave the tile, the first column and the number of blocks: none if all
+    cells (see ``live_cells``) are finished."""
     x, y = records[r] - left - HALF, records[r + 1] - top - HALF
     ex, ey = records[r + 6] + MARGIN, records[r + 7] + MARGIN
     x0, x1 = max(0, math.ceil(x - ex)), min(tile, math.floor(x + ex) + 1)
     y0, y1 = max(0, math.ceil(y - ey)), min(tile, math.floor(y + ey) + 1)
-    blocks = max(0, x1 - x0 + 7) >> 3 if y1 > y0 else 0
+    # The cells it meets: the columns' bits, repeated in every row, of the rows' bits.
+    columns = (2 << ((x1 - 1) >> 3)) - (1 << (x0 >> 3))
+    cells = columns * 0x1111 & ((16 << ((y1 - 1) >> 3 << 2)) - (1 << (y0 >> 3 << 2)))
+    blocks = (x1 - x0 + 7) >> 3 if x1 > x0 and y1 > y0 and cells & live else 0
     return x, y, y0, y1, min(x0, tile - 8 * blocks), blocks
 
 
@@ -117,12 +122,17 @@ def rows(records, r, x, y, y0, y1, column, blocks):
 
 
 @njit(**INNER)
-def opaque(state, tile):
-    """Whether no pixel of the tile takes more Gaussians."""
-    best = splat(ZERO)
-    for i in range(0, tile * tile, 8):
-        best = max8(best, load8(state, np.uint64(i)))
-    return not any8(best > ZERO)
+def live_cells(state, tile):
+    """Which cells of 8 x 8 pixels take more Gaussians: bit 4 row + column of an integer."""
+    live = 0
+    for v in range(0, tile, 8):
+        for u in range(0, tile, 8):
+            best = load8(state, np.uint64(v * tile + u))
+            for row in range(v + 1, v + 8):
+                best = max8(best, load8(state, np.uint64(row * tile + u)))
+            if any8(best > ZERO):
+                live |= 1 << ((v >> 1) + (u >> 3))
+    return live
 
 
 @njit(**INNER)
@@ -131,11 +141,14 @@ def blend_tile(records, ids, begin, end, left, top, tile, state):
     negative once a pixel is finished, and four channels. Returns the end of what was needed."""
     plane = np.uint64(tile * tile)
     known = plane * np.uint64(5)
+    live = -1
     for e in range(begin, end):
-        if (e - begin) % CHECK == CHECK - 1 and opaque(state, tile):
-            return e
+        if (e - begin) % CHECK == CHECK - 1:
+            live = live_cells(state, tile)
+            if live == 0:
+                return e
         r = np.uint64(ids[e]) * np.uint64(RECORD)
-        x, y, y0, y1, first, blocks = box(records, r, left, top, tile)
+        x, y, y0, y1, first, blocks = box(records, r, left, top, tile, live)
         a, b, c, log_opacity = records[r + 2], records[r + 3], records[r + 4], records[r + 5]
         a, b, c = a * -HALF_LOG2_E, b * -LOG2_E, c * -HALF_LOG2_E
         c0, c1, c2, c3 = records[r + 8], records[r + 9], records[r + 10], records[r + 11]
@@ -153,9 +166,9 @@ def blend_tile(records, ids, begin, end, left, top, tile, state):
                 t = load8(state, at)
                 taken = alpha * t
                 after = t - taken
-                live = after > constant(state, known, 9)
-                weight = select(live, taken, ZERO)
-                store8(state, at, select(live, after, minus_abs8(t)))
+                open_ = after > constant(state, known, 9)
+                weight = select(open_, taken, ZERO)
+                store8(state, at, select(open_, after, minus_abs8(t)))
                 add8(state, at + plane, weight * c0)
                 add8(state, at + TWO * plane, weight * c1)
                 add8(state, at + THREE * plane, weight * c2)
@@ -176,14 +189,19 @@ def unblend_tile(records, ids, slots, begin, end, left, top, tile, state, sums, 
 
         dL/dalpha_i = T_i (g . c_i) - rest / (1 - alpha_i),   dL/dc_i = w_i g
 
-    With q = alpha_i dL/dalpha_i (zero where alpha was clamped or too faint), the 12 floats of a
-    slot are the sums over the tile's pixels of q, q dx, q dx^2, q dy, q dx dy, q dy^2,
-    |q (a dx + b dy)|, |q (b dx + c dy)| (unless ``absolute`` is None), w g_0, ..., w g_3."""
+    With sigma = (a dx^2 + 2 b dx dy + c dy^2) / 2, alpha = o e^-sigma, and q = alpha_i dL/dalpha_i
+    (zero where alpha was clamped or too faint), the 12 floats of a slot are the sums over the
+    tile's pixels of q = o dL/do, q (a dx + b dy) and q (b dx + c dy) = dL/dmean2d, q dx^2, q dx dy
+    and q dy^2 = -2 dL/da, -dL/db and -2 dL/dc, the magnitudes of the second and the third (0 if
+    ``absolute`` is None), and w g_0, ..., w g_3."""
     plane = np.uint64(tile * tile)
     known = plane * np.uint64(6)
+    live = -1
     for e in range(begin, end):
+        if (e - begin) % CHECK == CHECK - 1:
+            live = live_cells(state, tile)
         r = np.uint64(ids[e]) * np.uint64(RECORD)
-        x, y, y0, y1, first, blocks = box(records, r, left, top, tile)
+        x, y, y0, y1, first, blocks = box(records, r, left, top, tile, live)
         a, b, c, log_opacity = records[r + 2], records[r + 3], records[r + 4], records[r + 5]
         a, b, c = a * -HALF_LOG2_E, b * -LOG2_E, c * -HALF_LOG2_E
         c0, c1, c2, c3 = records[r + 8], records[r + 9], records[r + 10], records[r + 11]
@@ -206,9 +224,9 @@ def unblend_tile(records, ids, slots, begin, end, left, top, tile, state, sums, 
                 t = load8(state, at)
                 taken = alpha * t
                 after = t - taken
-                live = after > constant(state, known, 9)
-                weight = select(live, taken, ZERO)
-                store8(state, at, select(live, after, minus_abs8(t)))
+                open_ = after > constant(state, known, 9)
+                weight = select(open_, taken, ZERO)
+                store8(state, at, select(open_, after, minus_abs8(t)))
                 g0, g1 = load8(state, at + TWO * plane), load8(state, at + THREE * plane)
                 g2, g3 = load8(state, at + FOUR * plane), load8(state, at + FIVE * plane)
                 s0, s1, s2, s3 = (
@@ -221,7 +239,7 @@ def unblend_tile(records, ids, slots, begin, end, left, top, tile, state, sums, 
                 rest = load8(state, at + plane) - weight * gc
                 store8(state, at + plane, rest)
                 q = raw * (t * gc - rest / (constant(state, known, 0) - alpha))
-                q = select(seen & live & (raw <= constant(state, known, 8)), q, ZERO)
+                q = select(seen & open_ & (raw <= constant(state, known, 8)), q, ZERO)
                 q_dy = q * dy
                 q0, q1, q2 = q0 + q, q1 + q_dy, q2 + q_dy * dy
                 if absolute is not None:
@@ -230,7 +248,9 @@ def unblend_tile(records, ids, slots, begin, end, left, top, tile, state, sums, 
                 dy = dy + ONE
                 at += np.uint64(tile)
             q_dx = q0 * dx
-            shape = shape + sums8(q0, q_dx, q_dx * dx, q1, q1 * dx, q2, ax, ay)
+            x_sum = q_dx * records[r + 2] + q1 * records[r + 3]
+            y_sum = q_dx * records[r + 3] + q1 * records[r + 4]
+            shape = shape + sums8(q0, x_sum, y_sum, q_dx * dx, q1 * dx, q2, ax, ay)
             color = color + sums8(s0, s1, s2, s3, s0, s1, s2, s3)
         # Eight colour sums (the four, twice); the shape then overwrites the first four of them.
         slot = np.uint64(slots[e]) * np.uint64(SLOT)
@@ -379,13 +399,11 @@ def unblend(
 
 @njit(**OPTIONS)
 def collect(
-    records, rank, starts, sums, opacities, totals, first, last,
+    rank, starts, sums, opacities, totals, first, last,
     d_means2d, d_conics, d_opacities, d_colors, d_depths, d_absolute,
 ):  # fmt: skip
-    """Adds the sums of all slots of a Gaussian, and of all cameras where an input is shared, to
-    the gradients (``d_colors`` (C or 1, N, D)). With sigma = (a dx^2 + 2 b dx dy + c dy^2) / 2 and
-    alpha = o e^-sigma, q = alpha dL/dalpha: dL/dx = sum q (a dx + b dy), dL/da = -sum q dx^2 / 2,
-    dL/db = -sum q dx dy, dL/do = sum q / o."""
+    """Adds up the sums (see ``unblend_tile``) of all slots of a Gaussian, and those of all cameras
+    where an input is shared (``d_colors`` (C or 1, N, D)). ``d_absolute`` may be None."""
     channels, n, workers = d_colors.shape[2], rank.shape[1], len(totals)
     for worker in prange(workers):
         total = totals[worker]
@@ -401,16 +419,15 @@ def collect(
                     color = color + load8(sums, np.uint64(i * SLOT + 4))
                 store8(total, np.uint64(4), color)
                 store8(total, np.uint64(0), shape)
-                x, xx, y, xy, yy = total[1], total[2], total[3], total[4], total[5]
-                a, b, c_ = records[p * RECORD + 2], records[p * RECORD + 3], records[p * RECORD + 4]
                 opacity += total[0]
-                d_means2d[c, g, 0] += a * x + b * y
-                d_means2d[c, g, 1] += b * x + c_ * y
-                d_conics[c, g, 0] -= HALF * xx
-                d_conics[c, g, 1] -= xy
-                d_conics[c, g, 2] -= HALF * yy
-                d_absolute[c, g, 0] += total[6]
-                d_absolute[c, g, 1] += total[7]
+                d_means2d[c, g, 0] += total[1]
+                d_means2d[c, g, 1] += total[2]
+                d_conics[c, g, 0] -= HALF * total[3]
+                d_conics[c, g, 1] -= total[4]
+                d_conics[c, g, 2] -= HALF * total[5]
+                if d_absolute is not None:
+                    d_absolute[c, g, 0] += total[6]
+                    d_absolute[c, g, 1] += total[7]
                 for d in range(first, last):
                     if d == channels:
                         d_depths[c, g] += total[8 + d - first]
