@@ -142,7 +142,7 @@ class LODSGaussianSplatting(BaseLift3DSystem):
         dozen calls take Lightning several milliseconds."""
         every = self.trainer.log_every_n_steps
         if every and (self.global_step + 1) % every == 0:
-            self.log(name, float(value))
+            self.log(name, float(value.detach() if isinstance(value, Tensor) else value))
 
     def regularisers(self, out: Dict[str, Any]) -> Dict[str, Float[Tensor, ""]]:
         """The losses of the class docstring whose lambda stands in the YAML, by name."""
