@@ -1,7 +1,8 @@
 """The pocket autoencoder: a small ``AutoencoderKL`` trained on rendered pictures.
 
-Loss: mean |x - x'| + 2 mean (x - x')^2 + 1e-5 KL, on random 32-pixel crops for the first 72 % of
-the steps (cheap) and on whole pictures after (borders). At the end a per-channel whitening of the
+Loss: mean |x - x'| + 2 mean (x - x')^2 + 1e-6 KL, on random 32-pixel crops for the first 80 % of
+the steps (cheap) and on whole pictures after (borders). A KL weight of 1e-5 let one latent channel
+collapse. At the end a per-channel whitening of the
 latents is folded into ``quant_conv`` and ``post_quant_conv``, so that latents have mean 0 and
 standard deviation 1 and ``scaling_factor`` is 1.
 """
@@ -74,15 +75,17 @@ def whiten(vae, images: torch.Tensor):
         vae.post_quant_conv.weight *= std[None, :, None, None]
 
 
-def train(work: Path, steps: int, seed: int = 0, batch: int = 32, peak: float = 2e-3):
+def train(work: Path, steps: int, seed: int = 0, batch: int = 16, peak: float = 2e-3):
     """Train to ``work/vae.pt`` (finished) by way of ``work/vae_state.pt`` (resumable)."""
     done, state_file = work / "vae.pt", work / "vae_state.pt"
     if done.exists():
         return
     images = np.load(work / "train.npz")["images"]
     torch.manual_seed(seed)
-    vae = build()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
+    vae = build().to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
+    )
     start = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -91,12 +94,13 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 32, peak: float = 
         start = state["step"]
     for step in range(start, steps):
         rng = np.random.default_rng((seed, step))
-        whole = step >= 0.72 * steps
+        whole = step >= 0.8 * steps
         pick = rng.integers(len(images), size=batch // 2 if whole else batch)
         x = to_tensor(images[pick])
         if not whole:
             i, j = rng.integers(8, 25, size=2)
             x = x[:, :, i : i + 32, j : j + 32]
+        x = x.contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, steps, peak)
         posterior = vae.encode(x).latent_dist
@@ -104,7 +108,7 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 32, peak: float = 
             posterior.mean.shape, generator=torch.Generator().manual_seed(step)
         )
         error = vae.decode(z).sample - x
-        loss = error.abs().mean() + 2 * error.square().mean() + 1e-5 * posterior.kl().mean()
+        loss = error.abs().mean() + 2 * error.square().mean() + 1e-6 * posterior.kl().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

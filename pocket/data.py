@@ -53,15 +53,15 @@ def _vary(rng, color, amount=0.04):
 
 def _background(rng):
     u = rng.uniform()
-    if u < 0.5:
+    if u < 0.64:
         flat = np.full(3, rng.uniform(0.96, 1.0))
-    elif u < 0.62:
+    elif u < 0.74:
         flat = np.full(3, rng.uniform(0.3, 0.9))
-    elif u < 0.70:
+    elif u < 0.80:
         flat = np.full(3, rng.uniform(0.0, 0.08))
     else:
         flat = 1 - rng.uniform(0.05, 0.45) * rng.uniform(0, 1, 3)
-    if u > 0.9:
+    if u > 0.94:
         return np.stack([flat * rng.uniform(0.7, 1.0), flat])
     return np.stack([flat, flat])
 
