@@ -1,7 +1,6 @@
 """The Gaussian system through the command line and the trainer, with a tiny random prior."""
 
 import csv
-import importlib
 import re
 import subprocess
 import sys
@@ -15,7 +14,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from plyfile import PlyData
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.runs import ROOT, fit, launch, read, same, small_run
+
 CONFIGS = {
     "embedding": ["lods-gs-embedding.yaml"],
     "lora": ["lods-gs-lora.yaml"],
@@ -38,89 +38,20 @@ def small(tiny_sd, tmp_path, monkeypatch):
 
     def make(config, *more):
         return [str(ROOT / "configs" / name) for name in CONFIGS[config]], [
-            "system.prompt_processor.prompt=a red car",
-            f"system.prompt_processor.pretrained_model_name_or_path={tiny_sd()}",
-            "data.batch_size=2",
-            "data.width=16",
-            "data.height=16",
-            "data.eval_width=24",
-            "data.eval_height=24",
-            "data.n_test_views=5",
+            *small_run(tiny_sd()),
             "system.geometry.init_type=ball",
             "system.geometry.ball={n_points: 120, radius: 0.6}",
-            "trainer.max_steps=2",
-            "trainer.val_check_interval=2",
-            "trainer.enable_progress_bar=false",
-            "trainer.precision=32",
-            "use_timestamp=false",
-            "tag=t",
             *more,
         ]
 
     return make
 
 
-def launch(files, overrides, mode="--train"):
-    """``launch.py`` in this process; returns its exit status."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        return importlib.import_module("launch").main(["--config", *files, mode, *overrides])
-    finally:
-        sys.path.remove(str(ROOT))
-
-
 def trial(config):
     return Path("outputs") / CONFIGS[config][0].removesuffix(".yaml") / "t"
 
 
-def fit(files, overrides, resume=None, callbacks=(), max_steps=2):
-    """A fresh system trained by a fresh trainer, without the files of a launched run."""
-    import threestudio
-    from threestudio.utils.config import load_config
-
-    cfg = load_config(*files, cli_args=overrides)
-    pl.seed_everything(cfg.seed, verbose=False)
-    data = threestudio.find(cfg.data_type)(cfg.data)
-    system = threestudio.find(cfg.system_type)(cfg.system, resumed=resume is not None)
-    system.set_save_dir("save")
-    trainer = pl.Trainer(
-        max_steps=max_steps,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=bool(callbacks),
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        inference_mode=False,
-        callbacks=list(callbacks),
-    )
-    trainer.fit(system, datamodule=data, ckpt_path=resume)
-    return system, trainer
-
-
-def same(a, b, where=""):
-    """Assert that two checkpoints' contents are equal, bit for bit."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
 KEYS = ("state_dict", "optimizer_states", "lods_densifier", "rng_state", "global_step")
-
-
-def read(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 # -- resume ----------------------------------------------------------------------------------------

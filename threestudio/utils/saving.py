@@ -256,14 +256,22 @@ class SaverMixin:
         t_pos_idx: Any,
         v_tex: Any = None,
         t_tex_idx: Any = None,
+        v_nrm: Any = None,
+        v_rgb: Any = None,
     ) -> str:
-        """Vertices (Nv, 3) and triangles (Nf, 3) in the format of the suffix. Texture coordinates
+        """Vertices (Nv, 3), triangles (Nf, 3) and, if given, vertex normals (Nv, 3) and vertex
+        colours (Nv, 3), 0..1, in the format of the suffix, axes as they are. Texture coordinates
         are accepted and not written: use ``save_obj`` for them."""
         import trimesh
 
         path = self.get_save_path(filename)
+        colors = None if v_rgb is None else images.to_uint8(self.convert_data(v_rgb))
         trimesh.Trimesh(
-            self.convert_data(v_pos), self.convert_data(t_pos_idx), process=False
+            self.convert_data(v_pos),
+            self.convert_data(t_pos_idx),
+            vertex_normals=self.convert_data(v_nrm),
+            vertex_colors=colors,
+            process=False,
         ).export(path)
         return path
 

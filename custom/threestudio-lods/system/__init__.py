@@ -1,5 +1,5 @@
 """Systems: what is optimised with a LODS guidance."""
 
-from . import lods_gs
+from . import lods_gs, lods_ngp
 
-__all__ = ["lods_gs"]
+__all__ = ["lods_gs", "lods_ngp"]

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 import threestudio
-from threestudio.models.background.base import BaseBackground
+from threestudio.models.background.base import BaseBackground, random_color
 from threestudio.utils.typing import *
 
 
@@ -45,7 +45,6 @@ class SolidColorBackground(BaseBackground):
     def forward(self, dirs: Float[Tensor, "B H W 3"]) -> Float[Tensor, "B H W C"]:
         n = self.cfg.n_output_dims
         color = self.env_color.expand(*dirs.shape[:-1], n)
-        if self.training and self.cfg.random_aug and torch.rand(()) < self.cfg.random_aug_prob:
-            # '0 *' keeps a learned colour in the graph, which distributed training insists on
-            color = color * 0 + torch.rand(dirs.shape[0], 1, 1, n).to(dirs)
+        if self.training and self.cfg.random_aug:
+            color = random_color(color, self.cfg.random_aug_prob)
         return color

@@ -1,5 +1,5 @@
 """Exporters: from a trained scene to files that other programs open."""
 
-from . import base
+from . import base, mesh_exporter
 
-__all__ = ["base"]
+__all__ = ["base", "mesh_exporter"]

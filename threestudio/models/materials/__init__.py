@@ -1,5 +1,5 @@
 """Materials: from the features of a point to its colour."""
 
-from . import base, no_material
+from . import base, diffuse_with_point_light_material, no_material
 
-__all__ = ["base", "no_material"]
+__all__ = ["base", "diffuse_with_point_light_material", "no_material"]

@@ -4,32 +4,53 @@ from dataclasses import dataclass
 
 import threestudio
 from threestudio.models.materials.base import BaseMaterial
+from threestudio.models.networks import get_mlp
 from threestudio.utils.ops import get_activation
 from threestudio.utils.typing import *
 
 
 @threestudio.register("no-material")
 class NoMaterial(BaseMaterial):
-    """``colour = color_activation(features)``: no light, no shading."""
+    """``colour = color_activation(features)``, or of ``network(features)`` with an
+    ``mlp_network_config``: no light, no shading."""
 
     @dataclass
     class Config(BaseMaterial.Config):
-        n_output_dims: int = 3  # channels of the features; 0: colours come from the geometry
+        n_output_dims: int = 3  # channels of the colour; 0: colours come from the geometry
         color_activation: str = "sigmoid"
+        # both or neither: channels of the features, and the network between them and the colour
+        input_feature_dims: Optional[int] = None
+        mlp_network_config: Optional[dict] = None
         requires_normal: bool = False
 
     cfg: Config
 
     def configure(self) -> None:
-        self.requires_normal = self.cfg.requires_normal
-        self.activation = get_activation(self.cfg.color_activation)
+        cfg = self.cfg
+        self.requires_normal = cfg.requires_normal
+        self.activation = get_activation(cfg.color_activation)
+        self.use_network = cfg.mlp_network_config is not None
+        if self.use_network != (cfg.input_feature_dims is not None):
+            raise ValueError(
+                "no-material: material.input_feature_dims and material.mlp_network_config go "
+                "together, set both or neither"
+            )
+        if self.use_network:
+            self.network = get_mlp(
+                cfg.input_feature_dims, cfg.n_output_dims, cfg.mlp_network_config
+            )
 
     def forward(self, features: Float[Tensor, "*B F"], **kwargs) -> Float[Tensor, "*B C"]:
-        if features.shape[-1] != self.cfg.n_output_dims:
+        wanted = self.cfg.input_feature_dims if self.use_network else self.cfg.n_output_dims
+        if features.shape[-1] != wanted:
+            name = "input_feature_dims" if self.use_network else "n_output_dims"
             raise ValueError(
-                f"no-material has n_output_dims={self.cfg.n_output_dims} but the geometry gives "
-                f"{features.shape[-1]} features: set material.n_output_dims accordingly"
+                f"no-material has {name}={wanted} but the geometry gives {features.shape[-1]} "
+                f"features: set material.{name} accordingly"
             )
+        if self.use_network:
+            flat = self.network(features.reshape(-1, wanted))
+            features = flat.reshape(*features.shape[:-1], self.cfg.n_output_dims)
         return self.activation(features)
 
     def export(self, features: Float[Tensor, "*B F"], **kwargs) -> Dict[str, Any]:

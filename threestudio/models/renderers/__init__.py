@@ -1,5 +1,5 @@
 """Renderers: from a scene and cameras to images."""
 
-from . import base
+from . import base, nerf_volume_renderer
 
-__all__ = ["base"]
+__all__ = ["base", "nerf_volume_renderer"]

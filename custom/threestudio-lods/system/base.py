@@ -1,0 +1,221 @@
+"""What the systems of all backbones share: losses and their weights, pictures, files."""
+
+from dataclasses import dataclass
+
+import torch
+
+import threestudio
+from threestudio.systems.base import BaseLift3DSystem
+from threestudio.utils.ops import binary_cross_entropy
+from threestudio.utils.typing import *
+
+# the guidances of this extension return some of these; a YAML may weigh all of them, so that the
+# guidance can be changed in one line
+GUIDANCE_LOSSES = ("sds", "lora", "embedding")
+
+
+class LODSSystem(BaseLift3DSystem):
+    """Renders a batch of cameras, asks the guidance for its losses and adds regularisers.
+
+    total = sum over all losses of C(system.loss.lambda_<name>) * loss, where the guidance gives
+    ``sds`` and, if it learns, ``lora`` or ``embedding``, and with o the rendered opacity:
+
+    - ``sparsity``: mean sqrt(o^2 + 0.01)
+    - ``opaque``: binary cross entropy of o, clamped to 1e-3..1-1e-3, with itself
+
+    A regulariser is computed when its lambda stands in the YAML. A backbone names its own in
+    REGULARISERS and adds them in ``regularisers``.
+    """
+
+    REGULARISERS: Tuple[str, ...] = ("sparsity", "opaque")
+
+    @dataclass
+    class Config(BaseLift3DSystem.Config):
+        prompt_processor_type: str = "stable-diffusion-prompt-processor"
+        sheet_views: int = 12  # views of the contact sheet, evenly around the object
+        sheet_columns: int = 4
+        video_fps: int = 30
+
+    cfg: Config
+
+    def configure(self) -> None:
+        super().configure()
+        self.guidance = threestudio.find(self.cfg.guidance_type)(self.cfg.guidance)
+        self.prompt_processor = threestudio.find(self.cfg.prompt_processor_type)(
+            self.cfg.prompt_processor
+        )
+        self.prompt_utils = self.prompt_processor()
+        if hasattr(self.guidance, "initialize"):
+            self.guidance.initialize(self.prompt_utils)
+        self.on_predict_start()  # a mistake in the exporter's settings shall not cost a training
+        self._sheet: Dict[int, Tuple[float, int, Tensor]] = {}
+        self._results: Dict[str, str] = {}
+
+    def forward(self, batch: Dict[str, Any]) -> Dict[str, Any]:
+        return self.renderer(**batch)
+
+    # -- losses --------------------------------------------------------------------------------
+
+    def loss_of(self, out: Dict[str, Any], batch: Dict[str, Any]) -> Float[Tensor, ""]:
+        """The total loss of a rendered batch, with its parts logged."""
+        image = self.guided_image(out)
+        guided = self.guidance(image, self.prompt_utils, **batch, rgb_as_latents=False)
+        for name, value in guided.items():
+            if not name.startswith("loss_") and _is_scalar(value):
+                self.note(f"train/{name}", value)
+        losses = {k[len("loss_") :]: v for k, v in guided.items() if k.startswith("loss_")}
+        loss = self.weigh(losses | self.regularisers(out))
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def guided_image(self, out: Dict[str, Any]) -> Float[Tensor, "B H W 3"]:
+        """What of a rendered batch the guidance looks at."""
+        return out["comp_rgb"]
+
+    def note(self, name: str, value: Any) -> None:
+        """``self.log``, on the steps that loggers write only (``trainer.log_every_n_steps``): a
+        dozen calls take Lightning several milliseconds."""
+        every = self.trainer.log_every_n_steps
+        if every and (self.global_step + 1) % every == 0:
+            self.log(name, float(value.detach() if isinstance(value, Tensor) else value))
+
+    def regularisers(self, out: Dict[str, Any]) -> Dict[str, Float[Tensor, ""]]:
+        """The losses of the class docstring whose lambda stands in the YAML, by name."""
+        losses = {}
+        if self.wants("sparsity"):
+            losses["sparsity"] = (out["opacity"] ** 2 + 0.01).sqrt().mean()
+        if self.wants("opaque"):
+            clamped = out["opacity"].clamp(1e-3, 1 - 1e-3)
+            losses["opaque"] = binary_cross_entropy(clamped, clamped)
+        return losses
+
+    def wants(self, name: str) -> bool:
+        """Whether the YAML weighs this loss."""
+        return f"lambda_{name}" in self.cfg.loss
+
+    def weigh(self, losses: Dict[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:
+        """sum_i C(lambda_i) * loss_i, with losses and lambdas logged.
+
+        Raises ValueError for a loss without a lambda, and for a lambda without a loss.
+        """
+        known = {f"lambda_{name}" for name in {*losses, *self.REGULARISERS, *GUIDANCE_LOSSES}}
+        for key in self.cfg.loss:
+            if key not in known:
+                raise ValueError(
+                    f"system.loss.{key} weighs a loss that does not exist: the keys are "
+                    f"{', '.join(sorted(known))}"
+                )
+        total = 0.0
+        for name, value in losses.items():
+            key = f"lambda_{name}"
+            if key not in self.cfg.loss:
+                raise ValueError(
+                    f"{self.cfg.guidance_type} returns loss_{name} but system.loss has no {key}: "
+                    f"add system.loss.{key}=1.0 to the configuration"
+                )
+            self.note(f"train/loss_{name}", value)
+            total = total + value * self.C(self.cfg.loss[key])
+        for key, value in self.cfg.loss.items():
+            self.note(f"train_params/{key}", self.C(value))
+        return total
+
+    # -- pictures ------------------------------------------------------------------------------
+
+    def panels(self, out: Dict[str, Any], i: int) -> List[Dict[str, Any]]:
+        """The cells of the validation picture of image ``i``."""
+        return [rgb_cell(out["comp_rgb"][i]), grey_cell(out["opacity"][i, ..., 0], (0, 1))]
+
+    def validation_step(self, batch: Dict[str, Any], batch_idx: int) -> None:
+        out = self(batch)
+        for i, index in enumerate(batch["index"].tolist()):
+            self.save_image_grid(
+                f"it{self.true_global_step}-{index}.png",
+                self.panels(out, i),
+                name="validation_step",
+                step=self.true_global_step,
+            )
+
+    def on_validation_epoch_end(self) -> None:
+        pass
+
+    def test_step(self, batch: Dict[str, Any], batch_idx: int) -> None:
+        out = self(batch)
+        for i, index in enumerate(batch["index"].tolist()):
+            image = out["comp_rgb"][i]
+            self.save_rgb_image(f"it{self.true_global_step}-test/{index}.png", image)
+            self._keep_for_sheet(float(batch["azimuth"][i]), index, image)
+
+    def _keep_for_sheet(self, azimuth: float, index: int, image: Float[Tensor, "H W 3"]) -> None:
+        """Keep the frame if it is the nearest so far to one of the sheet's azimuths."""
+        for view in range(self.cfg.sheet_views):
+            wanted = 360.0 * view / self.cfg.sheet_views
+            gap = abs((azimuth - wanted + 180.0) % 360.0 - 180.0)
+            if view not in self._sheet or gap < self._sheet[view][0]:
+                self._sheet[view] = (gap, index, image.detach().cpu())
+
+    def on_test_epoch_end(self) -> None:
+        name = f"it{self.true_global_step}-test"
+        self._results["video"] = self.save_img_sequence(
+            name,
+            name,
+            r"(\d+)\.png",
+            save_format="mp4",
+            fps=self.cfg.video_fps,
+            name="test",
+            step=self.true_global_step,
+        )
+        # with fewer frames than views, each frame stands on the sheet once
+        frames = {index: image for _, index, image in self._sheet.values()}
+        self._sheet = {}
+        cells = [rgb_cell(image) for image in frames.values()]
+        columns = min(self.cfg.sheet_columns, len(cells))
+        blank = rgb_cell(torch.ones_like(cells[0]["img"]))
+        cells += [blank] * (-len(cells) % columns)
+        self._results["contact sheet"] = self.save_image_grid(
+            f"{name}-sheet.png",
+            [cells[i : i + columns] for i in range(0, len(cells), columns)],
+            name="contact_sheet",
+            step=self.true_global_step,
+        )
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def on_predict_epoch_end(self) -> None:
+        """``--export``: what the guidance has learnt, and the exporter's files."""
+        if hasattr(self.guidance, "save_learned"):
+            name = f"it{self.true_global_step}-export/prior.safetensors"
+            path = self.guidance.save_learned(self.get_save_path(name))
+            if path is not None:
+                self._results["learnt prior"] = str(path)
+        super().on_predict_epoch_end()
+
+    def on_test_end(self) -> None:
+        """The files of ``--export`` are written at the end of a test too; what cannot be (a mesh
+        without a surface) is said, and does not spoil the test."""
+        self.on_predict_start()
+        self.exporter.cfg.save_video = False  # the video has just been made
+        try:
+            self.on_predict_epoch_end()
+        except ValueError as error:
+            threestudio.warn(f"nothing exported: {error}")
+        super().on_test_end()
+
+    def result_summary(self) -> List[str]:
+        """Where the results of the last test or export are: lines like 'video: <path>'."""
+        return [f"{what}: {path}" for what, path in self._results.items()]
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def rgb_cell(image: Float[Tensor, "H W 3"]) -> Dict[str, Any]:
+    """A colour picture in a grid of ``save_image_grid``."""
+    return {"type": "rgb", "img": image, "kwargs": {"data_format": "HWC", "data_range": (0, 1)}}
+
+
+def grey_cell(
+    image: Float[Tensor, "H W"], data_range: Optional[Tuple[float, float]]
+) -> Dict[str, Any]:
+    """A grey picture in such a grid; ``data_range`` None: stretched from its minimum to maximum."""
+    return {"type": "grayscale", "img": image, "kwargs": {"cmap": None, "data_range": data_range}}

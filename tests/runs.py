@@ -1,0 +1,86 @@
+"""Runs of seconds, through the command line or the trainer, for the tests of the systems."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def small_run(model):
+    """Overrides that make a shipped configuration a run of seconds with the folder ``model``."""
+    return [
+        "system.prompt_processor.prompt=a red car",
+        f"system.prompt_processor.pretrained_model_name_or_path={model}",
+        "data.batch_size=2",
+        "data.width=16",
+        "data.height=16",
+        "data.eval_width=24",
+        "data.eval_height=24",
+        "data.n_test_views=5",
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+        "trainer.enable_progress_bar=false",
+        "trainer.precision=32",
+        "use_timestamp=false",
+        "tag=t",
+    ]
+
+
+def launch(files, overrides, mode="--train"):
+    """``launch.py`` in this process; returns its exit status."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        return importlib.import_module("launch").main(["--config", *files, mode, *overrides])
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+def fit(files, overrides, resume=None, callbacks=(), max_steps=2):
+    """A fresh system trained by a fresh trainer, without the files of a launched run."""
+    import threestudio
+    from threestudio.utils.config import load_config
+
+    cfg = load_config(*files, cli_args=overrides)
+    pl.seed_everything(cfg.seed, verbose=False)
+    data = threestudio.find(cfg.data_type)(cfg.data)
+    system = threestudio.find(cfg.system_type)(cfg.system, resumed=resume is not None)
+    system.set_save_dir("save")
+    trainer = pl.Trainer(
+        max_steps=max_steps,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=bool(callbacks),
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        inference_mode=False,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(system, datamodule=data, ckpt_path=resume)
+    return system, trainer
+
+
+def same(a, b, where=""):
+    """Assert that two checkpoints' contents are equal, bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def read(path):
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,184 @@
+"""The radiance-field system through the command line and the trainer, with a tiny random prior."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import trimesh
+from omegaconf import OmegaConf
+from PIL import Image
+
+from tests.runs import ROOT, fit, launch, read, same, small_run
+
+CONFIGS = {
+    "embedding": ["lods-ngp-embedding.yaml"],
+    "lora": ["lods-ngp-lora.yaml"],
+    "embedding+pocket": ["lods-ngp-embedding.yaml", "pocket-ngp.yaml"],
+    "lora+pocket": ["lods-ngp-lora.yaml", "pocket-ngp.yaml"],
+}
+KEYS = ("state_dict", "optimizer_states", "rng_state", "global_step")
+
+
+@pytest.fixture
+def small(tiny_sd, tmp_path, monkeypatch):
+    """``small(config, *overrides) -> (files, overrides)`` of a run of seconds, in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(config, *more):
+        return [str(ROOT / "configs" / name) for name in CONFIGS[config]], [
+            *small_run(tiny_sd()),
+            "data.resolution_milestones=[]",
+            "system.geometry.pos_encoding_config.n_levels=2",
+            "system.geometry.pos_encoding_config.log2_hashmap_size=8",
+            "system.geometry.pos_encoding_config.base_resolution=4",
+            "system.geometry.isosurface_method=mc-cpu",
+            "system.geometry.isosurface_resolution=24",
+            "system.geometry.isosurface_threshold=3",
+            "system.exporter.texture_size=32",
+            "system.renderer.num_samples_per_ray=24",
+            *more,
+        ]
+
+    return make
+
+
+def trial(config):
+    return Path("outputs") / CONFIGS[config][0].removesuffix(".yaml") / "t"
+
+
+@pytest.mark.parametrize("guidance", ["embedding", "lora", "sds"])
+def test_four_steps_are_two_and_two(small, guidance):
+    """A checkpoint of step 2, written by a callback inside of the loop, continues to the same
+    step 4: parameters, occupancy grid, optimizer and random numbers."""
+    more = ["system.guidance_type=lods-sds-guidance"] if guidance == "sds" else []
+    run = small("lora+pocket" if guidance == "lora" else "embedding+pocket", *more)
+
+    def saver(folder):
+        return pl.callbacks.ModelCheckpoint(
+            folder, filename="{step}", every_n_train_steps=2, save_top_k=-1
+        )
+
+    torch.manual_seed(0)
+    fit(*run, callbacks=[saver("whole")], max_steps=4)
+    torch.manual_seed(99)  # whatever happened in the process before
+    torch.rand(7)
+    fit(*run, resume="whole/step=2.ckpt", callbacks=[saver("resumed")], max_steps=4)
+    start, whole, resumed = (
+        read(p) for p in ("whole/step=2.ckpt", "whole/step=4.ckpt", "resumed/step=4.ckpt")
+    )
+    for key in KEYS:
+        same(whole[key], resumed[key], key)
+    assert {"geometry.encoding.encoding.encoding.params", "renderer.estimator.occs"} <= set(
+        whole["state_dict"]
+    )
+    moved = [
+        key
+        for key, value in whole["state_dict"].items()
+        if not torch.equal(value, start["state_dict"][key])
+    ]
+    assert "geometry.encoding.encoding.encoding.params" in moved
+    assert any(key.startswith("guidance.") for key in moved) == (guidance != "sds")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_shipped_configurations_run(small, config, capsys):
+    assert launch(*small(config)) == 0
+    save = trial(config) / "save"
+    with Image.open(save / "it2-test-sheet.png") as sheet:
+        assert sheet.size == (4 * 24, 24)
+    with Image.open(save / "it2-0.png") as grid:  # rgb, opacity
+        assert grid.size == (2 * 24, 24)
+    printed = capsys.readouterr().out
+    mesh = save / "it2-export" / ("model.glb" if "pocket" in config else "model.obj")
+    for what, path in {"video": save / "it2-test.mp4", "mesh": mesh}.items():
+        assert f"{what}: {path}" in printed
+    loaded = trimesh.load(mesh, force="mesh")
+    # the blob: softplus(10 (1 - r / 0.5)) = 3 at r = 0.5 (1 - ln(e^3 - 1) / 10) = 0.353
+    loaded.merge_vertices(merge_tex=True, merge_norm=True)  # seams of the texture
+    assert loaded.is_watertight
+    np.testing.assert_allclose(np.abs(loaded.bounds), 0.353, atol=0.02)
+
+
+def test_a_mesh_without_a_surface_does_not_spoil_a_run(small, capsys):
+    assert launch(*small("embedding+pocket", "system.geometry.isosurface_threshold=1000")) == 0
+    folder = trial("embedding")
+    assert (folder / "save" / "it2-export" / "prior.safetensors").exists()
+    resume = f"resume={folder}/ckpts/last.ckpt"
+    assert launch([str(folder / "configs" / "parsed.yaml")], [resume], "--export") != 0
+    error = capsys.readouterr().err
+    line = next(line for line in error.splitlines() if line.startswith("error:"))
+    assert "isosurface_threshold" in line and "Traceback" not in error
+
+
+def test_test_and_export_reproduce(small):
+    run = small("lora+pocket", "trainer.max_steps=3", "system.exporter.fmt=glb")
+    assert launch(*run) == 0
+    folder = trial("lora")
+    files = ["it3-test-sheet.png", "it3-test/3.png", "it3-export/model.glb"]
+    before = {name: (folder / "save" / name).read_bytes() for name in files}
+    resume = f"resume={folder}/ckpts/last.ckpt"
+    for mode, written in (("--test", files), ("--export", files[2:])):
+        for name in files:
+            (folder / "save" / name).unlink()
+        assert launch([str(folder / "configs" / "parsed.yaml")], [resume], mode) == 0
+        for name in files:
+            path = folder / "save" / name
+            if name in written:
+                assert path.read_bytes() == before[name], (mode, name)
+            path.write_bytes(before[name])
+
+
+def test_losses_are_their_formulas(small):
+    weights = ["orient", "z_variance"]
+    more = [f"system.loss.lambda_{name}=1.0" for name in weights]
+    normals = ["system.geometry.normal_type=analytic", "system.material.requires_normal=true"]
+    system, _ = fit(*small("embedding+pocket", *more, *normals))
+    opacity = torch.tensor([0.0, 0.4, 0.9, 1.0]).view(1, 2, 2, 1)
+    out = {
+        "opacity": opacity,
+        "z_variance": torch.tensor([5.0, 7.0, 1.0, 2.0]).view(1, 2, 2, 1),
+        "normal": torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, -1.0]]),
+        "t_dirs": torch.tensor([[0.0, 0.6, 0.8], [0.0, 0.6, 0.8]]),
+        "weights": torch.tensor([[0.5], [0.25]], requires_grad=True),
+    }
+    losses = system.regularisers(out)
+    assert losses["z_variance"].item() == 1.5  # the two rays above 1/2
+    assert losses["orient"].item() == pytest.approx(0.5 * 0.8**2 / 3)  # three rays meet something
+    assert not losses["orient"].requires_grad
+    out["opacity"] = torch.zeros(1, 2, 2, 1)
+    losses = system.regularisers(out)
+    assert losses["z_variance"] == 0 and torch.isfinite(losses["orient"])
+    del out["normal"]
+    with pytest.raises(ValueError, match="lambda_orient needs normals"):
+        system.regularisers(out)
+    system.cfg.loss.lambda_orient = [0, 0.0, 0.0, 1]  # scheduled, and never above 0
+    assert "orient" not in system.regularisers(out)
+
+
+def test_the_guidance_looks_at_normals_in_the_geometry_stage(small):
+    normals = [
+        "system.geometry.normal_type=finite_difference",
+        "system.material.requires_normal=true",
+        "system.renderer.return_comp_normal=true",
+    ]
+    stage = "system.stage=geometry"
+    system, _ = fit(*small("embedding+pocket", stage, *normals))
+    assert system.guided_image({"comp_normal": 1, "comp_rgb": 2}) == 1
+    with pytest.raises(ValueError, match="stage=geometry needs normals"):
+        fit(*small("embedding+pocket", stage))
+    with pytest.raises(ValueError, match="the stages are coarse, geometry, texture"):
+        fit(*small("embedding+pocket", "system.stage=fine"))
+
+
+def test_lora_configuration_differs_in_the_prior_only():
+    one, two = (
+        OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / f"lods-ngp-{name}.yaml"))
+        for name in ("embedding", "lora")
+    )
+    one["name"] = two["name"]
+    one["system"]["guidance_type"] = two["system"]["guidance_type"]
+    one["system"]["prompt_processor"]["negative_prompt"] = "<new1>"
+    one["system"]["optimizer"]["params"]["guidance"]["lr"] = 5e-7
+    assert one == two

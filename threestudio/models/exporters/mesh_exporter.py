@@ -1,0 +1,161 @@
+"""The surface of a geometry as a mesh file."""
+
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+
+import threestudio
+from threestudio.models.exporters.base import Exporter, ExporterOutput
+from threestudio.models.exporters.texture import fill_image, surface_points
+from threestudio.models.mesh import Mesh
+from threestudio.utils.errors import UserError, nearest
+from threestudio.utils.ops import chunk_batch
+from threestudio.utils.typing import *
+
+FORMATS = ("obj-mtl", "obj", "glb", "ply")
+_CHUNK = 2**18  # points whose colours are computed at a time
+_MAPS = {  # what materials export -> (entry of the .mtl, channels)
+    "albedo": ("map_Kd", 3),
+    "metallic": ("map_Pm", 1),
+    "roughness": ("map_Pr", 1),
+    "bump": ("map_Bump", 3),
+}
+
+
+@threestudio.register("mesh-exporter")
+class MeshExporter(Exporter):
+    """The mesh of ``geometry.isosurface()``, coloured by ``material.export(points,
+    **geometry.export(points))``.
+
+    - ``obj-mtl``: Wavefront with texture images, unwrapped by xatlas
+    - ``obj``, ``ply``, ``glb``: the material's ``albedo`` at the vertices
+
+    Numbers of colours are written as the material gives them, with no conversion between linear
+    and sRGB (a glTF viewer takes vertex colours for linear and may show them paler). Axes are
+    threestudio's: z up, azimuth 0 on +x. Only ``glb`` is turned to what glTF prescribes: y up, the
+    front on +z, so (x, y, z) becomes (y, z, x).
+
+    Everything runs on any device, without a rasteriser of the GPU.
+    """
+
+    @dataclass
+    class Config(Exporter.Config):
+        fmt: str = "obj-mtl"  # one of FORMATS
+        save_name: str = "model"
+        save_normal: bool = False
+        save_uv: bool = True  # obj-mtl and obj
+        save_texture: bool = True  # images for obj-mtl, vertex colours for the others
+        texture_size: int = 1024
+        texture_format: str = "jpg"
+        xatlas_chart_options: dict = field(default_factory=dict)
+        # for obj-mtl, padding is 2 and resolution is texture_size unless they are given here
+        xatlas_pack_options: dict = field(default_factory=dict)
+        context_type: str = "gl"  # of upstream's rasteriser; accepted and without effect
+
+    cfg: Config
+
+    def configure(self, *args, **kwargs) -> None:
+        super().configure(*args, **kwargs)
+        cfg = self.cfg
+        if cfg.fmt not in FORMATS:
+            raise UserError(
+                f"system.exporter.fmt={cfg.fmt!r}: the formats are {', '.join(FORMATS)}"
+                f"{nearest(cfg.fmt, FORMATS)}"
+            )
+        if cfg.fmt == "obj-mtl" and cfg.save_texture and not cfg.save_uv:
+            raise UserError(
+                "system.exporter.save_texture needs save_uv: set save_uv=true, or "
+                "save_texture=false, or fmt=obj for colours at the vertices"
+            )
+        if cfg.texture_size < 1:
+            raise UserError(f"system.exporter.texture_size={cfg.texture_size}: it is 1 or more")
+        if Image.registered_extensions().get(f".{cfg.texture_format}") not in Image.SAVE:
+            raise UserError(
+                f"system.exporter.texture_format={cfg.texture_format!r} cannot be written: "
+                "take jpg or png"
+            )
+
+    def __call__(self) -> List[ExporterOutput]:
+        if not hasattr(self.geometry, "isosurface"):
+            raise UserError(
+                f"mesh-exporter cannot mesh a {type(self.geometry).__name__}, which has no "
+                "isosurface: set system.exporter_type to an exporter for it"
+            )
+        mesh: Mesh = self.geometry.isosurface()
+        if self.cfg.fmt == "obj-mtl":
+            return [self._textured_obj(mesh)]
+        if self.cfg.save_texture:
+            threestudio.info("Colouring the vertices ...")
+            colors = self._colors(mesh.v_pos)
+            if "albedo" in colors:
+                mesh.set_vertex_color(colors["albedo"])
+        return [self._obj(mesh) if self.cfg.fmt == "obj" else self._file(mesh)]
+
+    @torch.no_grad()
+    def _colors(self, points: Float[Tensor, "N 3"]) -> Dict[str, Float[Tensor, "N C"]]:
+        """What the material exports at points of the surface, as far as files have a place for
+        it. A warning says when there is no colour."""
+
+        def at(points):
+            features = self.geometry.export(points=points)
+            if not features:
+                return {}
+            exported = self.material.export(points=points, **features)
+            return {key: exported[key].float() for key in _MAPS if key in exported}
+
+        colors = chunk_batch(at, _CHUNK, points)
+        if "albedo" not in colors:
+            threestudio.warn(
+                "the geometry and material export no albedo: the mesh is written without colours"
+            )
+        return colors
+
+    def _textured_obj(self, mesh: Mesh) -> ExporterOutput:
+        cfg, maps = self.cfg, {}
+        if cfg.save_uv:
+            packing = {"padding": 2, "resolution": cfg.texture_size, **cfg.xatlas_pack_options}
+            mesh.unwrap_uv(cfg.xatlas_chart_options, packing)
+        if cfg.save_texture:
+            threestudio.info(f"Painting the texture, {cfg.texture_size} x {cfg.texture_size} ...")
+            arrays = (mesh.v_pos, mesh.t_pos_idx, mesh.v_tex, mesh.t_tex_idx)
+            texels, points = surface_points(*[a.cpu().numpy() for a in arrays], cfg.texture_size)
+            colors = self._colors(torch.from_numpy(points).to(mesh.v_pos))
+            for key, value in colors.items():
+                entry, channels = _MAPS[key]
+                value = value.reshape(len(value), -1)[:, :channels].cpu().numpy()
+                maps[entry] = fill_image(value, texels, cfg.texture_size)
+        params = {
+            "mesh": mesh,
+            "save_mat": True,
+            "save_normal": cfg.save_normal,
+            "save_uv": cfg.save_uv,
+            "save_vertex_color": False,
+            "map_format": cfg.texture_format,
+            **maps,
+        }
+        return ExporterOutput(f"{cfg.save_name}.obj", "obj", params)
+
+    def _obj(self, mesh: Mesh) -> ExporterOutput:
+        cfg = self.cfg
+        if cfg.save_uv:
+            mesh.unwrap_uv(cfg.xatlas_chart_options, cfg.xatlas_pack_options)
+        params = {
+            "mesh": mesh,
+            "save_mat": False,
+            "save_normal": cfg.save_normal,
+            "save_uv": cfg.save_uv,
+            "save_vertex_color": mesh.v_rgb is not None,
+        }
+        return ExporterOutput(f"{cfg.save_name}.obj", "obj", params)
+
+    def _file(self, mesh: Mesh) -> ExporterOutput:
+        normals = mesh.v_nrm if self.cfg.save_normal else None
+        axes = [1, 2, 0] if self.cfg.fmt == "glb" else [0, 1, 2]  # even: a rotation
+        params = {
+            "v_pos": mesh.v_pos[:, axes],
+            "t_pos_idx": mesh.t_pos_idx,
+            "v_nrm": None if normals is None else normals[:, axes],
+            "v_rgb": mesh.v_rgb,
+        }
+        return ExporterOutput(f"{self.cfg.save_name}.{self.cfg.fmt}", "mesh", params)

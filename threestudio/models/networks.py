@@ -1,0 +1,342 @@
+"""Encodings and small networks, by the names that YAML files use.
+
+``get_encoding(n_input_dims, config)`` and ``get_mlp(n_in, n_out, config)`` take tiny-cuda-nn's
+configuration keys. With a CUDA device and the package ``tinycudann`` its kernels are used where it
+has them; everything here also runs without, on any device.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+import threestudio
+from threestudio.models.hashgrid import HashGrid
+from threestudio.models.spherical import SphericalHarmonics
+from threestudio.utils.base import Updateable
+from threestudio.utils.errors import UserError, nearest
+from threestudio.utils.ops import get_activation
+from threestudio.utils.typing import *
+
+
+def _options(config, known: Iterable[str], what: str) -> Dict[str, Any]:
+    """The entries of ``config`` except ``otype``; a key that is not ``known`` is an error."""
+    options = {str(k): v for k, v in dict(config).items() if k != "otype"}
+    for key in options:
+        if key not in known:
+            raise UserError(f"{what} has no option {key!r}{nearest(key, known)}")
+    return options
+
+
+class Frequency(nn.Module):
+    """x (N, D) -> sin and cos of 2^k pi x, k = 0 .. n_frequencies - 1: (N, 2 D n_frequencies).
+
+    The order is tiny-cuda-nn's: input, then frequency, then (sin, cos). NeRF, arXiv:2003.08934,
+    eq. 4.
+    """
+
+    def __init__(self, n_input_dims: int, n_frequencies: int = 12) -> None:
+        super().__init__()
+        self.n_output_dims = 2 * n_input_dims * n_frequencies
+        scales = math.pi * 2.0 ** torch.arange(n_frequencies)
+        self.register_buffer("scales", scales, persistent=False)
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
+        angles = x[..., None] * self.scales
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+class Identity(nn.Module):
+    """x (N, D) -> scale * x + offset."""
+
+    def __init__(self, n_input_dims: int, scale: float = 1.0, offset: float = 0.0) -> None:
+        super().__init__()
+        self.n_output_dims, self.scale, self.offset = n_input_dims, scale, offset
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        return self.scale * x + self.offset
+
+
+class ProgressiveBandFrequency(nn.Module, Updateable):
+    """x (N, D) -> sin and cos of 2^k x, each band k times its window of the coarse-to-fine
+    schedule (1 - cos(pi clamp(step / n_masking_step * K - k, 0, 1))) / 2 (Nerfies,
+    arXiv:2011.12948, eq. 8). ``n_masking_step <= 0``: all bands from the start.
+
+    The order is band, then (sin, cos), then input.
+    """
+
+    def __init__(self, n_input_dims: int, n_frequencies: int = 12, n_masking_step: int = 0):
+        super().__init__()
+        self.n_frequencies, self.n_masking_step = n_frequencies, n_masking_step
+        self.n_output_dims = 2 * n_input_dims * n_frequencies
+        self.register_buffer("scales", 2.0 ** torch.arange(n_frequencies), persistent=False)
+        self.register_buffer("mask", torch.ones(n_frequencies), persistent=False)
+        self.update_step(0, 0)
+
+    def update_step(self, epoch: int, global_step: int, on_load_weights: bool = False) -> None:
+        """Set the windows of this step."""
+        if self.n_masking_step > 0:
+            bands = torch.arange(self.n_frequencies, device=self.mask.device)
+            part = (global_step / self.n_masking_step * self.n_frequencies - bands).clamp(0, 1)
+            self.mask = (1 - torch.cos(math.pi * part)) / 2
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
+        angles = x[:, None, :] * self.scales[:, None]
+        bands = torch.stack([angles.sin(), angles.cos()], dim=2)  # N, K, 2, D
+        return (bands * self.mask[:, None, None]).flatten(1)
+
+
+class ProgressiveBandHashGrid(nn.Module, Updateable):
+    """A hash grid whose levels above ``start_level`` are zero at first; from ``start_step`` on,
+    one more is let through every ``update_steps`` steps (Neuralangelo, arXiv:2306.03092)."""
+
+    def __init__(
+        self,
+        n_input_dims: int,
+        start_level: int,
+        start_step: int,
+        update_steps: int,
+        **grid: Any,
+    ) -> None:
+        super().__init__()
+        self.start_level, self.start_step, self.update_steps = start_level, start_step, update_steps
+        self.encoding = HashGrid(n_input_dims, **grid)
+        self.n_output_dims = self.encoding.n_output_dims
+        self.n_level = int(grid.get("n_levels", 16))
+        self.n_features_per_level = self.n_output_dims // self.n_level
+        self.register_buffer("mask", torch.zeros(self.n_output_dims), persistent=False)
+        self.update_step(0, 0)
+
+    def update_step(self, epoch: int, global_step: int, on_load_weights: bool = False) -> None:
+        """Let the levels of this step through."""
+        grown = max(global_step - self.start_step, 0) // self.update_steps
+        self.current_level = min(self.start_level + grown, self.n_level)
+        self.mask[: self.current_level * self.n_features_per_level] = 1.0
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
+        return self.encoding(x) * self.mask
+
+
+GRID = (
+    "n_levels",
+    "n_features_per_level",
+    "log2_hashmap_size",
+    "base_resolution",
+    "per_level_scale",
+    "interpolation",
+    "backend",
+)
+ENCODINGS = {  # otype -> class, names of its options
+    "HashGrid": (HashGrid, GRID),
+    "Grid": (HashGrid, (*GRID, "type")),
+    "SphericalHarmonics": (SphericalHarmonics, ("degree",)),
+    "Frequency": (Frequency, ("n_frequencies",)),
+    "Identity": (Identity, ("scale", "offset")),
+    "ProgressiveBandFrequency": (ProgressiveBandFrequency, ("n_frequencies", "n_masking_step")),
+    "ProgressiveBandHashGrid": (
+        ProgressiveBandHashGrid,
+        (*GRID, "start_level", "start_step", "update_steps"),
+    ),
+}
+SHARED = ("include_xyz",)  # options of the wrapper around every encoding
+
+
+class TCNNEncoding(nn.Module, Updateable):
+    """One of ENCODINGS behind the attribute ``encoding``: checkpoints of upstream have a hash
+    grid's parameters as ``...encoding.encoding.params``. Computed in float32 under autocast."""
+
+    def __init__(self, in_channels: int, config: dict, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        otype = config["otype"]
+        if otype not in ENCODINGS:
+            raise UserError(f"unknown encoding otype {otype!r}{nearest(otype, ENCODINGS)}")
+        cls, known = ENCODINGS[otype]
+        options = _options(config, (*known, *SHARED), f"encoding {otype}")
+        kind = options.pop("type", "Hash")
+        if kind != "Hash":
+            raise UserError(f"encoding Grid: only type 'Hash' is there, not {kind!r}")
+        for key in SHARED:
+            options.pop(key, None)
+        self.n_input_dims = in_channels
+        self.encoding = cls(in_channels, **options)
+        self.n_output_dims = self.encoding.n_output_dims
+        self.dtype = dtype
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.encoding(x.float()).to(self.dtype)
+
+
+class CompositeEncoding(nn.Module, Updateable):
+    """``encoding``, with ``xyz_scale * x + xyz_offset`` in front when ``include_xyz``."""
+
+    def __init__(
+        self,
+        encoding: nn.Module,
+        include_xyz: bool = False,
+        xyz_scale: float = 2.0,
+        xyz_offset: float = -1.0,
+    ) -> None:
+        super().__init__()
+        self.encoding = encoding
+        self.include_xyz, self.xyz_scale, self.xyz_offset = include_xyz, xyz_scale, xyz_offset
+        self.n_output_dims = encoding.n_output_dims + include_xyz * encoding.n_input_dims
+
+    def forward(self, x: Float[Tensor, "N D"], *args) -> Float[Tensor, "N F"]:
+        encoded = self.encoding(x, *args)
+        if not self.include_xyz:
+            return encoded
+        return torch.cat([x * self.xyz_scale + self.xyz_offset, encoded], dim=-1)
+
+
+def get_encoding(n_input_dims: int, config) -> CompositeEncoding:
+    """The encoding that ``config`` describes: ``otype`` is one of ENCODINGS, the other keys are its
+    options, and ``include_xyz`` puts 2 x - 1 in front. It maps (N, n_input_dims) in [0, 1] to
+    (N, ``n_output_dims``). Raises ``UserError`` for an unknown otype or option."""
+    encoding = TCNNEncoding(n_input_dims, dict(config))
+    return CompositeEncoding(encoding, include_xyz=bool(config.get("include_xyz", False)))
+
+
+class VanillaMLP(nn.Module):
+    """Linear layers without bias, ReLU between them, ``output_activation`` behind the last.
+
+    Computed in float32 under autocast.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, config: dict) -> None:
+        super().__init__()
+        self.n_neurons, self.n_hidden_layers = config["n_neurons"], config["n_hidden_layers"]
+        widths = [dim_in, *[self.n_neurons] * self.n_hidden_layers, dim_out]
+        layers: List[nn.Module] = []
+        for i in range(len(widths) - 1):
+            last = i == len(widths) - 2
+            layers.append(self.make_linear(widths[i], widths[i + 1], i == 0, last))
+            if not last:
+                layers.append(self.make_activation())
+        self.layers = nn.Sequential(*layers)
+        self.output_activation = get_activation(config.get("output_activation"))
+
+    def make_linear(self, dim_in: int, dim_out: int, is_first: bool, is_last: bool) -> nn.Module:
+        return nn.Linear(dim_in, dim_out, bias=False)
+
+    def make_activation(self) -> nn.Module:
+        return nn.ReLU(inplace=True)
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.output_activation(self.layers(x.float()))
+
+
+class SphereInitVanillaMLP(VanillaMLP):
+    """An MLP that starts as the signed distance to a sphere of ``sphere_init_radius`` in its first
+    three inputs, nearly (SAL, arXiv:1911.10414, theorem 1); ``inside_out`` flips the sign.
+    Weight-normal layers with bias, softplus(100 x) / 100 between them, which rounds off the centre.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, config: dict) -> None:
+        self.sphere_init_radius = config["sphere_init_radius"]
+        self.sphere_init_inside_out = bool(config.get("inside_out", False))
+        super().__init__(dim_in, dim_out, config)
+
+    def make_linear(self, dim_in: int, dim_out: int, is_first: bool, is_last: bool) -> nn.Module:
+        layer = nn.Linear(dim_in, dim_out, bias=True)
+        sign = -1.0 if self.sphere_init_inside_out else 1.0
+        with torch.no_grad():
+            if is_last:
+                layer.weight.normal_(sign * math.sqrt(math.pi / dim_in), 1e-4)
+                layer.bias.fill_(-sign * self.sphere_init_radius)
+            else:
+                layer.bias.zero_()
+                if is_first:
+                    layer.weight.zero_()
+                fan = layer.weight[:, :3] if is_first else layer.weight
+                fan.normal_(0.0, math.sqrt(2.0 / dim_out))
+        return nn.utils.parametrizations.weight_norm(layer)
+
+    def make_activation(self) -> nn.Module:
+        return nn.Softplus(beta=100)
+
+
+class TCNNNetwork(nn.Module):
+    """A network of tiny-cuda-nn, cast to float32; needs a CUDA device."""
+
+    def __init__(self, dim_in: int, dim_out: int, config: dict) -> None:
+        super().__init__()
+        import tinycudann
+
+        self.network = tinycudann.Network(dim_in, dim_out, dict(config))
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
+        return self.network(x).float()
+
+
+MLP = ("activation", "output_activation", "n_neurons", "n_hidden_layers")
+SPHERE = ("sphere_init", "sphere_init_radius", "inside_out")
+TCNN_NETWORKS = ("FullyFusedMLP", "CutlassMLP")
+
+
+def get_mlp(n_input_dims: int, n_output_dims: int, config) -> nn.Module:
+    """The network that ``config`` describes: ``VanillaMLP``, ``SphereInitVanillaMLP``, or
+    tiny-cuda-nn's ``FullyFusedMLP`` and ``CutlassMLP``, whose place a ``VanillaMLP`` takes where
+    tiny-cuda-nn cannot run. Keys: ``n_neurons``, ``n_hidden_layers``, ``activation`` (ReLU),
+    ``output_activation``; ``sphere_init_radius`` and ``inside_out`` for the second. Raises
+    ``UserError`` for what it does not know."""
+    config = dict(config)
+    otype = config.get("otype")
+    names = ("VanillaMLP", "SphereInitVanillaMLP", *TCNN_NETWORKS)
+    if otype not in names:
+        raise UserError(f"unknown network otype {otype!r}{nearest(otype, names)}")
+    _options(config, MLP + SPHERE, f"network {otype}")
+    for key in ("n_neurons", "n_hidden_layers"):
+        if key not in config:
+            raise UserError(f"network {otype} needs the option {key!r}")
+    if str(config.get("activation", "ReLU")).lower() != "relu" and otype not in TCNN_NETWORKS:
+        raise UserError(f"network {otype}: activation is ReLU, not {config['activation']!r}")
+    if otype == "SphereInitVanillaMLP" or config.get("sphere_init", False):
+        return SphereInitVanillaMLP(n_input_dims, n_output_dims, config)
+    if otype in TCNN_NETWORKS:
+        why = _tinycudann_missing()
+        if not why:
+            return TCNNNetwork(n_input_dims, n_output_dims, config)
+        threestudio.info(f"network {otype}: VanillaMLP in its place ({why})")
+    return VanillaMLP(n_input_dims, n_output_dims, config)
+
+
+def _tinycudann_missing() -> str:
+    """Why tiny-cuda-nn cannot be used; empty where it can."""
+    from importlib.util import find_spec
+
+    if find_spec("tinycudann") is None:
+        return "tinycudann is not installed"
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
+class NetworkWithInputEncoding(nn.Module, Updateable):
+    """``network(encoding(x))``."""
+
+    def __init__(self, encoding: nn.Module, network: nn.Module) -> None:
+        super().__init__()
+        self.encoding, self.network = encoding, network
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
+        return self.network(self.encoding(x))
+
+
+def create_network_with_input_encoding(
+    n_input_dims: int, n_output_dims: int, encoding_config, network_config
+) -> NetworkWithInputEncoding:
+    """``get_encoding`` followed by ``get_mlp``."""
+    encoding = get_encoding(n_input_dims, encoding_config)
+    network = get_mlp(encoding.n_output_dims, n_output_dims, network_config)
+    return NetworkWithInputEncoding(encoding, network)
+
+
+class ToDTypeWrapper(nn.Module, Updateable):
+    """``module`` with its result cast to ``dtype``."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return self.module(x).to(self.dtype)
