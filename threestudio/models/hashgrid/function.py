@@ -7,40 +7,22 @@ The three operations are each other's derivatives (see ``kernels``):
     P(x, T, g)  positions   (N, D)         dP: E_v, S_v, P_v, the same along the direction v
 """
 
-import threading
-
-import numba
 import numpy as np
 import torch
 
+from threestudio.utils.parallel import run_kernel as _run
+from threestudio.utils.parallel import worker_count
 from threestudio.utils.typing import *
 
 from . import kernels
 from .layout import GridLayout
 from .twin import _hash_encode_torch
 
-# numba's fallback threading layer ('workqueue') does not survive concurrent calls.
-_LOCK = threading.Lock()
-# For fewer points times levels, starting threads costs more than it saves.
-SERIAL_WORK = 10_000
+SERIAL_WORK = 10_000  # points times levels
 
 
 def _workers(work: int) -> int:
-    """Threads to use: torch's number (torch.set_num_threads), one for little work."""
-    if work < SERIAL_WORK:
-        return 1
-    return max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-
-
-def _run(kernel, workers: int, *args) -> None:
-    """Calls a kernel with the given number of threads, and leaves numba's setting as it was."""
-    with _LOCK:
-        before = numba.get_num_threads()
-        numba.set_num_threads(workers)
-        try:
-            kernel(*args)
-        finally:
-            numba.set_num_threads(before)
+    return worker_count(work, SERIAL_WORK)
 
 
 def _grid(layout: GridLayout) -> tuple:

@@ -6,13 +6,12 @@ threads.
 """
 
 import math
-import threading
 
-import numba
 import numpy as np
 import torch
 from numba import njit, prange
 
+from threestudio.utils.parallel import run_kernel, worker_count
 from threestudio.utils.typing import *
 
 from .march_torch import FLAT, MAX_STEPS, ray_offsets
@@ -21,9 +20,8 @@ from .march_torch import FLAT, MAX_STEPS, ray_offsets
 INNER = {"error_model": "numpy"}
 OPTIONS = {**INNER, "parallel": True, "cache": True, "nogil": True}
 BLOCK = 64  # rays that a thread takes at a time
-SERIAL_WORK = 20_000  # samples; for fewer, starting threads costs more than it saves
+SERIAL_WORK = 20_000  # samples
 
-_LOCK = threading.Lock()  # numba's fallback threading layer does not survive concurrent calls
 
 F = np.float32
 HALF, ONE, INF = F(0.5), F(1), F(np.inf)
@@ -31,17 +29,9 @@ TINY, LIMIT = F(FLAT), F(MAX_STEPS)
 
 
 def run(kernel, work: int, *args):
-    """Calls a kernel with torch's number of threads, or one for little work, and leaves numba's
-    setting as it was."""
-    most = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    workers = 1 if work < SERIAL_WORK else max(1, most)
-    with _LOCK:
-        before = numba.get_num_threads()
-        numba.set_num_threads(workers)
-        try:
-            return kernel(workers, *args)
-        finally:
-            numba.set_num_threads(before)
+    """Call a kernel, which takes the number of its threads first."""
+    workers = worker_count(work, SERIAL_WORK)
+    return run_kernel(kernel, workers, workers, *args)
 
 
 def _array(x: Tensor) -> np.ndarray:
