@@ -84,3 +84,26 @@ def same(a, b, where=""):
 
 def read(path):
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def two_and_two(run, keys):
+    """Train ``run`` for four steps, and again from its checkpoint of step 2 (written by a callback
+    inside of the loop); assert that the checkpoints of step 4 are equal under ``keys``, and return
+    those of step 2 and 4."""
+
+    def saver(folder):
+        return pl.callbacks.ModelCheckpoint(
+            folder, filename="{step}", every_n_train_steps=2, save_top_k=-1
+        )
+
+    torch.manual_seed(0)
+    fit(*run, callbacks=[saver("whole")], max_steps=4)
+    torch.manual_seed(99)  # whatever happened in the process before
+    torch.rand(7)
+    fit(*run, resume="whole/step=2.ckpt", callbacks=[saver("resumed")], max_steps=4)
+    start, whole, resumed = (
+        read(p) for p in ("whole/step=2.ckpt", "whole/step=4.ckpt", "resumed/step=4.ckpt")
+    )
+    for key in keys:
+        same(whole[key], resumed[key], key)
+    return start, whole

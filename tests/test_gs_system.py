@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from plyfile import PlyData
 
-from tests.runs import ROOT, fit, launch, read, same, small_run
+from tests.runs import ROOT, fit, launch, read, same, small_run, two_and_two
 
 CONFIGS = {
     "embedding": ["lods-gs-embedding.yaml"],
@@ -68,22 +68,7 @@ def test_four_steps_are_two_and_two(small, guidance, strategy):
     more = ["system.renderer.backend=torch"]  # the compiled one: test_resume_in_a_new_process
     more += ["system.guidance_type=lods-sds-guidance"] if guidance == "sds" else []
     run = small(config, STRATEGIES[strategy], *more)
-
-    def saver(folder):
-        return pl.callbacks.ModelCheckpoint(
-            folder, filename="{step}", every_n_train_steps=2, save_top_k=-1
-        )
-
-    torch.manual_seed(0)
-    fit(*run, callbacks=[saver("whole")], max_steps=4)
-    torch.manual_seed(99)  # whatever happened in the process before
-    torch.rand(7)
-    fit(*run, resume="whole/step=2.ckpt", callbacks=[saver("resumed")], max_steps=4)
-    start, whole, resumed = (
-        read(p) for p in ("whole/step=2.ckpt", "whole/step=4.ckpt", "resumed/step=4.ckpt")
-    )
-    for key in KEYS:
-        same(whole[key], resumed[key], key)
+    start, whole = two_and_two(run, KEYS)
     counts = [len(c["state_dict"]["geometry.means"]) for c in (start, whole)]
     if strategy == "none":
         assert counts == [120, 120]

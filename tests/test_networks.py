@@ -162,7 +162,12 @@ def test_mistakes_are_named():
         (lambda: get_mlp(3, 1, {"otype": "VanilaMLP"}), "did you mean 'VanillaMLP'"),
         (lambda: get_mlp(3, 1, {**MLP, "n_neuron": 3}), "did you mean 'n_neurons'"),
         (lambda: get_mlp(3, 1, {"otype": "VanillaMLP", "n_neurons": 3}), "n_hidden_layers"),
-        (lambda: get_mlp(3, 1, {**MLP, "activation": "Sine"}), "activation is ReLU"),
+        (lambda: get_mlp(3, 1, {**MLP, "activation": "Sine"}), "activation is ReLU here"),
+        # the stand-in for a fused network must not compute something else than was asked for
+        (
+            lambda: get_mlp(3, 1, {**MLP, "otype": "FullyFusedMLP", "activation": "Sine"}),
+            "activation is ReLU here",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             build()

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 import trimesh
 from omegaconf import OmegaConf
 from PIL import Image
 
-from tests.runs import ROOT, fit, launch, read, same, small_run
+from tests.runs import ROOT, fit, launch, small_run, two_and_two
 
 CONFIGS = {
     "embedding": ["lods-ngp-embedding.yaml"],
@@ -54,22 +53,7 @@ def test_four_steps_are_two_and_two(small, guidance):
     step 4: parameters, occupancy grid, optimizer and random numbers."""
     more = ["system.guidance_type=lods-sds-guidance"] if guidance == "sds" else []
     run = small("lora+pocket" if guidance == "lora" else "embedding+pocket", *more)
-
-    def saver(folder):
-        return pl.callbacks.ModelCheckpoint(
-            folder, filename="{step}", every_n_train_steps=2, save_top_k=-1
-        )
-
-    torch.manual_seed(0)
-    fit(*run, callbacks=[saver("whole")], max_steps=4)
-    torch.manual_seed(99)  # whatever happened in the process before
-    torch.rand(7)
-    fit(*run, resume="whole/step=2.ckpt", callbacks=[saver("resumed")], max_steps=4)
-    start, whole, resumed = (
-        read(p) for p in ("whole/step=2.ckpt", "whole/step=4.ckpt", "resumed/step=4.ckpt")
-    )
-    for key in KEYS:
-        same(whole[key], resumed[key], key)
+    start, whole = two_and_two(run, KEYS)
     assert {"geometry.encoding.encoding.encoding.params", "renderer.estimator.occs"} <= set(
         whole["state_dict"]
     )

@@ -290,15 +290,15 @@ def get_mlp(n_input_dims: int, n_output_dims: int, config) -> nn.Module:
     for key in ("n_neurons", "n_hidden_layers"):
         if key not in config:
             raise UserError(f"network {otype} needs the option {key!r}")
-    if str(config.get("activation", "ReLU")).lower() != "relu" and otype not in TCNN_NETWORKS:
-        raise UserError(f"network {otype}: activation is ReLU, not {config['activation']!r}")
-    if otype == "SphereInitVanillaMLP" or config.get("sphere_init", False):
-        return SphereInitVanillaMLP(n_input_dims, n_output_dims, config)
     if otype in TCNN_NETWORKS:
         why = _tinycudann_missing()
         if not why:
             return TCNNNetwork(n_input_dims, n_output_dims, config)
         threestudio.info(f"network {otype}: VanillaMLP in its place ({why})")
+    if str(config.get("activation", "ReLU")).lower() != "relu":
+        raise UserError(f"network {otype}: activation is ReLU here, not {config['activation']!r}")
+    if otype == "SphereInitVanillaMLP" or config.get("sphere_init", False):
+        return SphereInitVanillaMLP(n_input_dims, n_output_dims, config)
     return VanillaMLP(n_input_dims, n_output_dims, config)
 
 
