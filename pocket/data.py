@@ -6,7 +6,7 @@ view, thresholds 45, 45 and 60 degrees).
 """
 
 import multiprocessing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -132,17 +132,33 @@ def sample(rng):
     return picture, (opacity * 255).astype(np.uint8), (kind, color, named, view)
 
 
+def turn(rng):
+    """One object that has a front, seen from the front, the side and the back under the same
+    light, sky and elevation: images (3, 64, 64, 3), masks (3, 64, 64), labels (3, 4)."""
+    kind = int(rng.choice([i for i, k in enumerate(KINDS) if k.front]))
+    color = int(rng.integers(len(COLORS))) if KINDS[kind].natural else -1
+    scene, camera, sky = build(rng, kind, max(color, 0)), sample_camera(rng, 1), _background(rng)
+    front, light_seed = camera.azimuth, rng.integers(1 << 31)
+    parts = []
+    for view, azimuth in ((1, front), (0, front + 90 * rng.choice((-1, 1))), (2, front + 180)):
+        seen = replace(camera, azimuth=azimuth)
+        picture, opacity = draw(np.random.default_rng(light_seed), scene, seen, sky)
+        parts.append((picture, (opacity * 255).astype(np.uint8), (kind, color, color, view)))
+    return tuple(np.array(part) for part in zip(*parts, strict=True))
+
+
 def _work(task):
-    seed, count = task
+    seed, count, one = task
     rng = np.random.default_rng(seed)
-    pictures, masks, labels = zip(*(sample(rng) for _ in range(count)), strict=True)
+    pictures, masks, labels = zip(*(one(rng) for _ in range(count)), strict=True)
     return np.stack(pictures), np.stack(masks), np.array(labels, np.int8)
 
 
-def make(count: int, seed: int, workers: int = 2, chunk: int = 250):
-    """``count`` pictures: images uint8 (N, 64, 64, 3), masks uint8 (N, 64, 64), labels int8
-    (N, 4). The result depends on (count, seed) only, not on the number of workers."""
-    tasks = [((seed, k), min(chunk, count - k * chunk)) for k in range(-(-count // chunk))]
+def make(count: int, seed: int, workers: int = 2, chunk: int = 250, one=sample):
+    """``count`` draws of ``one``: images uint8 (N, 64, 64, 3), masks uint8 (N, 64, 64), labels
+    int8 (N, 4); with ``turn`` each has an axis of three views after N. The result depends on
+    (count, seed) only, not on the number of workers."""
+    tasks = [((seed, k), min(chunk, count - k * chunk), one) for k in range(-(-count // chunk))]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         parts = pool.map(_work, tasks, chunksize=1)
     return tuple(np.concatenate([p[i] for p in parts]) for i in range(3))

@@ -90,21 +90,23 @@ class Captions:
             ).input_ids
         return self.known[text]
 
-    def draw(self, rng, labels):
+    def draw(self, rng, labels, unsaid: float = 0.13):
+        """Token ids of a caption for each label; it leaves the view out with probability
+        ``unsaid`` and is empty with probability 0.1."""
         texts = []
         for kind, _, named, view in labels:
             u = rng.uniform()
-            view = -1 if u > 0.87 else int(view)
+            view = -1 if u > 1 - unsaid else int(view)
             texts.append("" if u < 0.1 else caption(rng, int(kind), int(named), view))
         return torch.tensor([self.ids(t) for t in texts])
 
 
-def encode_all(work: Path) -> torch.Tensor:
+def encode_all(work: Path, pictures="train.npz", name="latents.pt") -> torch.Tensor:
     """Posterior means of the training pictures, float16 (N, 4, 16, 16), cached on disk."""
-    file = work / "latents.pt"
+    file = work / name
     if not file.exists():
         vae = load_vae(work)
-        images = np.load(work / "train.npz")["images"]
+        images = np.load(work / pictures)["images"]
         with torch.no_grad():
             parts = [
                 vae.encode(to_tensor(images[i : i + 100])).latent_dist.mean.half()
@@ -120,56 +122,44 @@ def load_vae(work: Path):
     return vae
 
 
-def train(work: Path, steps: int, seed: int = 0, batch: int = 32, peak: float = 1.2e-3):
-    """Train to ``work/unet_state.pt`` (resumable; finished when its step equals ``steps``)."""
-    state_file = work / "unet_state.pt"
-    latents = encode_all(work)
-    labels = np.load(work / "train.npz")["labels"]
-    tokenizer = save_tokenizer(work / "tokenizer", WORDS, LENGTH)
-    captions = Captions(tokenizer)
-    torch.manual_seed(seed)
-    models = torch.nn.ModuleList(build_models(tokenizer))
+def fit(state_file, name, models, draw, steps, rates, warm=200, decay=0.998):
+    """Train (text encoder, UNet) on ``draw(step) -> (x, noise, t, ids)`` to ``state_file``.
+
+    The cosine's peaks are ``rates``, one a model. Resumable; finished when the file's step equals
+    ``steps``.
+    """
     text_encoder, unet = models
     unet.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
     ema = {k: v.clone() for k, v in models.state_dict().items()}
-    optimizer = torch.optim.AdamW(
-        models.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
-    )
+    groups = [{"params": list(m.parameters())} for m in models]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     scheduler = build_scheduler()
     start, running = 0, None
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
-        models.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
         ema, start = state["ema"], state["step"]
+        models.load_state_dict(state["model"])
+        if start < steps:
+            optimizer.load_state_dict(state["optimizer"])
     for step in range(start, steps):
-        rng = np.random.default_rng((seed, 1, step))
-        noise_source = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        pick = rng.integers(len(latents), size=batch)
-        x = latents[pick].float().contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(x.shape, generator=noise_source)
-        # Stratified timesteps: each batch covers the whole range, so the loss is less noisy.
-        t = torch.from_numpy(
-            ((np.arange(batch) + rng.uniform(size=batch)) * 1000 / batch).astype(int)
-        )
+        x, noise, t, ids = draw(step)
         noisy = scheduler.add_noise(x, noise, t)
         target = scheduler.get_velocity(x, noise, t)
-        text = text_encoder(captions.draw(rng, labels[pick]))[0]
-        loss = (unet(noisy, t, text).sample - target).square().mean()
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, steps, peak, warm=200)
+        loss = (unet(noisy, t, text_encoder(ids)[0]).sample - target).square().mean()
+        for group, peak in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = cosine(step, steps, peak, warm=warm)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
         optimizer.step()
-        decay = min(0.998, (step + 1) / (step + 10))
+        keep = min(decay, (step + 1) / (step + 10))
         with torch.no_grad():
             for k, v in models.state_dict().items():
                 if v.is_floating_point():
-                    ema[k].lerp_(v, 1 - decay)
+                    ema[k].lerp_(v, 1 - keep)
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % 100 == 0:
-            print(f"unet {step + 1}/{steps} loss {running:.4f}", flush=True)
+            print(f"{name} {step + 1}/{steps} loss {running:.4f}", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             save_state(
                 state_file,
@@ -180,13 +170,40 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 32, peak: float = 
             )
 
 
+def stratified(rng, batch: int, low: int = 0) -> torch.Tensor:
+    """Timesteps that cover [low, 1000) evenly in each batch, so that the loss is less noisy."""
+    u = (np.arange(batch) + rng.uniform(size=batch)) / batch
+    return torch.from_numpy((low + u * (1000 - low)).astype(int))
+
+
+def train(work: Path, steps: int, seed: int = 0, batch: int = 32, peak: float = 1.2e-3):
+    """Train both models on all pictures, to ``work/unet_state.pt``."""
+    latents = encode_all(work)
+    labels = np.load(work / "train.npz")["labels"]
+    tokenizer = save_tokenizer(work / "tokenizer", WORDS, LENGTH)
+    captions = Captions(tokenizer)
+
+    def draw(step):
+        rng = np.random.default_rng((seed, 1, step))
+        noise_source = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        pick = rng.integers(len(latents), size=batch)
+        x = latents[pick].float().contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(x.shape, generator=noise_source)
+        t = stratified(rng, batch)
+        return x, noise, t, captions.draw(rng, labels[pick])
+
+    torch.manual_seed(seed)
+    models = torch.nn.ModuleList(build_models(tokenizer))
+    fit(work / "unet_state.pt", "unet", models, draw, steps, (peak, peak))
+
+
 def save_pipeline(work: Path, folder: Path):
     """Write the averaged weights as a ``StableDiffusionPipeline`` folder in half precision."""
     from diffusers import StableDiffusionPipeline
 
     tokenizer = save_tokenizer(work / "tokenizer", WORDS, LENGTH)
     models = torch.nn.ModuleList(build_models(tokenizer))
-    models.load_state_dict(torch.load(work / "unet_state.pt", weights_only=True)["ema"])
+    models.load_state_dict(torch.load(work / "views_state.pt", weights_only=True)["ema"])
     pipeline = StableDiffusionPipeline(
         vae=load_vae(work),
         text_encoder=models[0].eval(),

@@ -1,7 +1,8 @@
 """``python -m pocket.make``: the pocket prior from nothing, with a fixed seed.
 
 Stages, each resumable and kept under --work: render pictures, train the autoencoder, train text
-encoder and UNet together, save a ``StableDiffusionPipeline`` folder, train the judge, report.
+encoder and UNet together, then once more for the view words, save a ``StableDiffusionPipeline``
+folder, train the judge, report.
 """
 
 import argparse
@@ -14,10 +15,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/pocket"))
     parser.add_argument("--out", type=Path, default=Path("custom/threestudio-lods/models/pocket"))
-    parser.add_argument("--stages", default="data,vae,latents,unet,save,judge,report")
+    parser.add_argument("--stages", default="data,vae,latents,unet,views,save,judge,report")
     parser.add_argument("--pictures", type=int, default=48000)
     parser.add_argument("--vae-steps", type=int, default=6200)
     parser.add_argument("--unet-steps", type=int, default=12000)
+    parser.add_argument("--turns", type=int, default=6000)
+    parser.add_argument("--views-steps", type=int, default=3000)
     parser.add_argument("--judge-steps", type=int, default=2500)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -47,6 +50,10 @@ def main():
         from pocket.diffusion import train
 
         train(args.work, steps=args.unet_steps, seed=args.seed)
+    if "views" in stages:
+        from pocket.views import train
+
+        train(args.work, args.views_steps, args.turns, seed=args.seed, workers=args.threads)
     if "save" in stages:
         from pocket.diffusion import save_pipeline
 
