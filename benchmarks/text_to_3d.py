@@ -26,7 +26,13 @@ sys.path.insert(0, str(ROOT))
 from pocket.judge import load, verdict  # noqa: E402
 from pocket.scenes import COLOR_NAMES, KIND_NAMES  # noqa: E402
 
-CONFIGS = ("lods-gs-embedding", "lods-gs-lora")
+# configuration -> the overlay that scales it to the pocket prior
+CONFIGS = {
+    "lods-gs-embedding": "pocket",
+    "lods-gs-lora": "pocket",
+    "lods-ngp-embedding": "pocket-ngp",
+    "lods-ngp-lora": "pocket-ngp",
+}
 PROMPTS = (
     "a DSLR image of a hamburger",
     "a blue car",
@@ -54,7 +60,7 @@ def run(config: str, prompt: str, seed: int, out: Path, overrides) -> tuple[Path
     folder = out / f"{config}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower())}-{seed}"
     command = [
         *(sys.executable, str(ROOT / "launch.py"), "--train"),
-        *("--config", str(ROOT / f"configs/{config}.yaml"), str(ROOT / "configs/pocket.yaml")),
+        *("--config", *(str(ROOT / f"configs/{name}.yaml") for name in (config, CONFIGS[config]))),
         f"system.prompt_processor.prompt={prompt}",
         *(f"seed={seed}", f"exp_root_dir={folder}", "use_timestamp=false", "tag=run", "name=r"),
         *overrides,
@@ -98,7 +104,7 @@ def asked(prompt: str) -> tuple[int, int]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--configs", nargs="+", default=CONFIGS)
+    parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--work", type=Path, default=ROOT / "build/text_to_3d")

@@ -12,6 +12,7 @@ from threestudio.utils.typing import *
 from ..gaussian.densify import Densifier
 from ..gaussian.ply import write_gaussians, write_points
 from .base import LODSSystem, grey_cell
+from .original import complete
 
 
 @dataclass
@@ -44,6 +45,8 @@ class LODSGaussianSplatting(LODSSystem):
         renderer_type: str = "lods-gaussian-rasterizer"
         exporter_type: str = "lods-gaussian-exporter"
         strategy: dict = field(default_factory=dict)
+        # world units; of the original's YAML, whose unsaid constants it brings: see original.py
+        radius: Optional[float] = None
         # name of an optimizer group -> schedule of its learning rate, interpolated geometrically
         # (log-linear); groups that are not listed keep their 'lr'
         lr_schedule: dict = field(default_factory=dict)
@@ -51,6 +54,8 @@ class LODSGaussianSplatting(LODSSystem):
     cfg: Config
 
     def configure(self) -> None:
+        if self.cfg.radius is not None:
+            complete(self.cfg)
         if self.resumed:
             # the checkpoint brings the Gaussians: do not run Shap-E for nothing
             self.cfg.geometry.init_type = "none"
