@@ -14,15 +14,13 @@ Every figure is the minimum over repeats.
 """
 
 import argparse
-import csv
-import resource
 from pathlib import Path
 
 import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rasterize import ROOT, fastest, machine
+from timing import ROOT, fastest, machine, peak_mib, write_table
 
 from threestudio.models.hashgrid import grid_layout, hash_encode
 
@@ -242,7 +240,7 @@ def measure(kind: str, n: int, levels: int, log2_size: int, budget: float) -> di
         row[f"{name}_both"] = round(two / whole, 1)
     row["best_forward"] = round(min(t[0] for t in times) / forward, 1)
     row["best_both"] = round(min(t[1] for t in times) / whole, 1)
-    row["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    row["peak_mib"] = peak_mib()
     return row
 
 
@@ -253,7 +251,7 @@ def main():
     args = parser.parse_args()
     exponents, sizes = ((14,), (15,)) if args.quick else ((14, 16, 18), (15, 19))
     measure("anywhere", 128, 2, 10, 0.0)  # compiles
-    about = {"device": "cpu", **machine()}
+    about = machine()
     rows = []
     for kind in ("anywhere", "rays"):
         for exponent in exponents:
@@ -263,11 +261,7 @@ def main():
                     if len(rows) == 1:
                         print(*(f"{key:>8}" for key in rows[0]))
                     print(*(f"{v:>{max(8, len(k))}}" for k, v in rows[-1].items()), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about])
-        writer.writeheader()
-        writer.writerows({**row, **about} for row in rows)
+    write_table(args.out, [row | about for row in rows])
     print(f"{args.out}: {about}")
 
 

@@ -16,25 +16,15 @@ their cells say so.
 """
 
 import argparse
-import csv
 import importlib
-import math
-import platform
-import re
-import resource
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numba
 import numpy as np
 import torch
+from timing import ROOT, fastest, machine, peak_mib, show, write_table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from threestudio.utils.extensions import load_extension  # noqa: E402
+from threestudio.utils.extensions import load_extension
 
 TILE = 16
 
@@ -131,19 +121,6 @@ def bare_exp(x, repeats):
     return total
 
 
-def fastest(function, budget: float, least: int = 3) -> float:
-    """Minimum seconds of a call over repeats, for about ``budget`` seconds."""
-    best, start, calls = math.inf, time.perf_counter(), 0
-    while calls < least or time.perf_counter() - start < budget:
-        begin = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - begin)
-        calls += 1
-        if time.perf_counter() - start > 8 * budget:
-            break
-    return best
-
-
 def both(composite, inputs, size):
     """A function that blends and differentiates."""
     means2d, conics, opacities, colors, depths, extents = inputs
@@ -202,20 +179,8 @@ def measure(modules, n: int, size: int, budget: float, baselines: bool) -> dict:
         row["torch_tiled"] = round(fastest(both(tiled, inputs, size), 0, 1) / ours, 1)
         if n * size * size <= 9e7:
             row["torch_dense"] = round(fastest(both(twin.composite, inputs, size), 0, 1) / ours, 1)
-    row["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    row["peak_mib"] = peak_mib()
     return row
-
-
-def machine() -> dict:
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    git = ["git", "describe", "--always", "--dirty"]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "threads": numba.get_num_threads(),
-        "torch": torch.__version__,
-        "numba": numba.__version__,
-        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-    }
 
 
 def main():
@@ -232,19 +197,16 @@ def main():
         else [(n, size) for n in (1000, 5000, 20000, 80000) for size in (64, 128, 256)]
     )
     measure(modules, 500, 64, 0.0, False)  # compiles
+    about = machine()
     # Ours first, in order of size: peak memory only rises, and the baselines need more.
     rows = [measure(modules, n, size, 0.3, False) for n, size in sizes]
     for row, (n, size) in zip(rows, sizes):
         full = measure(modules, n, size, 0.05, n <= 20000 or size <= 128)
         row.update({k: full[k] for k in ("torch_tiled", "torch_dense")})
-        row.update(machine())
-        print({k: v for k, v in row.items() if k not in machine()}, flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{args.out}: {machine()}")
+        row.update(about)
+        show(row, about)
+    write_table(args.out, rows)
+    print(f"{args.out}: {about}")
 
 
 if __name__ == "__main__":

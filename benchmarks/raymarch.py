@@ -15,14 +15,12 @@ Ratios of baselines are above 1 where ours is faster. Every figure is the minimu
 """
 
 import argparse
-import csv
 import math
-import resource
 from pathlib import Path
 
 import numba
 import torch
-from rasterize import ROOT, fastest, machine
+from timing import ROOT, fastest, machine, peak_mib, show, write_table
 
 from threestudio.models.raymarch import march, march_torch
 
@@ -106,7 +104,7 @@ def measure(size: int, budget: float, baselines: bool) -> dict:
         "march_torch": "not run",
         "render_torch": "not run",
         "render_padded": "not run",
-        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mib": peak_mib(),
     }
     if baselines:
         twin = fastest(lambda: march.traverse(*scene, "torch"), budget)
@@ -123,19 +121,16 @@ def main():
     args = parser.parse_args()
     sizes = [64] if args.quick else [64, 128, 256]
     measure(8, 0.0, False)  # compiles
+    about = machine()
     # Ours first, in order of size: peak memory only rises, and the baselines need more.
     rows = [measure(size, 0.3, False) for size in sizes]
     for row, size in zip(rows, sizes):
         full = measure(size, 0.3, True)
         row.update({k: full[k] for k in ("march_torch", "render_torch", "render_padded")})
-        row.update(machine())
-        print({k: v for k, v in row.items() if k not in machine()}, flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{args.out}: {machine()}")
+        row.update(about)
+        show(row, about)
+    write_table(args.out, rows)
+    print(f"{args.out}: {about}")
 
 
 if __name__ == "__main__":

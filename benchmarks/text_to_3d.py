@@ -9,7 +9,6 @@ judge of ``pocket/judge.py`` which object and which colour they show, and writes
 import argparse
 import csv
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -19,12 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from timing import ROOT, commit, cpu_name, write_table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from pocket.judge import load, verdict  # noqa: E402
-from pocket.scenes import COLOR_NAMES, KIND_NAMES  # noqa: E402
+from pocket.judge import load, verdict
+from pocket.scenes import COLOR_NAMES, KIND_NAMES
 
 # configuration -> the overlay that scales it to the pocket prior
 CONFIGS = {
@@ -41,18 +38,6 @@ PROMPTS = (
     "a photo of a traffic cone",
 )
 VIEWS = 12
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    return done.stdout.strip()
-
-
-def cpu_name() -> str:
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return names[0] if names else platform.processor()
 
 
 def run(config: str, prompt: str, seed: int, out: Path, overrides) -> tuple[Path, float, float]:
@@ -144,11 +129,7 @@ def main():
                 }
                 rows.append(row)
                 print(row, flush=True)
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                with args.out.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, row)
-                    writer.writeheader()
-                    writer.writerows(rows)
+                write_table(args.out, rows)
     for config in args.configs:
         mine = [r for r in rows if r["config"] == config and r["commit"] == version]
         right = np.mean([float(r["object_accuracy"]) for r in mine])
