@@ -27,7 +27,7 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Retrains the pocket prior from nothing (fixed seed; a little over two hours on two cores), then judges it.
+# Retrains the pocket prior from nothing (fixed seed; a little under three hours on two cores), then judges it.
 pocket: $(VENV)/.ready
 	$(BIN)/python -m pocket.make
 

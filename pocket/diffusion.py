@@ -18,6 +18,7 @@ from pocket.scenes import COLOR_NAMES, KIND_NAMES
 from pocket.tokenizer import save_tokenizer
 
 LENGTH, WIDTH = 16, 96
+EVERY = 500  # steps between two states on disk
 WORDS = tuple(
     dict.fromkeys(
         " ".join(
@@ -160,7 +161,7 @@ def fit(state_file, name, models, draw, steps, rates, warm=200, decay=0.998):
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % 100 == 0:
             print(f"{name} {step + 1}/{steps} loss {running:.4f}", flush=True)
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % EVERY == 0 or step + 1 == steps:
             save_state(
                 state_file,
                 model=models.state_dict(),

@@ -115,6 +115,55 @@ def test_pictures_depend_on_the_seed_only():
     assert labels.shape == (7, 4)
 
 
+def test_a_turn_is_one_object_from_three_sides():
+    images, _, labels = data.make(20, seed=5, workers=1, one=data.turn)
+    assert images.shape == (20, 3, 64, 64, 3)
+    assert (labels[:, :, 3] == [1, 0, 2]).all()  # front, side, back
+    assert (labels[:, :, :3] == labels[:, :1, :3]).all()
+    assert all(scenes.KINDS[k].front for k in labels[:, 0, 0])
+    flat = torch.from_numpy(images.reshape(-1, 64, 64, 3)).permute(0, 3, 1, 2) / 255
+    said = verdict(load(), flat)
+    assert (said["view"] == labels[:, :, 3].ravel()).mean() >= 0.85
+    assert (said["kind"] == labels[:, :, 0].ravel()).mean() >= 0.85
+
+
+def test_the_phase_of_view_words_goes_on_from_the_average(tmp_path, monkeypatch):
+    """Two steps at once, and one step, a stop, and another, end in the same weights."""
+    from pocket import diffusion, views
+
+    images, _, labels = data.make(8, seed=0, workers=1)
+    np.savez(tmp_path / "train.npz", images=images, labels=labels)
+    torch.manual_seed(0)
+    torch.save({"model": autoencoder.build().state_dict()}, tmp_path / "vae.pt")
+    diffusion.train(tmp_path, steps=1, batch=4)
+    base = torch.load(tmp_path / "unet_state.pt", weights_only=True)["ema"]
+
+    save, seen = diffusion.save_state, []
+
+    def stopping(path, **state):
+        save(path, **state)
+        seen.append(state["step"])
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    file, arguments = tmp_path / "views_state.pt", dict(count=4, workers=1, plain=2, turns=1)
+    monkeypatch.setattr(diffusion, "EVERY", 1)
+    monkeypatch.setattr(diffusion, "save_state", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        views.train(tmp_path, 2, **arguments)
+    views.train(tmp_path, 2, **arguments)
+    assert seen == [1, 2]
+    stopped = torch.load(file, weights_only=True)
+    file.unlink()
+    views.train(tmp_path, 2, **arguments)
+    at_once = torch.load(file, weights_only=True)
+    for name, value in at_once["ema"].items():
+        assert torch.equal(value, stopped["ema"][name]), name
+        assert not value.is_floating_point() or torch.isfinite(value).all()
+    moved = [n for n, v in at_once["model"].items() if not torch.equal(v, base[n])]
+    assert any(n.startswith("0.") for n in moved) and any(n.startswith("1.") for n in moved)
+
+
 def test_every_word_is_one_token(tmp_path):
     from pocket.diffusion import WORDS
 
@@ -179,6 +228,8 @@ def test_the_committed_tables_hold_what_is_claimed():
         rows = {r["source"]: r for r in csv.DictReader(file)}
     for name in ("object", "color", "view"):
         assert float(rows["true renders"][name]) >= 0.9, "the judge itself has to be good"
+    samples = {name: float(rows["samples"][name]) for name in ("object", "color", "view")}
+    assert samples["object"] >= 0.95 and samples["color"] >= 0.8 and samples["view"] >= 0.75
     with open(report.RESULTS / "noise.csv") as file:
         bins = list(csv.DictReader(file))
     assert len(bins) == 10
