@@ -264,7 +264,7 @@ def test_only_what_is_listed_is_trained(small):
         ("system.strategy={name: mcmc, mcmc: {cap: 3}}", "mcmc.cap is unknown: the fields are"),
         ("system.geometry.init_type=none", "there are no Gaussians to train"),
         ("system.geometry.bal.n_points=3", "bal"),
-        ("system.exporter.fmt=[obj]", "the formats are ply, points"),
+        ("system.exporter.fmt=[obj]", "the formats are ply, points, glb"),
     ],
 )
 def test_mistakes_are_one_line(small, capsys, override, message):

@@ -4,22 +4,30 @@ from dataclasses import dataclass, field
 
 import threestudio
 from threestudio.models.exporters.base import Exporter, ExporterOutput
+from threestudio.models.exporters.mesh_exporter import file_arrays
 from threestudio.utils.typing import *
+
+from .surface import surface
 
 FORMATS = {  # fmt -> (ending of the file, save_<type> of the system)
     "ply": (".ply", "gaussian_ply"),
     "points": ("-points.ply", "point_ply"),
+    "glb": (".glb", "mesh"),
 }
 
 
 @threestudio.register("lods-gaussian-exporter")
 class GaussianExporter(Exporter):
-    """'ply': all parameters in the standard 3DGS layout; 'points': centres and colours only."""
+    """'ply': all parameters in the standard 3DGS layout; 'points': centres and colours only;
+    'glb': a coloured mesh, the level set of the Gaussians' density (see :mod:`.surface`)."""
 
     @dataclass
     class Config(Exporter.Config):
         fmt: List[str] = field(default_factory=lambda: ["ply", "points"])
         save_name: str = "gaussians"
+        # glb: points of the grid along each axis, and the density of the surface
+        mesh_resolution: int = 128
+        mesh_threshold: float = 1.0
 
     cfg: Config
 
@@ -31,12 +39,20 @@ class GaussianExporter(Exporter):
                     f"system.exporter.fmt has '{fmt}': the formats are {', '.join(FORMATS)}"
                 )
 
+        if self.cfg.mesh_resolution < 8 or not self.cfg.mesh_threshold > 0:
+            raise ValueError(
+                "system.exporter.mesh_resolution must be at least 8 and mesh_threshold positive"
+            )
+
     def __call__(self) -> List[ExporterOutput]:
         outputs = []
         for fmt in self.cfg.fmt:
             ending, save_type = FORMATS[fmt]
             if fmt == "ply":
                 params = self.geometry.export()
+            elif fmt == "glb":
+                mesh = surface(self.geometry, self.cfg.mesh_resolution, self.cfg.mesh_threshold)
+                params = file_arrays(mesh, fmt)
             else:
                 params = {"xyz": self.geometry.means, "rgb": self.geometry.base_colors()}
             outputs.append(ExporterOutput(self.cfg.save_name + ending, save_type, params))

@@ -150,12 +150,16 @@ class MeshExporter(Exporter):
         return ExporterOutput(f"{cfg.save_name}.obj", "obj", params)
 
     def _file(self, mesh: Mesh) -> ExporterOutput:
-        normals = mesh.v_nrm if self.cfg.save_normal else None
-        axes = [1, 2, 0] if self.cfg.fmt == "glb" else [0, 1, 2]  # even: a rotation
-        params = {
-            "v_pos": mesh.v_pos[:, axes],
-            "t_pos_idx": mesh.t_pos_idx,
-            "v_nrm": None if normals is None else normals[:, axes],
-            "v_rgb": mesh.v_rgb,
-        }
+        params = file_arrays(mesh, self.cfg.fmt, self.cfg.save_normal)
         return ExporterOutput(f"{self.cfg.save_name}.{self.cfg.fmt}", "mesh", params)
+
+
+def file_arrays(mesh: Mesh, fmt: str, save_normal: bool = False) -> Dict[str, Any]:
+    """The arguments of ``save_mesh``, with the axes that ``fmt`` ('glb' or 'ply') prescribes."""
+    axes = [1, 2, 0] if fmt == "glb" else [0, 1, 2]  # even: a rotation
+    return {
+        "v_pos": mesh.v_pos[:, axes],
+        "t_pos_idx": mesh.t_pos_idx,
+        "v_nrm": mesh.v_nrm[:, axes] if save_normal else None,
+        "v_rgb": mesh.v_rgb,
+    }
