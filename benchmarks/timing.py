@@ -14,6 +14,7 @@ import numba
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = ("benchmarks/*.py", "configs", "custom", "launch.py", "pocket/*.py", "threestudio")
 sys.path.insert(0, str(ROOT))
 
 
@@ -41,8 +42,13 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    git = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """The commit of the code that runs, with ``-dirty`` if a file of it was changed since."""
+
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout
+
+    changed = git("status", "--porcelain", "--", *CODE).strip()
+    return git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")
 
 
 def machine() -> dict:
