@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+import trimesh
 from omegaconf import OmegaConf
 from PIL import Image
 from plyfile import PlyData
@@ -51,6 +52,11 @@ def trial(config):
     return Path("outputs") / CONFIGS[config][0].removesuffix(".yaml") / "t"
 
 
+BIG_BALL = (
+    "system.geometry.init_opacity=0.9",
+    "system.geometry.init_scale=1.5",
+    "system.exporter.mesh_resolution=32",
+)
 KEYS = ("state_dict", "optimizer_states", "lods_densifier", "rng_state", "global_step")
 
 
@@ -135,6 +141,16 @@ def test_shipped_configurations_run(small, config, capsys):
     }.items():
         assert f"{what}: {save / name}" in printed
     assert (save / "it2-test.mp4").stat().st_size > 500
+
+
+def test_a_mesh_of_gaussians(small, capsys):
+    assert launch(*small("embedding+pocket", "system.exporter.fmt=[glb]", *BIG_BALL)) == 0
+    [path] = (trial("embedding+pocket") / "save" / "it2-export").glob("*.glb")
+    mesh = trimesh.load(path, force="mesh")
+    # half a unit and more on each side, about the origin; two steps move it little
+    assert mesh.is_watertight and (mesh.bounds[0] < -0.4).all() and (mesh.bounds[1] > 0.4).all()
+    assert len(mesh.visual.vertex_colors) == len(mesh.vertices)
+    assert f"mesh: {path}" in capsys.readouterr().out
 
 
 def test_test_and_export_reproduce(small):

@@ -200,6 +200,16 @@ class LODSSystem(BaseLift3DSystem):
             threestudio.warn(f"nothing exported: {error}")
         super().on_test_end()
 
+    def save_obj(self, filename: str, *args, **kwargs) -> List[str]:
+        """Also note where the mesh is."""
+        self._results["mesh"] = self.get_save_path(filename)
+        return super().save_obj(filename, *args, **kwargs)
+
+    def save_mesh(self, filename: str, *args, **kwargs) -> str:
+        """Also note where the mesh is."""
+        self._results["mesh"] = self.get_save_path(filename)
+        return super().save_mesh(filename, *args, **kwargs)
+
     def result_summary(self) -> List[str]:
         """Where the results of the last test or export are: lines like 'video: <path>'."""
         return [f"{what}: {path}" for what, path in self._results.items()]

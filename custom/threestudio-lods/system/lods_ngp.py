@@ -84,13 +84,3 @@ class LODSInstantNGP(LODSSystem):
         if "comp_normal" in out:
             cells.append(rgb_cell(out["comp_normal"][i]))
         return [*cells, grey_cell(out["opacity"][i, ..., 0], (0, 1))]
-
-    def save_obj(self, filename: str, *args, **kwargs) -> List[str]:
-        """Also note where the mesh is."""
-        self._results["mesh"] = self.get_save_path(filename)
-        return super().save_obj(filename, *args, **kwargs)
-
-    def save_mesh(self, filename: str, *args, **kwargs) -> str:
-        """Also note where the mesh is."""
-        self._results["mesh"] = self.get_save_path(filename)
-        return super().save_mesh(filename, *args, **kwargs)
