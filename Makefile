@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): about 2 GB with a CPU build of torch, some minutes"
 	$(BIN)/pip install -q -r requirements.txt
 	touch $@
 
@@ -37,6 +38,8 @@ judge-report: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/rasterize.py
+	$(BIN)/python benchmarks/hashgrid.py
+	$(BIN)/python benchmarks/raymarch.py
 
 clean:
 	rm -rf build outputs .threestudio_cache

@@ -1,6 +1,6 @@
 """Train, validate, test or export an experiment.
 
-    python launch.py --train --config configs/lods-gs-embedding.yaml \\
+    python launch.py --train --config configs/lods-gs-embedding.yaml configs/pocket.yaml \\
         system.prompt_processor.prompt="a car"
 
 Options of the config are overridden by key=value; several configs are merged from left to right.
@@ -96,8 +96,21 @@ _NOISE = (  # of libraries, about things that are as they should be here
     ".*torchvision.*",
     ".*Experiment logs directory .* exists and is not empty.*",
     ".*`training_step` returned `None`.*",
+    ".*predict returned None.*",
     ".*lr_scheduler.step.*before.*optimizer.step.*",
 )
+
+
+# what everything imports, by the names of the modules
+_PACKAGES = {
+    "torch",
+    "omegaconf",
+    "pytorch_lightning",
+    "diffusers",
+    "transformers",
+    "peft",
+    "numba",
+}
 
 
 class _NotLightning(logging.Filter):
@@ -403,6 +416,11 @@ def _report_interrupt(stop, cfg) -> int:
 
 def _explain(error: BaseException) -> "str | None":
     """One line for a mistake that the user can mend, None for any other error."""
+    if isinstance(error, ModuleNotFoundError) and error.name in _PACKAGES:
+        return (
+            f"the package {error.name} is not installed for {sys.executable}: activate the "
+            "environment of `make demo` (. .venv/bin/activate), or pip install -r requirements.txt"
+        )
     from omegaconf.errors import OmegaConfBaseException
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 

@@ -55,13 +55,20 @@ def parse_arguments(kind: str, argv=None) -> argparse.Namespace:
         "Diffusion if there is a GPU and the model can be had, else the embedded pocket prior."
     )
     add = parser.add_argument
-    add("--prompt", help="what to make (default: one that suits the model)")
+
+    def by_model(key: str) -> str:
+        pocket, large = (SETTINGS[family, kind][key] for family in ("pocket", "stable-diffusion"))
+        return f"(default: {pocket}; for Stable Diffusion {large})"
+
+    add("--prompt", help=f"what to make {by_model('prompt')}")
     add("--model", help="diffusers folder, hub id, or 'pocket' (default: chosen, and said why)")
-    add("--steps", type=_positive(int), help="optimiser steps")
-    add("--guidance-scale", type=_positive(float), help="guidance scale, inf allowed")
+    add("--steps", type=_positive(int), help=f"optimiser steps {by_model('steps')}")
+    scale = f"guidance scale, inf allowed {by_model('guidance_scale')}"
+    add("--guidance-scale", type=_positive(float), help=scale)
     add("--particles", type=_positive(int), default=6, help="number of images (default 6)")
-    add("--lr", type=_positive(float), help="learning rate of the particles")
-    add("--prior-lr", type=_positive(float), help=f"learning rate of the {kind}")
+    add("--lr", type=_positive(float), help=f"learning rate of the particles {by_model('lr')}")
+    learnt = f"learning rate of the {kind} {by_model('prior_lr')}"
+    add("--prior-lr", type=_positive(float), help=learnt)
     add("--every", type=_positive(int), default=50, help="steps between pictures (default 50)")
     add("--output", help=f"folder (default: outputs/2d_lods_{kind}/<prompt>@<time>)")
     add("--seed", type=int, default=1, help="random seed (default 1)")

@@ -23,7 +23,7 @@ class GaussianExporter(Exporter):
 
     @dataclass
     class Config(Exporter.Config):
-        fmt: List[str] = field(default_factory=lambda: ["ply", "points"])
+        fmt: Any = field(default_factory=lambda: ["ply", "points"])  # one or a list of FORMATS
         save_name: str = "gaussians"
         # glb: points of the grid along each axis, and the density of the surface
         mesh_resolution: int = 128
@@ -33,7 +33,8 @@ class GaussianExporter(Exporter):
 
     def configure(self, *args, **kwargs) -> None:
         super().configure(*args, **kwargs)
-        for fmt in self.cfg.fmt:
+        self.formats = [self.cfg.fmt] if isinstance(self.cfg.fmt, str) else list(self.cfg.fmt)
+        for fmt in self.formats:
             if fmt not in FORMATS:
                 raise ValueError(
                     f"system.exporter.fmt has '{fmt}': the formats are {', '.join(FORMATS)}"
@@ -46,7 +47,7 @@ class GaussianExporter(Exporter):
 
     def __call__(self) -> List[ExporterOutput]:
         outputs = []
-        for fmt in self.cfg.fmt:
+        for fmt in self.formats:
             ending, save_type = FORMATS[fmt]
             if fmt == "ply":
                 params = self.geometry.export()

