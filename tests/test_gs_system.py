@@ -144,7 +144,7 @@ def test_shipped_configurations_run(small, config, capsys):
 
 
 def test_a_mesh_of_gaussians(small, capsys):
-    assert launch(*small("embedding+pocket", "system.exporter.fmt=[glb]", *BIG_BALL)) == 0
+    assert launch(*small("embedding+pocket", "system.exporter.fmt=glb", *BIG_BALL)) == 0
     [path] = (trial("embedding+pocket") / "save" / "it2-export").glob("*.glb")
     mesh = trimesh.load(path, force="mesh")
     # half a unit and more on each side, about the origin; two steps move it little

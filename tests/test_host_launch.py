@@ -124,6 +124,12 @@ def test_log_interval_is_honoured(cli):
     assert [r["step"] for r in rows if r["train/loss_toy"]] == ["1", "3"]
 
 
+def test_a_missing_package_is_one_line():
+    error = ModuleNotFoundError("No module named 'omegaconf'", name="omegaconf")
+    assert "omegaconf is not installed" in launch._explain(error)
+    assert launch._explain(ModuleNotFoundError("No module named 'mine'", name="mine")) is None
+
+
 def test_several_configs_are_merged_in_order(cli):
     Path("small.yaml").write_text("trainer: {max_steps: 1}")
     Path("last.yaml").write_text("trainer: {max_steps: 2}")

@@ -175,6 +175,18 @@ def test_every_word_is_one_token(tmp_path):
     assert len(tokenizer("x " * 50, truncation=True, max_length=16).input_ids) == 16
 
 
+def test_words_that_the_prior_cannot_read_are_named():
+    from transformers import CLIPTokenizer
+
+    from threestudio.models.prompt_processors.stable_diffusion_prompt_processor import spelt_words
+
+    tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
+    known = [f"a DSLR image of a {name}, side view" for name in scenes.KIND_NAMES]
+    assert spelt_words(tokenizer, [*known, "a red car 2024"]) == []
+    texts = ["a dragon, side view", "a dragon on a wooden table, front view"]
+    assert spelt_words(tokenizer, texts) == ["dragon", "on", "wooden"]
+
+
 def test_whitening_changes_the_latents_and_not_the_pictures():
     torch.manual_seed(0)
     vae = autoencoder.build().eval()
