@@ -132,7 +132,7 @@ def missing(device: str, packages) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--compared", type=int, default=3)
     parser.add_argument("--work", type=Path, default=ROOT / "build/steps")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/steps.csv")
