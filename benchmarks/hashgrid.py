@@ -127,13 +127,7 @@ def index_add(x, table, layout):
     return _Bag.apply(table, entries.view(-1, 8), weights.view(-1, 8)).view(len(x), -1)
 
 
-class _Count(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, table, entries, weights):
-        ctx.save_for_backward(entries, weights)
-        ctx.size = table.shape
-        return F.embedding_bag(entries, table, per_sample_weights=weights, mode="sum")
-
+class _Count(_Bag):
     @staticmethod
     def backward(ctx, g):
         entries, weights = ctx.saved_tensors

@@ -17,6 +17,7 @@ their cells say so.
 
 import argparse
 import importlib
+import math
 from pathlib import Path
 
 import numba

@@ -71,6 +71,17 @@ def test_one_round_gaussian_is_a_ball(surface, gaussians):
     assert torch.allclose(found.v_rgb, torch.tensor(color).expand(len(found.v_rgb), 3), atol=1e-4)
 
 
+def test_colours_are_those_of_the_nearest_gaussians(surface, gaussians):
+    """One Gaussian far out on each axis, red, green and blue, and their mirror images in black."""
+    means = [*(1.0 * np.eye(3)).tolist(), *(-1.0 * np.eye(3)).tolist()]
+    colors = [*np.eye(3).tolist(), *np.zeros((3, 3)).tolist()]
+    geometry = gaussians(means, [[0.15] * 3] * 6, [0.9] * 6, colors)
+    found = surface.surface(geometry, resolution=96, threshold=0.5)
+    nearest = torch.cdist(found.v_pos, torch.tensor(means)).argmin(1)
+    assert len(nearest.unique()) == 6
+    assert torch.allclose(found.v_rgb, torch.tensor(colors)[nearest], atol=1e-3)
+
+
 def test_crumbs_and_faint_gaussians_are_left_out(surface, gaussians):
     means, scales = [[0.0, 0, 0], [0.9, 0, 0], [5.0, 0, 0]], [[0.3] * 3, [0.025] * 3, [0.3] * 3]
     geometry = gaussians(means, scales, [0.9, 0.9, 0.005], [[0.5] * 3] * 3)

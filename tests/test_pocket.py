@@ -164,6 +164,25 @@ def test_the_phase_of_view_words_goes_on_from_the_average(tmp_path, monkeypatch)
     assert any(n.startswith("0.") for n in moved) and any(n.startswith("1.") for n in moved)
 
 
+def test_sides_of_an_object_differ_in_the_view_word_only(tmp_path, monkeypatch):
+    from pocket import diffusion, views
+
+    images, _, labels = data.make(8, seed=0, workers=1)
+    np.savez(tmp_path / "train.npz", images=images, labels=labels)
+    torch.manual_seed(0)
+    torch.save({"model": autoencoder.build().state_dict()}, tmp_path / "vae.pt")
+    diffusion.train(tmp_path, steps=1, batch=4)
+    kept = []
+    monkeypatch.setattr(views, "fit", lambda file, name, models, draw, *a, **k: kept.append(draw))
+    views.train(tmp_path, 2, count=4, workers=1, plain=3, turns=2)
+    x, noise, t, ids = kept[0](0)
+    assert len(x) == len(noise) == len(t) == len(ids) == 3 + 2 * 3
+    for turn in (slice(3, 6), slice(6, 9)):
+        assert (noise[turn] == noise[turn][:1]).all() and (t[turn] == t[turn][0]).all()
+        assert (t[turn] >= 200).all() and not torch.equal(x[turn][0], x[turn][2])
+    assert not torch.equal(noise[3], noise[6]) and not torch.equal(noise[0], noise[1])
+
+
 def test_every_word_is_one_token(tmp_path):
     from pocket.diffusion import WORDS
 
