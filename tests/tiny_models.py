@@ -100,5 +100,5 @@ def make_tiny_sd(
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(folder)
+    ).save_pretrained(folder, safe_serialization=True)
     return folder

@@ -28,13 +28,17 @@ class BaseGuidance(BaseModule):
     """``guidance(rgb, prompt_utils, elevation, azimuth, camera_distances) -> {"loss_sds", ...}``.
 
     A prior defines ``gradient`` (from two noise predictions, see :mod:`.formulas`) and, if it
-    learns, ``learn`` (its own ``loss_*``), ``initialize`` and ``save_learned``. UNet and VAE are
-    frozen and not part of ``state_dict``; what is learnt is.
+    learns, ``create_learned``, ``learn`` (its own ``loss_*``), ``start_from``, ``save_learned`` and
+    ``load_learned``. UNet and VAE are frozen and not part of ``state_dict``; what is learnt is.
     """
 
     @dataclass
     class Config(BaseModule.Config):
-        """One set of fields for all priors, so that a YAML switches prior by ``guidance_type``."""
+        """One set of fields for all priors, so that a YAML switches prior by ``guidance_type``.
+
+        ``weights`` starts what is learnt from a file: path.safetensors, written by
+        ``save_learned`` (a LoRA also by others), or path.ckpt:guidance of a checkpoint.
+        """
 
         # a diffusers folder (relative to the current one, or absolute) or a hub id
         pretrained_model_name_or_path: str = DEFAULT_MODEL
@@ -84,6 +88,30 @@ class BaseGuidance(BaseModule):
         self.denoiser = self.load_denoiser(self.cfg.pretrained_model_name_or_path)
         self._prompt_known = False
         self.update_step(0, 0)
+        self.create_learned()
+        if str(self.cfg.weights or "").endswith(".safetensors"):
+            self._start_from_file(self.cfg.weights)
+            self.cfg.weights = None  # anything else is a checkpoint, which BaseModule reads
+
+    def create_learned(self) -> None:
+        """Hook of ``configure``: make what the prior learns (the denoiser is there)."""
+
+    def load_learned(self, path) -> Dict[str, str]:
+        """Start from a file of ``save_learned``; returns the file's metadata."""
+        raise ValueError(
+            f"{type(self).__name__} learns nothing: system.guidance.weights={path} has no use"
+        )
+
+    def _start_from_file(self, path) -> None:
+        model = self.load_learned(path).get("model")
+        if model not in (None, self.learnt_on):
+            threestudio.warn(f"guidance: {path} was learnt on {model!r}, not {self.learnt_on!r}")
+        threestudio.info(f"guidance: what is learnt starts from {path}")
+
+    @property
+    def learnt_on(self) -> str:
+        """The name of the model that what is learnt belongs to."""
+        return self.cfg.pretrained_model_name_or_path
 
     def load_denoiser(self, name_or_path: str, vae=None) -> Denoiser:
         """The model on this module's device, in the dtype and layout that the config asks for."""

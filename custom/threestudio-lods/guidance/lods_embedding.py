@@ -11,6 +11,7 @@ from threestudio.utils.typing import *
 from . import formulas
 from .base import BaseGuidance
 from .denoiser import load_model_config
+from .lora import read_safetensors
 
 
 @threestudio.register("lods-embedding-guidance")
@@ -28,8 +29,7 @@ class LODSEmbeddingGuidance(BaseGuidance):
 
     cfg: Config
 
-    def configure(self) -> None:
-        super().configure()
+    def create_learned(self) -> None:
         name = self.cfg.pretrained_model_name_or_path
         tokens = load_model_config(name, "text_encoder").get("max_position_embeddings")
         if tokens is None:
@@ -44,6 +44,11 @@ class LODSEmbeddingGuidance(BaseGuidance):
         self.unscale_gradients([self.learnable_embedding])
         self.register_buffer("initialized", torch.tensor(False, device=self.device))
 
+    def _set(self, value: Float[Tensor, "T D"]) -> None:
+        with torch.no_grad():
+            self.learnable_embedding.copy_(value)
+        self.initialized.fill_(True)
+
     def start_from(self, null: Float[Tensor, "T D"]) -> None:
         if null.shape != self.learnable_embedding.shape:
             raise ValueError(
@@ -52,9 +57,7 @@ class LODSEmbeddingGuidance(BaseGuidance):
                 "same pretrained_model_name_or_path"
             )
         if not self.initialized:
-            with torch.no_grad():
-                self.learnable_embedding.copy_(null)
-            self.initialized.fill_(True)
+            self._set(null)
 
     def _null(self, rows: int) -> Float[Tensor, "B T D"]:
         return self.learnable_embedding.expand(rows, -1, -1)
@@ -81,7 +84,19 @@ class LODSEmbeddingGuidance(BaseGuidance):
             path,
             metadata={
                 "format": "lods-embedding",
-                "model": self.cfg.pretrained_model_name_or_path,
+                "model": self.learnt_on,
             },
         )
         return path
+
+    def load_learned(self, path) -> Dict[str, str]:
+        tensors, metadata = read_safetensors(path)
+        value = tensors.get("learnable_embedding")
+        if value is None or value.shape != self.learnable_embedding.shape:
+            found = {name: tuple(tensor.shape) for name, tensor in list(tensors.items())[:3]}
+            raise ValueError(
+                f"{path} does not fit: a learnable_embedding of "
+                f"{tuple(self.learnable_embedding.shape)} is wanted, it holds {found}"
+            )
+        self._set(value)
+        return metadata

@@ -28,8 +28,7 @@ class LODSLoRAGuidance(BaseGuidance):
 
     cfg: Config
 
-    def configure(self) -> None:
-        super().configure()
+    def create_learned(self) -> None:
         other = self.cfg.pretrained_model_name_or_path_lora
         if other in (None, "", self.cfg.pretrained_model_name_or_path):
             self.denoiser_lora = self.denoiser
@@ -82,9 +81,17 @@ class LODSLoRAGuidance(BaseGuidance):
         eps_c, eps_u = self.predict_pair(x_t, t, prompt, null)
         return formulas.lods(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))
 
-    def save_learned(self, path) -> Path:
-        """Write the LoRA for ``StableDiffusionPipeline.load_lora_weights``, at ``lora_scale``."""
-        model = self.cfg.pretrained_model_name_or_path_lora or (
+    @property
+    def learnt_on(self) -> str:
+        return self.cfg.pretrained_model_name_or_path_lora or (
             self.cfg.pretrained_model_name_or_path
         )
-        return self.lora.save(path, self.cfg.lora_scale, {"model": model})
+
+    def save_learned(self, path) -> Path:
+        """Write the LoRA for ``StableDiffusionPipeline.load_lora_weights``, at ``lora_scale``."""
+        return self.lora.save(path, self.cfg.lora_scale, {"model": self.learnt_on})
+
+    def load_learned(self, path) -> Dict[str, str]:
+        if not self.cfg.lora_scale:
+            raise ValueError("with lora_scale=0 a LoRA has no effect: system.guidance.weights")
+        return self.lora.load(path, self.cfg.lora_scale)

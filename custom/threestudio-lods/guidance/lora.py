@@ -1,6 +1,8 @@
 """LoRA on the attention of a UNet, with a strength of its own for every row of a batch."""
 
 import contextlib
+import json
+import re
 from pathlib import Path
 
 from torch import nn
@@ -8,6 +10,7 @@ from torch import nn
 from threestudio.utils.typing import *
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+_PARTS = {"A": "down", "B": "up"}  # diffusers' names of the two factors
 
 
 class RowLora(nn.Module):
@@ -64,13 +67,78 @@ class RowLora(nn.Module):
             self._strength = before
 
     def save(self, path, strength: float, metadata: Dict[str, str]) -> Path:
-        """Write a LoRA that ``StableDiffusionPipeline.load_lora_weights`` reads; at its default
-        weight of 1 it acts with ``strength``, which is multiplied into B here."""
+        """Write a LoRA that ``StableDiffusionPipeline.load_lora_weights`` reads, under the names
+        that every diffusers since 0.14 knows; at its default weight of 1 it acts with
+        ``strength``, which is multiplied into B here."""
         from safetensors.torch import save_file
 
         tensors = {}
         for name, value in self.state_dict().items():
             factor = strength if name.endswith("lora_B.weight") else 1.0
-            tensors[f"unet.{name}"] = (value.detach().float().cpu() * factor).contiguous()
+            tensors[_file_name(name)] = (value.detach().float().cpu() * factor).contiguous()
         save_file(tensors, path, metadata={"format": "pt", **metadata})
         return Path(path)
+
+    def load(self, path, strength: float) -> Dict[str, str]:
+        """Take over the LoRA of a file, ours or another of the UNet's attention (names of diffusers
+        or of peft), such that with ``strength`` it acts as the file says. Returns the file's
+        metadata. Raises ``ValueError`` for a file of something else, another rank or another UNet.
+        """
+        tensors, metadata = read_safetensors(path)
+        own = self.state_dict()
+        names = {_file_name(name): name for name in own}
+        names |= {f"unet.{name}": name for name in own}
+        found = {names.get(key): value for key, value in tensors.items()}
+        if set(found) != set(own) or len(found) != len(tensors):
+            odd = next((k for k in tensors if k not in names), None) or next(
+                _file_name(name) for name in own if name not in found
+            )
+            raise ValueError(
+                f"{path} is not a LoRA of the attention of this UNet (and of nothing else): see "
+                f"{odd!r}"
+            )
+        alpha = _peft_factor(metadata, path)
+        for name, value in found.items():
+            if value.shape != own[name].shape:
+                rank = value.shape[0 if "lora_A" in name else -1]
+                raise ValueError(
+                    f"the LoRA in {path} does not fit: {name} is {tuple(value.shape)} there and "
+                    f"{tuple(own[name].shape)} here (its rank is {rank}, see lora_rank)"
+                )
+            factor = alpha / strength if name.endswith("lora_B.weight") else 1.0
+            own[name].copy_(value.float() * factor)
+        return metadata
+
+
+def _file_name(name: str) -> str:
+    """``X.to_out.0.lora_A.weight`` of the UNet as ``unet.X.processor.to_out_lora.down.weight``."""
+    module, projection, part = re.fullmatch(
+        r"(.*)\.(to_[a-z]+)(?:\.0)?\.lora_([AB])\.weight", name
+    ).groups()
+    return f"unet.{module}.processor.{projection}_lora.{_PARTS[part]}.weight"
+
+
+def _peft_factor(metadata: Dict[str, str], path) -> float:
+    """alpha / rank of a file in which peft noted them; 1 in any other."""
+    try:
+        noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        return noted.get("unet.lora_alpha", 1.0) / noted.get("unet.r", 1.0)
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: lora_adapter_metadata cannot be read ({error})") from None
+
+
+def read_safetensors(path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
+    """All tensors of a safetensors file, finite ones only, and its metadata. Raises ``ValueError``,
+    one line."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"{path} holds values that are not finite, in {bad[0]!r}")
+    return tensors, metadata

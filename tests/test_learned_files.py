@@ -1,0 +1,175 @@
+"""What a prior has learnt, as files: read by others, and taken back."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import threestudio
+from tests.guidance_oracles import random_prompt, side_view
+from threestudio import find
+
+EMBEDDING, LORA, SDS = "lods-embedding-guidance", "lods-lora-guidance", "lods-sds-guidance"
+
+# what a user of diffusers writes; it must not need this project
+STOCK = """
+import sys, torch
+from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+def sample():
+    torch.manual_seed(0)
+    return torch.from_numpy(pipeline("a hamburger", num_inference_steps=3, output_type="np").images)
+def predict():
+    g = torch.Generator().manual_seed(1)
+    x, e = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 16, 32, generator=g)
+    with torch.no_grad():
+        return pipeline.unet(x, torch.tensor([10, 900]), encoder_hidden_states=e).sample
+before = sample(), predict()
+pipeline.load_lora_weights(".", weight_name="lora.safetensors")
+ours = [m for m in sys.modules if m.split(".")[0] in ("threestudio", "threestudio-lods", "tests")]
+torch.save({"before": before, "after": (sample(), predict()), "ours": ours}, "out.pt")
+"""
+
+
+@pytest.fixture
+def make(lods, tiny_sd):
+    def build(name, **fields):
+        return find(name)({"pretrained_model_name_or_path": tiny_sd(), **fields})
+
+    return build
+
+
+def trained(guidance, steps=8):
+    """``guidance`` after some steps at a high rate."""
+    optimizer = torch.optim.Adam(guidance.parameters(), lr=0.03)
+    torch.manual_seed(5)
+    for _ in range(steps):
+        out = guidance(torch.rand(2, 16, 16, 3), random_prompt(), *side_view(2))
+        optimizer.zero_grad()
+        sum(v for k, v in out.items() if k in ("loss_lora", "loss_embedding")).backward()
+        optimizer.step()
+    return guidance
+
+
+def prediction(guidance, strength):
+    g = torch.Generator().manual_seed(1)
+    x, e = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 16, 32, generator=g)
+    with torch.no_grad(), guidance.lora.strength(strength):
+        return guidance.denoiser_lora.predict_noise(x, torch.tensor([10, 900]), e)
+
+
+def test_a_stock_pipeline_takes_a_trained_lora(make, tiny_sd, tmp_path):
+    guidance = trained(make(LORA, lora_scale=0.7))
+    guidance.save_learned(tmp_path / "lora.safetensors")
+    command = [sys.executable, "-I", "-W", "ignore", "-c", STOCK, tiny_sd()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert out["ours"] == []
+    assert (out["after"][0] - out["before"][0]).abs().max() > 1e-2  # the picture is another
+    torch.testing.assert_close(out["before"][1], prediction(guidance, 0.0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out["after"][1], prediction(guidance, 0.7), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_a_lora_is_taken_back(make, tmp_path, scale):
+    guidance = trained(make(LORA, lora_scale=0.5))
+    path = guidance.save_learned(tmp_path / "lora.safetensors")
+    again = make(LORA, lora_scale=scale, weights=str(path))
+    want = prediction(guidance, 0.5)
+    assert (want - prediction(guidance, 0.0)).abs().max() > 1e-2
+    torch.testing.assert_close(prediction(again, scale), want, rtol=1e-4, atol=1e-5)
+    # and a second pass through a file changes nothing more
+    twice = again.save_learned(tmp_path / "twice.safetensors")
+    first, second = load_file(path), load_file(twice)
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name])
+
+
+def test_a_lora_of_peft_is_taken(make, tmp_path):
+    """Its names, and alpha = 8 over rank 4 from its metadata."""
+    guidance = trained(make(LORA))
+    own = {name: value.clone() for name, value in guidance.lora.state_dict().items()}
+    noted = json.dumps({"unet.r": 4, "unet.lora_alpha": 8})
+    tensors = {f"unet.{name}": value for name, value in own.items()}
+    save_file(tensors, tmp_path / "peft.safetensors", {"lora_adapter_metadata": noted})
+    again = make(LORA, lora_scale=0.25, weights=str(tmp_path / "peft.safetensors"))
+    for name, value in again.lora.state_dict().items():
+        factor = 2 / 0.25 if "lora_B" in name else 1.0
+        torch.testing.assert_close(value, own[name] * factor)
+
+
+def test_an_embedding_is_taken_back(make, tmp_path):
+    guidance = trained(make(EMBEDDING))
+    path = guidance.save_learned(tmp_path / "embedding.safetensors")
+    with safe_open(path, "pt") as file:
+        assert torch.equal(file.get_tensor("learnable_embedding"), guidance.learnable_embedding)
+        assert file.metadata()["model"] == guidance.cfg.pretrained_model_name_or_path
+    again = make(EMBEDDING, weights=str(path))
+    again.initialize(random_prompt())  # which shall not start it anew
+    assert torch.equal(again.learnable_embedding, guidance.learnable_embedding)
+    assert not torch.equal(again.learnable_embedding, random_prompt().uncond_text_embeddings[0])
+
+
+def test_a_checkpoint_still_serves_as_weights(make, tmp_path):
+    guidance = trained(make(EMBEDDING))
+    state = {f"guidance.{name}": value for name, value in guidance.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 0, "global_step": 8}, tmp_path / "last.ckpt")
+    again = make(EMBEDDING, weights=f"{tmp_path}/last.ckpt:guidance")
+    assert torch.equal(again.learnable_embedding, guidance.learnable_embedding)
+
+
+def test_what_does_not_fit_is_refused(make, tmp_path):
+    lora = make(LORA).save_learned(tmp_path / "lora.safetensors")
+    embedding = make(EMBEDDING).save_learned(tmp_path / "embedding.safetensors")
+    assert make(SDS).save_learned(tmp_path / "nothing") is None
+    assert not (tmp_path / "nothing").exists()
+
+    def changed(name, change):
+        tensors = load_file(lora)
+        change(tensors)
+        save_file(tensors, tmp_path / name)
+        return tmp_path / name
+
+    first = next(iter(load_file(lora)))
+    nan = changed("nan", lambda t: t[first].fill_(float("nan"))).rename(tmp_path / "n.safetensors")
+    less = changed("less.safetensors", lambda t: t.pop(first))
+    more = changed("more.safetensors", lambda t: t.update({"text_encoder.x": torch.ones(1)}))
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(lora.read_bytes()[:-100])
+    note = tmp_path / "note.safetensors"
+    save_file(load_file(lora), note, {"lora_adapter_metadata": "[1"})
+    for name, fields, text in [
+        (LORA, {"weights": tmp_path / "none.safetensors"}, "none.safetensors"),
+        (LORA, {"weights": embedding}, "not a LoRA of the attention .* 'learnable_embedding'"),
+        (LORA, {"weights": lora, "lora_rank": 8}, "its rank is 4, see lora_rank"),
+        (LORA, {"weights": lora, "lora_scale": 0.0}, "lora_scale=0"),
+        (LORA, {"weights": nan}, "not finite"),
+        (LORA, {"weights": less}, "not a LoRA of the attention .* '" + first),
+        (LORA, {"weights": more}, "'text_encoder.x'"),
+        (LORA, {"weights": damaged}, "cannot be read as safetensors"),
+        (LORA, {"weights": note}, "lora_adapter_metadata cannot be read"),
+        (EMBEDDING, {"weights": lora}, r"a learnable_embedding of \(16, 32\) is wanted"),
+        (SDS, {"weights": lora}, "learns nothing"),
+    ]:
+        fields["weights"] = str(fields["weights"])
+        with pytest.raises(ValueError, match=text) as caught:
+            make(name, **fields)
+        assert "\n" not in str(caught.value), text
+
+
+def test_another_models_file_is_warned_about(make, tiny_sd, tmp_path, monkeypatch):
+    path = make(EMBEDDING).save_learned(tmp_path / "embedding.safetensors")
+    said = []
+    monkeypatch.setattr(threestudio, "warn", said.append)
+    make(EMBEDDING, weights=str(path))
+    assert said == []
+    other = tiny_sd(seed=1)
+    make(EMBEDDING, weights=str(path), pretrained_model_name_or_path=other)
+    assert len(said) == 1 and "was learnt on" in said[0] and other in said[0]
