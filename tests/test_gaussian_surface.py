@@ -7,8 +7,6 @@ import pytest
 import torch
 import trimesh
 
-from threestudio.utils.errors import UserError
-
 
 @pytest.fixture
 def surface():
@@ -94,5 +92,5 @@ def test_crumbs_and_faint_gaussians_are_left_out(surface, gaussians):
 @pytest.mark.parametrize("opacity, message", [(0.4, "mesh_threshold"), (0.001, "opaque enough")])
 def test_no_surface_is_one_clear_line(surface, gaussians, opacity, message):
     geometry = gaussians([[0.0, 0, 0]], [[0.3] * 3], [opacity], [[0.5] * 3])
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         surface.surface(geometry, resolution=32, threshold=0.5)

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import threestudio
 from threestudio.models.exporters.base import Exporter, ExporterOutput
-from threestudio.models.exporters.mesh_exporter import file_arrays
 from threestudio.utils.typing import *
 
 from .surface import surface
@@ -12,7 +11,7 @@ from .surface import surface
 FORMATS = {  # fmt -> (ending of the file, save_<type> of the system)
     "ply": (".ply", "gaussian_ply"),
     "points": ("-points.ply", "point_ply"),
-    "glb": (".glb", "mesh"),
+    "glb": (".glb", "gaussian_mesh"),
 }
 
 
@@ -53,7 +52,7 @@ class GaussianExporter(Exporter):
                 params = self.geometry.export()
             elif fmt == "glb":
                 mesh = surface(self.geometry, self.cfg.mesh_resolution, self.cfg.mesh_threshold)
-                params = file_arrays(mesh, fmt)
+                params = {"mesh": mesh}
             else:
                 params = {"xyz": self.geometry.means, "rgb": self.geometry.base_colors()}
             outputs.append(ExporterOutput(self.cfg.save_name + ending, save_type, params))

@@ -1,4 +1,4 @@
-"""Gaussians and coloured points to and from ply files, through ``plyfile``."""
+"""Gaussians and coloured points to and from ply files, through ``plyfile``; meshes to files."""
 
 import os
 from pathlib import Path
@@ -70,6 +70,26 @@ def write_points(
     columns = {name: ("<f4", position[:, i]) for i, name in enumerate("xyz")}
     columns |= {name: ("u1", byte[:, i]) for i, name in enumerate(("red", "green", "blue"))}
     _write(path, columns)
+
+
+def write_mesh(
+    path: Union[str, Path],
+    v_pos: Float[Tensor, "V 3"],
+    t_pos_idx: Int[Tensor, "F 3"],
+    v_rgb: Float[Tensor, "V 3"],
+) -> None:
+    """Write a mesh with colours (0..1) of its vertices, in the format of the path's ending, through
+    ``trimesh``; the file is replaced only when it is complete."""
+    import trimesh
+
+    path = Path(path)
+    byte = (v_rgb.detach().cpu().clamp(0, 1) * 255).round().byte().numpy()
+    mesh = trimesh.Trimesh(
+        v_pos.cpu().numpy(), t_pos_idx.cpu().numpy(), vertex_colors=byte, process=False
+    )
+    partial = path.with_name(path.name + ".part")
+    mesh.export(partial, file_type=path.suffix[1:])
+    os.replace(partial, path)
 
 
 def read_ply(path: Union[str, Path]) -> Dict[str, Any]:

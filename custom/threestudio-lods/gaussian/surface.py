@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from numba import njit
 
-from threestudio.models.isosurface import marching_cubes
 from threestudio.models.mesh import Mesh
-from threestudio.utils.errors import UserError
 from threestudio.utils.typing import *
 
 from .raster_torch import covariances
@@ -76,12 +74,25 @@ def density_grid(
     return torch.from_numpy(grid)
 
 
+def marching_cubes(level: Float[Tensor, "R R R"], bbox: Float[Tensor, "2 3"]) -> Mesh:
+    """The mesh where ``level``, negative inside, is zero, with normals outward, by
+    ``skimage.measure.marching_cubes``."""
+    from skimage import measure
+
+    # "descent" is the winding of skimage's left-handed axes; ours are right-handed
+    vertices, faces, _, _ = measure.marching_cubes(
+        level.numpy(), 0.0, gradient_direction="descent", spacing=(1.0 / (len(level) - 1),) * 3
+    )
+    unit = torch.from_numpy(vertices.copy()).to(bbox)
+    return Mesh(torch.lerp(bbox[0], bbox[1], unit), torch.from_numpy(faces.astype(np.int64)))
+
+
 def surface(geometry, resolution: int, threshold: float) -> Mesh:
     """The coloured mesh where the Gaussians' density is ``threshold``, without pieces of less than
-    a hundredth of the faces. Raises UserError if there is none."""
+    a hundredth of the faces. Raises ValueError if there is none."""
     kept = geometry.opacities.detach().sigmoid() > FAINT
     if not kept.any():
-        raise UserError("there are no Gaussians to mesh: none is opaque enough")
+        raise ValueError("there are no Gaussians to mesh: none is opaque enough")
     means, scales, quats = (
         parameter.detach()[kept].float()
         for parameter in (geometry.means, geometry.scales, geometry.quats)
@@ -94,7 +105,7 @@ def surface(geometry, resolution: int, threshold: float) -> Mesh:
     grid = density_grid(means, scales, quats, opacities, colors, bbox, resolution)
     level = threshold - grid[..., 0]
     if not level.min() < 0 < level.max():
-        raise UserError(
+        raise ValueError(
             f"there is no surface at density {threshold:.4g}: the Gaussians' lies between 0 and "
             f"{grid[..., 0].max():.4g}; set system.exporter.mesh_threshold in that range"
         )

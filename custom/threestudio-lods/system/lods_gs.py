@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 import torch
 
 import threestudio
+from threestudio.models.mesh import Mesh
 from threestudio.utils.config import parse_structured
 from threestudio.utils.misc import C
 from threestudio.utils.typing import *
 
 from ..gaussian.densify import Densifier
-from ..gaussian.ply import write_gaussians, write_points
+from ..gaussian.ply import write_gaussians, write_mesh, write_points
 from .base import LODSSystem, grey_cell
 from .original import complete
 
@@ -164,4 +165,12 @@ class LODSGaussianSplatting(LODSSystem):
         """``save_type`` 'point_ply' of an exporter: coloured points."""
         path = self.get_save_path(filename)
         write_points(path, xyz, rgb)
+        return path
+
+    def save_gaussian_mesh(self, filename: str, mesh: Mesh) -> str:
+        """``save_type`` 'gaussian_mesh' of an exporter: a glb with vertex colours, y upward as
+        glTF wants it."""
+        path = self.get_save_path(filename)
+        write_mesh(path, mesh.v_pos[:, [1, 2, 0]], mesh.t_pos_idx, mesh.v_rgb)
+        self._results["mesh"] = path
         return path

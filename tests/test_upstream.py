@@ -1,0 +1,74 @@
+"""The extension keeps to what upstream threestudio has: its drop-in use depends on it."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTENSION = ROOT / "custom" / "threestudio-lods"
+
+# what published extensions import from threestudio 0.2.3, by module
+PUBLIC = {
+    "threestudio.data.uncond": {
+        "RandomCameraDataModuleConfig",
+        "RandomCameraDataset",
+        "RandomCameraIterableDataset",
+    },
+    "threestudio.models.background.base": {"BaseBackground"},
+    "threestudio.models.exporters.base": {"Exporter", "ExporterOutput"},
+    "threestudio.models.geometry.base": {"BaseGeometry"},
+    "threestudio.models.materials.base": {"BaseMaterial"},
+    "threestudio.models.mesh": {"Mesh"},
+    "threestudio.models.networks": {"get_encoding", "get_mlp"},
+    "threestudio.models.prompt_processors.base": {"PromptProcessorOutput"},
+    "threestudio.models.renderers.base": {"Rasterizer"},
+    "threestudio.systems.base": {"BaseLift3DSystem", "BaseSystem"},
+    "threestudio.systems.utils": {"parse_optimizer", "parse_scheduler"},
+    "threestudio.utils.base": {"BaseModule", "BaseObject", "Updateable"},
+    "threestudio.utils.config": {"ExperimentConfig", "load_config", "parse_structured"},
+    "threestudio.utils.loss": {"tv_loss"},
+    "threestudio.utils.misc": {"C", "barrier", "cleanup", "get_device", "get_rank"},
+    "threestudio.utils.ops": {
+        "binary_cross_entropy",
+        "dot",
+        "get_activation",
+        "get_cam_info_gaussian",
+        "get_mvp_matrix",
+        "get_projection_matrix",
+        "get_ray_directions",
+        "get_rays",
+    },
+    "threestudio.utils.typing": {"*"},
+}
+ATTRIBUTES = {"__version__", "debug", "find", "info", "register", "warn"}
+
+
+def uses(source: str):
+    """(module, name) of everything taken from threestudio by an import or as an attribute."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "threestudio":
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((a.name, None) for a in node.names if a.name.startswith("threestudio."))
+        elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "threestudio":
+            yield "threestudio", node.attr
+
+
+def private(source: str):
+    public = {**PUBLIC, "threestudio": ATTRIBUTES}
+    return [use for use in uses(source) if use[1] not in public.get(use[0], ())]
+
+
+def test_the_extension_imports_public_names_only():
+    found = {
+        f"{path.relative_to(EXTENSION)}: {use}"
+        for path in EXTENSION.rglob("*.py")
+        for use in private(path.read_text())
+    }
+    assert not found
+
+
+def test_that_test_sees_a_private_name():
+    assert private("from threestudio.utils.errors import UserError")
+    assert private("import threestudio.utils.errors")
+    assert private("import threestudio\nthreestudio.logger.info('x')")
+    assert not private("import threestudio\nfrom threestudio.utils.misc import C")
