@@ -223,11 +223,10 @@ def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
         options = dict(cfg.checkpoint)
         _check_names(ModelCheckpoint.__init__, options, "checkpoint")
         options.pop("save_last", None)  # LastCheckpoint does that, and always
-        options = {
-            "dirpath": os.path.join(cfg.trial_dir, "ckpts"),
-            "enable_version_counter": False,  # a resumed run writes over its own files
-            **options,
-        }
+        options = {"dirpath": os.path.join(cfg.trial_dir, "ckpts"), **options}
+        # a resumed run writes over its own files (Lightning before 2.2 always does)
+        if "enable_version_counter" in inspect.signature(ModelCheckpoint).parameters:
+            options.setdefault("enable_version_counter", False)
         every = options.get("every_n_train_steps")
         made += [
             ModelCheckpoint(**options),
@@ -345,7 +344,7 @@ def run(args, overrides, argv) -> int:
     trainer_args = config_to_primitive(cfg.trainer)
     _check_names(pl.Trainer.__init__, trainer_args, "trainer")
     trainer_args = _choose_device(trainer_args)
-    pl.seed_everything(cfg.seed + get_rank(), workers=True, verbose=args.verbose)
+    pl.seed_everything(cfg.seed + get_rank(), workers=True)
 
     with InterruptGuard() as guard:
         new_folder = not os.path.exists(cfg.trial_dir)

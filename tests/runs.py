@@ -45,7 +45,7 @@ def fit(files, overrides, resume=None, callbacks=(), max_steps=2):
     from threestudio.utils.config import load_config
 
     cfg = load_config(*files, cli_args=overrides)
-    pl.seed_everything(cfg.seed, verbose=False)
+    pl.seed_everything(cfg.seed)
     data = threestudio.find(cfg.data_type)(cfg.data)
     system = threestudio.find(cfg.system_type)(cfg.system, resumed=resume is not None)
     system.set_save_dir("save")

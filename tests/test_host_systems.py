@@ -146,7 +146,7 @@ CONFIG = {
 
 def fit(folder, max_steps, ckpt=None, system=None, accumulate=1, **trainer_args):
     """Train in a new Trainer, as launch.py does; seeded the same whatever is resumed."""
-    pl.seed_everything(7, verbose=False)
+    pl.seed_everything(7)
     system = system or toy.ToySystem(OmegaConf.create(CONFIG), resumed=ckpt is not None)
     system.set_save_dir(str(folder))
     trainer = pl.Trainer(
@@ -211,7 +211,7 @@ def test_validation_does_not_disturb_training(tmp_path):
 
 def test_a_checkpoint_written_by_a_validation_resumes_exactly(tmp_path):
     callback = pl.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}")
-    pl.seed_everything(7, verbose=False)
+    pl.seed_everything(7)
     trainer = pl.Trainer(
         max_steps=3,
         callbacks=[callback],

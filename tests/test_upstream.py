@@ -1,6 +1,8 @@
 """The extension keeps to what upstream threestudio has: its drop-in use depends on it."""
 
 import ast
+import importlib.util
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,3 +74,29 @@ def test_that_test_sees_a_private_name():
     assert private("import threestudio.utils.errors")
     assert private("import threestudio\nthreestudio.logger.info('x')")
     assert not private("import threestudio\nfrom threestudio.utils.misc import C")
+
+
+def test_names_do_not_clash(lods):
+    import threestudio
+
+    ours = [n for n, c in threestudio.__modules__.items() if c.__module__.startswith(lods.__name__)]
+    assert len(ours) >= 8 and all(name.startswith("lods-") for name in ours)
+
+
+def test_loading_twice_as_upstream_loads(lods):
+    """Upstream executes ``__init__.py`` whether or not the extension is loaded already."""
+    import threestudio
+
+    before = dict(threestudio.__modules__)
+    spec = importlib.util.spec_from_file_location(
+        EXTENSION.name, EXTENSION / "__init__.py", submodule_search_locations=[str(EXTENSION)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    known = sys.modules[EXTENSION.name]
+    sys.modules[EXTENSION.name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.modules[EXTENSION.name] = known
+    assert threestudio.__modules__ == before
+    assert module.guidance is lods.guidance
