@@ -4,7 +4,7 @@ VENV ?= .venv
 PROMPT ?= a DSLR image of a hamburger
 BIN := $(VENV)/bin
 
-.PHONY: demo test format pocket judge-report bench clean
+.PHONY: demo test test-compat format pocket judge-report bench clean
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,23 @@ test: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# The extension with the packages that upstream threestudio 0.2.3 pins, in an environment of its own.
+COMPAT := .venv-compat
+COMPAT_TESTS := tests/test_upstream.py tests/test_formulas.py tests/test_guidance.py \
+	tests/test_guidance_module.py tests/test_learned_files.py tests/test_playground.py \
+	tests/test_gs_system.py::test_shipped_configurations_run \
+	tests/test_ngp_system.py::test_shipped_configurations_run tests/test_original_configs.py
+SHOWN := torch numpy diffusers transformers pytorch-lightning omegaconf peft
+
+$(COMPAT)/.ready: requirements-compat.txt
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/pip install -q -r requirements-compat.txt
+	touch $@
+
+test-compat: $(COMPAT)/.ready
+	@$(COMPAT)/bin/python -c "import sys; from importlib.metadata import version; print('python', sys.version.split()[0]); [print(name, version(name)) for name in '$(SHOWN)'.split()]"
+	$(COMPAT)/bin/python -m pytest $(COMPAT_TESTS)
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .

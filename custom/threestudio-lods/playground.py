@@ -185,9 +185,10 @@ def run(kind: str, args: argparse.Namespace) -> Path:
             "max_step_percent": _schedule(defaults["t_max"], settings["steps"]),
         }
     )
-    prompt_utils = threestudio.find("stable-diffusion-prompt-processor")(
-        {"pretrained_model_name_or_path": model, "prompt": settings["prompt"]}
-    )()
+    with torch.random.fork_rng(devices=[]):  # a text encoder that is made, not cached, may draw
+        prompt_utils = threestudio.find("stable-diffusion-prompt-processor")(
+            {"pretrained_model_name_or_path": model, "prompt": settings["prompt"]}
+        )()
 
     folder = Path(args.output) if args.output else default_folder(kind, settings["prompt"])
     folder.mkdir(parents=True, exist_ok=True)
