@@ -171,7 +171,7 @@ def _load_yaml(text_or_path: str, from_string: bool) -> DictConfig:
         hint = nearest(str(text_or_path), there)
         raise UserError(f"config file {text_or_path} not found{hint}") from None
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where} is not valid YAML: {_short(str(error))}") from None
     if not isinstance(conf, DictConfig):
         raise UserError(f"{where} is not a YAML mapping")
     return conf
@@ -301,7 +301,12 @@ def dump_config(path, config) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+    return _short((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 500 else text[:500] + "..."
 
 
 def _full_key(cfg, key) -> str:
