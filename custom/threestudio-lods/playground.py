@@ -151,8 +151,10 @@ def save_results(folder: Path, guidance, particles, kind: str) -> Path:
 
 
 def default_folder(kind: str, prompt: str) -> Path:
-    """outputs/2d_lods_<kind>/<prompt>@<time>, with only harmless characters of the prompt."""
-    name = re.sub(r"\W+", "_", prompt)[:80].strip("_") or "prompt"
+    """outputs/2d_lods_<kind>/<prompt>@<time>, with only harmless characters of the prompt, at most
+    120 bytes of them (file systems count bytes, and allow 255)."""
+    name = re.sub(r"\W+", "_", prompt)[:80].encode()[:120].decode(errors="ignore")
+    name = name.strip("_") or "prompt"
     return Path("outputs") / f"2d_lods_{kind}" / f"{name}@{datetime.now():%Y%m%d-%H%M%S}"
 
 

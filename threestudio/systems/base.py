@@ -20,6 +20,7 @@ from threestudio.utils.misc import (
     find_last_path,
     get_device,
     load_module_weights,
+    loading_weights,
     restore_rng_state,
 )
 from threestudio.utils.saving import SaverMixin
@@ -81,6 +82,11 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
         )
         self.load_state_dict(state, strict=False)
         self.do_update_step(epoch, global_step, on_load_weights=True)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As torch's, but what does not fit is one line (see :func:`loading_weights`)."""
+        with loading_weights(self, state_dict, "the checkpoint"):
+            return super().load_state_dict(state_dict, *args, **kwargs)
 
     def configure_optimizers(self):
         out: Dict[str, Any] = {"optimizer": parse_optimizer(self.cfg.optimizer, self)}
@@ -270,7 +276,8 @@ class BaseLift3DSystem(BaseSystem):
         old.geometry.update(self.cfg.geometry_convert_override)
         geometry = threestudio.find(old.geometry_type)(old.geometry)
         state, epoch, global_step = load_module_weights(checkpoint, module_name="geometry")
-        geometry.load_state_dict(state, strict=False)
+        with loading_weights(geometry, state, checkpoint):
+            geometry.load_state_dict(state, strict=False)
         geometry.do_update_step(epoch, global_step, on_load_weights=True)
         new_class = threestudio.find(self.cfg.geometry_type)
         return new_class.create_from(

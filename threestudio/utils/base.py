@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from threestudio.utils.config import parse_structured
-from threestudio.utils.misc import get_device, load_module_weights
+from threestudio.utils.misc import get_device, load_module_weights, loading_weights
 from threestudio.utils.typing import *
 
 
@@ -143,7 +143,8 @@ class BaseModule(nn.Module, Updateable):
             state, epoch, global_step = load_module_weights(
                 path, module_name=module_name, map_location="cpu"
             )
-            self.load_state_dict(state)
+            with loading_weights(self, state, self.cfg.weights):
+                self.load_state_dict(state)
             self.do_update_step(epoch, global_step, on_load_weights=True)
         # tells on which device the module's weights are, also for a module without any
         self.register_buffer("_dummy", torch.zeros(0), persistent=False)

@@ -2,13 +2,16 @@
 
 import dataclasses
 import hashlib
+import io
 import os
 import re
 import typing
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from unicodedata import category
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 import threestudio
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.misc import schedule_knots
+from threestudio.utils.safe_yaml import bounded_interpolation, check_yaml, read_limited
 from threestudio.utils.typing import *
 
 # --- resolvers ----------------------------------------------------------------------------------
@@ -29,11 +33,17 @@ def C_max(value) -> float:
     return max(knot_value for _, knot_value in schedule_knots(value))
 
 
+def _multiply(a, b):
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return a * b
+    raise TypeError(f"mul takes two numbers, not {a!r} and {b!r}")  # a text would be repeated
+
+
 _RESOLVERS = {
     "calc_exp_lr_decay_rate": lambda factor, n: factor ** (1.0 / n),
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
+    "mul": _multiply,
     "div": lambda a, b: a / b,
     "idiv": lambda a, b: a // b,
     "basename": lambda path: os.path.basename(path),
@@ -57,15 +67,40 @@ with warnings.catch_warnings():
 _MAX_NAME_BYTES = 120  # file systems allow 255; the timestamp and suffixes come on top
 
 
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # by Windows
+
+
 def safe_name(text: str) -> str:
-    """`text` as the name of one folder: no separators, no control characters, no leading dots, at
-    most 120 bytes. A text that is cut gets eight digits of its hash, so that two stay apart."""
-    name = re.sub(r"[\x00-\x1f/\\:*?\"<>|]", "_", str(text)).strip()
-    name = re.sub(r"^\.+", lambda dots: "_" * len(dots[0]), name)
+    """`text` as the name of one folder on any system: no separators, nothing invisible, no dots at
+    its ends, no name that Windows keeps for devices, at most 120 bytes of UTF-8. A text that is
+    cut gets eight digits of its hash, so that two stay apart."""
+    name = re.sub(r"[/\\:*?\"<>|]", "_", str(text)).strip()
+    # controls, directions of writing, halves of characters (what Unicode calls C*, Zl and Zp)
+    name = "".join("_" if category(c)[0] == "C" or category(c) in ("Zl", "Zp") else c for c in name)
+    name = re.sub(r"^\.+|\.+$", lambda dots: "_" * len(dots[0]), name)
+    if _RESERVED.match(name):
+        name = "_" + name
     if len(name.encode()) > _MAX_NAME_BYTES:
-        digest = hashlib.sha256(str(text).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(str(text).encode(errors="surrogatepass")).hexdigest()[:8]
         name = name.encode()[: _MAX_NAME_BYTES - 9].decode(errors="ignore") + "-" + digest
     return name
+
+
+def _refuse_outside(checkpoint: dict, root: str) -> None:
+    """Checkpoints too stay in the folder that the user has named."""
+    if not isinstance(checkpoint, Mapping):
+        return  # the types of all fields are checked later
+    folder = checkpoint.get("dirpath")
+    if folder is not None:
+        inside, path = os.path.realpath(root), os.path.realpath(str(folder))
+        if os.path.commonpath([inside, path]) != inside:
+            raise UserError(
+                f"checkpoint.dirpath={folder} is outside of exp_root_dir={root}: leave it out, or "
+                "set exp_root_dir"
+            )
+    name = str(checkpoint.get("filename") or "")
+    if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+        raise UserError(f"checkpoint.filename={name!r} leads out of the folder of the checkpoints")
 
 
 @dataclass
@@ -74,7 +109,9 @@ class ExperimentConfig:
 
     The results go to ``exp_root_dir/name/tag@timestamp``. `name` and `tag` may come from a prompt:
     they are made safe (see :func:`safe_name`; a `name` may hold "/" to make subfolders) and never
-    lead out of `exp_root_dir`. Nothing is created on disk here.
+    lead out of `exp_root_dir`, wherever they were given; nor may ``checkpoint.dirpath`` and
+    ``checkpoint.filename``. `exp_root_dir` itself is taken as it is: it is the one value that says
+    where to write. Nothing is created on disk here.
     """
 
     name: str = "default"
@@ -112,26 +149,31 @@ class ExperimentConfig:
                 self.timestamp = datetime.now().strftime("@%Y%m%d-%H%M%S")
         parts = [safe_name(part) for part in str(self.name).split("/") if part] or ["default"]
         self.trial_name = safe_name(self.tag) + safe_name(self.timestamp)
+        if not self.trial_name:
+            raise UserError(f"tag={self.tag!r} leaves no name for the run's folder: set another")
+        _refuse_outside(self.checkpoint, self.exp_root_dir)
         self.exp_dir = os.path.join(self.exp_root_dir, *parts)
         self.trial_dir = os.path.join(self.exp_dir, self.trial_name)
 
 
 def _load_yaml(text_or_path: str, from_string: bool) -> DictConfig:
+    where = "the config" if from_string else text_or_path
     try:
-        if from_string:
-            conf = OmegaConf.create(text_or_path)
-        else:
-            conf = OmegaConf.load(text_or_path)
+        text = text_or_path if from_string else read_limited(text_or_path)
+        check_yaml(text, where)
+        # not create(text), for which a file of one word is a key
+        conf = OmegaConf.load(io.StringIO(text))
+    except UserError:
+        raise
     except FileNotFoundError:
         folder = Path(text_or_path).parent
         there = [str(p) for p in folder.glob("*.yaml")] if folder.is_dir() else []
         hint = nearest(str(text_or_path), there)
         raise UserError(f"config file {text_or_path} not found{hint}") from None
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        where = "the config" if from_string else text_or_path
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
+        raise UserError(f"{where} is not valid YAML: {_short(str(error))}") from None
     if not isinstance(conf, DictConfig):
-        raise UserError(f"{'the config' if from_string else text_or_path} is not a YAML mapping")
+        raise UserError(f"{where} is not a YAML mapping")
     return conf
 
 
@@ -164,9 +206,15 @@ def parse_overrides(cli_args: Iterable[str], base: Optional[DictConfig] = None) 
         if not equals or not key:
             raise UserError(f"cannot read {arg!r}: options of a config are written key=value")
         try:
+            arg.encode()
+            check_yaml(raw, f"the value of {key}")
             # OmegaConf's own reading, for its number formats (1e-3 is a float)
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={raw}"]))["x"]
-        except (yaml.YAMLError, OmegaConfBaseException):
+        except UnicodeEncodeError:
+            raise UserError(f"cannot read {arg!r}: it is not text in UTF-8") from None
+        except UserError:
+            raise
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError):
             value = raw
         braced = raw.lstrip().startswith("{")
         quoted = raw.lstrip().startswith(("'", '"'))
@@ -217,14 +265,24 @@ def load_config(
     Returns an OmegaConf config with the fields of :class:`ExperimentConfig`. Raises
     :class:`UserError` that names the key for a missing (``???``) value, an unknown key, an
     interpolation that leads nowhere or a value of the wrong type.
+
+    No resolver runs code. OmegaConf's own ``${oc.env:NAME}`` reads environment variables, as its
+    users expect: the saved ``parsed.yaml`` then holds their values, so look for it in a config
+    from a stranger before you pass a run on.
     """
-    conf = OmegaConf.merge(*[_load_yaml(y, from_string) for y in yamls])
-    conf = OmegaConf.merge(conf, parse_overrides(cli_args, conf), dict(kwargs))
-    _complain_of_missing(conf)
     try:
-        OmegaConf.resolve(conf)
+        with bounded_interpolation():
+            conf = OmegaConf.merge(*[_load_yaml(y, from_string) for y in yamls])
+            conf = OmegaConf.merge(conf, parse_overrides(cli_args, conf), dict(kwargs))
+            _complain_of_missing(conf)
+            OmegaConf.resolve(conf)
     except OmegaConfBaseException as error:
-        raise UserError(f"config: {_first_line(error)} (at {error.full_key})") from None
+        where = f" (at {error.full_key})" if error.full_key else ""
+        raise UserError(f"config: {_first_line(error)}{where}") from None
+    except UserError as error:  # OmegaConf adds lines to an error that passes through it
+        raise UserError(_first_line(error)) from None
+    except RecursionError:
+        raise UserError("config: its interpolations go too deep, or in a circle") from None
     return parse_structured(ExperimentConfig, conf, where="the config")
 
 
@@ -243,7 +301,12 @@ def dump_config(path, config) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+    return _short((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 500 else text[:500] + "..."
 
 
 def _full_key(cfg, key) -> str:
@@ -289,8 +352,10 @@ def parse_structured(fields, cfg=None, where: str = "") -> Any:
         values[key] = _adapt(value, annotations.get(key))
     try:
         return OmegaConf.structured(fields(**values))
-    except TypeError as error:  # a field without default that is not given
-        raise UserError(f"{where}: {_first_line(error)}") from None
+    except UserError:
+        raise
     except OmegaConfBaseException as error:
         key = error.full_key or error.key
         raise UserError(f"{where}, field {str(key)!r}: {_first_line(error)}") from None
+    except (TypeError, ValueError) as error:  # such as a field without default that is not given
+        raise UserError(f"{where}: {_first_line(error)}") from None

@@ -1,5 +1,6 @@
 """Schedules, devices, random states, checkpoint weights and small process helpers."""
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -129,7 +130,19 @@ def capture_rng_state() -> Dict[str, Any]:
 
 
 def restore_rng_state(state: Mapping[str, Any]) -> None:
-    """Undo everything drawn since :func:`capture_rng_state`."""
+    """Undo everything drawn since :func:`capture_rng_state`. Raises :class:`UserError` for a
+    `state` that is none."""
+    try:
+        _restore_rng_state(state)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        detail = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"the checkpoint's random states cannot be restored ({detail}): start a new run from "
+            "it with system.weights=path/to.ckpt"
+        ) from error
+
+
+def _restore_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available():
         for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
@@ -141,6 +154,20 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
 
 
 # --- checkpoints --------------------------------------------------------------------------------
+
+
+def _state_of(checkpoint: Any, path) -> Dict[str, Tensor]:
+    counters = [checkpoint.get(k) if isinstance(checkpoint, dict) else None for k in _COUNTERS]
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(n, int) and n >= 0 for n in counters):
+        raise UserError(
+            f"{path} is not a checkpoint of a run: it must hold state_dict, epoch and global_step"
+        )
+    return state
+
+
+_COUNTERS = ("epoch", "global_step")
 
 
 def load_module_weights(
@@ -159,7 +186,7 @@ def load_module_weights(
     if module_name is not None and ignore_modules is not None:
         raise ValueError("module_name and ignore_modules exclude each other: give one of them")
     checkpoint = read_checkpoint(path, map_location=map_location)
-    state = checkpoint["state_dict"]
+    state = _state_of(checkpoint, path)
     if module_name is not None:
         prefix = module_name + "."
         state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
@@ -169,6 +196,38 @@ def load_module_weights(
         prefixes = tuple(name + "." for name in ignore_modules)
         state = {k: v for k, v in state.items() if not k.startswith(prefixes)}
     return state, checkpoint["epoch"], checkpoint["global_step"]
+
+
+def _kind(tensor: Tensor) -> str:
+    kinds = ((tensor.is_floating_point(), "real"), (tensor.is_complex(), "complex"))
+    return next((name for true, name in kinds if true), "whole")
+
+
+@contextlib.contextmanager
+def loading_weights(module: torch.nn.Module, state: Mapping[str, Any], source: str):
+    """Within this, ``module.load_state_dict(state)`` fails with one line, a :class:`UserError`
+    that names `source` and the first keys that do not fit. Values of another kind than the
+    module's (real, complex, whole) are refused too, which torch would convert."""
+    own = module.state_dict()
+    wrong = [
+        f"{key} holds {_kind(value)} numbers, not {_kind(own[key])}"
+        for key, value in state.items()
+        if isinstance(value, Tensor) and isinstance(own.get(key), Tensor)
+        if _kind(value) != _kind(own[key])
+    ]
+    try:
+        if wrong:
+            raise RuntimeError("\n".join(["", *wrong]))
+        yield
+    except RuntimeError as error:
+        lines = [" ".join(line.split()) for line in str(error).splitlines()]
+        problems = [line for line in lines[1:] or lines if line]
+        shown = "; ".join(p if len(p) <= 200 else p[:200] + "..." for p in problems[:3])
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(
+            f"{source} does not fit {type(module).__name__}: {shown}{more}; "
+            "use the config that it was made with"
+        ) from error
 
 
 def find_last_path(path: str) -> str:

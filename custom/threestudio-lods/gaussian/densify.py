@@ -249,10 +249,12 @@ class Densifier:
 
     def load_state_dict(self, stored: Dict[str, Any], device: Any) -> None:
         """Continue from :meth:`state_dict`. Another strategy than the stored one begins afresh."""
-        if stored["name"] != self.name:
+        if not isinstance(stored, dict) or not isinstance(stored.get("state"), dict):
+            raise ValueError("the checkpoint's densification state is damaged: take an earlier one")
+        if stored.get("name") != self.name:
             threestudio.info(
-                f"system.strategy is {self.name} now and was {stored['name']} in the checkpoint: "
-                "it begins afresh"
+                f"system.strategy is {self.name} now and was {stored.get('name')} in the "
+                "checkpoint: it begins afresh"
             )
             return
         for key, value in stored["state"].items():

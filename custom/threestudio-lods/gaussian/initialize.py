@@ -6,6 +6,7 @@ configuration, never from the global generators, so that the choice of a source 
 the cameras or the noise of the run.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from scipy.spatial import cKDTree
 from threestudio.utils.config import parse_structured
 from threestudio.utils.typing import *
 
+from .mesh_file import read_mesh
 from .ply import read_ply
 
 SH_C0 = 0.28209479177387814  # the constant spherical harmonic, 1 / (2 sqrt(pi))
@@ -72,6 +74,8 @@ def from_points(points: Points, opacity: float, scale: float, sh_degree: int) ->
     if not scale > 0.0:
         raise ValueError(f"init_scale={scale} must be positive")
     n = len(points.xyz)
+    if not (np.abs(points.xyz) <= np.finfo(np.float32).max).all():
+        raise ValueError("the initial points are not finite in float32")
     size = torch.from_numpy(neighbour_scale(points.xyz) * scale).float()
     params = {
         "means": torch.from_numpy(points.xyz).float(),
@@ -82,6 +86,8 @@ def from_points(points: Points, opacity: float, scale: float, sh_degree: int) ->
     }
     if sh_degree > 0:
         params["shN"] = torch.zeros(n, (sh_degree + 1) ** 2 - 1, 3)
+    if not all(value.isfinite().all() for value in params.values()):
+        raise ValueError("the initial points are too far from each other for float32")
     return params
 
 
@@ -107,7 +113,7 @@ class BallInit:
 
 @dataclass
 class FileInit:
-    """A mesh (anything trimesh reads), a coloured point cloud, or a 3DGS ply."""
+    """A mesh (obj, ply, glb, gltf, off or stl), a coloured point cloud, or a 3DGS ply."""
 
     path: str = ""
     n_points: int = 20000  # points drawn on the surface of a mesh
@@ -149,12 +155,11 @@ def sample_mesh(path: Path, n_points: int, rng: np.random.Generator) -> Points:
     grey if it has none)."""
     import trimesh
 
-    try:
-        mesh = trimesh.load(path, force="mesh")
-    except Exception as error:
-        raise ValueError(f"'{path}' cannot be read as a mesh: {error}") from error
+    mesh = read_mesh(path)
     if not isinstance(mesh, trimesh.Trimesh) or len(mesh.faces) == 0 or mesh.area == 0:
         raise ValueError(f"'{path}' holds no triangles")
+    if not np.isfinite(mesh.vertices).all() or not np.isfinite(mesh.area):
+        raise ValueError(f"'{path}' has vertices that are not finite, or too far away")
     if n_points < 4:
         raise ValueError(f"system.geometry.file.n_points={n_points} must be at least 4")
     vertex_rgb = np.full((len(mesh.vertices), 3), 0.5)
@@ -167,6 +172,29 @@ def sample_mesh(path: Path, n_points: int, rng: np.random.Generator) -> Points:
     ab = np.where(ab.sum(1, keepdims=True) > 1, 1 - ab, ab)
     weights = np.concatenate([1 - ab.sum(1, keepdims=True), ab], axis=1)[..., None]
     return Points((mesh.vertices[faces] * weights).sum(1), (vertex_rgb[faces] * weights).sum(1))
+
+
+def refuse_foreign_parts(index: Dict[str, Any]) -> None:
+    """Raise ValueError if a ``model_index.json`` names a pipeline or parts of its own, which
+    diffusers may import, from the folder or from wherever Python finds the name."""
+    if index.get("_class_name") != "ShapEPipeline":
+        raise ValueError(f"model_index.json names the pipeline {index.get('_class_name')!r}")
+    for part, value in index.items():
+        library = value[0] if isinstance(value, (list, tuple)) and value else "diffusers"
+        if library not in ("diffusers", "transformers", "shap_e"):
+            raise ValueError(f"model_index.json takes {part} from {library!r}")
+
+
+@contextlib.contextmanager
+def data_only():
+    """Within this, ``torch.load`` reads tensors and never runs code, whoever calls it and whatever
+    their default (that of diffusers 0.19 does not protect)."""
+    load = torch.load
+    torch.load = lambda *args, **kwargs: load(*args, **{**kwargs, "weights_only": True})
+    try:
+        yield
+    finally:
+        torch.load = load
 
 
 def grow_points(
@@ -226,10 +254,12 @@ class ShapEInit:
         try:
             from diffusers import ShapEPipeline
 
-            pipe = ShapEPipeline.from_pretrained(
-                self.pretrained_model_name_or_path,
-                torch_dtype=torch.float16 if device.type == "cuda" else torch.float32,
-            ).to(device)
+            name = self.pretrained_model_name_or_path
+            refuse_foreign_parts(ShapEPipeline.load_config(name))
+            with data_only():  # not all weights of Shap-E on the hub are safetensors
+                pipe = ShapEPipeline.from_pretrained(
+                    name, torch_dtype=torch.float16 if device.type == "cuda" else torch.float32
+                ).to(device)
         except Exception as error:
             reason = str(error).strip().splitlines()
             raise ValueError(

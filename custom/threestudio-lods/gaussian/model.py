@@ -11,7 +11,8 @@ from threestudio.utils.typing import *
 
 from .initialize import SH_C0, initial_gaussians
 
-NAMES = ("means", "scales", "quats", "opacities", "sh0", "shN")
+DIMENSIONS = {"means": 2, "scales": 2, "quats": 2, "opacities": 1, "sh0": 3, "shN": 3}
+NAMES = tuple(DIMENSIONS)
 
 
 @threestudio.register("lods-gaussians")
@@ -82,8 +83,25 @@ class Gaussians(BaseGeometry):
         """Detached parameters by name, as :func:`..gaussian.ply.write_gaussians` takes them."""
         return {name: value.detach() for name, value in self.gaussians().items()}
 
+    @staticmethod
+    def _refuse(key: str, value: Any, dimensions: int) -> None:
+        """Raise ValueError for a stored value that no Gaussians have."""
+        real = isinstance(value, Tensor) and value.is_floating_point()
+        if not real or value.ndim != dimensions:
+            raise ValueError(f"the checkpoint's {key} is not a table of {dimensions} dimension(s)")
+        # a view that repeats one number can claim any size; it would be allocated
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"the checkpoint's {key} claims more values than the file holds")
+        bad = int((~torch.isfinite(value)).sum())
+        if bad:
+            raise ValueError(
+                f"the checkpoint's {key} has {bad} values that are not finite: take an earlier one"
+            )
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         stored = {n: state_dict[prefix + n] for n in NAMES if prefix + n in state_dict}
+        for name, value in stored.items():
+            self._refuse(prefix + name, value, DIMENSIONS[name])
         counts = {name: len(value) for name, value in stored.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"the checkpoint's Gaussians do not agree in number: {counts}")

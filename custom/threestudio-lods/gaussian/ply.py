@@ -1,5 +1,6 @@
-"""Gaussians and coloured points to and from ply files, through ``plyfile``; meshes to files."""
+"""Gaussians and coloured points to and from ply files, through ``plyfile``."""
 
+import io
 import os
 from pathlib import Path
 
@@ -8,6 +9,12 @@ import torch
 
 import threestudio
 from threestudio.utils.typing import *
+
+MAX_HEADER = 1 << 20  # bytes; that of a 3DGS file has about 1500
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+TYPE_BYTES = {"char": 1, "uchar": 1, "short": 2, "ushort": 2, "int": 4, "uint": 4}
+TYPE_BYTES |= {"float": 4, "double": 8, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2}
+TYPE_BYTES |= {"int32": 4, "uint32": 4, "float32": 4, "float64": 8}
 
 
 def gaussian_properties(n_rest: int) -> List[str]:
@@ -72,24 +79,43 @@ def write_points(
     _write(path, columns)
 
 
-def write_mesh(
-    path: Union[str, Path],
-    v_pos: Float[Tensor, "V 3"],
-    t_pos_idx: Int[Tensor, "F 3"],
-    v_rgb: Float[Tensor, "V 3"],
-) -> None:
-    """Write a mesh with colours (0..1) of its vertices, in the format of the path's ending, through
-    ``trimesh``; the file is replaced only when it is complete."""
-    import trimesh
+def _has_lists(path: Path) -> bool:
+    """Whether an element of the file has a list property. Raises ValueError if the header is none,
+    or promises more rows than the file has bytes for: readers allocate what it promises."""
+    with open(path, "rb") as file:
+        head = file.read(MAX_HEADER)
+    header, end, _ = head.partition(b"end_header")
+    lines = [line.split() for line in header.decode("latin-1").split("\n")]
+    if not end or lines[0] != ["ply"]:
+        raise ValueError("it does not begin with a ply header")
+    ascii_ = ["format", "ascii", "1.0"] in lines
+    rows: List[List[int]] = []  # count and least bytes of a row, per element
+    lists = False
+    for words in lines:
+        if words[:1] == ["element"]:
+            count = int(words[2])
+            if count < 0:
+                raise ValueError(f"it promises {count} rows of {words[1]}")
+            rows.append([count, 0])
+        elif words[:1] == ["property"]:
+            lists |= words[1] == "list"
+            kind = words[2] if words[1] == "list" else words[1]
+            # in text a digit and a space; an empty list is only its length
+            rows[-1][1] += 2 if ascii_ else TYPE_BYTES[kind]
+    least = sum(count * max(size, 1) for count, size in rows)
+    size = path.stat().st_size
+    if least > size:
+        raise ValueError(f"its header promises at least {least} bytes, and it has {size}")
+    return lists
 
-    path = Path(path)
-    byte = (v_rgb.detach().cpu().clamp(0, 1) * 255).round().byte().numpy()
-    mesh = trimesh.Trimesh(
-        v_pos.cpu().numpy(), t_pos_idx.cpu().numpy(), vertex_colors=byte, process=False
-    )
-    partial = path.with_name(path.name + ".part")
-    mesh.export(partial, file_type=path.suffix[1:])
-    os.replace(partial, path)
+
+def _parse(path: Path):
+    from plyfile import PlyData
+
+    if _has_lists(path):
+        # not the file itself: for a list said to be long, that much memory would be set aside
+        return PlyData.read(io.BytesIO(path.read_bytes()))
+    return PlyData.read(str(path))
 
 
 def read_ply(path: Union[str, Path]) -> Dict[str, Any]:
@@ -101,29 +127,33 @@ def read_ply(path: Union[str, Path]) -> Dict[str, Any]:
     (their number) when it is a mesh.
 
     Raises:
-        ValueError: not a ply file, no points, missing properties, values that are not finite.
+        ValueError: not a ply file, shorter than it says, no points, properties that are missing
+            or of a wrong type, values that float32 does not hold.
     """
-    from plyfile import PlyData
-
     try:
-        data = PlyData.read(str(path))
+        data = _parse(Path(path))
         vertex = data["vertex"]
         names = [p.name for p in vertex.properties]
         n = vertex.count
         columns = {name: np.asarray(vertex[name]) for name in names}
     except Exception as error:
-        raise ValueError(f"'{path}' is not a readable ply file: {error}") from error
+        detail = " ".join(f"{error}".split())[:200] or type(error).__name__
+        raise ValueError(f"'{path}' is not a readable ply file: {detail}") from error
     if n == 0:
         raise ValueError(f"'{path}' holds no points")
 
-    def stack(wanted: List[str]) -> np.ndarray:
+    def stack(wanted: List[str], kinds: str = "iuf") -> np.ndarray:
         missing = [name for name in wanted if name not in columns]
         if missing:
             raise ValueError(f"'{path}' lacks the properties {', '.join(missing)}")
+        wrong = [name for name in wanted if columns[name].dtype.kind not in kinds]
+        if wrong:
+            what = "lists" if kinds == "iuf" else "lists or whole numbers"
+            raise ValueError(f"'{path}' has {what} as {', '.join(wrong)}")
         values = np.stack([columns[name] for name in wanted], axis=1)
-        bad = ~np.isfinite(values).all(axis=1)
+        bad = ~(np.abs(values.astype(np.float64)) <= FLOAT32_MAX).all(axis=1)  # NaN is bad too
         if bad.any():
-            raise ValueError(f"'{path}': {int(bad.sum())} of {n} points are not finite")
+            raise ValueError(f"'{path}': {int(bad.sum())} of {n} points are not finite in float32")
         return values
 
     if "f_dc_0" not in columns:
@@ -131,7 +161,7 @@ def read_ply(path: Union[str, Path]) -> Dict[str, Any]:
         rgb = np.full((n, 3), 0.5)
         if {"red", "green", "blue"} <= columns.keys():
             rgb = stack(["red", "green", "blue"])
-            rgb = rgb / 255.0 if rgb.dtype.kind in "ui" else rgb.astype(np.float64).clip(0, 1)
+            rgb = (rgb / 255.0 if rgb.dtype.kind in "ui" else rgb.astype(np.float64)).clip(0, 1)
         result = {"xyz": xyz, "rgb": rgb}
         if "face" in data and data["face"].count > 0:
             result["faces"] = data["face"].count
@@ -142,10 +172,12 @@ def read_ply(path: Union[str, Path]) -> Dict[str, Any]:
         raise ValueError(f"'{path}' has {n_rest} f_rest properties: no whole degree of harmonics")
     layout = gaussian_properties(n_rest)
     # normals carry nothing here, and some writers leave them out
-    table = torch.from_numpy(stack(layout[:3] + layout[6:]).astype(np.float32))
+    table = torch.from_numpy(stack(layout[:3] + layout[6:], "f").astype(np.float32))
     means, sh0, rest, opacity, scales, quats = table.split([3, 3, n_rest, 1, 3, 4], dim=1)
     if (quats.norm(dim=1) == 0).any():
         raise ValueError(f"'{path}' has quaternions of length 0")
+    if not (quats.norm(dim=1).isfinite() & scales.exp().isfinite().all(dim=1)).all():
+        raise ValueError(f"'{path}' has quaternions or sizes beyond float32")
     gaussians = {"means": means, "scales": scales, "quats": quats, "opacities": opacity[:, 0]}
     gaussians["sh0"] = sh0[:, None]
     if n_rest:

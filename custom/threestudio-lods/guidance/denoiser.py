@@ -1,6 +1,7 @@
 """One object for a diffusers model: images to latents, latents to noise predictions."""
 
 import contextlib
+import json
 import os
 
 import torch
@@ -22,6 +23,19 @@ def _first_line(error: BaseException) -> str:
     return line if len(line) <= 160 else line[:160] + "..."
 
 
+def _read_config(path: str) -> Dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+        if not isinstance(config, dict):
+            raise ValueError("it is not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not JSON ({_first_line(error)}): the model folder is damaged"
+        ) from None
+    return config
+
+
 def load_model_config(name_or_path: str, subfolder: str) -> Dict[str, Any]:
     """``config.json`` of one part of a diffusers folder or hub repository, as a dictionary.
 
@@ -30,8 +44,9 @@ def load_model_config(name_or_path: str, subfolder: str) -> Dict[str, Any]:
     from transformers import PretrainedConfig
 
     if name_or_path and os.path.isdir(name_or_path):
-        if os.path.isfile(os.path.join(name_or_path, subfolder, "config.json")):
-            return PretrainedConfig.get_config_dict(name_or_path, subfolder=subfolder)[0]
+        path = os.path.join(name_or_path, subfolder, "config.json")
+        if os.path.isfile(path):
+            return _read_config(path)
         raise ValueError(
             f"the folder {name_or_path!r} has no {subfolder}/config.json: it is not a diffusers "
             "Stable Diffusion folder (with unet, vae, text_encoder, tokenizer and scheduler)"

@@ -11,7 +11,8 @@ from threestudio.utils.misc import C
 from threestudio.utils.typing import *
 
 from ..gaussian.densify import Densifier
-from ..gaussian.ply import write_gaussians, write_mesh, write_points
+from ..gaussian.mesh_file import write_mesh
+from ..gaussian.ply import write_gaussians, write_points
 from .base import LODSSystem, grey_cell
 from .original import complete
 

@@ -241,6 +241,10 @@ class PromptProcessor(BaseObject):
                 "the prompt is empty: set system.prompt_processor.prompt, "
                 "for example 'a DSLR image of a hamburger'"
             )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the prompt {prompt!r} is not text in UTF-8: write it anew") from None
         if not prompt.startswith("lib:"):
             return prompt
         words = prompt[len("lib:") :].lower().split("_")

@@ -34,12 +34,13 @@ class EmbeddingCache:
     def load(self, model: str, text: str) -> Optional[Tuple[Float[Tensor, "T D"], int]]:
         """(embedding, token count), or None."""
         path = self.path(model, text)
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             return None
         try:
             with safe_open(path, framework="pt") as file:
                 metadata, embedding = file.metadata(), file.get_tensor("embedding")
-            if metadata["text"] != text or embedding.ndim != 2:
+            same = metadata["text"] == text and metadata["model"] == model
+            if not same or embedding.ndim != 2 or not embedding.isfinite().all():
                 raise ValueError("it holds something else")
             return embedding, int(metadata["tokens"])
         except Exception as error:  # whatever is wrong with the file, the remedy is the same

@@ -10,6 +10,7 @@ import torch
 import threestudio
 from threestudio.models.prompt_processors.base import PromptProcessor
 from threestudio.utils.errors import UserError
+from threestudio.utils.safe_models import refuse_custom_code, weights_identity
 from threestudio.utils.typing import *
 
 PARTS = ("tokenizer", "text_encoder")
@@ -17,21 +18,23 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".msgpack", ".h5", ".onnx")
 
 
 def fingerprint_folder(folder: str) -> str:
-    """Hash that changes when the text model in ``folder`` does: contents of its small files,
-    size and time of the files with weights."""
+    """Hash that changes when the text model in ``folder`` does: contents of its small files, and
+    the :func:`weights_identity` of those with weights. The folder's own path is part of it, which
+    for a model of the hub holds the revision."""
     digest = hashlib.sha256(os.path.realpath(folder).encode())
     for part in PARTS:
         for name in sorted(os.listdir(os.path.join(folder, part))):
             path = os.path.join(folder, part, name)
             if not os.path.isfile(path):
                 continue
-            digest.update(f"{part}/{name}".encode())
             if name.endswith(WEIGHTS):
-                stat = os.stat(path)
-                digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+                content = weights_identity(path)
             else:
                 with open(path, "rb") as file:
-                    digest.update(file.read())
+                    content = file.read()
+            # with its length, so that no two lists of files give the same bytes
+            digest.update(f"{part}/{name}:{len(content)}:".encode(errors="surrogateescape"))
+            digest.update(content)
     return digest.hexdigest()
 
 
@@ -109,9 +112,16 @@ class StableDiffusionPromptProcessor(PromptProcessor):
                 f"there is no model folder {model!r} (from {os.getcwd()}): set "
                 "pretrained_model_name_or_path to a diffusers folder or to a hub id 'owner/name'"
             )
+        for part in PARTS if os.path.isdir(model) else ():
+            refuse_custom_code(model, part)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model, subfolder=PARTS[0])
-            text_encoder = CLIPTextModel.from_pretrained(model, subfolder=PARTS[1])
+            # not left to its default, which asks at the terminal
+            tokenizer = AutoTokenizer.from_pretrained(
+                model, subfolder=PARTS[0], trust_remote_code=False
+            )
+            text_encoder = CLIPTextModel.from_pretrained(
+                model, subfolder=PARTS[1], use_safetensors=True
+            )
         except Exception as error:  # one of many kinds, by library and by version
             where = "in the folder" if os.path.isdir(model) else "on the hub or in its local cache"
             raise UserError(
