@@ -93,13 +93,12 @@ class RepeatableLoader:
     def __iter__(self):
         index = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         steps, self.steps = self.steps, []
-        batches = None
+        with own_random_numbers(self.seed, index):
+            batches = iter(self.loader)  # draws a seed, which must not count as the first batch's
         while True:
             if steps and (step := steps.pop(0)) is not None:
                 update_if_possible(self.loader.dataset, self.trainer.current_epoch, step)
             with own_random_numbers(self.seed, index):
-                if batches is None:
-                    batches = iter(self.loader)
                 try:
                     batch = next(batches)
                 except StopIteration:
