@@ -142,15 +142,12 @@ def _quieten(verbose: bool) -> None:
 
 
 def _load_extensions(verbose: bool) -> None:
-    import threestudio
-    from threestudio.utils.extensions import load_custom_modules, one_line
+    """Those that fail are named later, at the end of start-up or before the error that ends it."""
+    from threestudio.utils.extensions import load_custom_modules
 
     for root in dict.fromkeys([HERE / "custom", Path.cwd() / "custom"]):
-        for name, error in load_custom_modules(root).items():
-            if error is None:
-                continue
-            threestudio.warn(f"extension {name!r} failed to load: {one_line(error)}")
-            if verbose:
+        for error in load_custom_modules(root).values():
+            if error is not None and verbose:
                 traceback.print_exception(error)
 
 
@@ -203,8 +200,9 @@ def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
 
     from threestudio.utils import callbacks
     from threestudio.utils.checkpoint import LastCheckpoint
+    from threestudio.utils.extensions import ReportFailures
 
-    made: list = []
+    made: list = [ReportFailures()]  # first, so that it comes before the progress bar
     if args.gradio:
         made.append(callbacks.ProgressCallback(os.path.join(cfg.trial_dir, "progress")))
     elif trainer_args.get("enable_progress_bar", True):
@@ -456,6 +454,9 @@ def main(argv=None) -> int:
             return 130
         except Exception as error:
             message = _explain(error)
+            extensions = sys.modules.get("threestudio.utils.extensions")
+            if extensions is not None:  # the run got so far, and has not told of failures yet
+                extensions.report_failures()
             if message is None:
                 raise
             if args.verbose:

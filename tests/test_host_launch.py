@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 from omegaconf import OmegaConf
 
 import launch
+from threestudio.utils import extensions
 from threestudio.utils.callbacks import CodeSnapshotCallback, ConfigSnapshotCallback
 from threestudio.utils.checkpoint import read_checkpoint
 from threestudio.utils.misc import set_device_type
@@ -240,8 +241,31 @@ def test_an_extension_that_fails_is_named_where_it_is_missed(cli):
     status, _, err = train(cli, "system_type=wrong-system")
     assert status == 2
     assert "extension 'h-wrong' failed to load: ModuleNotFoundError" in err.splitlines()[-1]
-    from threestudio.utils import extensions
+    extensions.failed.clear()
 
+
+@pytest.mark.parametrize("mode", ["--train", "--test"])
+def test_an_extension_that_fails_is_named_when_all_else_is_said(cli, monkeypatch, mode):
+    train(cli)  # loads the toy
+    toy = sys.modules["toy_extension"]
+    Path("custom/h-wrong").mkdir()
+    text = "raise RuntimeError('many lines\\nof a compiler\\nno such header')"
+    Path("custom/h-wrong/__init__.py").write_text(text)
+    monkeypatch.setattr("threestudio.warn", lambda line: print(line, file=sys.stderr))
+    monkeypatch.setattr(
+        toy.ToySystem, "on_fit_start", lambda self: print("on_fit_start", file=sys.stderr)
+    )
+    flags = ["resume=" + last()] if mode == "--test" else ["trainer.enable_progress_bar=false"]
+    status, _, err = cli("--config", "toy.yaml", mode, "system.prompt=p", *flags)
+    assert status == 0
+    lines = [line for line in err.splitlines() if "h-wrong" in line or line.startswith("on_")]
+    named = "extension 'h-wrong' failed to load: RuntimeError: no such header"
+    before = ["on_fit_start"] if mode == "--train" else []
+    assert lines[: len(before) + 1] == [*before, named] and lines.count(named) == 1
+    status, _, err = cli(
+        "--config", "toy.yaml", "--train", "system.prompt=p", "trainer.max_steps=x"
+    )
+    assert status == 2 and err.splitlines()[-2] == named, "an early end names it too"
     extensions.failed.clear()
 
 

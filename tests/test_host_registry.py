@@ -61,7 +61,7 @@ def test_unknown_names_are_answered(registry, monkeypatch):
         threestudio.find("lods-embeding-thing")
     message = str(caught.value)
     assert "'lods-embeding-thing': did you mean 'lods-embedding-thing'?" in message
-    assert "extension 'broken-extension' failed to load: ImportError: no module named x" in message
+    assert "extension 'broken-extension' failed to load: ImportError: named x" in message
     assert isinstance(caught.value, UserError) and "\n" not in message
     with pytest.raises(KeyError, match="is empty"):
         threestudio.find("")
@@ -117,8 +117,9 @@ def custom(tmp_path, registry):
     yield tmp_path
     for name in [m for m in sys.modules if m.split(".")[0].startswith(("h-", "h_"))]:
         del sys.modules[name]
-    for name in [n for n in extensions.failed if n.startswith("h-")]:
-        del extensions.failed[name]
+    for errors in (extensions.failed, extensions._to_report):
+        for name in [n for n in errors if n.startswith("h-")]:
+            del errors[name]
 
 
 def test_a_folder_of_extensions(custom):
@@ -130,19 +131,56 @@ def test_a_folder_of_extensions(custom):
     assert threestudio.find("h-part").__module__ == "h-good-ext.part"
     assert importlib.import_module("h-good-ext.part").Part is threestudio.find("h-part")
     assert "h-bad-ext" not in sys.modules
-    with pytest.raises(KeyError, match="'h-bad-ext' failed to load: RuntimeError: no luck"):
+    with pytest.raises(KeyError, match="'h-bad-ext' failed to load: RuntimeError: luck"):
         threestudio.find("h-bad")  # what it had registered is taken back
     assert extensions.load_custom_modules(custom / "nowhere") == {}
 
 
-def test_loading_twice_returns_the_same_module(custom, tmp_path):
+def test_loading_twice_returns_the_same_module(custom, tmp_path, registry):
     module = extensions.load_extension(custom / "h-good-ext")
     assert module.LOADED and extensions.load_extension(custom / "h-good-ext") is module
+    before = dict(registry)
+    link = tmp_path / "h-linked_disabled"
+    link.symlink_to(custom)
+    for root in (custom, link, custom / "h-good-ext" / ".."):
+        assert extensions.load_custom_modules(root)["h-good-ext"] is None
+    assert registry == before
     other = tmp_path / "else" / "h-good-ext"
     other.mkdir(parents=True)
     (other / "__init__.py").write_text("")
     with pytest.raises(ImportError, match="already loaded from"):
         extensions.load_extension(other)
+
+
+def test_two_extensions_that_register_one_name_are_both_named(custom, registry):
+    for name in ("h-first", "h-second"):
+        (custom / name).mkdir()
+        (custom / name / "__init__.py").write_text("from . import part")
+        text = "import threestudio\n@threestudio.register('h-same')\nclass Same: pass"
+        (custom / name / "part.py").write_text(text)
+    result = extensions.load_custom_modules(custom)
+    assert result["h-first"] is None
+    line = extensions.last_line(result["h-second"])
+    assert "'h-same' exists already, from h-first.part, and h-second.part registers it" in line
+    assert "_disabled" in line and "\n" not in line
+    assert threestudio.find("h-same").__module__ == "h-first.part"
+    (custom / "h-first").rename(custom / "h-first_disabled")
+
+
+def test_failures_are_reported_once(custom, monkeypatch):
+    said: list = []
+    monkeypatch.setattr("threestudio.warn", said.append)
+    extensions.load_custom_modules(custom)
+    assert said == [], "not while loading"
+    extensions.report_failures()
+    assert said[0] == "extension 'h-bad-ext' failed to load: RuntimeError: luck"
+    assert "extension 'h-empty' failed to load: ImportError: no extension at" in said[1]
+    extensions.report_failures()
+    assert len(said) == 2
+    (custom / "h-bad-ext" / "__init__.py").write_text("")
+    extensions.load_custom_modules(custom)
+    extensions.report_failures()
+    assert len(said) == 3 and "h-empty" in said[2], "one that was mended is not reported"
 
 
 def test_a_submodule_alone_does_not_run_the_package(custom):

@@ -229,6 +229,8 @@ def test_jitter_is_for_training():
     assert not renderer.eval().randomized
     assert torch.equal(renderer(**batch)["depth"], renderer(**batch)["depth"])
     assert renderer.train().randomized
+    renderer.eval().training = True  # which is how Lightning resumes training after a validation
+    assert renderer.randomized
     assert not make(randomized=False).train().randomized
 
 

@@ -347,7 +347,7 @@ def test_missing_hub_model(make):
 
 def test_a_folder_without_a_text_model(make):
     os.makedirs("model/unet")
-    with pytest.raises(UserError, match="text_encoder of 'model'") as info:
+    with pytest.raises(UserError, match="cannot load tokenizer of 'model'") as info:
         make(pretrained_model_name_or_path="model")
     one_line(info)
 

@@ -38,8 +38,9 @@ def register(name: str):
     def decorator(cls):
         if name in __modules__:
             raise ValueError(
-                f"a module named {name!r} exists already, from {__modules__[name].__module__}: "
-                "names of extensions conflict, rename one of them"
+                f"a module named {name!r} exists already, from {__modules__[name].__module__}, and "
+                f"{cls.__module__} registers it too: rename one of them, or add _disabled to the "
+                "name of one extension's folder"
             )
         __modules__[name] = cls
         return cls
@@ -63,7 +64,7 @@ def find(name: str):
     if name not in __modules__:
         message = f"no module is registered as {name!r}{nearest(name, __modules__)}"
         for extension, error in extensions.failed.items():
-            message += f" (extension {extension!r} failed to load: {extensions.one_line(error)})"
+            message += f" (extension {extension!r} failed to load: {extensions.last_line(error)})"
         raise UnknownNameError(message)
     return __modules__[name]
 

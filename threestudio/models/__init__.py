@@ -1,6 +1,14 @@
 """Built-in scene modules. Importing this package registers all of them."""
 
-from . import background, exporters, geometry, materials, prompt_processors, renderers
+from . import (
+    background,
+    exporters,
+    geometry,
+    guidance,
+    materials,
+    prompt_processors,
+    renderers,
+)
 from .holder import SceneHolder
 
 __all__ = [
@@ -8,6 +16,7 @@ __all__ = [
     "background",
     "exporters",
     "geometry",
+    "guidance",
     "materials",
     "prompt_processors",
     "renderers",

@@ -9,19 +9,18 @@ import torch
 
 import threestudio
 from threestudio.models.exporters.base import Exporter, ExporterOutput
+from threestudio.systems.exact_resume import ExactResume
 from threestudio.systems.utils import parse_optimizer, parse_scheduler
 from threestudio.utils.base import Updateable, update_end_if_possible, update_if_possible
 from threestudio.utils.config import load_config, parse_structured
 from threestudio.utils.errors import UserError
 from threestudio.utils.misc import (
     C,
-    capture_rng_state,
     cleanup,
     find_last_path,
     get_device,
     load_module_weights,
     loading_weights,
-    restore_rng_state,
 )
 from threestudio.utils.saving import SaverMixin
 from threestudio.utils.typing import *
@@ -33,9 +32,8 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
     """A LightningModule with a config, scheduled values, savers, and updates before and after each
     step. A subclass defines ``configure`` and the steps, and ``on_validation_epoch_end``.
 
-    A run that is resumed continues bit for bit: the states of the global random generators are in
-    the checkpoint and come back at the first step, and evaluation during training does not disturb
-    them. State that must be in a checkpoint has to change before ``on_train_batch_end``.
+    A run that is resumed continues bit for bit (see :class:`ExactResume`). What a step
+    changes, and what it draws at random, has to be done before ``on_train_batch_end``.
     """
 
     @dataclass
@@ -57,8 +55,7 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
         self._save_dir: Optional[str] = None
         self._resumed = resumed
         self._resumed_eval_status: Optional[Tuple[int, int]] = None
-        self._rng_to_restore: Optional[dict] = None
-        self._rng_after_step: Optional[dict] = None
+        self._exact_resume = ExactResume()
         self._bad_losses = 0
         if cfg is not None and "loggers" in cfg:
             self.create_loggers(self.cfg.loggers)
@@ -93,6 +90,10 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
         if self.cfg.scheduler is not None:
             out["lr_scheduler"] = parse_scheduler(self.cfg.scheduler, out["optimizer"])
         return out
+
+    def configure_callbacks(self) -> List[Any]:
+        attached = self._trainer.callbacks if self._trainer is not None else []
+        return [c for c in (self._exact_resume,) if c not in attached]
 
     # --- counters and schedules -----------------------------------------------------------------
 
@@ -154,9 +155,6 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
             cleanup()
 
     def on_train_batch_start(self, batch, batch_idx, unused=0):
-        if self._rng_to_restore is not None:
-            restore_rng_state(self._rng_to_restore)
-            self._rng_to_restore = None
         self._batch_start(batch, "train", self.trainer.train_dataloader)
 
     def on_validation_batch_start(self, batch, batch_idx, dataloader_idx=0):
@@ -170,8 +168,6 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self._batch_end()
-        # here and not when a validation starts: by then its loaders have drawn their seeds
-        self._rng_after_step = capture_rng_state()
 
     def on_validation_batch_end(self, outputs, batch, batch_idx, dataloader_idx=0):
         self._batch_end(self.cfg.cleanup_after_validation_step)
@@ -202,21 +198,6 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
                 "the run stops here; lower the learning rates or loss weights, and resume from "
                 "the last checkpoint"
             )
-
-    # --- exact resume ---------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        # a validation can write a checkpoint, and training must not see what it has drawn
-        validating = self._rng_after_step is not None and self.trainer.validating
-        checkpoint["rng_state"] = self._rng_after_step if validating else capture_rng_state()
-
-    def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        # restored at the first step: until then, setting up still draws random numbers
-        self._rng_to_restore = checkpoint.get("rng_state")
-
-    def on_validation_end(self) -> None:
-        if self._rng_after_step is not None:
-            restore_rng_state(self._rng_after_step)
 
 
 class BaseLift3DSystem(BaseSystem):

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import threestudio
+from threestudio.systems.optimizers import Adan, fused_adam
 from threestudio.utils.config import config_to_primitive
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.typing import *
@@ -42,6 +43,8 @@ def _primitive(config) -> Any:
 def _optimizer_class(name: Optional[str]) -> type:
     if not name:
         raise UserError("optimizer.name is missing: a class of torch.optim, such as Adam")
+    if name in ("Adan", "FusedAdam"):
+        return Adan if name == "Adan" else fused_adam()
     cls = getattr(torch.optim, str(name), None)
     if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)) or name == "Optimizer":
         names = [n for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != "Optimizer"]
@@ -53,10 +56,11 @@ def _optimizer_class(name: Optional[str]) -> type:
 def parse_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser that `config` describes.
 
-    ``name``: a class of ``torch.optim``. ``args``: its arguments. ``params``: a mapping from
-    dotted names in `model` to group arguments, one group each (the group keeps the name under
-    ``name``); ONLY these are trained. Without ``params`` all parameters are. A named module
-    without parameters is dropped, with one log line; a name that does not exist is an error.
+    ``name``: a class of ``torch.optim``, ``Adan``, or ``FusedAdam`` (of apex). ``args``: its
+    arguments. ``params``: a mapping from dotted names in `model` to group arguments, one group each
+    (the group keeps the name under ``name``); ONLY these are trained. Without ``params`` all
+    parameters are. A named module without parameters is dropped, with one log line; a name that
+    does not exist is an error.
     """
     config = _primitive(config)
     cls = _optimizer_class(config.get("name"))

@@ -6,14 +6,38 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from pytorch_lightning.callbacks import Callback
+
 failed: dict = {}  # extension name -> the exception it failed to load with
+_to_report: dict = {}  # those of them that the user was not told of yet
 
 _PARTIAL = "__entered_without_init__"
 
 
-def one_line(error: BaseException) -> str:
-    """``ValueError: the message``, without line breaks."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def last_line(error: BaseException) -> str:
+    """``ValueError: the last line of the message``, which of a long one says what went wrong."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {' '.join(lines[-1].split())}"
+
+
+def report_failures() -> None:
+    """Warn, one line each, of the extensions that failed to load since the last report."""
+    import threestudio
+
+    for name, error in _to_report.items():
+        threestudio.warn(f"extension {name!r} failed to load: {last_line(error)}")
+    _to_report.clear()
+
+
+class ReportFailures(Callback):
+    """:func:`report_failures` when all is set up and the work begins: told while loading, it would
+    be scrolled away by what comes after it."""
+
+    def _report(self, trainer, pl_module) -> None:
+        report_failures()
+
+    on_sanity_check_start = on_train_start = _report
+    on_validation_start = on_test_start = on_predict_start = _report
 
 
 def _forget(name: str) -> None:
@@ -74,7 +98,8 @@ def load_custom_modules(root="custom") -> dict:
 
     ``__pycache__``, hidden entries, names ending in ``_disabled`` and files that are not ``.py``
     are skipped; a missing folder means no extensions. A failure does not stop the others: it is
-    kept in :data:`failed`, for :func:`threestudio.find` to mention.
+    kept in :data:`failed`, for :func:`threestudio.find` to mention, and for
+    :func:`report_failures`.
 
     Returns ``{name: None, or the exception it failed with}``.
     """
@@ -87,8 +112,9 @@ def load_custom_modules(root="custom") -> dict:
             continue
         try:
             load_extension(path)
-            failed.pop(name, None)
+            for errors in (failed, _to_report):
+                errors.pop(name, None)
             result[name] = None
         except Exception as error:
-            failed[name] = result[name] = error
+            failed[name] = _to_report[name] = result[name] = error
     return result

@@ -9,8 +9,8 @@ import torch
 
 import threestudio
 from threestudio.models.prompt_processors.base import PromptProcessor
-from threestudio.utils.errors import UserError
-from threestudio.utils.safe_models import refuse_custom_code, weights_identity
+from threestudio.utils.pretrained import load_part
+from threestudio.utils.safe_models import weights_identity
 from threestudio.utils.typing import *
 
 PARTS = ("tokenizer", "text_encoder")
@@ -107,31 +107,7 @@ class StableDiffusionPromptProcessor(PromptProcessor):
         from transformers import AutoTokenizer, CLIPTextModel
 
         model = self.cfg.pretrained_model_name_or_path
-        if not os.path.isdir(model) and (model.count("/") != 1 or model[0] in "./~"):
-            raise UserError(
-                f"there is no model folder {model!r} (from {os.getcwd()}): set "
-                "pretrained_model_name_or_path to a diffusers folder or to a hub id 'owner/name'"
-            )
-        for part in PARTS if os.path.isdir(model) else ():
-            refuse_custom_code(model, part)
-        try:
-            # not left to its default, which asks at the terminal
-            tokenizer = AutoTokenizer.from_pretrained(
-                model, subfolder=PARTS[0], trust_remote_code=False
-            )
-            text_encoder = CLIPTextModel.from_pretrained(
-                model, subfolder=PARTS[1], use_safetensors=True
-            )
-        except Exception as error:  # one of many kinds, by library and by version
-            where = "in the folder" if os.path.isdir(model) else "on the hub or in its local cache"
-            raise UserError(
-                f"cannot load tokenizer and text_encoder of {model!r} {where} "
-                f"({type(error).__name__}: {_first_line(error)}): check "
-                "pretrained_model_name_or_path, the network, or download the model first"
-            ) from None
+        # not left to its default, which asks at the terminal
+        tokenizer = load_part(AutoTokenizer, model, PARTS[0], trust_remote_code=False)
+        text_encoder = load_part(CLIPTextModel, model, PARTS[1], use_safetensors=True)
         return tokenizer, text_encoder.to(self.device, torch.float32).eval()
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [""])[0]
-    return line if len(line) <= 200 else line[:200] + "..."
