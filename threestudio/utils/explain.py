@@ -26,7 +26,7 @@ def explain(error: BaseException, ours: Iterable[Path]) -> Optional[str]:
     if isinstance(error, UserError):
         return text
     if is_out_of_memory(error):
-        return f"out of memory: {_first_sentence(text)}"
+        return _shortage(error)
     disk = disk_error(error)
     if disk is not None:
         return disk_advice(disk)
@@ -73,8 +73,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
 
 
-def _first_sentence(text: str) -> str:
-    return text.split(". ")[0].rstrip(".") or "the machine has no more"
+def _shortage(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.I)
+    where = "on the GPU" if "CUDA" in text else "in this machine"
+    return f"out of memory {where}" + (f" (another {asked[1]} did not fit)" if asked else "")
 
 
 _LOWER = (  # settings of which less takes less memory
@@ -105,7 +108,7 @@ def _memory_advice(error: BaseException, cfg: DictConfig) -> str:
         for key, wanted in _SET.items()
         if (value := _setting(cfg, key)) is not None and value != wanted
     ]
-    text = f"out of memory: {_first_sentence(' '.join(str(error).split()))}"
+    text = _shortage(error)
     text += f": lower {', '.join(lower)}" if lower else ""
     return text + (f", or set {', '.join(other)}" if other else "")
 
