@@ -1,5 +1,5 @@
-"""``python -m tests.faults [--quick] [--only kills,disk,...] [--seed N]``: a table; exit status 1 if
-anything failed. Needs no GPU; a small file system of its own is mounted where that is allowed."""
+"""``python -m tests.faults [--quick] [--only kills,disk,...] [--seed N]``: prints a table; the exit
+status is 1 if anything failed. Needs no GPU; mounts a small disk where that is allowed."""
 
 import argparse
 import os

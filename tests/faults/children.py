@@ -32,6 +32,7 @@ def command(config: str, model, root, steps: int, mode: str = "--train", *more: 
         *("--config", *files, mode, *small_run(model), *own),
         f"trainer.max_steps={steps}",
         "trainer.val_check_interval=8",
+        "trainer.log_every_n_steps=1",
         "checkpoint.every_n_train_steps=2",
         f"exp_root_dir={root}",
         *more,

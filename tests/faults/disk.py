@@ -54,7 +54,9 @@ def _limit(size: int):
     return before
 
 
-def _full(n: int, mode: str, model, disk: Path, folder: Path, mounted: bool) -> Iterator[str]:
+def _full(
+    n: int, mode: str, doublings: int, model, disk: Path, folder: Path, mounted: bool
+) -> Iterator[str]:
     """The run of before goes on (or is tested, or exported) with `n` different amounts of space,
     from nothing to all that it needs; what was there before is there afterwards."""
     good, work = disk / "good", disk / "work"
@@ -66,7 +68,7 @@ def _full(n: int, mode: str, model, disk: Path, folder: Path, mounted: bool) -> 
         before = {p: p.read_bytes() for p in (trial / "ckpts").iterdir()}
         before |= {p: p.read_bytes() for p in (trial / "save").rglob("*") if p.is_file()}
         step = newest_checkpoint(trial)[1]
-        free = int(4096 * 2 ** (12 * i / max(n - 1, 1))) if i else 0
+        free = int(4096 * 2 ** (doublings * i / max(n - 1, 1))) if i else 0
         if mounted:
             _fill(disk, free)
         child = Child(
@@ -104,6 +106,49 @@ def _new(n: int, model, disk: Path, folder: Path, mounted: bool) -> Iterator[str
         yield ends_well(child)
 
 
+# what a run of 8 steps does when nothing can be written in one of its folders: the exit status,
+# the step of the last checkpoint, and what it says
+FOLDERS = {
+    "configs": (2, 4, "parsed.yaml: No space left"),
+    "code": (2, 4, "No space left"),
+    "ckpts": (2, 0, "step=2.ckpt: No space left"),
+    "csv_logs": (0, 8, "the log has gaps from here on"),
+    "save": (2, 8, "a file is left out"),  # in training; then the test stops
+    "../../.threestudio_cache": (2, 4, "No space left"),
+}
+
+
+def _each_folder(model, disk: Path, folder: Path) -> Iterator[str]:
+    """A full file system of its own for each folder that a run writes to."""
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)  # else there is no snapshot
+    for name, (status, step, said) in FOLDERS.items():
+        work = folder / "each"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        shutil.copytree(disk / "good", work / "outputs")
+        (work / "code.py").write_text("code")
+        trial = trial_of(CONFIG, work / "outputs")
+        full = work / ".threestudio_cache" if "cache" in name else trial / name
+        full.mkdir(exist_ok=True)
+        resume = [f"resume={disk / 'good' / trial.relative_to(work / 'outputs')}"] * (step > 0)
+        if not _mount("-t", "tmpfs", "-o", "size=64k", "none", str(full)):
+            yield "a second tmpfs cannot be mounted"
+            return
+        try:
+            (full / "filler").write_bytes(bytes(64 << 10))
+            log = folder / f"each-{full.name}.log"
+            child = Child(command(CONFIG, model, "outputs", 8, "--train", *resume), log, work)
+            problem = ends_well(child)
+            if not problem and (child.status != status or said not in child.output()):
+                problem = f"{name}: status {child.status}: {child.output()[-200:]}"
+            found = newest_checkpoint(trial)
+            if not problem and (found[1] if found else 0) != step:
+                problem = f"{name}: the newest checkpoint is {found}, not of step {step}"
+            yield problem
+        finally:
+            subprocess.run(["umount", "-l", str(full)], check=True)
+
+
 def _read_only(model, disk: Path, folder: Path, mounted: bool) -> Iterator[str]:
     if mounted:
         (disk / "filler").unlink(missing_ok=True)
@@ -135,10 +180,10 @@ def rows(n: int, model, folder: Path) -> Iterator[tuple[str, Iterator[str]]]:
             raise RuntimeError(f"the run before the faults failed: {problem}")
         kind = "full disk" if mounted else "limited file size"
         yield f"{kind}, new runs", _new(n // 2, model, disk, folder, mounted)
-        for mode, share in (("--train", 1), ("--test", 2), ("--export", 4)):
-            trials = _full(max(n // share, 3), mode, model, disk, folder, mounted)
+        for mode, share, doublings in (("--train", 1, 12), ("--test", 2, 8), ("--export", 4, 8)):
+            trials = _full(max(n // share, 3), mode, doublings, model, disk, folder, mounted)
             yield f"{kind}, {mode} of a run", trials
-        yield (
-            ("read-only disk" if mounted else "a file for a folder"),
-            _read_only(model, disk, folder, mounted),
-        )
+        if mounted:
+            yield "full disk, for each folder of a run", _each_folder(model, disk, folder)
+        kind = "read-only disk" if mounted else "a file for a folder"
+        yield kind, _read_only(model, disk, folder, mounted)
