@@ -84,17 +84,17 @@ class NeRFVolumeRenderer(VolumeRenderer):
                 "renderer.estimator=proposal is not implemented: use occgrid, or importance"
             )
         self.render_step_size = 1.732 * 2 * cfg.radius / cfg.num_samples_per_ray
-        self.randomized = cfg.randomized
         if cfg.estimator == "occgrid":
             self.estimator = OccupancyGrid(self.bbox.view(-1), resolution=32)
             if not cfg.grid_prune:
                 self.estimator.fill()
         self._warned = False
 
-    def train(self, mode: bool = True) -> "NeRFVolumeRenderer":
-        """Jitter belongs to training only."""
-        self.randomized = mode and self.cfg.randomized
-        return super().train(mode)
+    @property
+    def randomized(self) -> bool:
+        """Whether samples are jittered: in training only. (Asked for each time, because Lightning
+        ends a validation by setting ``training`` of every module, not by calling ``train``.)"""
+        return self.training and self.cfg.randomized
 
     def update_step(self, epoch: int, global_step: int, on_load_weights: bool = False) -> None:
         """Refresh the occupancy grid, when it is due."""
