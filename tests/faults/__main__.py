@@ -50,7 +50,7 @@ def main(argv=None) -> int:
             cold = kills.cold_kills(times(6), model, folder / "kills", args.seed)
             table.row("killed in a process of its own, resumed", cold)
         if "disk" in chosen:
-            for name, trials in disk.rows(times(40), model, folder / "disk"):
+            for name, trials in disk.rows(times(24), model, folder / "disk"):
                 table.row(name, trials)
         if "checkpoints" in chosen:
             for name, trials in checkpoints.rows(times(200), model, folder / "c", args.seed):

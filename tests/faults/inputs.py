@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from tests.faults.children import Child, command, ends_well
+from tests.runs import ROOT
+from tests.test_host_launch import CONFIG
 from threestudio.utils.extensions import load_extension
 
 # --- prompts ------------------------------------------------------------------------------------
@@ -67,18 +69,25 @@ def _outside(sandbox: Path, cwd: Path) -> set:
     return {path for path in _listing(sandbox) if not path.startswith(allowed)}
 
 
-def _prompts(prompts: list, key: str, argv: list, folder: Path) -> Iterator[str]:
+def _work(folder: Path) -> Path:
+    """A folder to run in, deep in a sandbox, with the toy's config and extension."""
     cwd = folder / "a" / "b" / "c" / "work"
-    cwd.mkdir(parents=True, exist_ok=True)
-    logs = folder.parent / f"{folder.name}-logs"
-    logs.mkdir(exist_ok=True)
+    (cwd / "custom").mkdir(parents=True)
+    (cwd / "custom" / "toy_extension.py").symlink_to(ROOT / "tests" / "toy_extension.py")
+    (cwd / "toy.yaml").write_text(CONFIG)
+    return cwd
+
+
+def _prompts(prompts: list, key: str, argv: list, folder: Path) -> Iterator[str]:
+    cwd, logs = _work(folder), folder.parent / f"{folder.name}-logs"
+    logs.mkdir()
     before = _outside(folder, cwd)
     for i, prompt in enumerate(prompts):
-        child = Child([*argv, f"{key}={prompt}"], logs / f"{i}.log", cwd)
-        problem = ends_well(child)
+        problem = ends_well(Child([*argv, f"{key}={prompt}"], logs / f"{i}.log", cwd))
         new = _outside(folder, cwd) - before
         if new:
             problem = f"files outside the output folder: {sorted(new)[:3]}"
+            before |= new
         yield f"{prompt[:60]!r}: {problem}" if problem else ""
 
 
@@ -86,14 +95,17 @@ def prompt_rows(n: int, model, folder: Path, seed: int) -> Iterator[tuple[str, I
     """Names and trials for the table."""
     rng = random.Random(seed)
     prompts = [hostile_prompt(rng) for _ in range(n)]
-    argv = command("gs-embedding", model, "outputs", 1)
-    keep = [a for a in argv if not a.startswith(("system.prompt_processor.prompt=", "tag="))]
-    keep += ["data.n_test_views=1", "trainer.val_check_interval=1", "system.sheet_views=1"]
-    yield "hostile prompt", _prompts(prompts, "system.prompt_processor.prompt", keep, folder / "p")
-    tags = [*keep, "system.prompt_processor.prompt=a car"]
+    toy = ["--config", "toy.yaml", "--train", "trainer.max_steps=1"]
+    toy += ["trainer.enable_progress_bar=false"]
+    yield "hostile prompt", _prompts(prompts, "system.prompt", toy, folder / "toy")
     for key in ("tag", "name"):
-        trials = _prompts(prompts[: max(n // 10, 1)], key, tags, folder / key)
+        trials = _prompts(prompts[: n // 3], key, [*toy, "system.prompt=p"], folder / key)
         yield f"hostile {key}", trials
+    whole = command("gs-embedding", model, "outputs", 1)
+    whole = [a for a in whole if not a.startswith(("system.prompt_processor.prompt=", "tag="))]
+    some = prompts[: max(n // 10, 3)]
+    trials = _prompts(some, "system.prompt_processor.prompt", whole, folder / "whole")
+    yield "hostile prompt, of a whole run", trials
 
 
 # --- point clouds -------------------------------------------------------------------------------
@@ -131,7 +143,7 @@ def _tensors(content: dict) -> list:
 
 def _read_all(paths: list) -> int:
     """Read every file within a gigabyte more than now, and print what is wrong."""
-    ply = load_extension(Path(__file__).parents[2] / "custom" / "threestudio-lods", "gaussian.ply")
+    ply = load_extension(ROOT / "custom" / "threestudio-lods", "gaussian.ply")
     now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 30), resource.RLIM_INFINITY))
     for path in paths:
@@ -165,7 +177,7 @@ def ply_rows(n: int, model, folder: Path, seed: int) -> Iterator[tuple[str, Iter
     """Names and trials for the table."""
     folder.mkdir(parents=True)
     rng, points = random.Random(seed), torch.from_numpy(np.random.default_rng(seed).random((50, 3)))
-    ply = load_extension(Path(__file__).parents[2] / "custom" / "threestudio-lods", "gaussian.ply")
+    ply = load_extension(ROOT / "custom" / "threestudio-lods", "gaussian.ply")
     quats = torch.ones(50, 4)
     ply.write_gaussians(
         folder / "g.ply", points, points, quats, points[:, 0], points[:, None].float()

@@ -16,7 +16,7 @@ from threestudio.utils.checkpoint import newest_checkpoint, read_checkpoint
 
 STEPS = 24
 KEYS = ("state_dict", "optimizer_states", "rng_state", "global_step", "lods_densifier")
-KINDS = ("any", "write", "any", "set-up", "any", "write", "training", "test")
+KINDS = ("training", "write", "set-up", "training", "any", "write", "training", "test")
 
 
 @dataclass
@@ -49,22 +49,35 @@ def undisturbed(config: str, model, folder: Path) -> Reference:
     return Reference(read(trial / "ckpts" / "last.ckpt"), **times)
 
 
-def _moment(kind: str, reference: Reference, rng: random.Random) -> float:
-    low, high = {
-        "any": (0.0, reference.end),
-        "set-up": (0.0, reference.training),
-        "training": (reference.training, reference.test),
-        "write": (reference.training, reference.test),
-        "test": (reference.test, reference.end),
+def _sign(kind: str, trial: Path, rng: random.Random) -> "Path | None":
+    """What has to be there before the kill: for the training, the checkpoint of a random step."""
+    if kind == "test":
+        return trial / "save" / f"it{STEPS}-test"
+    if kind in ("training", "write"):
+        return trial / "ckpts" / f"epoch=0-step={2 * rng.randint(1, STEPS // 2 - 1)}.ckpt"
+    return None
+
+
+def _delay(kind: str, reference: Reference, rng: random.Random) -> float:
+    step = (reference.test - reference.training) / STEPS
+    longest = {
+        "any": reference.end,
+        "set-up": reference.training,
+        "training": 4 * step,
+        "write": 2 * step,
+        "test": reference.end - reference.test,
     }[kind]
-    return rng.uniform(low, high)
+    return rng.uniform(0, longest)
 
 
-def _kill(child: Child, kind: str, moment: float, trial: Path, rng: random.Random) -> Iterator:
-    """Kill the child at the moment; with "write" at the next checkpoint that is being written
-    after it. Yields while it waits."""
+def _kill(child: Child, kind: str, reference: Reference, trial: Path, rng: random.Random):
+    """Kill the child: a random time after the sign of its kind; with "write" then as soon as a
+    checkpoint is being written. Yields while it waits."""
+    sign, delay = _sign(kind, trial, rng), _delay(kind, reference, rng)
+    while child.running() and sign is not None and not sign.exists():
+        yield
     start = time.monotonic()
-    while child.running() and time.monotonic() - start < moment:
+    while child.running() and time.monotonic() - start < delay:
         yield
     if kind == "write":
         until = time.monotonic() + 2
@@ -90,13 +103,11 @@ def killed_and_resumed(
         found = newest_checkpoint(trial) if trial.exists() else None
         resume = [f"resume={trial}"] if found else []
         child = Child(command(config, model, root, STEPS, "--train", *resume), log, folder)
-        yield from _kill(child, kind, _moment(kind, reference, rng), trial, rng)
+        yield from _kill(child, kind, reference, trial, rng)
         if child.status == -signal.SIGKILL:
             kills += 1
-        elif child.status == 0:  # it was quicker than the reference
-            reference.end = reference.test + (reference.end - reference.test) * 0.9
-            if found and found[1] == STEPS:
-                break
+        elif child.status == 0:  # it was quicker than the reference: another time, earlier
+            kind = rng.choice(("set-up", "test"))
         else:
             yield f"{config}: {ends_well(child)}"
             return
