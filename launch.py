@@ -8,13 +8,14 @@ Options of the config are overridden by key=value; several configs are merged fr
 
 import argparse
 import contextlib
-import importlib.util
 import inspect
 import logging
 import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from pathlib import Path
@@ -186,15 +187,6 @@ def _choose_device(trainer_args: dict) -> dict:
     return args
 
 
-def _make_loggers(trial_dir: str, system) -> list:
-    from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-
-    loggers = [CSVLogger(trial_dir, name="csv_logs")]
-    if importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX"):
-        loggers.append(TensorBoardLogger(trial_dir, name="tb_logs"))
-    return loggers + list(system.get_loggers())
-
-
 def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
     from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 
@@ -233,11 +225,6 @@ def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
     return made
 
 
-def _write_command(args, argv, trial_dir: str) -> None:
-    command = shlex.join(["python", sys.argv[0] or "launch.py", *argv])
-    Path(trial_dir, "cmd.txt").write_text(f"{command}\n{args}\n")
-
-
 # --- the run ------------------------------------------------------------------------------------
 
 _MODES = ("train", "validate", "test", "export")
@@ -248,7 +235,7 @@ def _load(args, overrides):
     and ``(epoch, global_step)`` of the checkpoint in `resume`, or None."""
     import torch
 
-    from threestudio.utils.checkpoint import read_checkpoint
+    from threestudio.utils.checkpoint import find_checkpoint, read_checkpoint
     from threestudio.utils.config import load_config
     from threestudio.utils.errors import UserError
     from threestudio.utils.misc import find_last_path
@@ -263,14 +250,17 @@ def _load(args, overrides):
             raise UserError(f"the config has no {key}: there is nothing to run")
     if cfg.resume is None:
         return cfg, None
-    cfg.resume = find_last_path(cfg.resume)
+    cfg.resume = find_checkpoint(find_last_path(cfg.resume))
     checkpoint = read_checkpoint(cfg.resume)
     return cfg, (checkpoint["epoch"], checkpoint["global_step"])
 
 
+def _checkpoint_folder(cfg) -> str:
+    return cfg.checkpoint.get("dirpath") or os.path.join(cfg.trial_dir, "ckpts")
+
+
 def _last_path(cfg) -> str:
-    folder = cfg.checkpoint.get("dirpath") or os.path.join(cfg.trial_dir, "ckpts")
-    return os.path.join(folder, "last.ckpt")
+    return os.path.join(_checkpoint_folder(cfg), "last.ckpt")
 
 
 def _make_trainer(args, cfg, guard, trainer_args: dict, system):
@@ -279,8 +269,11 @@ def _make_trainer(args, cfg, guard, trainer_args: dict, system):
     from threestudio.utils.checkpoint import AtomicCheckpointIO
     from threestudio.utils.config import config_to_primitive
     from threestudio.utils.errors import UserError
+    from threestudio.utils.loggers import make_loggers
 
-    logging_wanted = trainer_args.get("logger", True) and args.train
+    loggers: list | bool = False
+    if args.train and trainer_args.get("logger", True):
+        loggers = [*make_loggers(cfg.trial_dir), *system.get_loggers()]
     defaults = {
         "inference_mode": False,  # a system may need gradients to render (normals)
         "enable_model_summary": False,
@@ -295,7 +288,7 @@ def _make_trainer(args, cfg, guard, trainer_args: dict, system):
             **{
                 **defaults,
                 **trainer_args,
-                "logger": _make_loggers(cfg.trial_dir, system) if logging_wanted else False,
+                "logger": loggers,
             },
         )
     except UserError:
@@ -321,7 +314,7 @@ def _execute(args, cfg, counters, guard, trainer, system, data) -> None:
         )
     trainer.fit(system, datamodule=data, ckpt_path=cfg.resume)
     if guard.requested:  # too late to stop a step, in time to leave out the test
-        raise Interrupted(trainer.global_step)
+        raise Interrupted(trainer.global_step, guard.signum)
     trainer.test(system, datamodule=data, verbose=args.verbose)
     if args.gradio:
         trainer.predict(system, datamodule=data)
@@ -334,6 +327,7 @@ def run(args, overrides, argv) -> int:
     import threestudio
     from threestudio.utils.checkpoint import Interrupted, InterruptGuard
     from threestudio.utils.config import config_to_primitive
+    from threestudio.utils.explain import why_stopped
     from threestudio.utils.misc import get_rank
 
     _quieten(args.verbose)  # again: importing Lightning has set its loggers up
@@ -359,7 +353,10 @@ def run(args, overrides, argv) -> int:
                 _discard_trial(cfg)
             if isinstance(error, Interrupted):
                 return _report_interrupt(error, cfg)
-            raise
+            reason = why_stopped(error, cfg, _checkpoint_folder(cfg))
+            if reason is None:
+                raise
+            raise reason from error
     if trainer.is_global_zero:
         _report(args, cfg, system)
     return 0
@@ -368,17 +365,23 @@ def run(args, overrides, argv) -> int:
 def _begin_trial(args, argv, trial_dir: str) -> None:
     """Make the run's folder, now that nothing in the config can fail any more."""
     import threestudio
+    from threestudio.utils.files import remove_leftovers, whole_file
 
     os.makedirs(trial_dir, exist_ok=True)
+    remove_leftovers(trial_dir)
     command = shlex.join(["python", sys.argv[0] or "launch.py", *argv])
-    Path(trial_dir, "cmd.txt").write_text(f"{command}\n{args}\n")
+    with whole_file(os.path.join(trial_dir, "cmd.txt")) as tmp:
+        tmp.write_text(f"{command}\n{args}\n")
     if args.gradio:
-        threestudio.logger.addHandler(logging.FileHandler(os.path.join(trial_dir, "logs")))
+        handler = logging.FileHandler(os.path.join(trial_dir, "logs"))
+        handler.handleError = lambda record: None  # a full disk costs a line, not the run
+        threestudio.logger.addHandler(handler)
 
 
 def _discard_trial(cfg) -> None:
     """Remove the folder of a run that ended before it had any result."""
-    if not any(os.path.exists(os.path.join(cfg.trial_dir, name)) for name in ("ckpts", "save")):
+    results = [p for name in ("ckpts", "save") for p in Path(cfg.trial_dir, name).rglob("*")]
+    if not any(path.is_file() for path in results):
         shutil.rmtree(cfg.trial_dir, ignore_errors=True)
         with contextlib.suppress(OSError):  # other runs are in it
             os.rmdir(cfg.exp_dir)
@@ -405,7 +408,7 @@ def _report_interrupt(stop, cfg) -> int:
         print(f"interrupted; the last checkpoint is {last}")
     else:
         print("interrupted; nothing had been trained yet")
-    return 130
+    return stop.status
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -418,40 +421,49 @@ def _explain(error: BaseException) -> "str | None":
             f"the package {error.name} is not installed for {sys.executable}: activate the "
             "environment of `make demo` (. .venv/bin/activate), or pip install -r requirements.txt"
         )
-    from omegaconf.errors import OmegaConfBaseException
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+    from threestudio.utils.explain import explain
 
-    from threestudio.utils.errors import UserError
+    return explain(error, (HERE / "threestudio", HERE / "custom"))
 
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text
-    kinds = (ValueError, KeyError, OmegaConfBaseException, MisconfigurationException, OSError)
-    if not isinstance(error, kinds):
-        return None
-    if isinstance(error, KeyError):
-        text = f"{type(error).__name__}: {text}"
-    origin = traceback.extract_tb(error.__traceback__)[-1].filename
-    ours = any(
-        Path(origin).is_relative_to(root) for root in (HERE / "threestudio", HERE / "custom")
-    )
-    return text if ours else f"{text} (--verbose shows where)"
+
+class _EarlySignal:
+    """Context in which SIGTERM, like SIGINT, raises KeyboardInterrupt: for the time when nothing
+    is trained. `status` is the exit status that goes with the signal."""
+
+    status = 128 + signal.SIGINT
+
+    def _handle(self, signum, frame):
+        self.status = 128 + signum
+        raise KeyboardInterrupt
+
+    def __enter__(self):
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *exc):
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
 
 
 def main(argv=None) -> int:
-    """Run the command line `argv`; returns the exit status (2 after a mistake, 130 when
-    interrupted)."""
+    """Run the command line `argv`; returns the exit status: 2 after a mistake or a full disk, 130
+    after Ctrl-C and 143 after SIGTERM (128 + the signal's number, as shells and schedulers know
+    it), at whatever moment they come."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args, overrides = parse_args(argv)
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu)
-    with warnings.catch_warnings() if not args.verbose else contextlib.nullcontext():
+    quiet = contextlib.nullcontext() if args.verbose else warnings.catch_warnings()
+    with quiet, _EarlySignal() as early:
         _quieten(args.verbose)
         try:
             return run(args, overrides, argv)
         except KeyboardInterrupt:
             print("interrupted; nothing had been trained yet")
-            return 130
+            return early.status
         except Exception as error:
             message = _explain(error)
             extensions = sys.modules.get("threestudio.utils.extensions")
@@ -463,7 +475,14 @@ def main(argv=None) -> int:
                 traceback.print_exc()
             print(f"error: {message}", file=sys.stderr)
             return 2
+        except BaseException as error:
+            if not hasattr(error, "status"):
+                raise
+            print("interrupted")  # again, while the first signal was dealt with
+            return error.status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of Python's own shutdown
+    sys.exit(status)

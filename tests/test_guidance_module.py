@@ -83,6 +83,18 @@ def test_images_of_any_size_get_a_gradient(make, name):
     assert (out["min_step"], out["max_step"]) == (20, 980)
 
 
+def test_what_is_dropped_is_said_once_and_again_when_it_is_all(make, monkeypatch):
+    guidance, warnings = make(SDS), []
+    monkeypatch.setattr("threestudio.warn", warnings.append)
+    some = torch.ones(2, 4, 8, 8)
+    some[0, 0, 0, :4] = math.inf
+    for bad, said in ((some, 0), (some, 1), (some * math.nan, 1), (some * math.nan, 2), (some, 2)):
+        monkeypatch.setattr(guidance, "gradient", lambda *args, bad=bad: bad)
+        guidance.distill(torch.zeros_like(bad), None, None)
+        assert len(warnings) == said, warnings  # a step's share is known at the next one
+    assert "0.781 % of a gradient's elements" in warnings[0] and "100 %" in warnings[1]
+
+
 @pytest.mark.parametrize("name", PRIORS)
 def test_not_finite_is_dropped_and_the_rest_clipped(make, monkeypatch, name):
     guidance = make(name, grad_clip=OmegaConf.create([0, 2.0, 0.5, 10]))

@@ -229,7 +229,9 @@ def test_jitter_is_for_training():
     assert not renderer.eval().randomized
     assert torch.equal(renderer(**batch)["depth"], renderer(**batch)["depth"])
     assert renderer.train().randomized
-    renderer.eval().training = True  # which is how Lightning resumes training after a validation
+    renderer.eval()
+    for module in renderer.modules():  # as Lightning does after a validation
+        module.training = True
     assert renderer.randomized
     assert not make(randomized=False).train().randomized
 

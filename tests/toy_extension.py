@@ -91,6 +91,55 @@ class ToySystem(BaseSystem):
         return [f"the toy was tested at {sorted(set(self.tested))}"]
 
 
+@threestudio.register("toy-faulty-system")
+class ToyFaultySystem(ToySystem):
+    """Goes wrong in the way of `fault` in the steps `at` to `at + n - 1`."""
+
+    @dataclass
+    class Config(ToySystem.Config):
+        fault: str = ""  # loss | gradient | parameter | cuda | memory | allocation
+        at: int = 2
+        n: int = 1
+        manual: bool = False
+
+    def configure(self):
+        super().configure()
+        self.automatic_optimization = not self.cfg.manual
+
+    def faulty(self, *kinds):
+        now = self.cfg.at <= self.true_global_step < self.cfg.at + self.cfg.n
+        return now and self.cfg.fault in kinds
+
+    def training_step(self, batch, batch_idx):
+        if self.faulty("cuda"):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU")
+        if self.faulty("memory"):
+            raise MemoryError
+        if self.faulty("allocation"):
+            torch.empty(2**58)
+        loss = super().training_step(batch, batch_idx)["loss"]
+        if self.faulty("loss"):
+            self.loss_terms = {"loss_toy": loss.detach() / 0, "loss_other": torch.ones(())}
+            loss = loss / 0
+        if self.faulty("gradient"):  # sqrt at 0: a finite loss, and 0 * inf in two elements
+            loss = loss + (0 * self.body[0].weight[0, :2]).sqrt().sum()
+        if self.cfg.manual:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.spoil()
+        return {"loss": loss}
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.spoil()
+
+    def spoil(self):
+        if self.cfg.fault == "parameter" and self.true_global_step == self.cfg.at + self.cfg.manual:
+            self.body[1].bias.data.fill_(float("inf"))
+
+
 @threestudio.register("toy-geometry")
 class ToyGeometry(BaseGeometry):
     @dataclass

@@ -5,7 +5,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytorch_lightning as pl
-import torch
 
 import threestudio
 from threestudio.models.exporters.base import Exporter, ExporterOutput
@@ -13,7 +12,6 @@ from threestudio.systems.exact_resume import ExactResume
 from threestudio.systems.utils import parse_optimizer, parse_scheduler
 from threestudio.utils.base import Updateable, update_end_if_possible, update_if_possible
 from threestudio.utils.config import load_config, parse_structured
-from threestudio.utils.errors import UserError
 from threestudio.utils.misc import (
     C,
     cleanup,
@@ -22,10 +20,9 @@ from threestudio.utils.misc import (
     load_module_weights,
     loading_weights,
 )
+from threestudio.utils.nonfinite import NonFiniteGuard
 from threestudio.utils.saving import SaverMixin
 from threestudio.utils.typing import *
-
-_PATIENCE = 20  # steps in a row that a loss may overflow under fp16 loss scaling, which skips them
 
 
 class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
@@ -44,6 +41,8 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
         scheduler: Optional[dict] = None
         weights: Optional[str] = None  # a checkpoint to start from (weights only, not strict)
         weights_ignore_modules: Optional[List[str]] = None
+        on_nonfinite: str = "stop"  # or "skip": what to do with a step of NaN or inf
+        max_skipped_steps: int = 20  # in a row, after which the run stops all the same
         cleanup_after_validation_step: bool = False
         cleanup_after_test_step: bool = False
 
@@ -55,8 +54,9 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
         self._save_dir: Optional[str] = None
         self._resumed = resumed
         self._resumed_eval_status: Optional[Tuple[int, int]] = None
+        self.loss_terms: Dict[str, Tensor] = {}  # parts of the last loss, for an error to name
         self._exact_resume = ExactResume()
-        self._bad_losses = 0
+        self._nonfinite = NonFiniteGuard(self.cfg.on_nonfinite, self.cfg.max_skipped_steps)
         if cfg is not None and "loggers" in cfg:
             self.create_loggers(self.cfg.loggers)
         self.configure()
@@ -93,7 +93,7 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
 
     def configure_callbacks(self) -> List[Any]:
         attached = self._trainer.callbacks if self._trainer is not None else []
-        return [c for c in (self._exact_resume,) if c not in attached]
+        return [c for c in (self._exact_resume, self._nonfinite) if c not in attached]
 
     # --- counters and schedules -----------------------------------------------------------------
 
@@ -180,24 +180,6 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
 
     def on_before_optimizer_step(self, optimizer):
         """Override: the gradients are complete here."""
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        """Stop at a loss that is not a number, before it spoils the parameters.
-
-        Under fp16 loss scaling an overflow is ordinary (the step is skipped and the scale
-        lowered): there it takes 20 in a row.
-        """
-        if bool(torch.isfinite(loss.detach()).all()):
-            self._bad_losses = 0
-            return
-        self._bad_losses += 1
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None or self._bad_losses >= _PATIENCE:
-            raise UserError(
-                f"the loss became {float(loss.detach().mean())} at step {self.true_global_step}: "
-                "the run stops here; lower the learning rates or loss weights, and resume from "
-                "the last checkpoint"
-            )
 
 
 class BaseLift3DSystem(BaseSystem):

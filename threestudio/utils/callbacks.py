@@ -1,5 +1,6 @@
 """What accompanies a run: snapshots of config and code, and a progress bar."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 import threestudio
 from threestudio.utils.config import dump_config
+from threestudio.utils.files import disk_error, whole_file
 from threestudio.utils.typing import *
 
 
@@ -63,10 +65,11 @@ class ConfigSnapshotCallback(VersionedCallback):
     def save_config_snapshot(self) -> None:
         """Write the files."""
         os.makedirs(self.savedir, exist_ok=True)
-        dump_config(os.path.join(self.savedir, "parsed.yaml"), self.cfg)
+        with whole_file(os.path.join(self.savedir, "parsed.yaml")) as tmp:
+            dump_config(tmp, self.cfg)
         for i, raw in enumerate(self.raw):
-            name = f"raw_{i}.yaml" if i else "raw.yaml"
-            Path(self.savedir, name).write_bytes(raw)
+            with whole_file(Path(self.savedir, f"raw_{i}.yaml" if i else "raw.yaml")) as tmp:
+                tmp.write_bytes(raw)
 
     def on_fit_start(self, trainer, pl_module) -> None:
         self.save_config_snapshot()
@@ -103,12 +106,15 @@ class CodeSnapshotCallback(VersionedCallback):
         for name in self.get_file_list():
             target = os.path.join(self.savedir, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            shutil.copyfile(name, target)
+            with whole_file(target) as tmp:
+                shutil.copyfile(name, tmp)
 
     def on_fit_start(self, trainer, pl_module) -> None:
         try:
             self.save_code_snapshot()
-        except (OSError, subprocess.CalledProcessError):
+        except (OSError, subprocess.CalledProcessError) as error:
+            if disk_error(error):
+                raise
             threestudio.warn("no snapshot of the code: it needs git, and a repository around here")
 
 
@@ -234,9 +240,10 @@ class ProgressCallback(Callback):
 
     @rank_zero_only
     def write(self, message: str) -> None:
-        """Replace the line."""
-        self.save_path.parent.mkdir(parents=True, exist_ok=True)
-        self.save_path.write_text(message)
+        """Replace the line. A disk that is full costs a line, not the run."""
+        with contextlib.suppress(OSError):
+            self.save_path.parent.mkdir(parents=True, exist_ok=True)
+            self.save_path.write_text(message)
         self._written_at = time.monotonic()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:

@@ -1,7 +1,5 @@
 """Checkpoints that are whole or absent, and a last checkpoint that is the last step."""
 
-import os
-import pickle
 import signal
 import sys
 import threading
@@ -14,35 +12,77 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 
 from threestudio.utils.errors import UserError
+from threestudio.utils.files import whole_file
 from threestudio.utils.typing import *
 
-_UNREADABLE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-)
+_KEYS = ("state_dict", "epoch", "global_step")
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether the checkpoint's archive is complete and its checksums agree."""
+def is_whole(path) -> bool:
+    """Whether the checkpoint's archive is complete and its checksums agree (``torch.load`` does
+    not look at them, and would hand out the values of a flipped bit)."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError):
+            stored = all(
+                i.compress_type == zipfile.ZIP_STORED and i.file_size == i.compress_size
+                for i in archive.infolist()
+            )
+            return stored and archive.testzip() is None
+    except Exception:  # whatever the reader stumbles over, the file is not what was written
         return False
 
 
-def _newest_good_sibling(path: Path) -> Optional[Path]:
-    others = [p for p in path.parent.glob("*.ckpt") if p.name != path.name]
-    by_age = sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)
-    return next((p for p in by_age if _is_whole(p)), None)
+def _step_of(path: Path) -> Optional[int]:
+    """The ``global_step`` in a checkpoint, read without its tensors; None if that fails."""
+    try:
+        return int(torch.load(path, "cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception:
+        return None
+
+
+def newest_checkpoint(folder, exclude: str = "") -> Optional[Tuple[Path, int, str]]:
+    """The good checkpoint of the most steps in `folder` (a run's, or its ``ckpts``), its step, and
+    why it was chosen; None if there is none. `exclude`: the name of a file that is not asked.
+
+    Of two of the same step the one written last is taken.
+    """
+    folder = Path(folder)
+    folder = folder / "ckpts" if (folder / "ckpts").is_dir() else folder
+    steps = {p: _step_of(p) for p in folder.glob("*.ckpt") if p.is_file() and p.name != exclude}
+    damaged = [p.name for p, step in steps.items() if step is None]
+    readable = [p for p, step in steps.items() if step is not None]
+    for path in sorted(readable, key=lambda p: (steps[p], p.stat().st_mtime_ns), reverse=True):
+        if is_whole(path):
+            reason = f"the newest of {len(steps)}" if len(steps) > 1 else "the only checkpoint"
+            if damaged:
+                verb = "is" if len(damaged) == 1 else "are"
+                reason += f"; {', '.join(sorted(damaged))} {verb} truncated or damaged"
+            return path, steps[path], reason
+        damaged.append(path.name)
+    return None
+
+
+def find_checkpoint(path) -> str:
+    """The checkpoint that ``resume=`` means: a file is itself; of a run's folder, or of its
+    ``ckpts``, the newest good one, which one printed line names.
+
+    Raises :class:`UserError` for a folder without any.
+    """
+    if not Path(path).is_dir():
+        return str(path)
+    found = newest_checkpoint(path)
+    if found is None:
+        raise UserError(
+            f"no checkpoint can be read in {path}: start the run anew, without resume=, or name "
+            "another folder"
+        )
+    print(f"using {found[0]} (step {found[1]}: {found[2]})", flush=True)
+    return str(found[0])
 
 
 def read_checkpoint(path, map_location=None) -> dict:
-    """Load a checkpoint: tensors and plain values only, never code (``weights_only``).
+    """Load a checkpoint: tensors and plain values only, never code (``weights_only``), and only
+    if its checksums agree.
 
     Raises :class:`UserError`, one line, for a missing or unreadable file; it names the newest
     readable checkpoint of the same folder, if there is one.
@@ -50,16 +90,22 @@ def read_checkpoint(path, map_location=None) -> dict:
     path = Path(path)
     if not path.is_file():
         problem = f"checkpoint {path} not found"
+    elif not is_whole(path):
+        problem = f"checkpoint {path} is truncated or damaged"
     else:
         try:
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except _UNREADABLE as error:
-            if _is_whole(path):  # then it is the contents that are refused
-                detail = " ".join(str(error).split())[:300]
-                raise UserError(f"checkpoint {path} cannot be loaded: {detail}") from error
-            problem = f"checkpoint {path} is truncated or damaged"
-    good = _newest_good_sibling(path) if path.parent.is_dir() else None
-    raise UserError(problem + (f": the newest good one beside it is {good}" if good else ""))
+            content = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except (MemoryError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:  # the archive is as it was written: the contents are refused
+            detail = " ".join(str(error).split())[:300]
+            raise UserError(f"checkpoint {path} cannot be loaded: {detail}") from error
+        missing = [k for k in _KEYS if not isinstance(content, dict) or k not in content]
+        if not missing:
+            return content
+        problem = f"{path} is no checkpoint of a run: it lacks {', '.join(missing)}"
+    good = newest_checkpoint(path.parent, exclude=path.name) if path.parent.is_dir() else None
+    raise UserError(problem + (f": the newest good one beside it is {good[0]}" if good else ""))
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -67,7 +113,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     code when it is read.
 
     A file is written beside its place, flushed to the disk and then renamed over it: a crash or a
-    full disk leaves the old one. What could not be read back is refused when it is written.
+    full disk (``OSError``) leaves the old one. What could not be read back is refused when it is
+    written.
     """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
@@ -75,22 +122,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise TypeError("storage_options is not supported")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with whole_file(path, sync=True) as tmp:
             with open(tmp, "wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
             self._refuse_unsafe(tmp, path)
-            os.replace(tmp, path)
-        finally:
-            tmp.unlink(missing_ok=True)
-        if os.name == "posix":  # the rename is on the disk only once its folder is
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
 
     @staticmethod
     def _refuse_unsafe(tmp: Path, path: Path) -> None:
@@ -108,11 +143,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 class Interrupted(BaseException):
     """The user (SIGINT) or the system (SIGTERM) asked to stop. `step`: the step in last.ckpt, or
-    None if none was saved."""
+    None if none was saved. `status`: the exit status, 128 + the signal's number, as shells and
+    schedulers know it (130 for Ctrl-C, 143 for SIGTERM)."""
 
-    def __init__(self, step: Optional[int] = None) -> None:
-        super().__init__(step)
+    def __init__(self, step: Optional[int] = None, signum: int = signal.SIGINT) -> None:
+        super().__init__(step, signum)
         self.step = step
+        self.status = 128 + signum
 
 
 class InterruptGuard:
@@ -123,14 +160,15 @@ class InterruptGuard:
     def __init__(self) -> None:
         self.training = False
         self.requested = False
+        self.signum: int = signal.SIGINT  # the first one that came
         self._before: Dict[int, Any] = {}
 
     def _handle(self, signum, frame) -> None:
         if self.training and not self.requested:
-            self.requested = True
+            self.requested, self.signum = True, signum
             print("\nstopping after this step (once more: at once)", file=sys.stderr, flush=True)
             return
-        raise Interrupted
+        raise Interrupted(signum=signum)
 
     def __enter__(self) -> "InterruptGuard":
         if threading.current_thread() is threading.main_thread():  # Python allows it only there
@@ -201,7 +239,7 @@ class LastCheckpoint(Checkpoint):
         if stop or self._due(trainer):
             self._save(trainer)
         if stop:
-            raise Interrupted(trainer.global_step)
+            raise Interrupted(trainer.global_step, self.guard.signum)
 
     def on_train_end(self, trainer, pl_module) -> None:
         self.guard.training = False

@@ -11,6 +11,11 @@ class UserError(ValueError):
         return " ".join(str(arg) for arg in self.args)
 
 
+class StoppedError(UserError):
+    """What ends a run that was going well: a full disk, too little memory, values that are not
+    finite. ``launch.py`` adds the checkpoint that the run can be resumed from."""
+
+
 class UnknownNameError(UserError, KeyError):
     """A name that nothing is registered under (a ``KeyError`` for code written against one)."""
 

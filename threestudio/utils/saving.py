@@ -1,5 +1,6 @@
 """``SaverMixin``: everything that a system writes into its output folder."""
 
+import functools
 import json
 import os
 import re
@@ -11,21 +12,47 @@ import numpy as np
 import torch
 from PIL import Image
 
+import threestudio
 from threestudio.utils import images, saving_obj
 from threestudio.utils.errors import UserError
+from threestudio.utils.files import disk_advice, require_space, whole_file
 from threestudio.utils.typing import *
+
+
+def _writes(method: Callable) -> Callable:
+    """While a system trains, a file that cannot be written costs the file and not the training:
+    there is one warning, and the file's path is returned all the same."""
+
+    @functools.wraps(method)
+    def wrapper(self, filename: str, *args, **kwargs) -> str:
+        try:
+            return method(self, filename, *args, **kwargs)
+        except OSError as error:
+            trainer = getattr(self, "_trainer", None)
+            if trainer is None or trainer.state.fn != "fit":
+                raise
+            if not self._write_failed:
+                threestudio.warn(
+                    f"a file is left out, and may not be the last: {disk_advice(error)}"
+                )
+            self._write_failed = True
+            return os.path.join(self.get_save_dir(), filename)
+
+    return wrapper
 
 
 class SaverMixin:
     """Methods ``save_*(filename, ...)``: ``filename`` is relative to the save folder, folders
     above it are made, and the path (for ``save_obj`` a list of paths) is returned.
 
+    A file is whole or absent: it is written beside its place and moved there (see ``whole_file``).
     Images are numpy arrays or tensors of any device, floats within ``data_range`` or uint8.
     ``name`` and ``step`` send the result to Weights & Biases too, where that logger is enabled.
     """
 
     _save_dir: Optional[str] = None
     _wandb_logger: Any = None
+    _write_failed = False
 
     DEFAULT_RGB_KWARGS = {"data_format": "HWC", "data_range": (0, 1)}
     DEFAULT_UV_KWARGS = {"data_format": "HWC", "data_range": (0, 1), "cmap": "checkerboard"}
@@ -102,17 +129,19 @@ class SaverMixin:
 
     # -- images --------------------------------------------------------------------------------
 
+    @_writes
     def save_image(self, filename: str, img: Any) -> str:
         """(H, W), (H, W, 3) or (H, W, 4) of uint8, or of uint16 (PNG only), unchanged."""
         img = self.convert_data(img)
-        path = self.get_save_path(filename)
-        if img.dtype == np.uint16:
-            _write_png16(path, img)
-        elif img.dtype == np.uint8:
-            options = {"quality": 95} if path.lower().endswith((".jpg", ".jpeg")) else {}
-            Image.fromarray(img).save(path, **options)
-        else:
+        if img.dtype not in (np.uint8, np.uint16):
             raise UserError(f"save_image takes uint8 or uint16, not {img.dtype}")
+        path = self.get_save_path(filename)
+        with whole_file(path, keep_suffix=True) as tmp:
+            if img.dtype == np.uint16:
+                _write_png16(str(tmp), img)
+            else:
+                options = {"quality": 95} if path.lower().endswith((".jpg", ".jpeg")) else {}
+                Image.fromarray(img).save(tmp, **options)
         return path
 
     def save_rgb_image(
@@ -202,6 +231,7 @@ class SaverMixin:
             filename, images.cubemap_image(self.convert_data(img), data_range, rgba)
         )
 
+    @_writes
     def save_img_sequence(
         self,
         filename: str,
@@ -221,16 +251,20 @@ class SaverMixin:
             filename += f".{save_format}"
         folder = os.path.join(self.get_save_dir(), img_dir)
         names = os.listdir(folder) if os.path.isdir(folder) else []
+        names = [name for name in names if not name.startswith(".")]  # of a write in progress
         found = [(int(m.groups()[0]), n) for n in names if (m := re.search(matcher, n))]
         if not found:
             raise UserError(f"no frames for {filename!r}: nothing in {folder} matches {matcher!r}")
         path = self.get_save_path(filename)
-        _write_video(path, [os.path.join(folder, n) for _, n in sorted(found)], save_format, fps)
+        frames = [os.path.join(folder, n) for _, n in sorted(found)]
+        with whole_file(path, keep_suffix=True) as tmp:
+            _write_video(str(tmp), frames, save_format, fps)
         self._log_media("video", path, name, step)
         return path
 
     # -- data and geometry ---------------------------------------------------------------------
 
+    @_writes
     def save_data(self, filename: str, data: Any) -> str:
         """A dict as ``.npz``, anything else as ``.npy``; the suffix is added when it lacks."""
         data = self.convert_data(data)
@@ -238,17 +272,21 @@ class SaverMixin:
         if not filename.endswith(suffix):
             filename += suffix
         path = self.get_save_path(filename)
-        if isinstance(data, dict):
-            np.savez(path, **data)
-        else:
-            np.save(path, data)
+        with whole_file(path, keep_suffix=True) as tmp:
+            if isinstance(data, dict):
+                np.savez(tmp, **data)
+            else:
+                np.save(tmp, data)
         return path
 
+    @_writes
     def save_state_dict(self, filename: str, data: Any) -> str:
         path = self.get_save_path(filename)
-        torch.save(data, path)
+        with whole_file(path) as tmp, open(tmp, "wb") as file:
+            torch.save(data, file)
         return path
 
+    @_writes
     def save_mesh(
         self,
         filename: str,
@@ -266,13 +304,15 @@ class SaverMixin:
 
         path = self.get_save_path(filename)
         colors = None if v_rgb is None else images.to_uint8(self.convert_data(v_rgb))
-        trimesh.Trimesh(
+        mesh = trimesh.Trimesh(
             self.convert_data(v_pos),
             self.convert_data(t_pos_idx),
             vertex_normals=self.convert_data(v_nrm),
             vertex_colors=colors,
             process=False,
-        ).export(path)
+        )
+        with whole_file(path, keep_suffix=True) as tmp:
+            mesh.export(tmp)
         return path
 
     def save_obj(
@@ -324,16 +364,19 @@ class SaverMixin:
 
     # -- files ---------------------------------------------------------------------------------
 
+    @_writes
     def _save_text(self, filename: str, text: str) -> str:
         path = self.get_save_path(filename)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
+        with whole_file(path) as tmp:
+            tmp.write_text(text, encoding="utf-8")
         return path
 
+    @_writes
     def save_file(self, filename: str, src: str) -> str:
         """A copy of the file ``src``."""
         path = self.get_save_path(filename)
-        shutil.copyfile(src, path)
+        with whole_file(path) as tmp:
+            shutil.copyfile(src, tmp)
         return path
 
     def save_json(self, filename: str, payload: Any) -> str:
@@ -369,17 +412,30 @@ def _write_video(path: str, frames: List[str], save_format: str, fps: int) -> No
     if save_format == "mp4":
         options = {"format": "FFMPEG", "codec": "libx264", "pixelformat": "yuv420p", "quality": 8}
         options |= {"fps": fps, "macro_block_size": 1}
-        options |= {"output_params": ["-movflags", "+faststart"], "ffmpeg_log_level": "error"}
+        options |= {"output_params": ["-movflags", "+faststart"], "ffmpeg_log_level": "quiet"}
     else:
         options = {"format": "GIF", "duration": 1000 / fps, "loop": 0}
     size = None
-    with imageio.get_writer(path, mode="I", **options) as writer:
-        for frame in frames:
-            with Image.open(frame) as file:
-                pixels = np.asarray(file.convert("RGB"))
-            size = size or pixels.shape[:2]
-            pixels = images.resize(pixels, *size)
-            if save_format == "mp4":
-                pad = ((0, size[0] % 2), (0, size[1] % 2), (0, 0))
-                pixels = np.pad(pixels, pad, mode="edge")
-            writer.append_data(pixels)
+    try:
+        with imageio.get_writer(path, mode="I", **options) as writer:
+            for frame in frames:
+                with Image.open(frame) as file:
+                    pixels = np.asarray(file.convert("RGB"))
+                size = size or pixels.shape[:2]
+                pixels = images.resize(pixels, *size)
+                if save_format == "mp4":
+                    pad = ((0, size[0] % 2), (0, size[1] % 2), (0, 0))
+                    pixels = np.pad(pixels, pad, mode="edge")
+                writer.append_data(pixels)
+        complete = save_format != "mp4" or _count_frames(path) == len(frames)
+    except (RuntimeError, BrokenPipeError):  # of ffmpeg's writer and reader
+        complete = False
+    if not complete:
+        require_space(os.path.dirname(path))  # ffmpeg does not say why, and may not even fail
+        raise UserError("ffmpeg could not write the video (pip install imageio-ffmpeg brings one)")
+
+
+def _count_frames(path: str) -> int:
+    import imageio_ffmpeg
+
+    return imageio_ffmpeg.count_frames_and_secs(path)[0]

@@ -87,6 +87,8 @@ class BaseGuidance(BaseModule):
                 threestudio.warn(f"guidance: {field}={self.cfg[field]} has no effect")
         self.denoiser = self.load_denoiser(self.cfg.pretrained_model_name_or_path)
         self._prompt_known = False
+        self._lost: Optional[Tensor] = None  # share of the last gradient that was not finite
+        self._warned: set = set()
         self.update_step(0, 0)
         self.create_learned()
         if str(self.cfg.weights or "").endswith(".safetensors"):
@@ -230,10 +232,24 @@ class BaseGuidance(BaseModule):
         )
         eps = torch.randn_like(latents)
         x_t = self.denoiser.add_noise(latents, eps, t)
-        grad = torch.nan_to_num(
-            self.gradient(x_t, t, eps, prompt, null), nan=0.0, posinf=0.0, neginf=0.0
-        )
+        raw = self.gradient(x_t, t, eps, prompt, null)
+        self._warn_of_lost()
+        self._lost = (~torch.isfinite(raw)).float().mean()
+        grad = torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0)
         return grad if self.grad_clip is None else grad.clamp(-self.grad_clip, self.grad_clip)
+
+    def _warn_of_lost(self) -> None:
+        """Say once per run that elements of a gradient were not finite, and once that all were.
+
+        It is the last step's gradient that is asked about: a GPU would have to be waited for to
+        know this step's."""
+        share = 0.0 if self._lost is None else float(self._lost)
+        if share > 0 and (share == 1) not in self._warned:
+            self._warned.add(share == 1)
+            threestudio.warn(
+                f"guidance: {100 * share:.3g} % of a gradient's elements were nan or inf, and "
+                "count as 0" + (": nothing is learnt from such a step" if share == 1 else "")
+            )
 
     def forward(
         self,

@@ -92,8 +92,8 @@ class NeRFVolumeRenderer(VolumeRenderer):
 
     @property
     def randomized(self) -> bool:
-        """Jitter belongs to training only. (Read from the mode and not kept: after a validation
-        Lightning puts ``training`` back without calling ``train``.)"""
+        """Whether samples are jittered: in training only. (Asked for each time, because Lightning
+        ends a validation by setting ``training`` of every module, not by calling ``train``.)"""
         return self.training and self.cfg.randomized
 
     def update_step(self, epoch: int, global_step: int, on_load_weights: bool = False) -> None:
