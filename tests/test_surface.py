@@ -182,7 +182,7 @@ def test_attributes_that_subclasses_of_the_data_module_use():
 @pytest.mark.parametrize("fovx, fovy", [(0.9, 0.9), (1.2, 0.7)])
 def test_cam_info_gaussian_in_closed_form(fovx, fovy):
     """A camera at (d, 0, 0) that looks at the origin with z up sees the point (x, y, z) at depth
-    d - x, y to the right and z up; the transform of the device of `c2w` (meta here) stays there."""
+    d - x, y to the right and z up."""
     function = get("threestudio.utils.ops:get_cam_info_gaussian")
     d, near, far = 3.0, 0.1, 100.0
     c2w = torch.tensor([[0.0, 0, 1, d], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
@@ -199,7 +199,19 @@ def test_cam_info_gaussian_in_closed_form(fovx, fovy):
     expected_z = far / (far - near) * (1 - near / depth)  # 0 at near, 1 at far
     torch.testing.assert_close(clip[2] / clip[3], expected_z)
     assert centre.tolist() == [d, 0, 0]
-    assert {t.device.type for t in function(c2w.to("meta"), fovx, fovy, near, far)} == {"meta"}
+
+
+def test_cam_info_gaussian_stays_on_the_device_of_the_camera(monkeypatch):
+    ops, made = get("threestudio.utils.ops"), []
+    whole = ops.get_projection_matrix_gaussian
+
+    def spy(*args, **kwargs):
+        made.append(whole(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(ops, "get_projection_matrix_gaussian", spy)
+    out = ops.get_cam_info_gaussian(torch.eye(4, device="meta"), 0.9, 0.9, 0.1, 100)
+    assert [t.device.type for t in (*out, *made)] == ["meta"] * 4
 
 
 # --- fields of configurations ---------------------------------------------------------------------
