@@ -5,6 +5,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -371,7 +372,12 @@ def test_random_states_come_back(tmp_path):
     assert draw() == first
 
 
-def test_single_process_helpers():
+def test_single_process_helpers(monkeypatch):
+    freed: list = []
+    fake = SimpleNamespace(free_temporary_memory=lambda: freed.append(1))
+    monkeypatch.setitem(sys.modules, "tinycudann", fake)
+    misc.cleanup()
+    assert freed == [1]
     tensor = torch.ones(2)
     misc.barrier()
     assert misc.broadcast(tensor) is tensor

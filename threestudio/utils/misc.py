@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import random
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -254,10 +255,12 @@ def find_last_path(path: str) -> str:
 
 
 def cleanup() -> None:
-    """Collect garbage and give cached CUDA memory back."""
+    """Collect garbage and give cached CUDA memory back, tiny-cuda-nn's too where it is in use."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    if "tinycudann" in sys.modules:
+        sys.modules["tinycudann"].free_temporary_memory()
 
 
 def finish_with_cleanup(func: Callable) -> Callable:

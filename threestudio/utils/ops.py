@@ -273,9 +273,9 @@ def get_full_projection_matrix(
     return get_mvp_matrix(c2w, proj_mtx).transpose(-1, -2)
 
 
-def convert_pose(c2w: Float[Tensor, "... 4 4"]) -> Float[Tensor, "... 4 4"]:
+def convert_pose(C2W: Float[Tensor, "... 4 4"]) -> Float[Tensor, "... 4 4"]:
     """OpenGL camera axes (y up, looking along -z) to OpenCV's (y down, along +z), or back."""
-    return c2w * c2w.new_tensor([1.0, -1.0, -1.0, 1.0])
+    return C2W * C2W.new_tensor([1.0, -1.0, -1.0, 1.0])
 
 
 def get_projection_matrix_gaussian(

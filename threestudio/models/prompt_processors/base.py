@@ -7,11 +7,19 @@ from dataclasses import dataclass, field
 import torch
 
 import threestudio
-from threestudio.models.prompt_processors.cache import EmbeddingCache
+from threestudio.models.prompt_processors.cache import EmbeddingCache, hash_prompt
 from threestudio.utils.base import BaseObject
 from threestudio.utils.errors import UserError
 from threestudio.utils.misc import cleanup
 from threestudio.utils.typing import *
+
+__all__ = [
+    "DirectionConfig",
+    "PromptProcessor",
+    "PromptProcessorOutput",
+    "hash_prompt",
+    "shift_azimuth_deg",
+]
 
 CACHE_DIR = os.path.join(".threestudio_cache", "text_embeddings")
 PROMPT_LIBRARY = os.path.join("load", "prompt_library.json")
