@@ -5,6 +5,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import pytest
+from omegaconf import OmegaConf
+
+from tests.surface_fields import CONFIGS
+
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = ROOT / "custom" / "threestudio-lods"
 
@@ -100,3 +105,26 @@ def test_loading_twice_as_upstream_loads(lods):
         sys.modules[EXTENSION.name] = known
     assert threestudio.__modules__ == before
     assert module.guidance is lods.guidance
+
+
+PAIRS = {"gs": "pocket.yaml", "ngp": "pocket-ngp.yaml"}
+
+
+@pytest.mark.parametrize("overlay", [False, True])
+@pytest.mark.parametrize("learnt", ["embedding", "lora"])
+@pytest.mark.parametrize("backbone", PAIRS)
+def test_shipped_keys_are_upstreams(backbone, learnt, overlay):
+    """Upstream's parts get no field that only ours know."""
+    files = [f"lods-{backbone}-{learnt}.yaml", *([PAIRS[backbone]] if overlay else [])]
+    cfg = OmegaConf.merge(*(OmegaConf.load(ROOT / "configs" / name) for name in files))
+    assert cfg.data_type == "random-camera-datamodule"
+    kinds = {"threestudio.data.uncond:RandomCameraDataModuleConfig": cfg.data}
+    for key, kind in cfg.system.items():
+        if key.endswith("_type"):
+            kinds[kind] = cfg.system.get(key[: -len("_type")], {})
+    known = {kind: fields for kind, fields in kinds.items() if kind in CONFIGS}
+    assert len(known) >= 4  # data, prompt processor, material, background
+    odd = {kind: set(fields) - set(CONFIGS[kind]) for kind, fields in known.items()}
+    assert not any(odd.values()), odd
+    top = set(cfg) - set(CONFIGS["threestudio.utils.config:ExperimentConfig"])
+    assert not top
