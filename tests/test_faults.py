@@ -45,6 +45,7 @@ def step_of(run="p"):
     "fault, report",
     [
         ("loss", "the loss became inf (loss_toy is inf) at step 2"),
+        ("constant", "the loss became nan at step 2"),
         ("gradient", "gradients are not finite: body.0.weight (2 of 12 elements) at step 2"),
         ("parameter", "parameters are not finite: body.1.bias (1 of 1 elements) after step 3"),
     ],
@@ -56,7 +57,7 @@ def test_values_not_finite_stop_the_run_before_a_checkpoint(cli, fault, report, 
     assert all(torch.isfinite(v).all() for v in read(last())["state_dict"].values())
 
 
-@pytest.mark.parametrize("fault", ["loss", "gradient"])
+@pytest.mark.parametrize("fault", ["loss", "constant", "gradient"])
 @pytest.mark.parametrize("manual", [False, True])
 def test_a_skipped_step_touches_nothing(cli, caplog, fault, manual):  # noqa: F811
     flags = [*FAULTY, f"system.fault={fault}", f"system.manual={manual}"]
@@ -72,7 +73,7 @@ def test_a_skipped_step_touches_nothing(cli, caplog, fault, manual):  # noqa: F8
 
 
 def test_accumulated_gradients_are_skipped_as_one(cli, caplog):  # noqa: F811
-    flags = [*FAULTY, "system.fault=loss", "system.on_nonfinite=skip"]
+    flags = [*FAULTY, "system.fault=constant", "system.on_nonfinite=skip"]
     assert train(cli, *flags, "trainer.accumulate_grad_batches=2")[0] == 0
     assert caplog.text.count("this step is skipped") == 1
     assert {s["step"].item() for s in read(last())["optimizer_states"][0]["state"].values()} == {3}

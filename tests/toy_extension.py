@@ -97,7 +97,7 @@ class ToyFaultySystem(ToySystem):
 
     @dataclass
     class Config(ToySystem.Config):
-        fault: str = ""  # loss | gradient | parameter | cuda | memory | allocation
+        fault: str = ""  # loss | constant | gradient | parameter | cuda | memory | allocation
         at: int = 2
         n: int = 1
         manual: bool = False
@@ -121,6 +121,8 @@ class ToyFaultySystem(ToySystem):
         if self.faulty("loss"):
             self.loss_terms = {"loss_toy": loss.detach() / 0, "loss_other": torch.ones(())}
             loss = loss / 0
+        if self.faulty("constant") and batch_idx % 2 == 0:  # the gradients stay finite
+            loss = loss + float("nan")
         if self.faulty("gradient"):  # sqrt at 0: a finite loss, and 0 * inf in two elements
             loss = loss + (0 * self.body[0].weight[0, :2]).sqrt().sum()
         if self.cfg.manual:

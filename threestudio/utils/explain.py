@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 import threestudio
 from threestudio.utils.checkpoint import newest_checkpoint
 from threestudio.utils.errors import StoppedError, UserError
-from threestudio.utils.files import FULL, disk_advice, disk_error
+from threestudio.utils.files import FULL, NO_FOLDER, disk_advice, disk_error
 from threestudio.utils.typing import *
 
 _KINDS = (ValueError, KeyError, OmegaConfBaseException, MisconfigurationException, OSError)
@@ -50,7 +50,7 @@ def why_stopped(error: BaseException, cfg: DictConfig, folder) -> Optional[UserE
         line = _memory_advice(error, cfg)
     elif disk is not None and (disk.errno in FULL or _is_under(disk.filename, cfg.exp_root_dir)):
         line = disk_advice(disk)
-    elif isinstance(error, OSError) and _is_under(error.filename, cfg.exp_root_dir):
+    elif isinstance(error, OSError) and error.errno in NO_FOLDER:
         line = disk_advice(error)
     else:
         return None

@@ -11,8 +11,8 @@ from pathlib import Path
 from threestudio.utils.typing import *
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
-NO_FOLDER = {errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EISDIR}
+FORBIDDEN = {errno.EACCES, errno.EPERM}
+NO_FOLDER = {errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp(\.\w+)?")
 
 
@@ -85,7 +85,7 @@ def _is_running(pid: int) -> bool:
 def disk_error(error: Optional[BaseException]) -> Optional[OSError]:
     """The full, read-only or failing disk behind `error`: itself, what it came from (torch and
     imageio raise a RuntimeError of their own on top), or what its text tells (safetensors)."""
-    kinds, seen = FULL | READ_ONLY | {errno.EIO}, set()
+    kinds, seen = FULL | FORBIDDEN | {errno.EROFS, errno.EIO}, set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in kinds:
@@ -103,6 +103,8 @@ def disk_advice(error: OSError) -> str:
     text = f"{where}{os.strerror(error.errno) if error.errno else error}"
     if error.errno in FULL:
         return f"{text}: free some space, or write to another disk with exp_root_dir=..."
-    if error.errno in READ_ONLY | NO_FOLDER:
+    if error.errno in FORBIDDEN:
+        return f"{text}: change its permissions, or write elsewhere with exp_root_dir=..."
+    if error.errno in NO_FOLDER:
         return f"{text}: choose a folder that can be written, with exp_root_dir=..."
     return f"{text}: look after this disk, or write to another one with exp_root_dir=..."
