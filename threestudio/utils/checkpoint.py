@@ -1,7 +1,6 @@
 """Checkpoints that are whole or absent, and a last checkpoint that is the last step."""
 
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -16,22 +15,15 @@ from pytorch_lightning.callbacks import Checkpoint
 from threestudio.utils.errors import UserError
 from threestudio.utils.typing import *
 
-_UNREADABLE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-)
-
 
 def _is_whole(path: Path) -> bool:
-    """Whether the checkpoint's archive is complete and its checksums agree."""
+    """Whether the checkpoint's archive is complete and its checksums agree, at which torch does
+    not look; one that is compressed is not torch's, and could be of any size."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError):
+            stored = all(i.compress_type == zipfile.ZIP_STORED for i in archive.infolist())
+            return stored and archive.testzip() is None
+    except Exception:  # whatever the reader stumbles over
         return False
 
 
@@ -50,14 +42,16 @@ def read_checkpoint(path, map_location=None) -> dict:
     path = Path(path)
     if not path.is_file():
         problem = f"checkpoint {path} not found"
+    elif not _is_whole(path):
+        problem = f"checkpoint {path} is truncated or damaged"
     else:
         try:
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except _UNREADABLE as error:
-            if _is_whole(path):  # then it is the contents that are refused
-                detail = " ".join(str(error).split())[:300]
-                raise UserError(f"checkpoint {path} cannot be loaded: {detail}") from error
-            problem = f"checkpoint {path} is truncated or damaged"
+        except MemoryError:
+            raise
+        except Exception as error:  # of many kinds; it is the contents that are refused
+            detail = " ".join(str(error).split())[:300]
+            raise UserError(f"checkpoint {path} cannot be loaded: {detail}") from error
     good = _newest_good_sibling(path) if path.parent.is_dir() else None
     raise UserError(problem + (f": the newest good one beside it is {good}" if good else ""))
 
