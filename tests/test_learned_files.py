@@ -173,3 +173,18 @@ def test_another_models_file_is_warned_about(make, tiny_sd, tmp_path, monkeypatc
     other = tiny_sd(seed=1)
     make(EMBEDDING, weights=str(path), pretrained_model_name_or_path=other)
     assert len(said) == 1 and "was learnt on" in said[0] and other in said[0]
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, LORA])
+def test_a_file_is_whole_or_the_old_one(make, tmp_path, monkeypatch, name):
+    path = make(name).save_learned(tmp_path / "prior.safetensors")
+    before = path.read_bytes()
+
+    def half(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", half)
+    with pytest.raises(OSError, match="No space left"):
+        make(name).save_learned(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import threestudio
 from threestudio.models.prompt_processors.base import shift_azimuth_deg
@@ -295,6 +296,23 @@ def test_an_interrupted_write_leaves_no_file(make, monkeypatch):
 
 
 # --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("why", ["a file is in its place", "the disk is full"])
+def test_a_cache_that_cannot_be_written_costs_nothing(make, messages, monkeypatch, why):
+    want = make()().text_embeddings
+    shutil.rmtree(".threestudio_cache")
+    if "file" in why:
+        Path(".threestudio_cache").write_text("")
+    else:
+
+        def save_file(*args):
+            raise SafetensorError('Error while serializing: IoError(Os {..}: (os error 28)")')
+
+        monkeypatch.setattr("threestudio.models.prompt_processors.cache.save_file", save_file)
+    assert torch.equal(make()().text_embeddings, want)
+    assert [m for m in messages() if m.startswith("text embeddings are not kept: ")]
+    assert not cached() if "disk" in why else True
 
 
 def one_line(info):

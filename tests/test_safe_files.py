@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -82,6 +83,19 @@ def test_ply_files_that_promise_more_than_they_hold(ply, tmp_path, content):
     with pytest.raises(ValueError, match="not a readable ply") as caught:
         ply.read_ply(path)
     one_line(caught)
+
+
+def test_a_long_list_is_not_set_aside(ply, tmp_path):
+    """plyfile asks the file for all of it at once; a file makes room for what it is asked for."""
+    path = tmp_path / "list.ply"
+    elements = ("face", 1, "list uint uchar i"), ("vertex", 3, *XYZ)
+    path.write_bytes(header(BINARY, *elements) + struct.pack("<I", 10**9) + THREE)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="not a readable ply"):
+        ply.read_ply(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 def test_ply_files_that_are_just_right(ply, tmp_path):

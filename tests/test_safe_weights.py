@@ -20,6 +20,7 @@ from threestudio.utils.checkpoint import AtomicCheckpointIO
 from threestudio.utils.errors import UserError
 from threestudio.utils.extensions import load_extension
 from threestudio.utils.misc import load_module_weights
+from threestudio.utils.safe_models import weights_identity
 
 load_extension(Path(__file__).with_name("toy_extension.py"))
 toy = importlib.import_module("toy_extension")
@@ -226,6 +227,20 @@ def test_the_cache_notices_weights_without_any_times(cached, monkeypatch):
     weights = load_file(Path("model", WEIGHTS))
     save_file({k: v * 1.5 for k, v in weights.items()}, Path("model", WEIGHTS), {"format": "pt"})
     assert not torch.equal(cached(), first)
+
+
+def test_a_change_between_the_samples_is_noticed(tmp_path):
+    """Of a file too large to be sampled everywhere, by the time that copying cannot keep."""
+    path = tmp_path / "weights.safetensors"
+    data = bytearray(10**6)
+    path.write_bytes(data)
+    os.utime(path, ns=(10**18, 10**18))
+    before = weights_identity(str(path))
+    assert weights_identity(str(path)) == before and len(before) < 300_000
+    data[8000] = 1
+    path.write_bytes(data)
+    os.utime(path, ns=(10**18, 10**18))
+    assert weights_identity(str(path)) != before
 
 
 def test_the_cache_notices_another_tokenizer(cached):

@@ -13,7 +13,6 @@ from datetime import datetime
 from pathlib import Path
 from unicodedata import category
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -170,7 +169,7 @@ def _load_yaml(text_or_path: str, from_string: bool) -> DictConfig:
         there = [str(p) for p in folder.glob("*.yaml")] if folder.is_dir() else []
         hint = nearest(str(text_or_path), there)
         raise UserError(f"config file {text_or_path} not found{hint}") from None
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
+    except Exception as error:  # YAML's own and OmegaConf's, and whatever its constructors raise
         raise UserError(f"{where} is not valid YAML: {_short(str(error))}") from None
     if not isinstance(conf, DictConfig):
         raise UserError(f"{where} is not a YAML mapping")
@@ -214,7 +213,7 @@ def parse_overrides(cli_args: Iterable[str], base: Optional[DictConfig] = None) 
             raise UserError(f"cannot read {arg!r}: it is not text in UTF-8") from None
         except UserError:
             raise
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError):
+        except Exception:  # not YAML, in one of many ways
             value = raw
         braced = raw.lstrip().startswith("{")
         quoted = raw.lstrip().startswith(("'", '"'))
@@ -232,6 +231,8 @@ def parse_overrides(cli_args: Iterable[str], base: Optional[DictConfig] = None) 
                 OmegaConf.update(conf, key, value)
         except OmegaConfBaseException as error:
             raise UserError(f"cannot read {arg!r}: {_first_line(error)}") from None
+        except (IndexError, TypeError, ValueError, AttributeError):
+            raise UserError(f"cannot read {arg!r}: {key!r} is not the key of a value") from None
     return conf
 
 
@@ -281,6 +282,10 @@ def load_config(
         raise UserError(f"config: {_first_line(error)}{where}") from None
     except UserError as error:  # OmegaConf adds lines to an error that passes through it
         raise UserError(_first_line(error)) from None
+    except TypeError as error:  # a mapping meets a list
+        raise UserError(
+            f"config: {_first_line(error)}: a list is replaced as a whole, as in key=[1,2]"
+        ) from None
     except RecursionError:
         raise UserError("config: its interpolations go too deep, or in a circle") from None
     return parse_structured(ExperimentConfig, conf, where="the config")
@@ -349,6 +354,8 @@ def parse_structured(fields, cfg=None, where: str = "") -> Any:
         except MissingMandatoryValue:
             full = _full_key(cfg, key)
             raise UserError(f'{full} is missing: add {full}="..."') from None
+        except OmegaConfBaseException as error:
+            raise UserError(f"{_full_key(cfg, key)}: {_first_line(error)}") from None
         values[key] = _adapt(value, annotations.get(key))
     try:
         return OmegaConf.structured(fields(**values))

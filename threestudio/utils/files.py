@@ -37,7 +37,7 @@ def whole_file(path, sync: bool = False, keep_suffix: bool = False) -> Iterator[
     except BaseException as error:
         with contextlib.suppress(OSError):
             tmp.unlink()
-        known = disk_error(error) if isinstance(error, (OSError, RuntimeError)) else None
+        known = disk_error(error) if isinstance(error, Exception) else None
         if known is not None:
             raise OSError(known.errno, os.strerror(known.errno), str(path)) from error
         raise

@@ -11,7 +11,7 @@ from threestudio.utils.typing import *
 from . import formulas
 from .base import BaseGuidance
 from .denoiser import load_model_config
-from .lora import read_safetensors
+from .learned_file import read_safetensors, write_safetensors
 
 
 @threestudio.register("lods-embedding-guidance")
@@ -76,18 +76,8 @@ class LODSEmbeddingGuidance(BaseGuidance):
 
     def save_learned(self, path) -> Path:
         """Write ``learnable_embedding`` (T, D), float32, with the model's name as metadata."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        save_file(
-            {"learnable_embedding": self.learnable_embedding.detach().float().cpu().contiguous()},
-            path,
-            metadata={
-                "format": "lods-embedding",
-                "model": self.learnt_on,
-            },
-        )
-        return path
+        metadata = {"format": "lods-embedding", "model": self.learnt_on}
+        return write_safetensors(path, {"learnable_embedding": self.learnable_embedding}, metadata)
 
     def load_learned(self, path) -> Dict[str, str]:
         tensors, metadata = read_safetensors(path)

@@ -9,6 +9,8 @@ from torch import nn
 
 from threestudio.utils.typing import *
 
+from .learned_file import read_safetensors, write_safetensors
+
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 _PARTS = {"A": "down", "B": "up"}  # diffusers' names of the two factors
 
@@ -70,14 +72,11 @@ class RowLora(nn.Module):
         """Write a LoRA that ``StableDiffusionPipeline.load_lora_weights`` reads, under the names
         that every diffusers since 0.14 knows; at its default weight of 1 it acts with
         ``strength``, which is multiplied into B here."""
-        from safetensors.torch import save_file
-
         tensors = {}
         for name, value in self.state_dict().items():
             factor = strength if name.endswith("lora_B.weight") else 1.0
-            tensors[_file_name(name)] = (value.detach().float().cpu() * factor).contiguous()
-        save_file(tensors, path, metadata={"format": "pt", **metadata})
-        return Path(path)
+            tensors[_file_name(name)] = value * factor
+        return write_safetensors(path, tensors, {"format": "pt", **metadata})
 
     def load(self, path, strength: float) -> Dict[str, str]:
         """Take over the LoRA of a file, ours or another of the UNet's attention (names of diffusers
@@ -125,20 +124,3 @@ def _peft_factor(metadata: Dict[str, str], path) -> float:
         return noted.get("unet.lora_alpha", 1.0) / noted.get("unet.r", 1.0)
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: lora_adapter_metadata cannot be read ({error})") from None
-
-
-def read_safetensors(path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
-    """All tensors of a safetensors file, finite ones only, and its metadata. Raises ``ValueError``,
-    one line."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
-    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
-    if bad:
-        raise ValueError(f"{path} holds values that are not finite, in {bad[0]!r}")
-    return tensors, metadata

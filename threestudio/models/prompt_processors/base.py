@@ -289,8 +289,11 @@ class PromptProcessor(BaseObject):
             cleanup()
             known.update(zip(missing, zip(embeddings, counts)))
             if self.cfg.use_cache and (model := self.fingerprint()) is not None:
-                for text in missing:
-                    cache.save(model, text, *known[text])
+                try:
+                    for text in missing:
+                        cache.save(model, text, *known[text])
+                except OSError as error:  # the run does not need the cache
+                    threestudio.warn(f"text embeddings are not kept: {error}")
         embeddings = {t: e.to(self.device, torch.float32) for t, (e, _) in known.items()}
         self._warn_if_truncated({t: count for t, (_, count) in known.items()}, known)
 

@@ -2,13 +2,13 @@
 
 import hashlib
 import os
-import tempfile
 from dataclasses import dataclass
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import threestudio
+from threestudio.utils.files import whole_file
 from threestudio.utils.typing import *
 
 
@@ -48,13 +48,8 @@ class EmbeddingCache:
             return None
 
     def save(self, model: str, text: str, embedding: Float[Tensor, "T D"], tokens: int) -> None:
+        """Raises ``OSError`` where the folder cannot be written to."""
         os.makedirs(self.folder, exist_ok=True)
         metadata = {"text": text, "tokens": str(tokens), "model": model}
-        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-        os.close(handle)
-        try:
+        with whole_file(self.path(model, text)) as temporary:
             save_file({"embedding": embedding.cpu().contiguous()}, temporary, metadata)
-            os.replace(temporary, self.path(model, text))
-        except BaseException:
-            os.unlink(temporary)
-            raise

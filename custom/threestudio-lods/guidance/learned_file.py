@@ -1,0 +1,38 @@
+"""Tensors of what a prior has learnt, to and from safetensors files."""
+
+import os
+from pathlib import Path
+
+from threestudio.utils.typing import *
+
+
+def write_safetensors(path, tensors: Dict[str, Tensor], metadata: Dict[str, str]) -> Path:
+    """Write float32 tensors; the file is replaced only when it is complete."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    partial = path.with_name(path.name + ".part")
+    values = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
+    try:
+        save_file(values, partial, metadata=metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_safetensors(path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
+    """All tensors of a safetensors file, finite ones only, and its metadata. Raises ``ValueError``,
+    one line."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"{path} holds values that are not finite, in {bad[0]!r}")
+    return tensors, metadata
