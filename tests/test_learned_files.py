@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import threestudio
 from tests.guidance_oracles import random_prompt, side_view
+from tests.hostile import Bomb, one_line
 from threestudio import find
 
 EMBEDDING, LORA, SDS = "lods-embedding-guidance", "lods-lora-guidance", "lods-sds-guidance"
@@ -162,6 +163,15 @@ def test_what_does_not_fit_is_refused(make, tmp_path):
         with pytest.raises(ValueError, match=text) as caught:
             make(name, **fields)
         assert "\n" not in str(caught.value), text
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, LORA])
+def test_a_pickle_is_not_read(make, tmp_path, name):
+    bomb = Bomb(tmp_path / "exploded")
+    for path in (bomb.save(tmp_path / "a.safetensors"), bomb.pickle(tmp_path / "b.safetensors")):
+        with pytest.raises(ValueError, match="cannot be read as safetensors") as caught:
+            make(name, weights=str(path))
+        assert one_line(caught) and not bomb.exploded()
 
 
 def test_another_models_file_is_warned_about(make, tiny_sd, tmp_path, monkeypatch):
