@@ -25,6 +25,7 @@ test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest
 
 # The extension with the packages that upstream threestudio 0.2.3 pins, in an environment of its own.
+# PYTHON must be 3.11: its tokenizers has no builds for later ones.
 COMPAT := .venv-compat
 COMPAT_TESTS := tests/test_upstream.py tests/test_formulas.py tests/test_guidance.py \
 	tests/test_guidance_module.py tests/test_learned_files.py tests/test_playground.py \

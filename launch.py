@@ -368,7 +368,8 @@ def _begin_trial(args, argv, trial_dir: str) -> None:
     from threestudio.utils.files import remove_leftovers, whole_file
 
     os.makedirs(trial_dir, exist_ok=True)
-    remove_leftovers(trial_dir)
+    if args.train:  # anything else may look at a run that goes on
+        remove_leftovers(trial_dir)
     command = shlex.join(["python", sys.argv[0] or "launch.py", *argv])
     with whole_file(os.path.join(trial_dir, "cmd.txt")) as tmp:
         tmp.write_text(f"{command}\n{args}\n")
@@ -380,7 +381,8 @@ def _begin_trial(args, argv, trial_dir: str) -> None:
 
 def _discard_trial(cfg) -> None:
     """Remove the folder of a run that ended before it had any result."""
-    results = [p for name in ("ckpts", "save") for p in Path(cfg.trial_dir, name).rglob("*")]
+    folders = Path(_checkpoint_folder(cfg)), Path(cfg.trial_dir, "save")
+    results = [path for folder in folders for path in folder.rglob("*")]
     if not any(path.is_file() for path in results):
         shutil.rmtree(cfg.trial_dir, ignore_errors=True)
         with contextlib.suppress(OSError):  # other runs are in it

@@ -106,6 +106,26 @@ def test_a_lora_of_peft_is_taken(make, tmp_path):
         torch.testing.assert_close(value, own[name] * factor)
 
 
+@pytest.mark.parametrize("noted", ['{"unet.lora_alpha": NaN}', '{"unet.r": 1e-320}', "[]", "[1"])
+def test_a_senseless_alpha_is_refused(make, tmp_path, noted):
+    path = make(LORA).save_learned(tmp_path / "lora.safetensors")
+    save_file(load_file(path), path, {"lora_adapter_metadata": noted})
+    with pytest.raises(ValueError, match="lora_adapter_metadata cannot be read"):
+        make(LORA, weights=str(path))
+
+
+def test_odd_files_are_one_line(make, tmp_path):
+    guidance = make(LORA)
+    path = guidance.save_learned(tmp_path / "lora.safetensors")
+    twice = {f"unet.{name}": v.clone() for name, v in guidance.lora.state_dict().items()}
+    save_file(load_file(path) | twice, path)
+    with pytest.raises(ValueError, match="not a LoRA of the attention"):
+        make(LORA, weights=str(path))
+    save_file({"x": torch.ones(2).to(torch.float8_e4m3fn)}, path)
+    with pytest.raises(ValueError, match="see 'x'"):
+        make(LORA, weights=str(path))
+
+
 def test_an_embedding_is_taken_back(make, tmp_path):
     guidance = trained(make(EMBEDDING))
     path = guidance.save_learned(tmp_path / "embedding.safetensors")

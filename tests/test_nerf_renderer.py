@@ -234,6 +234,8 @@ def test_jitter_is_for_training():
         module.training = True
     assert renderer.randomized
     assert not make(randomized=False).train().randomized
+    renderer.randomized = False  # as subclasses for upstream do
+    assert not renderer.randomized
 
 
 # --- empty scenes, z variance -------------------------------------------------------------------

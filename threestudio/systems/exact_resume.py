@@ -49,6 +49,8 @@ class ExactResume(Callback):
         if self._to_restore is not None:
             restore_rng_state(self._to_restore)
             self._to_restore = None
+            if trainer.global_rank:  # the file holds the first process's, and no two shall be alike
+                _seed(torch.initial_seed(), trainer.global_rank, pl_module.global_step)
         self._steps.append(pl_module.global_step)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -107,16 +109,21 @@ class RepeatableLoader:
             yield batch
 
 
+def _seed(*key: int) -> None:
+    """Seed the global generators of torch's CPU, numpy and Python by `key`."""
+    a, b, c = (int(s) for s in np.random.SeedSequence(key).generate_state(3))
+    torch.default_generator.manual_seed(a)
+    np.random.seed(b)  # noqa: NPY002
+    random.seed(c)
+
+
 @contextlib.contextmanager
 def own_random_numbers(seed: int, index: int):
     """Within this, the global generators of torch's CPU, numpy and Python give numbers that depend
     on `seed` and `index` only; afterwards they are as before."""
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    a, b, c = (int(s) for s in np.random.SeedSequence([seed, index]).generate_state(3))
     try:
-        torch.default_generator.manual_seed(a)
-        np.random.seed(b)  # noqa: NPY002
-        random.seed(c)
+        _seed(seed, index)
         yield
     finally:
         torch.set_rng_state(before[0])

@@ -88,14 +88,15 @@ class CodeSnapshotCallback(VersionedCallback):
     def get_file_list(self) -> List[str]:
         """Paths relative to the current folder. Raises ``OSError`` or ``CalledProcessError``."""
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        out = subprocess.run(command, check=True, capture_output=True).stdout.decode()
+        out = subprocess.run(command, check=True, capture_output=True).stdout
         root = Path(self.save_root).resolve()
         return [
             name
-            for name in sorted(set(out.split("\0")))
+            for name in sorted(set(os.fsdecode(out).split("\0")))
             if name
             and name.split("/")[0] not in ("load", "outputs")
             and os.path.isfile(name)
+            and os.access(name, os.R_OK)
             and os.path.getsize(name) <= self.MAX_BYTES
             and root not in Path(name).resolve().parents
         ]

@@ -15,7 +15,20 @@ from threestudio.utils.errors import UserError
 from threestudio.utils.files import whole_file
 from threestudio.utils.typing import *
 
-_KEYS = ("state_dict", "epoch", "global_step")
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+_PARTS = {"state_dict": _is_state, "epoch": _is_count, "global_step": _is_count}
+
+
+def _fits(content: Any, key: str, fits: Callable) -> bool:
+    return isinstance(content, dict) and fits(content.get(key))
 
 
 def is_whole(path) -> bool:
@@ -100,10 +113,10 @@ def read_checkpoint(path, map_location=None) -> dict:
         except Exception as error:  # the archive is as it was written: the contents are refused
             detail = " ".join(str(error).split())[:300]
             raise UserError(f"checkpoint {path} cannot be loaded: {detail}") from error
-        missing = [k for k in _KEYS if not isinstance(content, dict) or k not in content]
-        if not missing:
+        bad = [key for key, fits in _PARTS.items() if not _fits(content, key, fits)]
+        if not bad:
             return content
-        problem = f"{path} is no checkpoint of a run: it lacks {', '.join(missing)}"
+        problem = f"{path} is no checkpoint of a run: it has no good {', '.join(bad)}"
     good = newest_checkpoint(path.parent, exclude=path.name) if path.parent.is_dir() else None
     raise UserError(problem + (f": the newest good one beside it is {good[0]}" if good else ""))
 
@@ -229,6 +242,8 @@ class LastCheckpoint(Checkpoint):
         if self.every_n_train_steps and step % self.every_n_train_steps == 0:
             return True
         late = time.monotonic() - self._saved_at > 60 * self.minutes
+        if trainer.world_size == 1:
+            return late
         # processes must agree; asking at every step would cost more than it saves
         return step % 50 == 0 and trainer.strategy.broadcast(late)
 

@@ -169,6 +169,8 @@ def _load_yaml(text_or_path: str, from_string: bool) -> DictConfig:
         there = [str(p) for p in folder.glob("*.yaml")] if folder.is_dir() else []
         hint = nearest(str(text_or_path), there)
         raise UserError(f"config file {text_or_path} not found{hint}") from None
+    except OSError as error:
+        raise UserError(f"config file {where} cannot be read: {error.strerror}") from None
     except Exception as error:  # YAML's own and OmegaConf's, and whatever its constructors raise
         raise UserError(f"{where} is not valid YAML: {_short(str(error))}") from None
     if not isinstance(conf, DictConfig):

@@ -97,14 +97,18 @@ _SET = {
 
 def _memory_advice(error: BaseException, cfg: DictConfig) -> str:
     lower = [f"{key} ({value})" for key in _LOWER if (value := _setting(cfg, key)) is not None]
+    if _setting(cfg, "system.geometry.init_type") != "ball":
+        lower = [text for text in lower if not text.startswith("system.geometry.ball.")]
     growth = OmegaConf.select(cfg, "system.strategy.name")
     if growth in ("default", "mcmc"):
         key = f"system.strategy.{growth}.cap_max"
-        lower.append(f"{key} ({_setting(cfg, key) or 'no limit'})")
+        default = "no limit" if growth == "default" else 1_000_000  # gsplat's
+        lower.append(f"{key} ({_setting(cfg, key) or default})")
     other = [
         f"{key}={str(wanted).lower()} (now {str(value).lower()})"
         for key, wanted in _SET.items()
         if (value := _setting(cfg, key)) is not None and value != wanted
+        if torch.cuda.is_available() or "half_precision" not in key
     ]
     text = _shortage(error)
     text += f": lower {', '.join(lower)}" if lower else ""

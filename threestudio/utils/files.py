@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from threestudio.utils.typing import *
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM}
 NO_FOLDER = {errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp(\.\w+)?")
+_HOST = re.sub(r"\W", "_", socket.gethostname())[:40]  # a pid means nothing on another
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>\w*)-(?P<pid>\d+)\.tmp(\.\w+)?")
 
 
 @contextlib.contextmanager
@@ -28,7 +30,7 @@ def whole_file(path, sync: bool = False, keep_suffix: bool = False) -> Iterator[
     path = Path(path)
     suffix = path.suffix if keep_suffix else ""
     name = (path.stem if keep_suffix else path.name).encode()[:200].decode(errors="ignore")
-    tmp = path.with_name(f".{name}.{os.getpid()}.tmp{suffix}")
+    tmp = path.with_name(f".{name}.{_HOST}-{os.getpid()}.tmp{suffix}")
     try:
         yield tmp
         if sync:
@@ -38,7 +40,8 @@ def whole_file(path, sync: bool = False, keep_suffix: bool = False) -> Iterator[
         with contextlib.suppress(OSError):
             tmp.unlink()
         known = disk_error(error) if isinstance(error, Exception) else None
-        if known is not None:
+        named = [str(n) for n in (known and known.filename, known and known.filename2) if n]
+        if known is not None and (not named or str(tmp) in named):
             raise OSError(known.errno, os.strerror(known.errno), str(path)) from error
         raise
     if sync and os.name == "posix":  # the rename is on the disk only once its folder is
@@ -62,10 +65,10 @@ def require_space(folder, size: int = 1 << 16) -> None:
 
 
 def remove_leftovers(folder) -> None:
-    """Remove the temporary files that killed processes have left anywhere under `folder`."""
+    """Remove the temporary files that killed processes of this host have left under `folder`."""
     for path in Path(folder).rglob(".*.tmp*"):
         found = _LEFTOVER.fullmatch(path.name)
-        if found and not _is_running(int(found["pid"])):
+        if found and found["host"] == _HOST and not _is_running(int(found["pid"])):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -93,7 +96,7 @@ def disk_error(error: Optional[BaseException]) -> Optional[OSError]:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number and int(number[1]) in kinds:
             return OSError(int(number[1]), os.strerror(int(number[1])))
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 
@@ -104,7 +107,7 @@ def disk_advice(error: OSError) -> str:
     if error.errno in FULL:
         return f"{text}: free some space, or write to another disk with exp_root_dir=..."
     if error.errno in FORBIDDEN:
-        return f"{text}: change its permissions, or write elsewhere with exp_root_dir=..."
+        return f"{text}: change its permissions, or use another (for the output: exp_root_dir=...)"
     if error.errno in NO_FOLDER:
         return f"{text}: choose a folder that can be written, with exp_root_dir=..."
     return f"{text}: look after this disk, or write to another one with exp_root_dir=..."

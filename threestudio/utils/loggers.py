@@ -4,6 +4,7 @@ import os
 from importlib.util import find_spec
 
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import threestudio
 from threestudio.utils.files import disk_advice, disk_error
@@ -42,23 +43,23 @@ class Lenient:
 class LenientCSVLogger(Lenient, CSVLogger):
     """``metrics.csv``, whose rows so far survive a failed write."""
 
+    @rank_zero_only
     def save(self) -> None:
-        path = self.experiment.metrics_file_path
+        self._try(self._save)
+
+    def _save(self) -> None:
+        path = self.experiment.metrics_file_path  # which makes the folder
         before = b""
         if os.path.exists(path):
             with open(path, "rb") as file:
                 before = file.read()
         try:
             CSVLogger.save(self)
-        except OSError as error:
+        except OSError:
             if before:
                 with open(path, "wb") as file:
                     file.write(before)
-            self._try(_raise, error)
-
-
-def _raise(error: BaseException) -> None:
-    raise error
+            raise
 
 
 class LenientTensorBoardLogger(Lenient, TensorBoardLogger):

@@ -157,20 +157,6 @@ def _restore_rng_state(state: Mapping[str, Any]) -> None:
 # --- checkpoints --------------------------------------------------------------------------------
 
 
-def _state_of(checkpoint: Any, path) -> Dict[str, Tensor]:
-    counters = [checkpoint.get(k) if isinstance(checkpoint, dict) else None for k in _COUNTERS]
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
-    if not named or not all(isinstance(n, int) and n >= 0 for n in counters):
-        raise UserError(
-            f"{path} is not a checkpoint of a run: it must hold state_dict, epoch and global_step"
-        )
-    return state
-
-
-_COUNTERS = ("epoch", "global_step")
-
-
 def load_module_weights(
     path,
     module_name: Optional[str] = None,
@@ -187,7 +173,7 @@ def load_module_weights(
     if module_name is not None and ignore_modules is not None:
         raise ValueError("module_name and ignore_modules exclude each other: give one of them")
     checkpoint = read_checkpoint(path, map_location=map_location)
-    state = _state_of(checkpoint, path)
+    state = checkpoint["state_dict"]
     if module_name is not None:
         prefix = module_name + "."
         state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
@@ -220,6 +206,8 @@ def loading_weights(module: torch.nn.Module, state: Mapping[str, Any], source: s
         if wrong:
             raise RuntimeError("\n".join(["", *wrong]))
         yield
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError too
+        raise
     except RuntimeError as error:
         lines = [" ".join(line.split()) for line in str(error).splitlines()]
         problems = [line for line in lines[1:] or lines if line]

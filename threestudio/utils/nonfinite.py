@@ -20,9 +20,9 @@ class NonFiniteGuard(Callback):
 
     ``policy`` "stop": a :class:`StoppedError` that names the tensors, before the step is taken.
     "skip": the gradients are dropped, so that parameters and the optimizer's state stay as they
-    are, and the step counts as done; after `patience` in a row the run stops. Under fp16 loss
-    scaling an overflow is ordinary, the scaler skips the step itself: there "stop" too has that
-    patience. A parameter that the step itself made not finite always stops the run.
+    are, and the step counts as done; after `patience` in a row of one optimizer the run stops.
+    Under fp16 loss scaling an overflow is ordinary, the scaler skips the step itself: there "stop"
+    too has that patience. A parameter that the step itself made not finite always stops the run.
 
     A system names the parts of its loss in its dict ``loss_terms`` (name -> detached tensor).
     """
@@ -35,15 +35,21 @@ class NonFiniteGuard(Callback):
             raise UserError(f"system.max_skipped_steps must be at least 1, not {patience}")
         self.policy, self.patience = policy, patience
         self.skipped = 0  # steps of the whole run
-        self._in_a_row = 0
+        self._in_a_row: Dict[str, int] = {}  # optimizer's number -> its skipped steps
         self._loss: Optional[Tensor] = None  # of all batches since the last step
         self._stepped = False
 
-    def state_dict(self) -> Dict[str, int]:
-        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
+    def state_dict(self) -> Dict[str, Any]:
+        return {"skipped": self.skipped, "in_a_row": dict(self._in_a_row)}
 
-    def load_state_dict(self, state: Dict[str, int]) -> None:
-        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        try:
+            self.skipped = int(state["skipped"])
+            self._in_a_row = {str(k): int(n) for k, n in state["in_a_row"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(
+                f"the checkpoint's count of skipped steps is damaged: {state}"
+            ) from None
 
     # --- the moments of a step ------------------------------------------------------------------
 
@@ -60,25 +66,29 @@ class NonFiniteGuard(Callback):
         self._stepped = True
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         losses = [] if self._loss is None else [self._loss]
-        if all_finite([*losses, *(p.grad for p in parameters if p.grad is not None)]):
-            self._in_a_row = 0
+        good = all_finite([*losses, *(p.grad for p in parameters if p.grad is not None)])
+        if trainer.world_size > 1:  # a loss is one process's own; all must do the same
+            good = trainer.strategy.reduce_boolean_decision(good, all=True)
+        number = str(next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), 0))
+        if good:
+            self._in_a_row.pop(number, None)
             return
         report = self._report(pl_module, parameters)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         report += f" at step {trainer.global_step}"
-        self._in_a_row += 1
-        if self.policy == "stop" and not (scaled and self._in_a_row < self.patience):
+        in_a_row = self._in_a_row[number] = self._in_a_row.get(number, 0) + 1
+        if self.policy == "stop" and not (scaled and in_a_row < self.patience):
             raise StoppedError(
                 f"{report}: the run stops here; lower the learning rates or loss weights, or set "
                 "system.on_nonfinite=skip to leave such steps out"
             )
-        if self._in_a_row >= self.patience:
+        if in_a_row >= self.patience:
             raise StoppedError(
-                f"{report}: the run stops after {self._in_a_row} skipped steps in a row "
+                f"{report}: the run stops after {in_a_row} skipped steps in a row "
                 "(system.max_skipped_steps); lower the learning rates or loss weights"
             )
         self.skipped += 1
-        if not scaled and self._in_a_row == 1:
+        if not scaled and in_a_row == 1:
             threestudio.warn(f"{report}: this step is skipped")
         for parameter in parameters:
             parameter.grad = None  # optimizers pass over a parameter without gradient
@@ -102,7 +112,8 @@ class NonFiniteGuard(Callback):
             parts = ", ".join(f"{name} is {float(value)}" for name, value in terms.items())
             return f"the loss became {float(self._loss)}" + (f" ({parts})" if parts else "")
         gradients = [(n, p.grad) for n, p in _named(pl_module, parameters) if p.grad is not None]
-        return f"gradients are not finite: {_describe(gradients)}"
+        where = _describe(gradients) or "in another process"
+        return f"gradients are not finite: {where}"
 
     def on_train_end(self, trainer, pl_module) -> None:
         if self.skipped and self.policy == "skip":
@@ -113,6 +124,7 @@ class NonFiniteGuard(Callback):
 def all_finite(tensors: List[Tensor]) -> bool:
     """Whether no element of any tensor is NaN or infinite. One pass over the memory and one
     synchronisation: the norms first, element by element only where one of them overflows."""
+    tensors = [_values(t) for t in tensors]
     tensors = [t for t in tensors if t.numel() and t.is_floating_point()]
     if not tensors:
         return True
@@ -122,6 +134,10 @@ def all_finite(tensors: List[Tensor]) -> bool:
     sums = [torch.stack(torch._foreach_norm(same)).float().sum() for same in kinds.values()]
     total = sums[0] if len(sums) == 1 else torch.stack([s.to(sums[0].device) for s in sums]).sum()
     return bool(torch.isfinite(total)) or all(_is_finite(t) for t in tensors)
+
+
+def _values(tensor: Tensor) -> Tensor:
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
 def _is_finite(value: Any) -> bool:
@@ -136,7 +152,7 @@ def _named(pl_module, parameters: List[Tensor]) -> Iterable[Tuple[str, Tensor]]:
 def _describe(tensors: Iterable[Tuple[str, Tensor]]) -> str:
     found = []
     for name, tensor in tensors:
-        bad = int((~torch.isfinite(tensor.detach())).sum())
+        bad = int((~torch.isfinite(_values(tensor.detach()))).sum())
         if bad:
             found.append(f"{name} ({bad} of {tensor.numel()} elements)")
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""

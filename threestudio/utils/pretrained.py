@@ -2,6 +2,8 @@
 
 import os
 
+import torch
+
 from threestudio.utils.errors import UserError
 from threestudio.utils.safe_models import refuse_custom_code
 from threestudio.utils.typing import *
@@ -25,6 +27,8 @@ def load_part(
         options = kwargs if variant is None else {**kwargs, "variant": variant}
         try:
             return cls.from_pretrained(model, subfolder=part, **options)
+        except (MemoryError, torch.cuda.OutOfMemoryError):
+            raise
         except Exception as error:  # one of many kinds, by library and by version
             problem = error if problem is None or variant is None else problem
     where = "in the folder" if os.path.isdir(model) else "on the hub or in its local cache"

@@ -48,6 +48,8 @@ def check_yaml(text: str, where: str = "the config") -> None:
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
+                if event.anchor not in {anchor for anchor, _ in stack}:
+                    raise yaml.YAMLError(f"there is no anchor for the alias *{event.anchor}")
                 raise UserError(f"{where}: the alias *{event.anchor} is inside of its own anchor")
             total += sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):

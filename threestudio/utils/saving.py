@@ -15,7 +15,13 @@ from PIL import Image
 import threestudio
 from threestudio.utils import images, saving_obj
 from threestudio.utils.errors import UserError
-from threestudio.utils.files import disk_advice, require_space, whole_file
+from threestudio.utils.files import (
+    NO_FOLDER,
+    disk_advice,
+    disk_error,
+    require_space,
+    whole_file,
+)
 from threestudio.utils.typing import *
 
 
@@ -29,7 +35,8 @@ def _writes(method: Callable) -> Callable:
             return method(self, filename, *args, **kwargs)
         except OSError as error:
             trainer = getattr(self, "_trainer", None)
-            if trainer is None or trainer.state.fn != "fit":
+            of_disk = disk_error(error) is not None or error.errno in NO_FOLDER
+            if trainer is None or trainer.state.fn != "fit" or not of_disk:
                 raise
             if not self._write_failed:
                 threestudio.warn(
@@ -120,7 +127,7 @@ class SaverMixin:
         return [] if self._wandb_logger is None else [self._wandb_logger]
 
     def _log_media(self, kind: str, path: str, name: Optional[str], step: Optional[int]) -> None:
-        if self._wandb_logger is None or name is None:
+        if self._wandb_logger is None or name is None or not os.path.exists(path):
             return
         import wandb
 

@@ -1,11 +1,12 @@
 """Meshes from files that others made, and to files, through ``trimesh``."""
 
 import json
-import os
 import struct
 from pathlib import Path
 
 from threestudio.utils.typing import *
+
+from ..whole_file import whole_file
 
 FORMATS = ("obj", "ply", "glb", "gltf", "off", "stl")  # not archives, which can grow when unpacked
 MAX_VALUES = 100_000_000  # vertices and triangles of all instances together
@@ -76,11 +77,9 @@ def write_mesh(
     ``trimesh``; the file is replaced only when it is complete."""
     import trimesh
 
-    path = Path(path)
     byte = (v_rgb.detach().cpu().clamp(0, 1) * 255).round().byte().numpy()
     mesh = trimesh.Trimesh(
         v_pos.cpu().numpy(), t_pos_idx.cpu().numpy(), vertex_colors=byte, process=False
     )
-    partial = path.with_name(path.name + ".part")
-    mesh.export(partial, file_type=path.suffix[1:])
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        mesh.export(partial, file_type=partial.suffix[1:])

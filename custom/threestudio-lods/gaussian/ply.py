@@ -1,7 +1,6 @@
 """Gaussians and coloured points to and from ply files, through ``plyfile``."""
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,8 @@ import torch
 
 import threestudio
 from threestudio.utils.typing import *
+
+from ..whole_file import whole_file
 
 MAX_HEADER = 1 << 20  # bytes; that of a 3DGS file has about 1500
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -34,11 +35,8 @@ def _write(path: Union[str, Path], columns: Dict[str, Tuple[str, np.ndarray]]) -
     vertex = np.empty(n, dtype=[(name, kind) for name, (kind, _) in columns.items()])
     for name, (_, values) in columns.items():
         vertex[name] = values
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    PlyData([PlyElement.describe(vertex, "vertex")], byte_order="<").write(str(partial))
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        PlyData([PlyElement.describe(vertex, "vertex")], byte_order="<").write(str(partial))
 
 
 def write_gaussians(
@@ -84,7 +82,7 @@ def _has_lists(path: Path) -> bool:
     or promises more rows than the file has bytes for: readers allocate what it promises."""
     with open(path, "rb") as file:
         head = file.read(MAX_HEADER)
-    header, end, _ = head.partition(b"end_header")
+    header, end, _ = head.partition(b"\nend_header")
     lines = [line.split() for line in header.decode("latin-1").split("\n")]
     if not end or lines[0] != ["ply"]:
         raise ValueError("it does not begin with a ply header")

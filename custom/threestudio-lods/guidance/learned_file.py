@@ -1,24 +1,20 @@
 """Tensors of what a prior has learnt, to and from safetensors files."""
 
-import os
 from pathlib import Path
 
 from threestudio.utils.typing import *
+
+from ..whole_file import whole_file
 
 
 def write_safetensors(path, tensors: Dict[str, Tensor], metadata: Dict[str, str]) -> Path:
     """Write float32 tensors; the file is replaced only when it is complete."""
     from safetensors.torch import save_file
 
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
     values = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
-    try:
+    with whole_file(path) as partial:
         save_file(values, partial, metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return Path(path)
 
 
 def read_safetensors(path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
@@ -32,7 +28,7 @@ def read_safetensors(path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
-    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+    bad = [name for name, value in tensors.items() if not value.float().isfinite().all()]
     if bad:
         raise ValueError(f"{path} holds values that are not finite, in {bad[0]!r}")
     return tensors, metadata

@@ -89,12 +89,11 @@ class RowLora(nn.Module):
         names |= {f"unet.{name}": name for name in own}
         found = {names.get(key): value for key, value in tensors.items()}
         if set(found) != set(own) or len(found) != len(tensors):
-            odd = next((k for k in tensors if k not in names), None) or next(
-                _file_name(name) for name in own if name not in found
-            )
+            odd = [k for k in tensors if k not in names]
+            odd += [_file_name(name) for name in own if name not in found] or list(tensors)
             raise ValueError(
                 f"{path} is not a LoRA of the attention of this UNet (and of nothing else): see "
-                f"{odd!r}"
+                f"{odd[0]!r}"
             )
         alpha = _peft_factor(metadata, path)
         for name, value in found.items():
@@ -121,6 +120,9 @@ def _peft_factor(metadata: Dict[str, str], path) -> float:
     """alpha / rank of a file in which peft noted them; 1 in any other."""
     try:
         noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        return noted.get("unet.lora_alpha", 1.0) / noted.get("unet.r", 1.0)
+        factor = noted.get("unet.lora_alpha", 1.0) / noted.get("unet.r", 1.0)
+        if not 0 < factor < 1e4:
+            raise ValueError(f"alpha / rank is {factor}")
+        return factor
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: lora_adapter_metadata cannot be read ({error})") from None

@@ -106,7 +106,9 @@ class LODSSystem(BaseLift3DSystem):
                     f"{', '.join(sorted(known))}"
                 )
         total = 0.0
-        self.loss_terms = {f"loss_{name}": value.detach() for name, value in losses.items()}
+        self.loss_terms = {
+            f"loss_{name}": torch.as_tensor(value).detach() for name, value in losses.items()
+        }
         for name, value in losses.items():
             key = f"lambda_{name}"
             if key not in self.cfg.loss:

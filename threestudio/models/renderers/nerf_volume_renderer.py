@@ -89,12 +89,18 @@ class NeRFVolumeRenderer(VolumeRenderer):
             if not cfg.grid_prune:
                 self.estimator.fill()
         self._warned = False
+        self._wants_jitter: bool = cfg.randomized
 
     @property
     def randomized(self) -> bool:
         """Whether samples are jittered: in training only. (Asked for each time, because Lightning
         ends a validation by setting ``training`` of every module, not by calling ``train``.)"""
-        return self.training and self.cfg.randomized
+        return self.training and self._wants_jitter
+
+    @randomized.setter
+    def randomized(self, wanted: bool) -> None:
+        """For subclasses that set it, as upstream's own code does."""
+        self._wants_jitter = wanted
 
     def update_step(self, epoch: int, global_step: int, on_load_weights: bool = False) -> None:
         """Refresh the occupancy grid, when it is due."""
