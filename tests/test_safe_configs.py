@@ -17,10 +17,10 @@ from threestudio.utils.errors import UserError
 
 
 def refused(text, match, seconds=5.0, **kwargs):
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UserError, match=match) as caught:
         load_config(text, from_string=True, **kwargs)
-    assert time.monotonic() - start < seconds
+    assert time.process_time() - start < 4 * seconds
     return one_line(caught)
 
 
@@ -104,6 +104,7 @@ BRACKETS = "'{0}{0}'"
     [
         (aliases(10), "more than 10000 values"),
         ("data: &a {x: *a}", "inside of its own anchor"),
+        ("data: {x: *a}", "not valid YAML: there is no anchor for the alias"),
         ("data: {a: &a [*b], b: &b [*a]}", "inside of its own anchor|not valid YAML"),
         ("a: " + "[" * 100_000, "deeper than 40"),
         ("data: " + "{a: " * 500 + "1" + "}" * 500, "deeper than 40"),
@@ -152,7 +153,7 @@ def test_files_that_are_too_large(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is not valid YAML") as caught:
         load_config(str(binary))
     one_line(caught)
-    with pytest.raises(UserError, match="is not valid YAML"):
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
         load_config(str(tmp_path))
 
 
@@ -311,3 +312,7 @@ def test_a_prompt_of_any_characters_is_encoded(tiny_sd, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [".threestudio_cache"]
     names = {p.name for p in Path(".threestudio_cache/text_embeddings").iterdir()}
     assert all(len(n) == len("0" * 40 + ".safetensors") for n in names)
+
+
+def test_a_star_is_not_an_alias_on_the_command_line():
+    assert parse_overrides(["a.prompt=*star shining"]).a.prompt == "*star shining"

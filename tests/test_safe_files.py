@@ -45,6 +45,10 @@ THREE = np.arange(9, dtype="<f4").tobytes()
 LIARS = {
     "binary": header(BINARY, ("vertex", 10**12, *XYZ)) + bytes(800),
     "ascii": header(ASCII, ("vertex", 10**12, *XYZ)) + b"0 0 0\n" * 100,
+    "an end in a comment": header(BINARY, ("vertex", 10**12, *XYZ)).replace(
+        b"element", b"comment end_header\nelement", 1
+    )
+    + bytes(800),
     "negative": header(BINARY, ("vertex", -1, *XYZ)) + bytes(800),
     "negative, ascii": header(ASCII, ("vertex", -5, *XYZ)) + b"0 0 0\n",
     "a little too many": header(BINARY, ("vertex", 80, *XYZ)) + bytes(79 * 12),
