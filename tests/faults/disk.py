@@ -114,7 +114,7 @@ FOLDERS = {
     "ckpts": (2, 0, "step=2.ckpt: No space left"),
     "csv_logs": (0, 8, "the log has gaps from here on"),
     "save": (2, 8, "a file is left out"),  # in training; then the test stops
-    "../../.threestudio_cache": (2, 4, "No space left"),
+    "../../.threestudio_cache": (0, 8, "text embeddings are not kept"),
 }
 
 
