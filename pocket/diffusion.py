@@ -217,5 +217,8 @@ def save_pipeline(work: Path, folder: Path):
     )
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(folder)
+    # transformers goes by this where diffusers goes by its own default, float32: they must agree
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     # Also the two files that older versions of transformers read.
     save_tokenizer(folder / "tokenizer", WORDS, LENGTH)

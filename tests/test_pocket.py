@@ -264,3 +264,11 @@ def test_the_committed_tables_hold_what_is_claimed():
     with open(report.RESULTS / "noise.csv") as file:
         bins = list(csv.DictReader(file))
     assert len(bins) == 10
+
+
+def test_a_stock_pipeline_runs_as_it_is_loaded():
+    """Its parts come in one dtype, though two libraries choose it."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(MODEL)
+    assert pipeline.text_encoder.dtype == pipeline.unet.dtype == torch.float32
