@@ -62,8 +62,9 @@ trainer: {max_steps: 20}
 checkpoint: {every_n_train_steps: '${trainer.max_steps}'}
 """
 NAMES = [f for f in ExperimentConfig.__dataclass_fields__] + [
-    *"data.width data.list data.list.0 data.list[1] data.list[7] trainer.max_steps".split(),
-    *("system.prompt_processor.prompt", "system.prompt_processor", "system.optimizer.params"),
+    *("data.width", "data.list", "data.list.0", "data.list[1]", "data.list[7]"),
+    *("trainer.max_steps", "system.prompt_processor.prompt", "system.prompt_processor"),
+    "system.optimizer.params",
     *("system.optimizer.params.geometry.means", "system.optimizer.params.geometry.means.lr"),
     *("system.optimizer.params.geometry", "checkpoint.dirpath", "checkpoint.filename"),
 ]
