@@ -142,7 +142,7 @@ class Denoiser:
     def from_pretrained(
         cls, name_or_path: str, device="cpu", dtype=torch.float32, vae=None
     ) -> "Denoiser":
-        """Load unet, vae and scheduler (no text encoder) of a card, diffusers folder or hub id; with
+        """Load unet, vae and scheduler (no text encoder) of a card, folder or hub id; with
         ``vae`` that one is shared.
 
         Raises ``ValueError``, one line, if the model is missing, broken or of another kind.
