@@ -21,9 +21,7 @@ POCKET = ROOT / "custom" / "threestudio-lods" / "models" / "pocket"
 
 @pytest.fixture(scope="module")
 def cards(lods):
-    return lods.guidance.base.canonical.__module__ and importlib.import_module(
-        "threestudio-lods.guidance.cards"
-    )
+    return importlib.import_module("threestudio-lods.guidance.cards")
 
 
 @pytest.fixture
@@ -181,7 +179,12 @@ def test_without_a_network_one_line_in_two_seconds(cards, hub, monkeypatch, netw
     if network == "switched off":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     elif network == "silent":
-        monkeypatch.setattr(socket, "create_connection", lambda *a: told.wait(20))
+
+        def silent(*args):
+            told.wait(20)
+            raise OSError
+
+        monkeypatch.setattr(socket, "create_connection", silent)
     elif network == "refused":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -206,10 +209,10 @@ def test_a_proxy_is_what_must_answer(cards, hub, monkeypatch):
 
 def test_the_command_says_it_in_one_line(hub, capsys):
     files = [str(ROOT / "configs" / "lods-gs-lora.yaml")]
-    assert launch(files, [*small_run("sdxl"), "system.geometry.init_type=ball"]) == 1
+    assert launch(files, [*small_run("sdxl"), "system.geometry.init_type=ball"]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "hf download" in line]
     assert len(said) == 1 and "stabilityai/stable-diffusion-xl-base-1.0" in said[0]
-    assert launch(files, [*small_run("sdlx"), "system.geometry.init_type=ball"]) == 1
+    assert launch(files, [*small_run("sdlx"), "system.geometry.init_type=ball"]) == 2
     assert "one of sd15, sd21-base, sd21, sdxl, pocket" in capsys.readouterr().err
 
 
