@@ -189,7 +189,7 @@ def test_without_a_network_one_line_in_two_seconds(cards, hub, monkeypatch, netw
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
-    for name in ("sdxl", "sd15", OLD15):
+    for name in ("sdxl", OLD15):
         said = refusal(cards, name)
         tried = cards.find_card(name).ids[0]
         assert "\n" not in said and said.count(tried) == 2  # what was tried, and the command
