@@ -142,11 +142,13 @@ def write_pipeline(
         "tokenizer": tokenizer,
         "unet": net.eval(),
         "scheduler": scheduler,
-        "feature_extractor": None,
     }
     if second is None:
         pipeline = StableDiffusionPipeline(
-            **parts, safety_checker=None, requires_safety_checker=False
+            **parts,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )
     else:
         other = copy.deepcopy(tokenizer)
