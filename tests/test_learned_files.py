@@ -19,21 +19,33 @@ EMBEDDING, LORA, SDS = "lods-embedding-guidance", "lods-lora-guidance", "lods-sd
 # what a user of diffusers writes; it must not need this project
 STOCK = """
 import sys, torch
-from diffusers import StableDiffusionPipeline
-pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
-pipeline.set_progress_bar_config(disable=True)
-def sample():
-    torch.manual_seed(0)
-    return torch.from_numpy(pipeline("a hamburger", num_inference_steps=3, output_type="np").images)
-def predict():
-    g = torch.Generator().manual_seed(1)
-    x, e = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 16, 32, generator=g)
-    with torch.no_grad():
-        return pipeline.unet(x, torch.tensor([10, 900]), encoder_hidden_states=e).sample
-before = sample(), predict()
-pipeline.load_lora_weights(".", weight_name="lora.safetensors")
+from diffusers import DiffusionPipeline
+out = {}
+for folder in sys.argv[1:]:
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    def sample():
+        torch.manual_seed(0)
+        found = pipeline("a hamburger", num_inference_steps=3, output_type="np").images
+        return torch.from_numpy(found)
+    def predict():
+        c, g = pipeline.unet.config, torch.Generator().manual_seed(1)
+        x = torch.randn(2, 4, c.sample_size, c.sample_size, generator=g)
+        e, more = torch.randn(2, 17, c.cross_attention_dim, generator=g), {}
+        if c.addition_embed_type:
+            size = 2.0 * c.sample_size
+            ids = torch.tensor([[size, size, 0, 0, size, size]] * 2)
+            more = {"added_cond_kwargs": {"text_embeds": e[:, 16, :40], "time_ids": ids}}
+        e = e[:, :16]
+        with torch.no_grad():
+            return pipeline.unet(x, torch.tensor([10, 900]), encoder_hidden_states=e, **more).sample
+    before = sample(), predict()
+    pipeline.load_lora_weights(".", weight_name=f"lora{len(out)}.safetensors")
+    out[str(len(out))] = {
+        "kind": type(pipeline).__name__, "before": before, "after": (sample(), predict())
+    }
 ours = [m for m in sys.modules if m.split(".")[0] in ("threestudio", "threestudio-lods", "tests")]
-torch.save({"before": before, "after": (sample(), predict()), "ours": ours}, "out.pt")
+torch.save({"ours": ours, **out}, "out.pt")
 """
 
 
@@ -45,12 +57,13 @@ def make(lods, tiny_sd):
     return build
 
 
-def trained(guidance, steps=8):
+def trained(guidance, steps=8, prompt=None):
     """``guidance`` after some steps at a high rate."""
+    prompt = prompt or random_prompt()
     optimizer = torch.optim.Adam(guidance.parameters(), lr=0.03)
     torch.manual_seed(5)
     for _ in range(steps):
-        out = guidance(torch.rand(2, 16, 16, 3), random_prompt(), *side_view(2))
+        out = guidance(torch.rand(2, 16, 16, 3), prompt, *side_view(2))
         optimizer.zero_grad()
         sum(v for k, v in out.items() if k in ("loss_lora", "loss_embedding")).backward()
         optimizer.step()
@@ -58,23 +71,35 @@ def trained(guidance, steps=8):
 
 
 def prediction(guidance, strength):
-    g = torch.Generator().manual_seed(1)
-    x, e = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 16, 32, generator=g)
+    model, g = guidance.denoiser_lora, torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, model.latent_size, model.latent_size, generator=g)
+    e = torch.randn(2, 17, model.text_width, generator=g)[:, : 16 + model.pooled_rows]
     with torch.no_grad(), guidance.lora.strength(strength):
-        return guidance.denoiser_lora.predict_noise(x, torch.tensor([10, 900]), e)
+        return model.predict_noise(x, torch.tensor([10, 900]), e)
 
 
-def test_a_stock_pipeline_takes_a_trained_lora(make, tiny_sd, tmp_path):
-    guidance = trained(make(LORA, lora_scale=0.7))
-    guidance.save_learned(tmp_path / "lora.safetensors")
-    command = [sys.executable, "-I", "-W", "ignore", "-c", STOCK, tiny_sd()]
+def test_stock_pipelines_take_a_trained_lora(make, tiny_sd, tmp_path):
+    folders = {
+        "StableDiffusionPipeline": tiny_sd(),
+        "StableDiffusionXLPipeline": tiny_sd(kind="sdxl"),
+    }
+    trainees = []
+    for folder, prompt in zip(folders.values(), (None, random_prompt(tokens=17, width=64))):
+        guidance = make(LORA, lora_scale=0.7, pretrained_model_name_or_path=folder)
+        trainees.append(trained(guidance, prompt=prompt))
+        guidance.save_learned(tmp_path / f"lora{len(trainees) - 1}.safetensors")
+    command = [sys.executable, "-I", "-W", "ignore", "-c", STOCK, *folders.values()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    out = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert out["ours"] == []
-    assert (out["after"][0] - out["before"][0]).abs().max() > 1e-2  # the picture is another
-    torch.testing.assert_close(out["before"][1], prediction(guidance, 0.0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(out["after"][1], prediction(guidance, 0.7), rtol=1e-4, atol=1e-5)
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert found["ours"] == []
+    for i, (kind, guidance) in enumerate(zip(folders, trainees)):
+        out = found[str(i)]
+        assert out["kind"] == kind
+        assert (out["after"][0] - out["before"][0]).abs().max() > 1e-2  # the picture is another
+        for when, strength in (("before", 0.0), ("after", 0.7)):
+            want = prediction(guidance, strength)
+            torch.testing.assert_close(out[when][1], want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])

@@ -107,6 +107,8 @@ def test_loading_twice_as_upstream_loads(lods):
     assert module.guidance is lods.guidance
 
 
+# our class with the fields of upstream's
+BASES = {"lods-prompt-processor": "stable-diffusion-prompt-processor"}
 PAIRS = {"gs": "pocket.yaml", "ngp": "pocket-ngp.yaml"}
 
 
@@ -121,7 +123,7 @@ def test_shipped_keys_are_upstreams(backbone, learnt, overlay):
     kinds = {"threestudio.data.uncond:RandomCameraDataModuleConfig": cfg.data}
     for key, kind in cfg.system.items():
         if key.endswith("_type"):
-            kinds[kind] = cfg.system.get(key[: -len("_type")], {})
+            kinds[BASES.get(kind, kind)] = cfg.system.get(key[: -len("_type")], {})
     known = {kind: fields for kind, fields in kinds.items() if kind in CONFIGS}
     assert len(known) >= 4  # data, prompt processor, material, background
     odd = {kind: set(fields) - set(CONFIGS[kind]) for kind, fields in known.items()}

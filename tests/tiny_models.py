@@ -1,9 +1,10 @@
-"""A Stable Diffusion of random weights, small enough to be made and saved in under a second.
+"""Stable Diffusions of random weights, small enough to be made and saved in under a second.
 
-It is a complete diffusers folder (tokenizer, text encoder, UNet with cross attention, VAE,
+Each is a complete diffusers folder (tokenizer, text encoder, UNet with cross attention, VAE,
 scheduler), so tests go through the same loading code as a real model, offline.
 """
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -18,18 +19,56 @@ WORDS = (  # threestudio's view words, and some to make prompts of
 )
 
 
-def make_tiny_sd(
-    folder,
-    prediction_type: str = "epsilon",
-    width: int = 32,
-    tokens: int = 16,
-    sample_size: int = 8,
-    seed: int = 0,
-) -> Path:
+# What sets the models of the cards apart, at a 32nd of their widths (SDXL: 24 + 40 for 768 + 1280).
+V2_UNET = {"attention_head_dim": (2, 4), "use_linear_projection": True}
+KINDS = {
+    "sd15": {"width": 24},
+    "sd21-base": {"width": 32, "act": "gelu", "unet": V2_UNET},
+    "sd21": {
+        "width": 32,
+        "act": "gelu",
+        "unet": V2_UNET,
+        "sample_size": 12,
+        "prediction_type": "v_prediction",
+    },
+    "sdxl": {
+        "width": 24,
+        "width_2": 40,
+        "sample_size": 16,
+        "unet": {
+            **V2_UNET,
+            "transformer_layers_per_block": (1, 2),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 40,
+        },
+    },
+}
+
+
+def make_tiny_sd(folder, kind: str | None = None, **options) -> Path:
     """Write a random ``StableDiffusionPipeline`` to ``folder`` and return the folder.
 
-    ``width`` is the text width (a multiple of 4), ``tokens`` the length of a prompt,
-    ``sample_size`` the latents' size; the VAE halves images once, so they have twice that size.
+    ``kind``, one of KINDS, shapes it like the model of that card ("sdxl": a
+    ``StableDiffusionXLPipeline``); ``options`` are those of ``write_pipeline``.
+    """
+    return write_pipeline(Path(folder), **({**KINDS[kind], **options} if kind else options))
+
+
+def write_pipeline(
+    folder: Path,
+    prediction_type: str = "epsilon",
+    width: int = 32,
+    width_2: int = 0,
+    tokens: int = 16,
+    sample_size: int = 8,
+    act: str = "quick_gelu",
+    unet: dict | None = None,
+    seed: int = 0,
+) -> Path:
+    """``width`` is the text width (a multiple of 4), ``width_2`` that of a second text encoder (0:
+    there is none), ``tokens`` the length of a prompt, ``sample_size`` the latents' size; the VAE
+    halves images once, so they have twice that size. ``unet`` are more fields of the UNet's config.
     The weights depend on ``seed`` only, and the global random state is left as it was.
     """
     with warnings.catch_warnings():
@@ -38,30 +77,35 @@ def make_tiny_sd(
             AutoencoderKL,
             DDPMScheduler,
             StableDiffusionPipeline,
+            StableDiffusionXLPipeline,
             UNet2DConditionModel,
         )
-        from transformers import CLIPTextConfig, CLIPTextModel
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    folder = Path(folder)
     tokenizer = save_tokenizer(folder / "tokenizer", WORDS, tokens)
+
+    def text_config(width: int, act: str) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            hidden_act=act,
+            max_position_embeddings=tokens,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            # CLIP's default initialisation (0.02) would make all prompts look alike.
+            initializer_factor=10.0,
+        )
+
+    fields = {"attention_head_dim": 8, **(unet or {})}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=width,
-                intermediate_size=2 * width,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=tokens,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                # CLIP's default initialisation (0.02) would make all prompts look alike.
-                initializer_factor=10.0,
-            )
-        )
-        unet = UNet2DConditionModel(
+        text_encoder = CLIPTextModel(text_config(width, act))
+        net = UNet2DConditionModel(
             sample_size=sample_size,
             in_channels=4,
             out_channels=4,
@@ -69,9 +113,9 @@ def make_tiny_sd(
             layers_per_block=1,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=width,
-            attention_head_dim=8,
+            cross_attention_dim=width + width_2,
             norm_num_groups=8,
+            **fields,
         )
         vae = AutoencoderKL(
             sample_size=2 * sample_size,
@@ -83,6 +127,7 @@ def make_tiny_sd(
             norm_num_groups=4,
             scaling_factor=0.7,
         )
+        second = CLIPTextModelWithProjection(text_config(width_2, "gelu")) if width_2 else None
     scheduler = DDPMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -91,14 +136,28 @@ def make_tiny_sd(
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder, safe_serialization=True)
+    parts = {
+        "vae": vae.eval(),
+        "text_encoder": text_encoder.eval(),
+        "tokenizer": tokenizer,
+        "unet": net.eval(),
+        "scheduler": scheduler,
+    }
+    if second is None:
+        pipeline = StableDiffusionPipeline(
+            **parts,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    else:
+        other = copy.deepcopy(tokenizer)
+        other.pad_token = "!"  # SDXL's second tokenizer pads with another token than its first
+        pipeline = StableDiffusionXLPipeline(
+            **parts,
+            text_encoder_2=second.eval(),
+            tokenizer_2=other,
+            add_watermarker=False,
+        )
+    pipeline.save_pretrained(folder, safe_serialization=True)
     return folder

@@ -61,7 +61,11 @@ def parse_arguments(kind: str, argv=None) -> argparse.Namespace:
         return f"(default: {pocket}; for Stable Diffusion {large})"
 
     add("--prompt", help=f"what to make {by_model('prompt')}")
-    add("--model", help="diffusers folder, hub id, or 'pocket' (default: chosen, and said why)")
+    add(
+        "--model",
+        help="sd15, sd21-base, sd21, sdxl, pocket, hub id or diffusers folder "
+        "(default: chosen, and said why)",
+    )
     add("--steps", type=_positive(int), help=f"optimiser steps {by_model('steps')}")
     scale = f"guidance scale, inf allowed {by_model('guidance_scale')}"
     add("--guidance-scale", type=_positive(float), help=scale)
@@ -169,9 +173,14 @@ def run(kind: str, args: argparse.Namespace) -> Path:
     import threestudio
 
     from . import guidance as registers_the_priors  # noqa: F401
+    from .guidance.cards import resolve
     from .guidance.denoiser import DEFAULT_MODEL, load_model_config
 
-    model, family, why = choose_model(args.model, load_model_config, DEFAULT_MODEL)
+    def look_for(name, part):
+        found = resolve(name)
+        return load_model_config(found.path, part, found.revision)
+
+    model, family, why = choose_model(args.model, look_for, DEFAULT_MODEL)
     defaults = SETTINGS[family, kind]
     settings = {
         key: defaults[key] if getattr(args, key) is None else getattr(args, key)
@@ -188,7 +197,7 @@ def run(kind: str, args: argparse.Namespace) -> Path:
         }
     )
     with torch.random.fork_rng(devices=[]):  # a text encoder that is made, not cached, may draw
-        prompt_utils = threestudio.find("stable-diffusion-prompt-processor")(
+        prompt_utils = threestudio.find("lods-prompt-processor")(
             {"pretrained_model_name_or_path": model, "prompt": settings["prompt"]}
         )()
 

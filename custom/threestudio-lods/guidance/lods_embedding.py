@@ -10,6 +10,7 @@ from threestudio.utils.typing import *
 
 from . import formulas
 from .base import BaseGuidance
+from .cards import resolve
 from .denoiser import load_model_config
 from .learned_file import read_safetensors, write_safetensors
 
@@ -18,9 +19,10 @@ from .learned_file import read_safetensors, write_safetensors
 class LODSEmbeddingGuidance(BaseGuidance):
     """g = w(t) [ eps(x_t; y) - eps / s + (1 - s) / s eps(x_t; e) ], with the embedding e learnt:
 
-    ``loss_embedding`` = mean (eps(x_t'; e) - eps')^2 over what is being rendered. e (T, D) is
-    shared by all views; it starts as the negative prompt's embedding, once, in ``initialize``: the
-    buffer ``initialized`` is saved with it, so that a resumed run goes on with what was learnt.
+    ``loss_embedding`` = mean (eps(x_t'; e) - eps')^2 over what is being rendered. e (T, D), for
+    SDXL with the pooled embedding as its last row, is shared by all views; it starts as the
+    negative prompt's embedding, once, in ``initialize``: the buffer ``initialized`` is saved with
+    it, so that a resumed run goes on with what was learnt.
     """
 
     @dataclass
@@ -31,7 +33,9 @@ class LODSEmbeddingGuidance(BaseGuidance):
 
     def create_learned(self) -> None:
         name = self.cfg.pretrained_model_name_or_path
-        tokens = load_model_config(name, "text_encoder").get("max_position_embeddings")
+        model = resolve(name)
+        config = load_model_config(model.path, "text_encoder", model.revision)
+        tokens = config.get("max_position_embeddings")
         if tokens is None:
             raise ValueError(
                 f"the text_encoder of {name!r} does not say how many tokens it takes "
@@ -39,7 +43,9 @@ class LODSEmbeddingGuidance(BaseGuidance):
             )
         # Its final shape from the start, so that checkpoints load before anything is rendered.
         self.learnable_embedding = torch.nn.Parameter(
-            torch.zeros(tokens, self.denoiser.text_width, device=self.device)
+            torch.zeros(
+                tokens + self.denoiser.pooled_rows, self.denoiser.text_width, device=self.device
+            )
         )
         self.unscale_gradients([self.learnable_embedding])
         self.register_buffer("initialized", torch.tensor(False, device=self.device))

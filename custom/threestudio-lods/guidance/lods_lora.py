@@ -10,7 +10,11 @@ from threestudio.utils.typing import *
 
 from . import formulas
 from .base import BaseGuidance
+from .cards import canonical
 from .lora import RowLora
+
+# what a model for the learnt prediction must share with the other
+ALIKE = ("latent_channels", "latent_size", "text_width", "pooled_width", "num_train_timesteps")
 
 
 @threestudio.register("lods-lora-guidance")
@@ -40,7 +44,7 @@ class LODSLoRAGuidance(BaseGuidance):
 
     def _check_alike(self, other: str) -> None:
         one, two = self.denoiser, self.denoiser_lora
-        for what in ("latent_channels", "latent_size", "text_width", "num_train_timesteps"):
+        for what in ALIKE:
             if getattr(one, what) != getattr(two, what):
                 raise ValueError(
                     f"pretrained_model_name_or_path_lora {other!r} does not fit: its {what} is "
@@ -83,12 +87,11 @@ class LODSLoRAGuidance(BaseGuidance):
 
     @property
     def learnt_on(self) -> str:
-        return self.cfg.pretrained_model_name_or_path_lora or (
-            self.cfg.pretrained_model_name_or_path
-        )
+        other = self.cfg.pretrained_model_name_or_path_lora
+        return canonical(other) if other else super().learnt_on
 
     def save_learned(self, path) -> Path:
-        """Write the LoRA for ``StableDiffusionPipeline.load_lora_weights``, at ``lora_scale``."""
+        """Write the LoRA for ``load_lora_weights`` of diffusers' pipelines, at ``lora_scale``."""
         return self.lora.save(path, self.cfg.lora_scale, {"model": self.learnt_on})
 
     def load_learned(self, path) -> Dict[str, str]:

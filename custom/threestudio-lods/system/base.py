@@ -31,7 +31,7 @@ class LODSSystem(BaseLift3DSystem):
 
     @dataclass
     class Config(BaseLift3DSystem.Config):
-        prompt_processor_type: str = "stable-diffusion-prompt-processor"
+        prompt_processor_type: str = "lods-prompt-processor"
         sheet_views: int = 12  # views of the contact sheet, evenly around the object
         sheet_columns: int = 4
         video_fps: int = 30

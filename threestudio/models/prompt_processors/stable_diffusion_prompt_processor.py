@@ -17,12 +17,12 @@ PARTS = ("tokenizer", "text_encoder")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".msgpack", ".h5", ".onnx")
 
 
-def fingerprint_folder(folder: str) -> str:
-    """Hash that changes when the text model in ``folder`` does: contents of its small files, and
-    the :func:`weights_identity` of those with weights. The folder's own path is part of it, which
-    for a model of the hub holds the revision."""
+def fingerprint_folder(folder: str, parts: Tuple[str, ...] = PARTS) -> str:
+    """Hash that changes when the text model in ``folder`` does: contents of the small files in its
+    subfolders ``parts``, and the :func:`weights_identity` of those with weights. The folder's own
+    path is part of it, which for a model of the hub holds the revision."""
     digest = hashlib.sha256(os.path.realpath(folder).encode())
-    for part in PARTS:
+    for part in parts:
         for name in sorted(os.listdir(os.path.join(folder, part))):
             path = os.path.join(folder, part, name)
             if not os.path.isfile(path):
@@ -62,7 +62,8 @@ class StableDiffusionPromptProcessor(PromptProcessor):
     """Embeddings are the encoder's last hidden states; T and D are the model's own.
 
     ``pretrained_model_name_or_path`` is a folder (relative to the current one, or absolute) or a
-    hub id, with subfolders ``tokenizer`` and ``text_encoder``.
+    hub id, with subfolders ``tokenizer`` and ``text_encoder``. A subclass that reads other
+    subfolders names them in ``parts``, and loads each with :meth:`load_part`.
     """
 
     @dataclass
@@ -70,6 +71,7 @@ class StableDiffusionPromptProcessor(PromptProcessor):
         pass
 
     cfg: Config
+    parts: Tuple[str, ...] = PARTS
 
     def fingerprint(self) -> Optional[str]:
         model = self.cfg.pretrained_model_name_or_path
@@ -77,7 +79,7 @@ class StableDiffusionPromptProcessor(PromptProcessor):
         if folder is None:
             return None
         try:
-            return fingerprint_folder(folder)
+            return fingerprint_folder(folder, self.parts)
         except OSError:  # a part is missing, so there is nothing to identify
             return None
 
@@ -106,8 +108,12 @@ class StableDiffusionPromptProcessor(PromptProcessor):
         """Tokenizer and text encoder (float32, on ``self.device``)."""
         from transformers import AutoTokenizer, CLIPTextModel
 
-        model = self.cfg.pretrained_model_name_or_path
         # not left to its default, which asks at the terminal
-        tokenizer = load_part(AutoTokenizer, model, PARTS[0], trust_remote_code=False)
-        text_encoder = load_part(CLIPTextModel, model, PARTS[1], use_safetensors=True)
+        tokenizer = self.load_part(AutoTokenizer, PARTS[0], trust_remote_code=False)
+        text_encoder = self.load_part(CLIPTextModel, PARTS[1], use_safetensors=True)
         return tokenizer, text_encoder.to(self.device, torch.float32).eval()
+
+    def load_part(self, cls: Any, part: str, **kwargs) -> Any:
+        """``cls.from_pretrained`` of one subfolder of the model, after the checks of
+        :func:`threestudio.utils.pretrained.load_part`."""
+        return load_part(cls, self.cfg.pretrained_model_name_or_path, part, **kwargs)

@@ -1,0 +1,191 @@
+"""Model cards: one word for a diffusers model, and which of its repositories can be had."""
+
+import functools
+import os
+import socket
+import threading
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from omegaconf import OmegaConf
+
+from threestudio.utils.typing import *
+
+CARDS = Path(__file__).resolve().parent.parent / "models" / "cards.yaml"
+POCKET = (
+    "on a CPU, or to try it out, add the overlay of the pocket prior, which needs no download: "
+    "--config configs/pocket.yaml for Gaussians, configs/pocket-ngp.yaml for radiance fields"
+)
+# a repository counts as present in the hub's local cache with any of these
+MARKS = ("model_index.json", "unet/config.json", "text_encoder/config.json")
+CONNECT_SECONDS = 1.0  # to find out that there is no network
+ASK_SECONDS = 5.0  # for each repository, where there is one
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a model before it is loaded; the fields are explained in ``cards.yaml``."""
+
+    name: str
+    prediction_type: str
+    text_width: int
+    text_tokens: int
+    latent_channels: int
+    scaling_factor: float
+    image_size: int
+    memory_gb: float
+    memory_measured: bool
+    revision: Optional[str] = None
+    ids: Tuple[str, ...] = ()
+    aliases: Tuple[str, ...] = ()
+    folder: Optional[str] = None
+
+    def differences(self, found: Dict[str, Any]) -> str:
+        """The fields of ``found`` that are not as the card says, in words; "" if there is none."""
+        return ", ".join(
+            f"{key} is {value} (card: {getattr(self, key)})"
+            for key, value in found.items()
+            if value != getattr(self, key)
+        )
+
+    def memory_note(self, gigabytes: float) -> str:
+        """What to say of a GPU with this much memory; "" if it is enough."""
+        if gigabytes > 0.9 * self.memory_gb:  # a "24 GB" GPU reports a little less
+            return ""
+        how = "measured" if self.memory_measured else "estimated, not measured"
+        return (
+            f"{self.name} is made for GPUs of {self.memory_gb} GB and more ({how}), "
+            f"this one has {gigabytes:.1f} GB"
+        )
+
+
+class Model(NamedTuple):
+    """A diffusers folder or hub id, the revision to load there, and the card that led to it."""
+
+    path: str
+    revision: Optional[str] = None
+    card: Optional[Card] = None
+
+
+@functools.cache
+def all_cards() -> Dict[str, Card]:
+    """The cards of ``models/cards.yaml`` by name."""
+    cards = {}
+    for name, fields in OmegaConf.to_container(OmegaConf.load(CARDS)).items():
+        lists = {key: tuple(fields.pop(key, ())) for key in ("ids", "aliases")}
+        cards[name] = Card(name, **fields, **lists)
+    return cards
+
+
+def find_card(name: str) -> Optional[Card]:
+    """The card of this name, or with this repository among its ids and aliases."""
+    for card in all_cards().values():
+        if name in (card.name, *card.ids, *card.aliases):
+            return card
+    return None
+
+
+def canonical(name_or_path: str) -> str:
+    """One name for all ways to name a card: its first id; anything else unchanged."""
+    card = find_card(name_or_path)
+    return card.ids[0] if card and card.ids else name_or_path
+
+
+def resolve(name_or_path: str) -> Model:
+    """Which model a name stands for, without loading it.
+
+    A folder wins; for a card (by name, id or alias) the first of its repositories that is in the
+    hub's local cache, else the first that the hub has. Anything else is returned unchanged.
+    Raises ``ValueError``, one line, within two seconds where there is no network, if a card's
+    model cannot be had.
+    """
+    card = find_card(name_or_path)
+    if card is None or _is_model_folder(name_or_path):
+        return Model(name_or_path)
+    if card.folder is not None:
+        return Model(str(CARDS.parent / card.folder), None, card)
+    for repo in card.ids + card.aliases:
+        # a copy of an old repository has revisions of its own
+        revision = card.revision if repo in card.ids else None
+        if _is_cached(repo, revision):
+            return Model(repo, revision, card)
+    repo, why = _first_on_hub(card.ids, card.revision)
+    if repo is None:
+        raise ValueError(missing(name_or_path, f"{', '.join(card.ids)} is", why, card.ids[0]))
+    return Model(repo, card.revision, card)
+
+
+def missing(name: str, what: str, why: str, repo: str) -> str:
+    """One line for a model that cannot be had: ``what`` ("X is") was looked for, and what to do."""
+    return (
+        f"the model {name!r} cannot be had: {what} neither in a folder of that name, "
+        f"nor in the hub's local cache, nor on the hub ({why}); offline, set "
+        "pretrained_model_name_or_path to a downloaded diffusers folder, or download it once "
+        f"where there is a network: hf download {repo}; {POCKET}"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 160 else line[:160] + "..."
+
+
+def _is_model_folder(path: str) -> bool:
+    """Whether it is a folder, and not just one that happens to be called like a card."""
+    parts = ("model_index.json", "unet", "text_encoder")
+    return any(os.path.exists(os.path.join(path, part)) for part in parts)
+
+
+def _is_cached(repo: str, revision: Optional[str]) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(
+        isinstance(try_to_load_from_cache(repo, mark, revision=revision), str) for mark in MARKS
+    )
+
+
+def _first_on_hub(ids: Tuple[str, ...], revision: Optional[str]) -> Tuple[Optional[str], str]:
+    """(the first of these that the hub has, or None; why there is none)."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return None, "not asked: HF_HUB_OFFLINE is set"
+    why = _no_connection(constants.ENDPOINT)
+    if why:
+        return None, why
+    for repo in ids:
+        try:
+            HfApi().model_info(repo, revision=revision, timeout=ASK_SECONDS)
+            return repo, ""
+        except HfHubHTTPError as error:  # it answers, but has no such repository
+            why = first_line(error)
+        except Exception as error:  # it does not answer: nor would it for the others
+            return None, first_line(error)
+    return None, why
+
+
+def _no_connection(url: str) -> str:
+    """Why no connection to ``url`` (or to the proxy on the way) can be opened; "" if one can.
+
+    In a thread, because looking up a name cannot be given a time limit."""
+    target = urlsplit(url)
+    proxy = urllib.request.getproxies().get(target.scheme)
+    if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
+        target = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    port = target.port or (443 if target.scheme == "https" else 80)
+    answers: List[str] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((target.hostname, port), CONNECT_SECONDS).close()
+            answers.append("")
+        except OSError as error:
+            answers.append(f"no network: {target.hostname}: {first_line(error)}")
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(1.2 * CONNECT_SECONDS)
+    return answers[0] if answers else f"no network: {target.hostname} does not answer"
