@@ -183,7 +183,7 @@ class Reference:
 
     def noised(self, z, low: int, high: int):
         t = torch.randint(low, high, z.shape[:1], device=z.device)
-        eps = torch.randn_like(z)
+        eps = torch.randn_like(z, memory_format=torch.contiguous_format)
         abar = self.abar[t].view(-1, 1, 1, 1)
         return abar.sqrt() * z + (1 - abar).sqrt() * eps, t, eps
 
@@ -268,9 +268,9 @@ class Ours:
         y, null = prompt.get_text_embeddings(z).chunk(2)
         n = len(z)
         t = torch.randint(d.num_train_timesteps, (n,), device=z.device)
-        eps = torch.randn_like(z)
+        eps = torch.randn_like(z, memory_format=torch.contiguous_format)
         t_g = torch.randint(g.min_step, g.max_step + 1, (n,), device=z.device)
-        eps_g = torch.randn_like(z)
+        eps_g = torch.randn_like(z, memory_format=torch.contiguous_format)
         x_g = d.add_noise(z.detach(), eps_g, t_g)
         x = torch.cat([x_g, x_g, d.add_noise(z.detach(), eps, t)])
         if hasattr(g, "lora"):

@@ -241,7 +241,8 @@ class BaseGuidance(BaseModule):
         t = torch.randint(
             self.min_step, self.max_step + 1, latents.shape[:1], device=latents.device
         )
-        eps = torch.randn_like(latents)
+        # in one order whatever the layout, or a seed would mean other noise in another layout
+        eps = torch.randn_like(latents, memory_format=torch.contiguous_format)
         x_t = self.denoiser.add_noise(latents, eps, t)
         raw = self.gradient(x_t, t, eps, prompt, null)
         self._warn_of_lost()

@@ -36,7 +36,7 @@ def check(cfg, device: torch.device) -> None:
     names = [os.environ[variable]] if os.environ.get(variable) else usual
     if not any(shutil.which(name.split()[0]) for name in names):
         raise ValueError(
-            f"{compiled[0]} needs a C++ compiler, and there is no {' or '.join(names)}: install "
+            f"{compiled[0]} needs a C compiler, and there is no {' or '.join(names)}: install "
             f"one (g++), or set system.guidance.{compiled[0]}=false"
         )
 
