@@ -117,8 +117,6 @@ def _again(forward, context):
     from torch.utils.checkpoint import checkpoint
 
     def run(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
         within = context()
 
         def block(*args, **kwargs):
