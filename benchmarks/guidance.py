@@ -443,6 +443,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/guidance.csv")
     args = parser.parse_args()
     device = "cuda" if cuda else "cpu"
+    diffusers.utils.logging.set_verbosity_error()  # of casts that are meant
     args.models = args.models or (["full"] if cuda else ["pocket", "half"])
     if args.quick:
         args.models, args.rounds, args.batch = ["pocket"], 1, [2]
