@@ -1,5 +1,6 @@
 """What all priors share: encode, draw (t, noise), ask for the prior's gradient, make it a loss."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from threestudio.utils.base import BaseModule
 from threestudio.utils.misc import C
 from threestudio.utils.typing import *
 
-from . import formulas
+from . import formulas, memory
 from .cards import canonical
 from .denoiser import DEFAULT_MODEL, Denoiser
 
@@ -21,7 +22,6 @@ WITHOUT_EFFECT = {
     "guidance_scale_lora": (1.0, 7.5),
     "lora_cfg_training": (True,),
     "camera_condition_type": ("extrinsics",),
-    "enable_sequential_cpu_offload": (False,),
 }
 
 
@@ -55,7 +55,9 @@ class BaseGuidance(BaseModule):
         weighting_strategy: str = "sds"
         # prompts with "front view" etc. by camera; false: the plain prompt
         view_dependent_prompting: bool = True
-        # float16 weights for UNet and VAE; applies on CUDA, elsewhere they are float32
+        # of UNet and VAE: auto, float16, bfloat16 or float32; auto is float16 on CUDA with
+        # half_precision_weights, else float32
+        weights_dtype: str = "auto"
         half_precision_weights: bool = True
         # learnt priors: (t, noise) draws per image for the prior's own loss
         lora_n_timestamp_samples: int = 1
@@ -64,13 +66,22 @@ class BaseGuidance(BaseModule):
         lora_rank: int = 4
         lora_scale: float = 0.5
         pretrained_model_name_or_path_lora: Optional[str] = None
-        # memory: slices of attention heads one after the other; channels-last convolutions.
-        # Memory-efficient attention is torch's own and always on.
-        enable_attention_slicing: bool = False
+        # speed: channels-last convolutions; torch.compile, minutes at the first step, which
+        # needs a C++ compiler
         enable_channels_last_format: bool = False
+        compile_unet: bool = False
+        compile_vae: bool = False
+        # memory, see guidance/memory.py, from cheap to slow: images through the VAE one by one;
+        # blocks of UNet and VAE computed again for their gradients; images in tiles (the one that
+        # changes results); attention heads in slices; on CUDA, weights of a layer only while it
+        # runs. Memory-efficient attention is torch's own and always on.
+        enable_vae_slicing: bool = False
+        enable_gradient_checkpointing: bool = False
+        enable_vae_tiling: bool = False
+        enable_attention_slicing: bool = False
+        enable_sequential_cpu_offload: bool = False
         enable_memory_efficient_attention: bool = False
         # accepted for existing configurations, see WITHOUT_EFFECT
-        enable_sequential_cpu_offload: bool = False
         guidance_scale_lora: float = 1.0
         lora_cfg_training: bool = True
         camera_condition_type: str = "extrinsics"
@@ -87,12 +98,15 @@ class BaseGuidance(BaseModule):
         for field, values in WITHOUT_EFFECT.items():
             if self.cfg[field] not in values:
                 threestudio.warn(f"guidance: {field}={self.cfg[field]} has no effect")
+        memory.check(self.cfg, self.device)
+        self._loaded: List[Denoiser] = []
         self.denoiser = self.load_denoiser(self.cfg.pretrained_model_name_or_path)
         self._prompt_known = False
         self._lost: Optional[Tensor] = None  # share of the last gradient that was not finite
         self._warned: set = set()
         self.update_step(0, 0)
         self.create_learned()
+        memory.apply(self.cfg, self._loaded, self.recompute_context)
         if str(self.cfg.weights or "").endswith(".safetensors"):
             self._start_from_file(self.cfg.weights)
             self.cfg.weights = None  # anything else is a checkpoint, which BaseModule reads
@@ -118,18 +132,15 @@ class BaseGuidance(BaseModule):
         return canonical(self.cfg.pretrained_model_name_or_path)
 
     def load_denoiser(self, name_or_path: str, vae=None) -> Denoiser:
-        """The model on this module's device, in the dtype and layout that the config asks for."""
-        half = self.cfg.half_precision_weights and self.device.type == "cuda"
-        if self.cfg.half_precision_weights and not half:
-            threestudio.debug("guidance: half_precision_weights applies on CUDA, float32 here")
-        denoiser = Denoiser.from_pretrained(
-            name_or_path, self.device, torch.float16 if half else torch.float32, vae
-        )
-        if self.cfg.enable_attention_slicing:
-            denoiser.unet.set_attention_slice("auto")
-        if self.cfg.enable_channels_last_format:
-            denoiser.unet.to(memory_format=torch.channels_last)
+        """The model on this module's device, in the dtype that the config asks for."""
+        dtype = memory.weights_dtype(self.cfg, self.device)
+        denoiser = Denoiser.from_pretrained(name_or_path, self.device, dtype, vae)
+        self._loaded.append(denoiser)
         return denoiser
+
+    def recompute_context(self) -> Callable[[], Any]:
+        """What makes the context in which the UNet runs now, for ``memory.checkpoint_blocks``."""
+        return contextlib.nullcontext
 
     def update_step(self, epoch: int, global_step: int, on_load_weights: bool = False) -> None:
         """Set ``min_step``, ``max_step`` and ``grad_clip`` from their schedules."""
@@ -200,7 +211,13 @@ class BaseGuidance(BaseModule):
     def learn(
         self, latents: Float[Tensor, "B c h w"], null: Float[Tensor, "B T D"]
     ) -> Dict[str, Float[Tensor, ""]]:
-        """The prior's own losses on detached latents; nothing for a prior that does not learn."""
+        """The prior's own losses on detached latents; nothing for a prior that does not learn.
+
+        They have a UNet call of their own. As rows of the gradient's call they would save one,
+        but the backward pass would go through all 3B rows: 6 forward passes' worth of B rows in
+        place of 4, and the activations of three times the rows. ``benchmarks/guidance.py`` times
+        that as "ours one call".
+        """
         return {}
 
     def denoising_loss(self, latents: Float[Tensor, "B c h w"], predict) -> Float[Tensor, ""]:
@@ -233,7 +250,8 @@ class BaseGuidance(BaseModule):
         t = torch.randint(
             self.min_step, self.max_step + 1, latents.shape[:1], device=latents.device
         )
-        eps = torch.randn_like(latents)
+        # in one order whatever the layout, or a seed would mean other noise in another layout
+        eps = torch.randn_like(latents, memory_format=torch.contiguous_format)
         x_t = self.denoiser.add_noise(latents, eps, t)
         raw = self.gradient(x_t, t, eps, prompt, null)
         self._warn_of_lost()

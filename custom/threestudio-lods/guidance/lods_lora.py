@@ -42,6 +42,9 @@ class LODSLoRAGuidance(BaseGuidance):
         self.lora = RowLora(self.denoiser_lora.unet, self.cfg.lora_rank)
         self.unscale_gradients(self.lora.parameters())
 
+    def recompute_context(self) -> Callable[[], Any]:
+        return self.lora.same_strength()
+
     def _check_alike(self, other: str) -> None:
         one, two = self.denoiser, self.denoiser_lora
         for what in ALIKE:

@@ -68,6 +68,12 @@ class RowLora(nn.Module):
         finally:
             self._strength = before
 
+    def same_strength(self) -> Callable[[], Any]:
+        """A function that makes contexts with the strengths of now, for what is computed again
+        when they have ended."""
+        rows = self._strength
+        return lambda: self.strength(rows)
+
     def save(self, path, strength: float, metadata: Dict[str, str]) -> Path:
         """Write a LoRA that ``StableDiffusionPipeline.load_lora_weights`` reads, under the names
         that every diffusers since 0.14 knows; at its default weight of 1 it acts with

@@ -1,0 +1,476 @@
+"""One step of a guidance, timed: the original's call pattern against ours, at equal results.
+
+A step is all that a guidance does for a rendered image: encode it with gradients, the learnt
+prior's own loss, the gradient of the distillation, and one backward pass through both. Models have
+true sizes and random weights made here (time does not depend on them, nothing is downloaded). The
+ways, interleaved, the minimum of each over all rounds:
+
+- ``reference``: UNet calls one by one (prompt, learnt, training), the whole softmax(Q K^T) of
+  every attention, and for LoRA the original's float32 layers on q, k, v and out;
+- ``reference sdpa``: the same with torch's attention, and for the embedding its first two
+  calls in one: what was published, which wrote the matrix out for LoRA only;
+- ``ours``, ``ours channels-last``, ``ours compiled``;
+- ``ours one call``: the training rows in the call of the other two.
+
+Every way gets the same random numbers, once more before the clock starts, and its losses and
+gradients are compared with the reference's (``loss_difference``, ``gradient_difference``: largest
+relative to the reference's largest element; the run stops above ``--tolerance``).
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import math
+import re
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from timing import ROOT, fastest, machine, show, write_table
+from torch import nn
+
+SD_UNET = {  # Stable Diffusion 2.1-base
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "attention_head_dim": (5, 10, 20, 20),  # in effect the number of heads
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+SD_VAE = {
+    "sample_size": 768,
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.18215,
+}
+GUIDANCES = {"lora": "lods-lora-guidance", "embedding": "lods-embedding-guidance"}
+WAYS = (
+    "reference",
+    "reference sdpa",
+    "ours",
+    "ours channels-last",
+    "ours compiled",
+    "ours one call",
+)
+SCALE, STRENGTH, RANK, TOKENS = 1000.0, 0.5, 4, 77
+
+
+def halved(config: dict) -> dict:
+    return config | {"block_out_channels": tuple(w // 2 for w in config["block_out_channels"])}
+
+
+def build(model: str, pixels: int, device: str, dtype: torch.dtype):
+    """UNet, VAE and schedule of random weights, or the pocket prior's."""
+    if model == "pocket":
+        folder = ROOT / "custom/threestudio-lods/models/pocket"
+        unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        # read as noise, which is all that the original knew
+        schedule = diffusers.DDPMScheduler.from_pretrained(
+            folder, subfolder="scheduler", prediction_type="epsilon"
+        )
+    else:
+        unet_config, vae_config = {
+            "full": (SD_UNET, SD_VAE),
+            "half": (halved(SD_UNET), halved(SD_VAE)),
+        }[model]
+        torch.manual_seed(0)
+        with torch.device(device):
+            unet = diffusers.UNet2DConditionModel(**unet_config | {"sample_size": pixels // 8})
+            vae = diffusers.AutoencoderKL(**vae_config)
+        schedule = diffusers.DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+        )
+    for module in (unet, vae):
+        module.to(device, dtype).eval().requires_grad_(False)
+    return unet, vae, schedule
+
+
+def twin(model):
+    """Another model on the same weights (a change of layout makes its own)."""
+    with torch.device("meta"):
+        copy = type(model).from_config(model.config)
+    copy.load_state_dict(model.state_dict(), assign=True)
+    return copy.eval().requires_grad_(False)
+
+
+class Attention(nn.Module):
+    """An attention as the original's ``LoRAAttnProcessor`` computes it, or with torch's kernel.
+
+    ``now["strength"]`` is the LoRA's in the call that is made; without ``lora`` there is none.
+    """
+
+    def __init__(self, attn, now: dict, lora: bool, sdpa: bool):
+        super().__init__()
+        self.now, self.sdpa, self.lora = now, sdpa, nn.ModuleDict()
+        for name in ("q", "k", "v", "out") if lora else ():
+            layer = attn.to_out[0] if name == "out" else getattr(attn, f"to_{name}")
+            wide = {"bias": False, "device": layer.weight.device}
+            self.lora[name] = nn.Sequential(
+                nn.Linear(layer.in_features, RANK, **wide),
+                nn.Linear(RANK, layer.out_features, **wide),
+            )
+
+    def project(self, name: str, layer, x):
+        y = layer(x)
+        if not self.lora:
+            return y
+        return y + self.now["strength"] * self.lora[name](x.float()).to(y.dtype)
+
+    def forward(self, attn, hidden_states, encoder_hidden_states=None, **_):
+        x = hidden_states
+        y = x if encoder_hidden_states is None else encoder_hidden_states
+        q = self.project("q", attn.to_q, x)
+        k = self.project("k", attn.to_k, y)
+        v = self.project("v", attn.to_v, y)
+        if self.sdpa:
+            q, k, v = (u.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for u in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        else:
+            q, k, v = (attn.head_to_batch_dim(u) for u in (q, k, v))
+            scores = q.new_empty(len(q), q.shape[1], k.shape[1])
+            scores = torch.baddbmm(scores, q, k.mT, beta=0, alpha=attn.scale)
+            out = attn.batch_to_head_dim(torch.bmm(scores.softmax(-1), v))
+        return self.project("out", attn.to_out[0], out)
+
+
+class Reference:
+    """The original's step, from its description. ``pair``: prompt and learnt rows in one call."""
+
+    def __init__(self, ours, unet, vae, sdpa: bool, pair: bool):
+        self.unet, self.vae, self.pair, self.now = unet, vae, pair, {"strength": 0.0}
+        self.abar = ours.denoiser.alphas_cumprod
+        self.steps = (ours.min_step, ours.max_step + 1)
+        self.dtype = unet.dtype
+        lora = hasattr(ours, "lora")
+        unet.set_attn_processor(
+            {
+                f"{name}.processor": Attention(module, self.now, lora, sdpa)
+                for name, module in unet.named_modules()
+                if hasattr(module, "set_processor")
+            }
+        )
+        self.embedding = None if lora else nn.Parameter(ours.learnable_embedding.detach().clone())
+        self.learnt = {"learnable_embedding": self.embedding}
+        if lora:
+            self.learnt = {}
+            for name, module in unet.named_modules():
+                if isinstance(module, Attention):
+                    for part, pair_of in module.lora.items():
+                        part = "to_out.0" if part == "out" else f"to_{part}"
+                        stem = f"{name.removesuffix('.processor')}.{part}.lora_"
+                        self.learnt[f"{stem}A.weight"] = pair_of[0].weight
+                        self.learnt[f"{stem}B.weight"] = pair_of[1].weight
+            with torch.no_grad():
+                for name, value in ours.lora.named_parameters():
+                    self.learnt[name].copy_(value)
+
+    def predict(self, x, t, text, strength: float):
+        self.now["strength"] = strength
+        x, text = x.to(self.dtype), text.to(self.dtype)
+        return self.unet(x, t, encoder_hidden_states=text).sample.float()
+
+    def noised(self, z, low: int, high: int):
+        t = torch.randint(low, high, z.shape[:1], device=z.device)
+        eps = torch.randn_like(z, memory_format=torch.contiguous_format)
+        abar = self.abar[t].view(-1, 1, 1, 1)
+        return abar.sqrt() * z + (1 - abar).sqrt() * eps, t, eps
+
+    def step(self, rgb, prompt):
+        images = (rgb.permute(0, 3, 1, 2) * 2 - 1).to(self.dtype)
+        z = self.vae.encode(images).latent_dist.sample().float() * self.vae.config.scaling_factor
+        y, null = prompt.get_text_embeddings(z).chunk(2)
+        learnt = null if self.embedding is None else self.embedding.expand(len(z), -1, -1)
+        x, t, eps = self.noised(z.detach(), 0, len(self.abar))
+        prior = F.mse_loss(self.predict(x, t, learnt, STRENGTH), eps)
+        with torch.no_grad():
+            x, t, eps = self.noised(z, *self.steps)
+            if self.pair:
+                x, twice, text = torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, learnt])
+                eps_c, eps_u = self.predict(x, twice, text, 0.0).chunk(2)
+            else:
+                eps_c = self.predict(x, t, y, 0.0)
+                eps_u = self.predict(x, t, learnt, STRENGTH)
+            w = (1 - self.abar[t]).view(-1, 1, 1, 1)
+            grad = (w * (eps_c - eps / SCALE + (1 - SCALE) / SCALE * eps_u)).nan_to_num()
+        sds = 0.5 * F.mse_loss(z, (z - grad).detach(), reduction="sum") / len(z)
+        # float16 needs a loss scale, as the original's trainer has
+        scale = 1024.0 if self.dtype == torch.float16 else 1.0
+        (sds + scale * prior).backward()
+        for value in self.learnt.values():
+            value.grad /= scale
+        return sds.detach(), prior.detach()
+
+
+class Prompt:
+    """What a prompt processor hands over: one prompt and the null, for all cameras."""
+
+    use_perp_neg = False
+
+    def __init__(self, width: int, device: str):
+        self.both = torch.randn(2, 1, TOKENS, width, device=device)
+        self.text_embeddings, self.uncond_text_embeddings = self.both
+
+    def get_text_embeddings(self, rows, *_):
+        return self.both.expand(-1, len(rows), -1, -1).flatten(0, 1)
+
+
+class Ours:
+    """A guidance of the extension on these models, and its step."""
+
+    def __init__(self, guidance: str, unet, vae, schedule, one_call: bool = False, **options):
+        import threestudio
+
+        parts = importlib.import_module("threestudio-lods.guidance.denoiser")
+        denoiser = parts.Denoiser(unet, vae, schedule, unet.device)
+        self.formulas = importlib.import_module("threestudio-lods.guidance.formulas")
+        self.one_call = one_call
+
+        class Made(threestudio.find(GUIDANCES[guidance])):
+            def load_denoiser(self, *_, **__):
+                self._loaded.append(denoiser)
+                return denoiser
+
+        options |= {"guidance_scale": SCALE, "lora_scale": STRENGTH, "lora_rank": RANK}
+        with tempfile.TemporaryDirectory() as folder:
+            text = Path(folder) / "text_encoder"
+            text.mkdir()
+            (text / "config.json").write_text(json.dumps({"max_position_embeddings": TOKENS}))
+            self.guidance = Made(options | {"pretrained_model_name_or_path": folder})
+        lora = getattr(self.guidance, "lora", None)
+        self.learnt = dict((self.guidance if lora is None else lora).named_parameters())
+
+    def step(self, rgb, prompt):
+        if self.one_call:
+            sds, prior = self.losses_of_one_call(rgb, prompt)
+        else:
+            out = self.guidance(rgb, prompt, rgb, None, None)
+            sds, prior = (v for k, v in out.items() if k.startswith("loss_"))
+        (sds + prior).backward()
+        return sds.detach(), prior.detach()
+
+    def losses_of_one_call(self, rgb, prompt):
+        """The guidance's forward with all three predictions as rows of one call."""
+        g, d = self.guidance, self.guidance.denoiser
+        g.initialize(prompt)
+        z = g.encode(rgb)
+        y, null = prompt.get_text_embeddings(z).chunk(2)
+        n = len(z)
+        t = torch.randint(d.num_train_timesteps, (n,), device=z.device)
+        eps = torch.randn_like(z, memory_format=torch.contiguous_format)
+        t_g = torch.randint(g.min_step, g.max_step + 1, (n,), device=z.device)
+        eps_g = torch.randn_like(z, memory_format=torch.contiguous_format)
+        x_g = d.add_noise(z.detach(), eps_g, t_g)
+        x = torch.cat([x_g, x_g, d.add_noise(z.detach(), eps, t)])
+        if hasattr(g, "lora"):
+            strength = z.new_tensor([0.0, STRENGTH, STRENGTH]).repeat_interleave(n)
+            text, within = torch.cat([y, null, null]), g.lora.strength(strength)
+        else:
+            learnt = g.learnable_embedding.expand(n, -1, -1)
+            text, within = torch.cat([y, learnt.detach(), learnt]), contextlib.nullcontext()
+        with within:
+            eps_c, eps_u, eps_p = d.predict_noise(x, torch.cat([t_g, t_g, t]), text).chunk(3)
+        grad = self.formulas.lods(eps_c, eps_u, eps_g, SCALE, g.weight(t_g)).detach()
+        target = (z - grad.nan_to_num()).detach()
+        return 0.5 * F.mse_loss(z, target, reduction="sum") / n, F.mse_loss(eps_p, eps)
+
+
+def contestants(guidance: str, ways, unet, vae, schedule) -> dict:
+    """way -> object with ``step`` and ``learnt``, all with the same weights."""
+    makers = {
+        "ours": lambda: Ours(guidance, twin(unet), twin(vae), schedule),
+        "ours channels-last": lambda: Ours(
+            guidance, twin(unet), twin(vae), schedule, enable_channels_last_format=True
+        ),
+        "ours compiled": lambda: Ours(
+            guidance, twin(unet), twin(vae), schedule, compile_unet=True, compile_vae=True
+        ),
+        "ours one call": lambda: Ours(guidance, twin(unet), twin(vae), schedule, one_call=True),
+    }
+    made = {way: makers[way]() for way in makers if way in ways or way == "ours"}
+    first = made["ours"]
+    prompt = Prompt(unet.config.cross_attention_dim, unet.device)
+    with torch.no_grad():
+        for name, value in first.learnt.items():
+            if name.endswith("lora_B.weight"):  # zero at first, and then nothing to compare
+                value.normal_(std=0.02)
+        for one in made.values():
+            one.guidance.initialize(prompt)
+            for name, value in first.learnt.items():
+                one.learnt[name].copy_(value)
+    for way, sdpa in (("reference", False), ("reference sdpa", True)):
+        if way in ways or way == "reference":
+            pair = sdpa and guidance == "embedding"
+            made[way] = Reference(first.guidance, twin(unet), twin(vae), sdpa, pair)
+    return {way: made[way] for way in WAYS if way in ways or way == "reference"}, prompt
+
+
+def clean(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:  # give freed memory back, and let the kernel's high-water mark start anew
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def held_and_peak(device: str) -> tuple[float, float]:
+    """Memory held now, and the most since ``clean``, in MiB."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated() / 2**20, torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status").read_text()
+    now, most = (int(re.search(rf"{key}:\s+(\d+)", status)[1]) / 1024 for key in ("VmRSS", "VmHWM"))
+    return now, most
+
+
+def take(one, rgb, prompt, seed: int, device: str) -> dict:
+    """One step from this seed: seconds, memory, losses and gradients."""
+    rgb = rgb.clone().requires_grad_()
+    torch.manual_seed(seed)
+    clean(device)
+    before = held_and_peak(device)[0]
+    begin = time.perf_counter()
+    losses = one.step(rgb, prompt)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    mib = held_and_peak(device)[1] - before
+    grads = {"rgb": rgb.grad} | {name: value.grad for name, value in one.learnt.items()}
+    for value in one.learnt.values():
+        value.grad = None
+    return {"seconds": seconds, "mib": mib, "losses": losses, "grads": grads}
+
+
+def differences(result: dict, reference: dict) -> tuple[float, float]:
+    """Largest relative differences of the losses, and of gradients to the largest of their kind
+    (the image's, the learnt prior's)."""
+    loss = max(float(abs(a - b) / abs(b)) for a, b in zip(result["losses"], reference["losses"]))
+    grad = 0.0
+    for names in ({"rgb"}, reference["grads"].keys() - {"rgb"}):
+        largest = max(float(reference["grads"][n].abs().max()) for n in names)
+        apart = (float((result["grads"][n] - reference["grads"][n]).abs().max()) for n in names)
+        grad = max(grad, max(apart) / largest)
+    return loss, grad
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Multiply-adds of a large matrix product, in FLOP/s: what the device can do at most."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+
+    def product():
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return 2 * n**3 / fastest(product, budget=1.0)
+
+
+def count_flops(one, rgb, prompt) -> int:
+    """Of the reference, whose attention is plain products: none is hidden in a kernel."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        one.step(rgb.clone().requires_grad_(), prompt)
+    return counter.get_total_flops()
+
+
+def measure(guidance, model, pixels, batch, args, device, dtype, rate) -> list[dict]:
+    unet, vae, schedule = build(model, pixels, device, dtype)
+    torch.compiler.reset()
+    ones, prompt = contestants(guidance, args.ways, unet, vae, schedule)
+    rgb = torch.rand(batch, pixels, pixels, 3, device=device)
+    checked = {way: take(one, rgb, prompt, 1, device) for way, one in ones.items()}
+    flops = count_flops(ones["reference"], rgb, prompt)
+    best = dict.fromkeys(ones, math.inf)
+    memory = dict.fromkeys(ones, math.inf)
+    for seed in range(2, 2 + args.rounds):
+        for way, one in ones.items():
+            result = take(one, rgb, prompt, seed, device)
+            best[way] = min(best[way], result["seconds"])
+            memory[way] = min(memory[way], result["mib"])
+    rows = []
+    for way in ones:
+        loss, grad = differences(checked[way], checked["reference"])
+        rows.append(
+            {
+                "guidance": guidance,
+                "model": model,
+                "pixels": pixels,
+                "batch": batch,
+                "dtype": str(dtype).removeprefix("torch."),
+                "way": way,
+                "step_ms": round(best[way] * 1e3, 1),
+                "speedup": round(best["reference"] / best[way], 2),
+                "loss_difference": f"{loss:.1e}",
+                "gradient_difference": f"{grad:.1e}",
+                "step_mib": round(memory[way]),
+                "first_step_s": round(checked[way]["seconds"], 1),
+                "tflop": round(flops / 1e12, 3),
+                "matmul_share": round(flops / best[way] / rate, 3),
+            }
+        )
+        if not max(loss, grad) <= args.tolerance:
+            raise SystemExit(f"{way} is not the reference: {rows[-1]}")
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--models", nargs="+", choices=("full", "half", "pocket"))
+    parser.add_argument("--pixels", type=int, help="of true-size models: 512, on a CPU 256")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8] if cuda else [1])
+    parser.add_argument("--guidances", nargs="+", choices=GUIDANCES, default=list(GUIDANCES))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--rounds", type=int, default=10 if cuda else 3)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--tolerance", type=float, help="0.001 in float32, else 0.1")
+    parser.add_argument("--quick", action="store_true", help="seconds: is it right, not how fast")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/guidance.csv")
+    args = parser.parse_args()
+    device = "cuda" if cuda else "cpu"
+    diffusers.utils.logging.set_verbosity_error()  # of casts that are meant
+    args.models = args.models or (["full"] if cuda else ["pocket", "half"])
+    if args.quick:
+        args.models, args.rounds, args.batch = ["pocket"], 1, [2]
+        args.ways = [way for way in args.ways if way != "ours compiled"]
+        args.out = ROOT / "build/guidance-quick.csv"
+    dtype = getattr(torch, args.dtype or ("float16" if cuda else "float32"))
+    args.tolerance = args.tolerance or (1e-3 if dtype == torch.float32 else 0.1)
+    sys.path.insert(0, str(ROOT))
+    from threestudio.utils.extensions import load_extension
+
+    load_extension(ROOT / "custom/threestudio-lods")
+    about = machine() | {"diffusers": diffusers.__version__, "peft": version("peft")}
+    if cuda:
+        about["device"] = torch.cuda.get_device_name()
+    rate, rows = matmul_rate(device, dtype), []
+    print(f"matrix products: {rate / 1e12:.2f} TFLOP/s", flush=True)
+    for model in args.models:
+        pixels = 64 if model == "pocket" else args.pixels or (512 if cuda else 256)
+        for guidance in args.guidances:
+            for batch in args.batch:
+                got = measure(guidance, model, pixels, batch, args, device, dtype, rate)
+                rows += [row | about for row in got]
+                for row in got:
+                    show(row, about)
+                write_table(args.out, rows)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
