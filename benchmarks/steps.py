@@ -48,6 +48,12 @@ WAYS = {
         "cpu torch": ("cpu", GS.format("torch"), ()),
         "cuda torch": ("cuda", GS.format("torch"), ()),
         "cuda gsplat": ("cuda", GS.format("gsplat"), ("gsplat",)),
+        "cuda gswarp": ("cuda", GS.format("gswarp"), ("gswarp",)),
+        "cuda diff-gaussian-rasterization": (
+            "cuda",
+            GS.format("diff-gaussian-rasterization"),
+            ("diff_gaussian_rasterization",),
+        ),
     },
 }
 DRAWS = {torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like}

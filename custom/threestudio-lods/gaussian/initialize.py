@@ -18,6 +18,7 @@ from threestudio.utils.config import parse_structured
 from threestudio.utils.typing import *
 
 from .mesh_file import read_mesh
+from .neighbours import neighbour_scale
 from .ply import read_ply
 
 SH_C0 = 0.28209479177387814  # the constant spherical harmonic, 1 / (2 sqrt(pi))
@@ -51,23 +52,20 @@ def axes_rotation(front: str, up: str) -> np.ndarray:
     return np.stack([f, np.cross(u, f), u])
 
 
-def neighbour_scale(xyz: np.ndarray, minimum: float = 1e-7) -> np.ndarray:
-    """The root mean square distance (N,) of each point to its 3 nearest neighbours:
-    ``sqrt(max(mean_k d_k^2, minimum))``, the initial size of 3DGS (arXiv:2308.04079)."""
-    if len(xyz) < 4:
-        raise ValueError(
-            f"{len(xyz)} points are too few to size the Gaussians by their 3 nearest neighbours"
-        )
-    distance, _ = cKDTree(xyz).query(xyz, k=4)
-    return np.sqrt(np.maximum((distance[:, 1:] ** 2).mean(1), minimum))
-
-
-def from_points(points: Points, opacity: float, scale: float, sh_degree: int) -> Dict[str, Tensor]:
+def from_points(
+    points: Points,
+    opacity: float,
+    scale: float,
+    sh_degree: int,
+    device: Any = "cpu",
+    knn_backend: str = "auto",
+) -> Dict[str, Tensor]:
     """Round Gaussians on a point cloud.
 
     Returns ``means`` (N, 3), ``scales`` (N, 3) = log(scale * rms distance to 3 neighbours),
     ``quats`` (N, 4) = identity, wxyz, ``opacities`` (N,) = logit(opacity), ``sh0`` (N, 1, 3) =
-    (rgb - 1/2) / SH_C0 and, for ``sh_degree`` > 0, ``shN`` (N, (sh_degree+1)^2 - 1, 3) = 0.
+    (rgb - 1/2) / SH_C0 and, for ``sh_degree`` > 0, ``shN`` (N, (sh_degree+1)^2 - 1, 3) = 0, all on
+    the CPU. ``device`` and ``knn_backend``: where and how :func:`neighbour_scale` is computed.
     """
     if not 0.0 < opacity < 1.0:
         raise ValueError(f"init_opacity={opacity} must lie strictly between 0 and 1")
@@ -76,7 +74,8 @@ def from_points(points: Points, opacity: float, scale: float, sh_degree: int) ->
     n = len(points.xyz)
     if not (np.abs(points.xyz) <= np.finfo(np.float32).max).all():
         raise ValueError("the initial points are not finite in float32")
-    size = torch.from_numpy(neighbour_scale(points.xyz) * scale).float()
+    size = neighbour_scale(points.xyz, torch.device(device), knn_backend)
+    size = torch.from_numpy(size * scale).float()
     params = {
         "means": torch.from_numpy(points.xyz).float(),
         "scales": size.log()[:, None].repeat(1, 3),
@@ -309,5 +308,7 @@ def initial_gaussians(cfg: Any, device: torch.device) -> Dict[str, Tensor]:
         empty |= {"sh0": (0, 1, 3)} | ({"shN": (0, n_rest, 3)} if n_rest else {})
         return {name: torch.zeros(shape) for name, shape in empty.items()}
     if isinstance(source, Points):
-        return from_points(source, cfg.init_opacity, cfg.init_scale, cfg.sh_degree)
+        return from_points(
+            source, cfg.init_opacity, cfg.init_scale, cfg.sh_degree, device, cfg.knn_backend
+        )
     return source

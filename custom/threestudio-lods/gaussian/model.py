@@ -34,6 +34,8 @@ class Gaussians(BaseGeometry):
         init_seed: int = 0
         init_opacity: float = 0.1
         init_scale: float = 1.0  # times the rms distance to the 3 nearest neighbours
+        # who finds the neighbours: auto | simple-knn | gswarp (both CUDA) | scipy
+        knn_backend: str = "auto"
         # the settings of each init_type: BallInit, FileInit and ShapEInit in initialize.py
         ball: dict = field(default_factory=dict)
         file: dict = field(default_factory=dict)

@@ -25,6 +25,11 @@ def missing() -> str:
     return ""
 
 
+def refuses(*scene) -> str:
+    """Why gsplat cannot draw this: it can draw everything."""
+    return ""
+
+
 def rasterization(
     means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane, far_plane,
     eps2d, backgrounds, render_mode, absgrad,

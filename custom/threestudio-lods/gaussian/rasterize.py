@@ -1,9 +1,11 @@
 """Drawing 3D Gaussians: one function, several backends.
 
-``cpu`` (numba, any machine), ``torch`` (the dense twin: slow, any device and float dtype) and
-``gsplat`` (CUDA). All give the same images, gradients and ``info``.
+``cpu`` (numba, any machine), ``torch`` (the dense twin: slow, any device and float dtype), and on
+CUDA ``gsplat``, ``gswarp`` and ``diff-gaussian-rasterization``. ``cpu``, ``torch`` and ``gsplat``
+give the same images, gradients and ``info``; the other two differ as ``raster_inria`` says.
 """
 
+import importlib
 from functools import lru_cache
 
 import torch
@@ -11,7 +13,14 @@ import torch
 import threestudio
 from threestudio.utils.typing import *
 
-BACKENDS = ("auto", "cpu", "torch", "gsplat")
+# In the order that ``auto`` tries them: gsplat draws all cameras and channels in one go, gswarp
+# takes a call a camera, diff-gaussian-rasterization one a camera and three channels.
+CUDA_BACKENDS = {
+    "gsplat": "raster_gsplat",
+    "gswarp": "raster_gswarp",
+    "diff-gaussian-rasterization": "raster_diff_gaussian",
+}
+BACKENDS = ("auto", "cpu", "torch", *CUDA_BACKENDS)
 RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
 
 
@@ -21,25 +30,74 @@ def announce(backend: str, reason: str) -> None:
     threestudio.info(f"Gaussian rasteriser: {backend}{reason}")
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend to use for tensors on ``device``; ``auto`` is gsplat on CUDA devices where it
-    works, else cpu. Raises ``ValueError`` for an unknown or an unusable backend."""
+def adapter(backend: str):
+    """The module of a CUDA backend."""
+    return importlib.import_module(f"{__package__}.{CUDA_BACKENDS[backend]}")
+
+
+def _unusable(backend: str, device: torch.device, scene: Optional[tuple]) -> str:
+    """Why a CUDA backend cannot be used; empty where it can."""
+    module = adapter(backend)
+    missing = module.missing()
+    if not missing and device.type != "cuda":
+        missing = f"the Gaussians are on {device.type}, not on a CUDA device"
+    return missing or ("" if scene is None else module.refuses(*scene))
+
+
+def resolve_backend(backend: str, device: torch.device, scene: Optional[tuple] = None) -> str:
+    """The backend to use for tensors on ``device``; ``auto`` is the first of CUDA_BACKENDS that
+    works, on CUDA devices, else cpu. ``scene``: the arguments of a backend's ``refuses``, if it
+    is also to be asked whether it can draw that. Raises ``ValueError`` for an unknown or an
+    unusable backend."""
     if backend not in BACKENDS:
         raise ValueError(f"rasteriser backend {backend!r} is unknown; choose from {BACKENDS}")
-    if backend in ("auto", "gsplat"):
-        from . import raster_gsplat
-
-        missing = raster_gsplat.missing()
-        if backend == "gsplat" and (missing or device.type != "cuda"):
-            missing = missing or f"the Gaussians are on {device.type}, not on a CUDA device"
-            raise ValueError(f"rasteriser backend 'gsplat' is not usable: {missing}")
-        if backend == "auto":
-            backend = "gsplat" if device.type == "cuda" and not missing else "cpu"
-            reason = f" (gsplat: {missing})" if device.type == "cuda" and missing else ""
-            announce(backend, reason)
-            return backend
-    announce(backend, "")
+    reasons = []
+    if backend in CUDA_BACKENDS:
+        why = _unusable(backend, device, scene)
+        if why:
+            raise ValueError(f"rasteriser backend {backend!r} is not usable: {why}")
+    elif backend == "auto":
+        backend = "cpu"
+        for name in CUDA_BACKENDS if device.type == "cuda" else ():
+            why = _unusable(name, device, scene)
+            if not why:
+                backend = name
+                break
+            reasons.append(f"{name}: {why}")
+    announce(backend, f" ({'; '.join(reasons)})" if reasons else "")
     return backend
+
+
+def packed(
+    image: Float[Tensor, "C H W X"],
+    alpha: Float[Tensor, "C H W 1"],
+    means2d: Float[Tensor, "C N 2"],
+    conics: Float[Tensor, "C N 3"],
+    depths: Float[Tensor, "C N"],
+    radii: Num[Tensor, "C N 2"],
+    opacities: Float[Tensor, "N"],
+    render_mode: str,
+) -> Tuple[Float[Tensor, "C H W X"], Float[Tensor, "C H W 1"], Dict[str, Any]]:
+    """What ``rasterization`` returns, from a drawing whose depth is still the accumulated one."""
+    if render_mode.endswith("ED"):
+        depth = image[..., -1:] / alpha.clamp(min=1e-10)
+        image = torch.cat([image[..., :-1], depth], dim=-1)
+    cameras, height, width = image.shape[:3]
+    info = {
+        "batch_ids": None,
+        "camera_ids": None,
+        "gaussian_ids": None,
+        "radii": radii.int(),
+        "means2d": means2d,
+        "depths": depths,
+        "conics": conics,
+        "opacities": opacities.expand(cameras, -1),
+        "width": width,
+        "height": height,
+        "n_batches": 1,
+        "n_cameras": cameras,
+    }
+    return image, alpha, info
 
 
 def rasterization(
@@ -105,11 +163,10 @@ def rasterization(
     if near_plane <= 0 or width <= 0 or height <= 0:
         raise ValueError("near_plane, width and height must be greater than 0")
 
-    backend = resolve_backend(backend, means.device)
-    if backend == "gsplat":
-        from . import raster_gsplat
-
-        return raster_gsplat.rasterization(
+    scene = viewmats, Ks, width, height, eps2d, absgrad
+    backend = resolve_backend(backend, means.device, scene)
+    if backend in CUDA_BACKENDS:
+        return adapter(backend).rasterization(
             means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane,
             far_plane, eps2d, backgrounds, render_mode, absgrad,
         )  # fmt: skip
@@ -126,7 +183,7 @@ def rasterization(
         means, quats, scales, opacities, viewmats, Ks, width, height, near_plane, far_plane, eps2d
     )
     device = means.device
-    means2d = means2d.to(device)
+    means2d = means2d.to(device)  # here, since the same tensor gets the absgrad
     if absgrad:
         options["keep_absgrad"] = lambda grad: setattr(means2d, "absgrad", grad.to(device))
     with_depth = render_mode != "RGB"
@@ -136,22 +193,5 @@ def rasterization(
         means2d, conics, opacities, colors, depths, extents, width, height, backgrounds,
         with_depth, **options,
     )  # fmt: skip
-    image, alpha = image.to(device), alpha.to(device)
-    if render_mode.endswith("ED"):
-        depth = image[..., -1:] / alpha.clamp(min=1e-10)
-        image = torch.cat([image[..., :-1], depth], dim=-1)
-    info = {
-        "batch_ids": None,
-        "camera_ids": None,
-        "gaussian_ids": None,
-        "radii": extents.ceil().int().to(device),
-        "means2d": means2d,
-        "depths": depths.to(device),
-        "conics": conics.to(device),
-        "opacities": opacities.expand(cameras, n),
-        "width": width,
-        "height": height,
-        "n_batches": 1,
-        "n_cameras": cameras,
-    }
-    return image, alpha, info
+    results = (x.to(device) for x in (image, alpha, means2d, conics, depths, extents.ceil()))
+    return packed(*results, opacities, render_mode)

@@ -71,7 +71,8 @@ class GaussianRasterizer(Rasterizer):
         near_plane: float = 0.01
         far_plane: float = 100.0
         eps2d: float = 0.3  # pixels^2 added to the projected variances, so that nothing aliases
-        backend: str = "auto"  # auto | cpu | torch | gsplat
+        # auto | cpu | torch | gsplat | gswarp | diff-gaussian-rasterization
+        backend: str = "auto"
 
     cfg: Config
 

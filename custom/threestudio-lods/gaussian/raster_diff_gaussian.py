@@ -1,0 +1,37 @@
+"""The CUDA kernels of 3DGS (github.com/graphdeco-inria/diff-gaussian-rasterization, not for
+commercial use) and their forks behind our signature.
+
+They are on no package index: who has built them can use them. A camera takes a call for every
+three channels, see ``raster_inria``."""
+
+from functools import lru_cache
+
+import torch
+
+from . import raster_inria
+
+INSTALL = (
+    "with a CUDA toolkit (nvcc), pip install --no-build-isolation "
+    "git+https://github.com/graphdeco-inria/diff-gaussian-rasterization"
+)
+refuses = raster_inria.refuses
+
+
+@lru_cache(maxsize=1)
+def missing() -> str:
+    """Why the package cannot be used here, with the remedy; empty if it can."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device; use backend='cpu'"
+    try:
+        import diff_gaussian_rasterization  # noqa: F401
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        return f"diff_gaussian_rasterization cannot be loaded ({reason}); {INSTALL}"
+    return ""
+
+
+def rasterization(*args):
+    """See ``rasterize.rasterization``."""
+    import diff_gaussian_rasterization
+
+    return raster_inria.rasterization(diff_gaussian_rasterization, *args)
