@@ -23,10 +23,12 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytorch_lightning as pl
 import torch
 from text_to_3d import CONFIGS
 from timing import ROOT, machine, peak_mib, show, write_table
 from torch.overrides import TorchFunctionMode
+from training import set_up, train
 
 NGP = "system.renderer.backend={march} system.geometry.pos_encoding_config.backend={grid}"
 GS = "system.renderer.backend={}"
@@ -76,21 +78,8 @@ class DrawOnCPU(TorchFunctionMode):
 
 def one_way(config: str, way: str, steps: int, folder: Path) -> dict:
     """Take the steps in this process; the first way leaves the weights that all start from."""
-    import pytorch_lightning as pl
-
-    import threestudio
-    from threestudio.utils.config import load_config
-    from threestudio.utils.extensions import load_extension
-
     device, overrides, _ = WAYS[config.rsplit("-", 1)[0]][way]
-    load_extension(ROOT / "custom" / "threestudio-lods")
-    files = [str(ROOT / f"configs/{name}.yaml") for name in (config, CONFIGS[config])]
-    asked = "system.prompt_processor.prompt=a DSLR image of a hamburger"
-    cfg = load_config(*files, cli_args=[asked, *overrides.split()])
-    pl.seed_everything(cfg.seed, verbose=False)
-    data = threestudio.find(cfg.data_type)(cfg.data)
-    system = threestudio.find(cfg.system_type)(cfg.system)
-    system.set_save_dir(str(folder / "save"))
+    _, system, data = set_up(config, True, overrides.split(), folder)
     start = folder / f"{config}.pt"
     if not start.exists():
         torch.save(system.state_dict(), start)
@@ -107,23 +96,9 @@ def one_way(config: str, way: str, steps: int, folder: Path) -> dict:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - self.begin)
 
-    trainer = pl.Trainer(
-        max_steps=steps,
-        accelerator=device,
-        devices=1,
-        precision=32,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        inference_mode=False,
-        callbacks=[Clock()],
-    )
     torch.manual_seed(1)
     with DrawOnCPU():
-        trainer.fit(system, datamodule=data)
+        train(system, data, device, steps, Clock())
     on_device = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else ""
     return {"losses": losses, "times": times, "peak_mib": peak_mib(), "peak_device_mib": on_device}
 
