@@ -35,26 +35,10 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from shapes import SD_UNET, SD_VAE, halved
 from timing import ROOT, machine, peak_mib, show, write_table
 from training import set_up, train
 
-SD_UNET = {  # Stable Diffusion 2.1-base
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "attention_head_dim": (5, 10, 20, 20),  # in effect the number of heads
-    "cross_attention_dim": 1024,
-    "use_linear_projection": True,
-}
-SD_VAE = {
-    "sample_size": 768,
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "scaling_factor": 0.18215,
-}
 # job -> (device, configuration, model, its own overrides)
 JOBS = {
     "gs full": ("cuda", "lods-gs-embedding", "full", ()),
@@ -68,10 +52,6 @@ MEASURED = (
     *("pixels", "batch", "step_s", "outside_share", "peak_mib", "peak_device_mib"),
     *("gaussians", "samples", "backends"),
 )
-
-
-def halved(config: dict) -> dict:
-    return config | {"block_out_channels": tuple(w // 2 for w in config["block_out_channels"])}
 
 
 def make_model(kind: str, folder: Path) -> Path:

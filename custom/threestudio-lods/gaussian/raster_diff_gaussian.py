@@ -6,8 +6,6 @@ three channels, see ``raster_inria``."""
 
 from functools import lru_cache
 
-import torch
-
 from . import raster_inria
 
 INSTALL = (
@@ -20,14 +18,7 @@ refuses = raster_inria.refuses
 @lru_cache(maxsize=1)
 def missing() -> str:
     """Why the package cannot be used here, with the remedy; empty if it can."""
-    if not torch.cuda.is_available():
-        return "there is no CUDA device; use backend='cpu'"
-    try:
-        import diff_gaussian_rasterization  # noqa: F401
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        return f"diff_gaussian_rasterization cannot be loaded ({reason}); {INSTALL}"
-    return ""
+    return raster_inria.missing("diff_gaussian_rasterization", INSTALL)
 
 
 def rasterization(*args):

@@ -5,8 +5,6 @@ One call a camera draws colours, depth and alpha."""
 
 from functools import lru_cache
 
-import torch
-
 from . import raster_inria
 
 refuses = raster_inria.refuses
@@ -15,14 +13,7 @@ refuses = raster_inria.refuses
 @lru_cache(maxsize=1)
 def missing() -> str:
     """Why gswarp cannot be used here, with the remedy; empty if it can."""
-    if not torch.cuda.is_available():
-        return "there is no CUDA device; use backend='cpu'"
-    try:
-        import gswarp  # noqa: F401
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        return f"gswarp cannot be loaded ({reason}); pip install gswarp"
-    return ""
+    return raster_inria.missing("gswarp", "pip install gswarp")
 
 
 def rasterization(*args):

@@ -15,6 +15,8 @@ at 3 standard deviations (not 3.33) where a tile of 16 pixels ends: it may lose 
 opacity there.
 """
 
+import importlib
+
 import torch
 import torch.nn.functional as F
 
@@ -25,6 +27,17 @@ from .rasterize import packed
 
 NEAR = 0.2  # of the interface
 EPS2D = 0.3  # of the interface
+
+
+def missing(module: str, remedy: str) -> str:
+    """Why a package with the interface cannot be used here, with the remedy; empty if it can."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device; use backend='cpu'"
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return f"{module} cannot be loaded ({' '.join(str(error).split())[:200]}); {remedy}"
+    return ""
 
 
 def refuses(
