@@ -1,5 +1,4 @@
-"""Random input, the same in every run: it is read, or refused in one line. Budgets are the numbers
-of examples below."""
+"""Random input, the same in every run, within a budget: it is read, or refused in one line."""
 
 import importlib
 import io
@@ -233,6 +232,7 @@ class Fields:
 
 
 @budget(500)
+@example({"steps": {}}, True)
 @given(
     st.dictionaries(
         st.one_of(

@@ -269,7 +269,8 @@ def test_the_cache_knows_the_revision_of_a_hub_model(cached, tmp_path, monkeypat
             shutil.copytree(source, folder)
         (repository / "refs" / "main").write_text(revision)
         cfg = SimpleNamespace(pretrained_model_name_or_path="owner/name")
-        key = StableDiffusionPromptProcessor.fingerprint(SimpleNamespace(cfg=cfg))
+        me = SimpleNamespace(cfg=cfg, parts=StableDiffusionPromptProcessor.parts)
+        key = StableDiffusionPromptProcessor.fingerprint(me)
         assert key is not None
         seen.append(key)
     assert seen[0] == seen[2] != seen[1]

@@ -335,6 +335,13 @@ def _adapt(value, annotation):
     return value
 
 
+def _takes_one_value(annotation: Any) -> bool:
+    scalars = {int, float, str, bool, type(None)}
+    return annotation in scalars or (
+        typing.get_origin(annotation) is Union and set(typing.get_args(annotation)) <= scalars
+    )
+
+
 def parse_structured(fields, cfg=None, where: str = "") -> Any:
     """Build the dataclass `fields` from the mapping `cfg`, as an OmegaConf structured config.
 
@@ -358,6 +365,9 @@ def parse_structured(fields, cfg=None, where: str = "") -> Any:
             raise UserError(f'{full} is missing: add {full}="..."') from None
         except OmegaConfBaseException as error:
             raise UserError(f"{_full_key(cfg, key)}: {_first_line(error)}") from None
+        # a node of OmegaConf is not checked against the field: only schedules shall get through
+        if OmegaConf.is_dict(value) and _takes_one_value(annotations.get(key)):
+            raise UserError(f"{where}: {_full_key(cfg, key)} takes one value, not a mapping")
         values[key] = _adapt(value, annotations.get(key))
     try:
         return OmegaConf.structured(fields(**values))
