@@ -420,4 +420,4 @@ def test_memory_switches_change_memory_only(make, name):
         out = guidance(rgb, random_prompt(), *side_view(2))
         total(out).backward()
         results.append([total(out).detach(), rgb.grad, *[p.grad for p in guidance.parameters()]])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-5)
