@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,7 +149,7 @@ def test_leftovers_of_other_machines_are_not_ours(tmp_path):
         ours.write_bytes(b"")
         (tmp_path / ours.name.replace(f"-{os.getpid()}", "-999999999")).write_bytes(b"")
         raise ZeroDivisionError
-    assert len(list(tmp_path.iterdir())) == 2 and socket.gethostname()
+    assert len(list(tmp_path.iterdir())) == 2
     files.remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [".a.ckpt.another_machine-999999999.tmp"]
 

@@ -296,3 +296,21 @@ def test_accumulation_with_densification_is_refused(small, capsys):
     more = [STRATEGIES["default"], "trainer.accumulate_grad_batches=2"]
     assert launch(*small("embedding+pocket", *more)) != 0
     assert re.search(r"error: .*accumulate_grad_batches=1", capsys.readouterr().err)
+
+
+def test_a_skipped_step_does_not_densify(small, lods, monkeypatch):
+    class Drop(pl.Callback):
+        """As a guard against NaN does, in the first step."""
+
+        def on_before_optimizer_step(self, trainer, system, optimizer):
+            if trainer.global_step == 0:
+                for parameter in system.parameters():
+                    parameter.grad = None
+
+    steps = []
+    module = sys.modules[f"{lods.__name__}.gaussian.densify"]
+    monkeypatch.setattr(
+        module.Densifier, "after_step", lambda self, g, o, step, *a: steps.append(step)
+    )
+    fit(*small("embedding+pocket"), callbacks=[Drop()])
+    assert steps == [1]

@@ -134,12 +134,12 @@ class LODSGaussianSplatting(LODSSystem):
                     interpolation="exp",
                 )
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        # a step without gradients was skipped: nothing is to be grown after it, or moved
-        skipped = all(p.grad is None for p in self.geometry.parameters())
-        if self._rendered is not None and not skipped:
+        if self._rendered is not None:
             step, info, scale = self._rendered
             self._rendered = None  # frees the graph's images
-            self.densifier.after_step(self.geometry, self._optimizer, step, info, scale)
+            # a step without gradients was skipped: nothing is to be grown after it, or moved
+            if any(p.grad is not None for p in self.geometry.parameters()):
+                self.densifier.after_step(self.geometry, self._optimizer, step, info, scale)
 
     # -- checkpoints ---------------------------------------------------------------------------
 
