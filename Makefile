@@ -62,6 +62,8 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/rasterize.py
 	$(BIN)/python benchmarks/hashgrid.py
 	$(BIN)/python benchmarks/raymarch.py
+	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/guidance.py
 
 clean:
 	rm -rf build outputs .threestudio_cache

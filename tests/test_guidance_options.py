@@ -255,6 +255,16 @@ def test_options_that_cannot_be_had_are_one_clear_line(make):
     for odd in ("enable_sequential_cpu_offload", "enable_gradient_checkpointing"):
         with pytest.raises(ValueError, match=rf"{odd}=false, or system.guidance.compile_unet="):
             make(EMBEDDING, compile_unet=True, **{odd: True})
+    with pytest.raises(ValueError, match=r"channels_last_format=false, or .*\.compile_vae=false"):
+        make(EMBEDDING, compile_vae=True, enable_channels_last_format=True)
+
+
+def test_the_cpu_compiles_without_a_choice_of_layouts(memory, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append(how))
+    memory.compile_fixed(torch.nn.Linear(2, 2))
+    # with it, gradients of the pocket UNet are wrong: benchmarks/guidance.py compares them
+    assert asked[0]["options"] == {"layout_optimization": False} and not asked[0]["dynamic"]
 
 
 # --- what is not done -----------------------------------------------------------------------------

@@ -91,6 +91,7 @@ _LOWER = (  # settings of which less takes less memory
 )
 _SET = {
     "system.guidance.half_precision_weights": True,
+    "system.guidance.enable_gradient_checkpointing": True,
     "system.guidance.enable_attention_slicing": True,
 }
 

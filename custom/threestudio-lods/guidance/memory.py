@@ -27,10 +27,15 @@ def check(cfg, device: torch.device) -> None:
         return
     names = ("enable_sequential_cpu_offload", "enable_gradient_checkpointing")
     odd = [name for name in names if cfg[name]]
+    without = " and ".join(f"system.guidance.{name}=false" for name in compiled)
     if odd:
         raise ValueError(
-            f"{odd[0]} cannot be compiled: set system.guidance.{odd[0]}=false, or "
-            f"{' and '.join(f'system.guidance.{name}=false' for name in compiled)}"
+            f"{odd[0]} cannot be compiled: set system.guidance.{odd[0]}=false, or {without}"
+        )
+    if device.type == "cpu" and cfg.enable_channels_last_format:
+        raise ValueError(
+            "on the CPU torch compiles channels-last models to wrong gradients: set "
+            f"system.guidance.enable_channels_last_format=false, or {without}"
         )
     variable, usual = COMPILERS.get(device.type, COMPILERS["cpu"])
     names = [os.environ[variable]] if os.environ.get(variable) else usual
@@ -97,7 +102,12 @@ def use_sdpa(model) -> None:
 
 def compile_fixed(module: torch.nn.Module, backend: str = "inductor") -> None:
     """``torch.compile`` in place, one graph a shape (an image size and a number of rows)."""
-    module.compile(dynamic=False, backend=backend)
+    options = None
+    if backend == "inductor" and next(module.parameters()).device.type == "cpu":
+        # torch 2.13's own choice of layouts gave the pocket UNet gradients that were garbage,
+        # another in every run (its predictions were right): benchmarks/guidance.py found it
+        options = {"layout_optimization": False}
+    module.compile(dynamic=False, backend=backend, options=options)
 
 
 def checkpoint_blocks(model, context: Callable[[], Any]) -> None:
