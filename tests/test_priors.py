@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-import threestudio
 from tests.guidance_oracles import (
     GaussianUNet,
     PerpNegPrompt,
@@ -50,16 +49,24 @@ def shake(parameters, size=0.3, seed=2):
 
 
 def g(guidance, prompt, z=None, seed=5, **batch):
-    """The gradient of a call, for one seed."""
+    """The gradient for a call with ``batch``, for one seed; nothing is learnt."""
     z = latents() if z is None else z
-    rows = z.permute(0, 2, 3, 1).clone().requires_grad_()
+    views = side_view(len(z))
+    guidance.initialize(prompt)
+    texts = guidance.texts(prompt, *views)
+    guidance.look(views, batch)
     torch.manual_seed(seed)
-    out = guidance(rows, prompt, *side_view(len(z)), rgb_as_latents=True, **batch)
-    return torch.autograd.grad(out["loss_sds"], rows)[0].permute(0, 3, 1, 2) * len(z)
+    return guidance.distill(z, *texts)
+
+
+def call(guidance, prompt, **batch):
+    """The outputs of a call for latents that look from the side."""
+    rows = latents().permute(0, 2, 3, 1).clone().requires_grad_()
+    return guidance(rows, prompt, *side_view(2), rgb_as_latents=True, **batch)
 
 
 def pieces(guidance, prompt, *texts, seed=5):
-    """w(t), eps and the predictions under these texts, for the t and eps of that seed."""
+    """w(t), eps, t and the predictions under these texts, for what ``g`` draws with that seed."""
     z = latents()
     torch.manual_seed(seed)
     t, eps = torch.randint(20, 981, (2,)), torch.randn_like(z)
@@ -134,8 +141,8 @@ def test_vsd_rows_of_one_call(make):
     eps_lora = torch.cat(rows)
     assert (eps_lora - eps_c).abs().max() > 1e-2
     close(g(guidance, prompt, c2w=cameras), w * (eps_u + 7.5 * (eps_c - eps_u) - eps_lora))
-    # another camera, and none (2D), are something else; and the keys are those of the batch
-    results = [g(guidance, prompt, **{k: cameras + d}) for k, d in (("c2w", 0), ("c2w", 1))]
+    # another camera, and none (2D), are something else
+    results = [g(guidance, prompt, c2w=cameras), g(guidance, prompt, c2w=cameras + 1)]
     results += [g(guidance, prompt), g(guidance, prompt, c2w=torch.zeros(2, 4, 4))]
     assert (results[0] - results[1]).abs().max() > 1e-4 < (results[0] - results[2]).abs().max()
     assert torch.equal(results[2], results[3])
@@ -143,6 +150,8 @@ def test_vsd_rows_of_one_call(make):
     mvp.load_state_dict(guidance.state_dict())
     both = {"mvp_mtx": cameras, "c2w": cameras + 1}
     assert torch.equal(g(mvp, prompt, **both), results[0])
+    call(guidance, prompt, c2w=cameras)
+    assert torch.equal(guidance._seen, cameras.flatten(1))
 
 
 def test_vsd_in_another_model(make, tiny_sd):
@@ -400,8 +409,7 @@ def test_inner_steps_come_before_the_gradient(make, short):
     guidance = make(short, prior_inner_steps=3, prior_inner_lr=0.01)
     guidance.initialize(prompt)
     before = [p.detach().clone() for p in guidance.parameters()]
-    rows = z.permute(0, 2, 3, 1).requires_grad_()
-    out = guidance(rows, prompt, *side_view(2), rgb_as_latents=True)
+    out = call(guidance, prompt)
     assert guidance.inner.count == 3
     changes = [(p - b).abs().max() for p, b in zip(guidance.parameters(), before)]
     assert 0.005 < max(changes) < 0.031
@@ -426,8 +434,8 @@ def test_inner_steps_make_a_better_prior(make):
     for steps in (1, 8):
         torch.manual_seed(0)
         guidance = make("embedding", prior_inner_steps=steps, prior_inner_lr=0.1)
-        for seed in range(4):
-            g(guidance, prompt, z, seed=seed)
+        for _ in range(4):
+            call(guidance, prompt)
         torch.manual_seed(9)
         guidance.cfg.lora_n_timestamp_samples = 64
         losses[steps] = guidance.learn(z, *[None] * 2)["loss_embedding"].item()
@@ -466,78 +474,3 @@ def test_bad_fields_are_one_line(make, short, field, value, text):
         make(short, **{field: value})
     assert "\n" not in str(error.value)
 
-
-# --- other texts ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def processor(lods, tiny_sd, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(threestudio, "warn", lambda *a: None)  # of words that the model lacks
-
-    def build(name="lods-prompt-processor", **fields):
-        model = tiny_sd(tokens=24)
-        return find(name)(
-            {"pretrained_model_name_or_path": model, "prompt": "a red car", **fields}
-        )()
-
-    return build
-
-
-@pytest.mark.parametrize("style", [True, False])
-def test_the_source_is_the_prompt_of_the_view_and_its_suffix(processor, style):
-    fields = {"view_dependent_prompt_front": style, "source_suffix": " of a yellow house"}
-    before = torch.get_rng_state()
-    utils = processor(prompt_back="a green chair", **fields)
-    state = torch.get_rng_state()
-    source = utils.other_text("source")
-    assert torch.equal(torch.get_rng_state(), state) or torch.equal(before, state)
-    want = processor(
-        prompt="a red car of a yellow house",
-        **{
-            f"prompt_{d.name}": f"{text} of a yellow house"
-            for d, text in zip(utils.directions, utils.prompts_vd)
-        },
-    )
-    assert torch.equal(source.text_embeddings, want.text_embeddings)
-    assert torch.equal(source.text_embeddings_vd, want.text_embeddings_vd)
-    assert not torch.equal(source.text_embeddings_vd, utils.text_embeddings_vd)
-
-
-def test_a_source_prompt_replaces_the_whole(processor):
-    utils = processor(source_prompt="a blue horse", prompt_back="a green chair")
-    want = processor(prompt="a blue horse")
-    got = utils.other_text("source")
-    assert torch.equal(got.text_embeddings_vd, want.text_embeddings_vd)  # with words for the view
-    empty = processor(source_prompt="", negative_prompt="a photo").other_text("source")
-    null = processor().uncond_text_embeddings
-    assert torch.equal(empty.text_embeddings, null)
-    assert torch.equal(empty.text_embeddings_vd, null.expand(4, -1, -1))
-
-
-def test_the_text_of_bad_pictures_is_the_same_for_all_views(processor):
-    utils = processor(nfsd_negative_prompt="a photo of a house")
-    want = processor(negative_prompt="a photo of a house").uncond_text_embeddings
-    got = utils.other_text("nfsd_negative")
-    assert torch.equal(got.text_embeddings, want)
-    assert torch.equal(got.text_embeddings_vd, want.expand(4, -1, -1))
-
-
-def test_other_texts_are_embedded_when_asked_for(processor, monkeypatch):
-    kind, texts = find("lods-prompt-processor"), []
-    encode = kind.encode
-    monkeypatch.setattr(kind, "encode", lambda self, t: texts.extend(t) or encode(self, t))
-    utils = processor()
-    assert not [text for text in texts if "smooth" in text or "dull" in text]
-    utils.other_text("source")
-    assert sum("a red car, front view, oversaturated, smooth" in text for text in texts) == 1
-    utils.other_text("nfsd_negative")
-    assert sum(text.startswith("unrealistic, blurry") for text in texts) == 1
-
-
-@pytest.mark.parametrize("short", ["bridge", "nfsd"])
-def test_another_prompt_processor_is_not_enough(make, processor, tiny_sd, short):
-    model = tiny_sd(sample_size=4)
-    utils = processor("stable-diffusion-prompt-processor", pretrained_model_name_or_path=model)
-    with pytest.raises(ValueError, match="prompt_processor_type=lods-prompt-processor"):
-        make(short).initialize(utils)

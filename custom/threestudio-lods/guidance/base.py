@@ -122,22 +122,7 @@ class BaseGuidance(BaseModule):
     without_effect = WITHOUT_EFFECT
 
     def configure(self) -> None:
-        formulas.check_scale(self.cfg.guidance_scale, self.finite_scale)
-        formulas.weight(torch.zeros(()), self.cfg.weighting_strategy)  # refuses an unknown name
-        if self.cfg.lora_n_timestamp_samples < 1:
-            raise ValueError("lora_n_timestamp_samples must be at least 1")
-        if self.cfg.timestep_schedule not in TIMESTEP_SCHEDULES:
-            raise ValueError(
-                f"timestep_schedule must be one of {', '.join(TIMESTEP_SCHEDULES)}, "
-                f"not {self.cfg.timestep_schedule!r}"
-            )
-        if self.cfg.timestep_schedule == "monotone" and self.cfg.timestep_schedule_steps < 1:
-            raise ValueError(
-                "timestep_schedule=monotone needs the number of steps in which t falls: set "
-                "system.guidance.timestep_schedule_steps, for example to trainer.max_steps"
-            )
-        if self.cfg.prior_inner_steps < 0 or not self.cfg.prior_inner_lr > 0:
-            raise ValueError("prior_inner_steps must be 0 or more, and prior_inner_lr above 0")
+        self.check()
         for field, values in self.without_effect.items():
             if self.cfg[field] not in values:
                 threestudio.warn(f"guidance: {field}={self.cfg[field]} has no effect")
@@ -158,6 +143,25 @@ class BaseGuidance(BaseModule):
         if str(self.cfg.weights or "").endswith(".safetensors"):
             self._start_from_file(self.cfg.weights)
             self.cfg.weights = None  # anything else is a checkpoint, which BaseModule reads
+
+    def check(self) -> None:
+        """Refuse, with one line, fields that make no sense; before anything is loaded."""
+        formulas.check_scale(self.cfg.guidance_scale, self.finite_scale)
+        formulas.weight(torch.zeros(()), self.cfg.weighting_strategy)  # refuses an unknown name
+        if self.cfg.lora_n_timestamp_samples < 1:
+            raise ValueError("lora_n_timestamp_samples must be at least 1")
+        if self.cfg.timestep_schedule not in TIMESTEP_SCHEDULES:
+            raise ValueError(
+                f"timestep_schedule must be one of {', '.join(TIMESTEP_SCHEDULES)}, "
+                f"not {self.cfg.timestep_schedule!r}"
+            )
+        if self.cfg.timestep_schedule == "monotone" and self.cfg.timestep_schedule_steps < 1:
+            raise ValueError(
+                "timestep_schedule=monotone needs the number of steps in which t falls: set "
+                "system.guidance.timestep_schedule_steps, for example to trainer.max_steps"
+            )
+        if self.cfg.prior_inner_steps < 0 or not self.cfg.prior_inner_lr > 0:
+            raise ValueError("prior_inner_steps must be 0 or more, and prior_inner_lr above 0")
 
     def create_learned(self) -> None:
         """Hook of ``configure``: make what the prior learns (the denoiser is there)."""
@@ -325,12 +329,12 @@ class BaseGuidance(BaseModule):
 
     def learn_inside(self, latents, prompt, null) -> Dict[str, Float[Tensor, ""]]:
         """``prior_inner_steps`` updates of what is learnt; the last one's losses, to be logged."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise ValueError(
-                    "prior_inner_steps would teach the prior of each GPU something else: train on "
-                    "one GPU, or set system.guidance.prior_inner_steps=0"
-                )
+        ranks = torch.distributed
+        if ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1:
+            raise ValueError(
+                "prior_inner_steps would teach the prior of each GPU something else: train on "
+                "one GPU, or set system.guidance.prior_inner_steps=0"
+            )
         for _ in range(self.cfg.prior_inner_steps):
             losses = self.learn(latents, prompt, null)
             self.inner.step(torch.autograd.grad(sum(losses.values()), self.inner.learnt))

@@ -27,8 +27,8 @@ class BridgeGuidance(BaseGuidance):
 
     cfg: Config
 
-    def configure(self) -> None:
-        super().configure()
+    def check(self) -> None:
+        super().check()
         formulas.check_scale(self.cfg.bridge_sds_scale, finite=True)
         if self.cfg.bridge_start < 0:
             raise ValueError(f"bridge_start is a step, 0 or more, not {self.cfg.bridge_start}")

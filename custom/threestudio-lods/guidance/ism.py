@@ -28,8 +28,8 @@ class ISMGuidance(SDSGuidance):
 
     cfg: Config
 
-    def configure(self) -> None:
-        super().configure()
+    def check(self) -> None:
+        super().check()
         for field in ("ism_delta_t", "ism_delta_s"):
             if self.cfg[field] < 1:
                 raise ValueError(f"{field} is a number of timesteps, 1 or more")

@@ -34,12 +34,15 @@ class LODSEmbeddingGuidance(BaseGuidance):
 
     cfg: Config
 
-    def create_learned(self) -> None:
+    def check(self) -> None:
+        super().check()
         if self.cfg.embedding_start not in STARTS:
             raise ValueError(
                 f"embedding_start must be one of {', '.join(STARTS)}, "
                 f"not {self.cfg.embedding_start!r}"
             )
+
+    def create_learned(self) -> None:
         name = self.cfg.pretrained_model_name_or_path
         model = resolve(name)
         config = load_model_config(model.path, "text_encoder", model.revision)

@@ -28,8 +28,8 @@ class NFSDGuidance(BaseGuidance):
     cfg: Config
     finite_scale = True
 
-    def configure(self) -> None:
-        super().configure()
+    def check(self) -> None:
+        super().check()
         if not 0 <= self.cfg.nfsd_threshold <= 1:
             raise ValueError(
                 f"nfsd_threshold is a part of all timesteps, 0 to 1, not {self.cfg.nfsd_threshold}"

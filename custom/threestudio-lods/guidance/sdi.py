@@ -31,8 +31,8 @@ class SDIGuidance(SDSGuidance):
 
     cfg: Config
 
-    def configure(self) -> None:
-        super().configure()
+    def check(self) -> None:
+        super().check()
         if self.cfg.inversion_steps < 1:
             raise ValueError(f"inversion_steps must be 1 or more, not {self.cfg.inversion_steps}")
         if not 0 <= self.cfg.inversion_eta <= 1:

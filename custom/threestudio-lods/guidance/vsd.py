@@ -80,12 +80,15 @@ class VSDGuidance(LODSLoRAGuidance):
     finite_scale = True
     without_effect = {"guidance_scale_lora": WITHOUT_EFFECT["guidance_scale_lora"]}
 
-    def create_learned(self) -> None:
+    def check(self) -> None:
+        super().check()
         if self.cfg.camera_condition_type not in CAMERAS:
             raise ValueError(
                 f"camera_condition_type must be one of {', '.join(CAMERAS)}, "
                 f"not {self.cfg.camera_condition_type!r}"
             )
+
+    def create_learned(self) -> None:
         super().create_learned()
         self.camera = CameraEmbedding(self.denoiser_lora.unet)
         self.unscale_gradients(self.camera.parameters())
