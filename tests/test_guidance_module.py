@@ -122,11 +122,10 @@ def test_unet_calls_per_step(make, name):
     guidance, rows = make(name, lora_n_timestamp_samples=3, **fields), []
     guidance.denoiser.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     guidance(images(n=2), random_prompt(), *side_view(2))
-    calls = dict.fromkeys(ALL, [4]) | dict.fromkeys(PRIORS[:2], [6, 4]) | {VSD: [6, 6]}
+    calls = {EMBEDDING: [6, 4], LORA: [6, 4], VSD: [6, 6], "lods-nfsd-guidance": [6]}
     # three steps under two texts; from 0 to 450 in three steps of up to 200, and one more
     calls |= {"lods-sdi-guidance": [4] * 4, "lods-ism-guidance": [2] * 4 + [4]}
-    calls["lods-nfsd-guidance"] = [6]
-    assert rows == calls[name]
+    assert rows == calls.get(name, [4])
 
 
 def test_more_draws_have_the_same_mean_and_less_noise(make):

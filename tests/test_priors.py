@@ -1,6 +1,7 @@
 """The family of priors: limits in which one is another, closed forms, and their switches."""
 
 import importlib
+import itertools
 import math
 
 import pytest
@@ -127,7 +128,7 @@ def test_vsd_rows_of_one_call(make):
     """LoRA and camera act in the rows of the learnt prediction only, each row with its own."""
     guidance, prompt = make("vsd"), random_prompt()
     shake([*guidance.lora.parameters(), *guidance.camera.parameters()])
-    y, null = prompt.get_text_embeddings(*side_view(2)).chunk(2)
+    y = prompt.text_embeddings.expand(2, -1, -1)
     cameras = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(3))
     w, eps, t, eps_c, eps_u = pieces(
         guidance, prompt, prompt.text_embeddings, prompt.uncond_text_embeddings
@@ -231,7 +232,7 @@ def test_sdi_compares_with_the_noise_that_it_has_found(make):
         torch.testing.assert_close(guidance.denoiser.add_noise(z, eps, t), x_t)
         for row, grid in enumerate(([0, 10, 20, 30], [0, 300, 600, 900])):
             x, alpha, sigma = z[[row]], torch.tensor(1.0), torch.tensor(0.0)
-            for low, high in zip(grid, grid[1:]):
+            for low, high in itertools.pairwise(grid):
                 at = torch.tensor([low])
                 e_c, e_u = (guidance.denoiser.predict_noise(x, at, e[[row]]) for e in (y, null))
                 e = e_u - 7.5 * (e_c - e_u)
@@ -249,7 +250,7 @@ def test_ism_by_hand(make):
         x_t, eps = guidance.diffuse(z, t, y, null)
         for row, grid in enumerate(([0, 0, 20], [0, 200, 400, 450, 500])):
             x, alpha, sigma = z[[row]], torch.tensor(1.0), torch.tensor(0.0)
-            for low, high in zip(grid, grid[1:]):
+            for low, high in itertools.pairwise(grid):
                 e = guidance.denoiser.predict_noise(x, torch.tensor([low]), null[[row]])
                 abar = guidance.denoiser.alphas_cumprod[high]
                 x = abar.sqrt() * (x - sigma * e) / alpha + (1 - abar).sqrt() * e
@@ -275,13 +276,13 @@ def test_inversion_of_a_gaussian_is_its_trajectory_and_returns(make, std):
     for n in (10, 100):
         steps = (t * torch.arange(n + 1)[:, None] / n).round().long()
         x_t = invert(denoiser, lambda x, t: denoiser.predict_noise(x, t, text), z, steps)
-        errors.append((x_t - want).abs().max().item())
-    assert errors[1] < 0.05 and errors[1] < 0.5 * errors[0]
+        errors.append(((x_t - want).norm() / want.norm()).item())
+    assert errors[1] < 0.02 and errors[1] < 0.3 * errors[0]
     ddim, x = part("formulas").ddim, x_t
-    for high, low in zip(steps.flip(0), steps.flip(0)[1:]):
+    for high, low in itertools.pairwise(steps.flip(0)):
         eps = denoiser.predict_noise(x, high, text)
         x = ddim(x, eps, denoiser.alpha_sigma(high), denoiser.alpha_sigma(low))
-    assert (x - z).abs().max() < 0.1
+    assert (x - z).norm() < 0.07 * z.norm()
 
 
 def test_inversion_of_a_dirac_adds_noise_to_it_only(make):
@@ -473,4 +474,3 @@ def test_bad_fields_are_one_line(make, short, field, value, text):
     with pytest.raises(ValueError, match=text) as error:
         make(short, **{field: value})
     assert "\n" not in str(error.value)
-

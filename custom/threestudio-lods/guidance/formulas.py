@@ -107,9 +107,7 @@ def csd(eps_c: Tensor, eps_u: Tensor, w: Tensor) -> Tensor:
     return rows(w, eps_c) * (eps_c - eps_u)
 
 
-def nfsd(
-    eps_c: Tensor, eps_u: Tensor, eps_bad: Tensor, low: Tensor, s: float, w: Tensor
-) -> Tensor:
+def nfsd(eps_c: Tensor, eps_u: Tensor, eps_bad: Tensor, low: Tensor, s: float, w: Tensor) -> Tensor:
     """Noise-free score distillation (NFSD, arXiv:2310.17590), eps_bad under a text of bad pictures:
 
     g = w(t) [ delta_D + s (eps_c - eps_u) ],  with delta_D = eps_u in the rows where ``low`` (B,)

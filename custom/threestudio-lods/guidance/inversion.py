@@ -1,5 +1,7 @@
 """DDIM inversion: which noisy latents a deterministic sampler would reach clean ones from."""
 
+import itertools
+
 import torch
 
 from threestudio.utils.typing import *
@@ -25,7 +27,7 @@ def ddim_invert(
     fresh noise, ``eta`` times the standard deviation that a DDPM step back to k would have.
     """
     x, now = z, (torch.ones_like(steps[0]).to(z), torch.zeros_like(steps[0]).to(z))
-    for low, high in zip(steps[:-1], steps[1:]):
+    for low, high in itertools.pairwise(steps):
         then = denoiser.alpha_sigma(high)
         x = formulas.ddim(x, predict(x, low), now, then)
         if eta:

@@ -18,7 +18,7 @@ class SDIGuidance(SDSGuidance):
     found by DDIM inversion of the latents z under cfg_r(eps(.; y), eps(.; n)), in
     ``inversion_steps`` equal steps from 0 to t, and eps = (x_t - alpha_t z) / sigma_t.
 
-    r = ``inversion_scale`` is -7.5 in the paper. Its published code counts the scale of cfg from the
+    r = ``inversion_scale`` is -7.5 in the paper. Its published code counts the scale from the
     prompt (its -7.5 is -6.5 here), inverts on a fixed grid of timesteps to a little beyond t, and
     weighs with sigma_t / alpha_t; here w(t) is that of all priors. The paper lets t fall over the
     run: ``timestep_schedule`` monotone is near to that. Nothing is learnt; a step costs

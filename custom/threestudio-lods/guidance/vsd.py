@@ -123,7 +123,7 @@ class VSDGuidance(LODSLoRAGuidance):
             eps_c, eps_u = pair(self, x_t, t, prompt, null)
             eps_lora = self.predict_learnt(x_t, t, prompt, cameras)
         else:
-            with self.lora.strength(self.strengths(x_t, 2)):
-                with self.camera.rows(cameras, 2 * len(x_t)):
-                    eps_c, eps_u, eps_lora = pair(self, x_t, t, prompt, null, prompt)
+            rows = self.camera.rows(cameras, 2 * len(x_t))
+            with self.lora.strength(self.strengths(x_t, 2)), rows:
+                eps_c, eps_u, eps_lora = pair(self, x_t, t, prompt, null, prompt)
         return formulas.sds(eps_c, eps_u, eps_lora, self.cfg.guidance_scale, self.weight(t))
