@@ -47,7 +47,7 @@ def trial(config):
     return Path("outputs") / CONFIGS[config][0].removesuffix(".yaml") / "t"
 
 
-@pytest.mark.parametrize("guidance", ["embedding", "lora", "sds", "vsd", "bridge", "sdi"])
+@pytest.mark.parametrize("guidance", ["embedding", "lora", "sds", "vsd"])
 def test_four_steps_are_two_and_two(small, guidance):
     """A checkpoint of step 2, written by a callback inside of the loop, continues to the same
     step 4: parameters, occupancy grid, optimizer and random numbers."""
@@ -64,6 +64,15 @@ def test_four_steps_are_two_and_two(small, guidance):
     ]
     assert "geometry.encoding.encoding.encoding.params" in moved
     assert any(key.startswith("guidance.") for key in moved) == (guidance in LEARNING)
+
+
+@pytest.mark.parametrize("prior", ["csd", "nfsd", "bridge", "sdi", "ism"])
+def test_every_prior_trains(small, prior):
+    system, trainer = fit(*small("embedding+pocket", *switch(prior)))
+    assert trainer.global_step == 2 and system.guidance.step == 1
+    assert system.loss_terms["loss_sds"] > 0
+    state = trainer.optimizers[0].state
+    assert all(state[p]["exp_avg"].any() for p in system.geometry.density_network.parameters())
 
 
 @pytest.mark.parametrize("config", CONFIGS)

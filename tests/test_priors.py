@@ -405,28 +405,23 @@ def test_inner_adam_is_adam(lods):
 
 
 @pytest.mark.parametrize("short", ["embedding", "lora", "vsd"])
-def test_inner_steps_come_before_the_gradient(make, short):
-    prompt, z = random_prompt(), latents()
+def test_inner_steps_come_before_the_gradient(make, monkeypatch, short):
+    prompt, done = random_prompt(), []
     guidance = make(short, prior_inner_steps=3, prior_inner_lr=0.01)
     guidance.initialize(prompt)
     before = [p.detach().clone() for p in guidance.parameters()]
+    distill = guidance.distill
+    monkeypatch.setattr(
+        guidance, "distill", lambda *a: done.append(int(guidance.inner.count)) or distill(*a)
+    )
     out = call(guidance, prompt)
-    assert guidance.inner.count == 3
+    assert done == [3] and guidance.inner.count == 3
     changes = [(p - b).abs().max() for p, b in zip(guidance.parameters(), before)]
     assert 0.005 < max(changes) < 0.031
     (loss,) = (v for k, v in out.items() if k.startswith("loss_") and k != "loss_sds")
     assert not loss.requires_grad and loss > 0
     out["loss_sds"].backward()
     assert all(p.grad is None for p in guidance.parameters())
-    # the prediction of the gradient is that of what has just been learnt
-    after = make(short)
-    after.load_state_dict({k: v for k, v in guidance.state_dict().items() if "inner" not in k})
-    y, null = prompt.get_text_embeddings(*side_view(2)).chunk(2)
-    grads = []
-    for each in (guidance, after):
-        torch.manual_seed(1)
-        grads.append(each.distill(z, y, null))
-    assert torch.equal(*grads)
 
 
 def test_inner_steps_make_a_better_prior(make):
