@@ -34,13 +34,18 @@ class GaussianUNet(nn.Module):
 
 
 class Prompt:
-    """What a prompt processor hands over, from the embeddings (T, D) of prompt and null; front
-    views get ``prompt + 1`` unless the plain prompt is asked for."""
+    """What a prompt processor hands over, from the embeddings (T, D) of prompt and null, and of
+    the texts that ``other_text`` knows; front views get ``prompt + 1`` unless the plain prompt is
+    asked for."""
 
     use_perp_neg = False
 
-    def __init__(self, prompt, null):
+    def __init__(self, prompt, null, **others):
         self.text_embeddings, self.uncond_text_embeddings = prompt[None], null[None]
+        self.others = others
+
+    def other_text(self, kind):
+        return Prompt(self.others[kind], self.uncond_text_embeddings[0])
 
     def get_text_embeddings(
         self, elevation, azimuth, camera_distances, view_dependent_prompting=True
@@ -63,7 +68,24 @@ def as_embedding(*means, tokens: int = 16, width: int = 32):
 
 def random_prompt(seed: int = 0, tokens: int = 16, width: int = 32) -> Prompt:
     generator = torch.Generator().manual_seed(seed)
-    return Prompt(*torch.randn(2, tokens, width, generator=generator))
+    texts = torch.randn(2, tokens, width, generator=generator)
+    source, bad = torch.randn(2, tokens, width, generator=generator)
+    return Prompt(*texts, source=source, nfsd_negative=bad)
+
+
+class PerpNegPrompt(Prompt):
+    """The same with two negatives per camera, ``negatives`` (2, T, D), of ``weights`` (2,)."""
+
+    use_perp_neg = True
+
+    def __init__(self, base: Prompt, negatives, weights):
+        super().__init__(base.text_embeddings[0], base.uncond_text_embeddings[0], **base.others)
+        self.negatives, self.weights = negatives, weights
+
+    def get_text_embeddings_perp_neg(self, *views):
+        n = len(views[0])
+        rows = [self.get_text_embeddings(*views), self.negatives.repeat(n, 1, 1)]
+        return torch.cat(rows), self.weights.expand(n, -1)
 
 
 def side_view(n: int):

@@ -30,6 +30,21 @@ def small_run(model):
     ]
 
 
+LEARNING = ("embedding", "lora", "vsd", "inner", "perp-neg")  # priors, for ``switch``, that learn
+
+
+def switch(prior):
+    """Overrides that put ``prior`` in the place of that of a shipped configuration, with both of
+    its stages in the first four steps; "inner" and "perp-neg" are switches of the one there."""
+    if prior in ("embedding", "lora"):
+        return []
+    if prior == "inner":
+        return ["system.guidance.prior_inner_steps=2"]
+    if prior == "perp-neg":
+        return ["system.prompt_processor.use_perp_neg=true"]
+    return [f"system.guidance_type=lods-{prior}-guidance", "system.guidance.bridge_start=1"]
+
+
 def launch(files, overrides, mode="--train"):
     """``launch.py`` in this process; returns its exit status."""
     sys.path.insert(0, str(ROOT))

@@ -110,3 +110,43 @@ def test_infinite_scale_only_where_there_is_a_limit(formulas):
     assert formulas.check_scale(math.inf) == math.inf
     with pytest.raises(ValueError, match="must be finite"):
         formulas.check_scale(math.inf, finite=True)
+
+
+def test_csd_and_nfsd_by_hand(formulas):
+    c, u, bad, w = (torch.full((2, 1), x) for x in (2.0, 1.0, 4.0, 0.5))
+    assert formulas.csd(c, u, w[:, 0]).tolist() == [[0.5], [0.5]]  # 0.5 (2 - 1)
+    low = torch.tensor([True, False])
+    # 0.5 (1 + 3 (2 - 1)), and 0.5 (1 - 4 + 3 (2 - 1))
+    assert formulas.nfsd(c, u, bad, low, 3.0, w[:, 0]).tolist() == [[2.0], [0.0]]
+
+
+def test_lods_at_infinity_is_the_same_csd(formulas, predictions):
+    c, u, eps, w = predictions
+    assert torch.equal(formulas.lods(c, u, eps, math.inf, w), formulas.csd(c, u, w))
+
+
+def test_perp_neg_ignores_what_is_along_the_prompt(formulas, predictions):
+    c, u, other, _ = predictions
+    weights = torch.tensor([[-1.0, -0.5], [-2.0, -0.1], [0.0, 0.0]], dtype=c.dtype)
+    along = [u + 3 * (c - u), u - 2 * (c - u)]
+    torch.testing.assert_close(formulas.perp_neg(c, u, along, weights), c)
+    got = formulas.perp_neg(c, u, [other, along[0]], weights)
+    assert torch.equal(got[2], c[2])  # weights of an overhead view
+    added, direction = got - c, c - u
+    torch.testing.assert_close(
+        (added * direction).flatten(1).sum(1), torch.zeros(3, dtype=c.dtype), rtol=0, atol=1e-9
+    )
+    # by hand, with one direction per axis: the perpendicular part of (3, 4) to (1, 0) is (0, 4)
+    c, u, other = torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]], [[3.0, 4.0]]])
+    assert formulas.perp_neg(c, u, [other], torch.tensor([[-0.5]])).tolist() == [[1.0, -2.0]]
+
+
+def test_ddim_goes_there_and_back(formulas, predictions):
+    x, _, eps, abar = predictions
+    here, there = ((a.sqrt(), (1 - a).sqrt()) for a in (abar, abar.flip(0)))
+    up = formulas.ddim(x, eps, here, there)
+    torch.testing.assert_close(formulas.ddim(up, eps, there, here), x)
+    # with the true noise of x it is the same picture with more, or less, of that noise
+    z = (x - formulas.rows(here[1], x) * eps) / formulas.rows(here[0], x)
+    want = formulas.rows(there[0], x) * z + formulas.rows(there[1], x) * eps
+    torch.testing.assert_close(up, want)

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from plyfile import PlyData
 
-from tests.runs import ROOT, fit, launch, read, same, small_run, two_and_two
+from tests.runs import LEARNING, ROOT, fit, launch, read, same, small_run, switch, two_and_two
 
 CONFIGS = {
     "embedding": ["lods-gs-embedding.yaml"],
@@ -65,14 +65,16 @@ KEYS = ("state_dict", "optimizer_states", "lods_densifier", "rng_state", "global
 
 @pytest.mark.parametrize(
     "guidance, strategy",
-    [("embedding", s) for s in STRATEGIES] + [("lora", "default"), ("sds", "mcmc")],
+    [("embedding", s) for s in STRATEGIES]
+    + [("lora", "default"), ("sds", "mcmc")]
+    + [(p, "none") for p in ("csd", "nfsd", "vsd", "bridge", "sdi", "ism", "inner", "perp-neg")],
 )
 def test_four_steps_are_two_and_two(small, guidance, strategy):
     """A checkpoint of step 2, written by a callback inside of the loop, continues to the same
     step 4, although the number of Gaussians changes on the way."""
     config = "lora+pocket" if guidance == "lora" else "embedding+pocket"
     more = ["system.renderer.backend=torch"]  # the compiled one: test_resume_in_a_new_process
-    more += ["system.guidance_type=lods-sds-guidance"] if guidance == "sds" else []
+    more += switch(guidance)
     run = small(config, STRATEGIES[strategy], *more)
     start, whole = two_and_two(run, KEYS)
     counts = [len(c["state_dict"]["geometry.means"]) for c in (start, whole)]
@@ -83,7 +85,7 @@ def test_four_steps_are_two_and_two(small, guidance, strategy):
     moved = start["state_dict"]["geometry.means"][:5] - whole["state_dict"]["geometry.means"][:5]
     assert moved.abs().max() > 0
     learnt = [k for k in whole["state_dict"] if k.startswith("guidance.") and "initial" not in k]
-    if guidance == "sds":
+    if guidance not in LEARNING:
         assert not learnt
     else:
         assert any(not torch.equal(start["state_dict"][k], whole["state_dict"][k]) for k in learnt)

@@ -231,9 +231,10 @@ def test_lora_rows_of_one_call(make, kind):
 def test_lora_learns_at_the_strength_it_is_used_with(make):
     guidance = make("lods-lora-guidance", lora_scale=0.5)
     shake_lora(guidance)
-    z, null = latents(), random_prompt().uncond_text_embeddings.expand(2, -1, -1)
+    z = latents()
+    y, null = random_prompt().get_text_embeddings(*side_view(2)).chunk(2)
     torch.manual_seed(1)
-    loss = guidance.learn(z, null)["loss_lora"]
+    loss = guidance.learn(z, y, null)["loss_lora"]
     torch.manual_seed(1)
     t, eps = torch.randint(1000, (2,)), torch.randn_like(z)
     x_t = guidance.denoiser.add_noise(z, eps, t)

@@ -19,6 +19,10 @@ EMBEDDING, LORA, SDS = PRIORS = [
     "lods-lora-guidance",
     "lods-sds-guidance",
 ]
+VSD = "lods-vsd-guidance"
+LEARNING = [EMBEDDING, LORA, VSD]
+ALL = [*PRIORS, VSD, *(f"lods-{name}-guidance" for name in ("csd", "nfsd", "bridge", "sdi", "ism"))]
+DRAWN = ALL[:-2]  # those whose noise is drawn, not found by inversion
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,7 @@ def test_gradient_of_the_loss_is_the_jacobian_times_g(make, monkeypatch, as_late
     torch.testing.assert_close(out["grad_norm"], g.norm())
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", ALL)
 def test_images_of_any_size_get_a_gradient(make, name):
     guidance = make(name)
     rgb = images(size=40).requires_grad_()
@@ -78,8 +82,8 @@ def test_images_of_any_size_get_a_gradient(make, name):
     assert rgb.grad.isfinite().all() and rgb.grad.abs().max() > 0
     assert all(p.grad is not None for p in guidance.parameters() if p.requires_grad)
     assert all(p.grad is None for p in guidance.denoiser.vae.parameters())
-    own = {EMBEDDING: {"loss_embedding"}, LORA: {"loss_lora"}, SDS: set()}
-    assert {k for k in out if k.startswith("loss_")} == {"loss_sds"} | own[name]
+    own = {EMBEDDING: {"loss_embedding"}, LORA: {"loss_lora"}, VSD: {"loss_lora"}}
+    assert {k for k in out if k.startswith("loss_")} == {"loss_sds"} | own.get(name, set())
     assert (out["min_step"], out["max_step"]) == (20, 980)
 
 
@@ -95,7 +99,7 @@ def test_what_is_dropped_is_said_once_and_again_when_it_is_all(make, monkeypatch
     assert "0.781 % of a gradient's elements" in warnings[0] and "100 %" in warnings[1]
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", DRAWN)
 def test_not_finite_is_dropped_and_the_rest_clipped(make, monkeypatch, name):
     guidance = make(name, grad_clip=OmegaConf.create([0, 2.0, 0.5, 10]))
     bad = torch.full((1, 4, 8, 8), 7.0)
@@ -110,14 +114,18 @@ def test_not_finite_is_dropped_and_the_rest_clipped(make, monkeypatch, name):
     assert unclipped.distill(torch.zeros(1, 4, 8, 8), None, None).max() == 7
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", ALL)
 def test_unet_calls_per_step(make, name):
-    """Both predictions of the gradient in one call, the learnt one's loss in another, with
-    ``lora_n_timestamp_samples`` draws per image."""
-    guidance, rows = make(name, lora_n_timestamp_samples=3), []
+    """All predictions of the gradient in one call, those of an inversion and the loss of what is
+    learnt in others, with ``lora_n_timestamp_samples`` draws per image."""
+    fields = {"min_step_percent": 0.5, "max_step_percent": 0.5, "inversion_steps": 3}
+    guidance, rows = make(name, lora_n_timestamp_samples=3, **fields), []
     guidance.denoiser.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     guidance(images(n=2), random_prompt(), *side_view(2))
-    assert rows == ([4] if name == SDS else [6, 4])
+    calls = {EMBEDDING: [6, 4], LORA: [6, 4], VSD: [6, 6], "lods-nfsd-guidance": [6]}
+    # three steps under two texts; from 0 to 450 in three steps of up to 200, and one more
+    calls |= {"lods-sdi-guidance": [4] * 4, "lods-ism-guidance": [2] * 4 + [4]}
+    assert rows == calls.get(name, [4])
 
 
 def test_more_draws_have_the_same_mean_and_less_noise(make):
@@ -134,7 +142,7 @@ def test_more_draws_have_the_same_mean_and_less_noise(make):
     assert many.std() < 0.5 * few.std()
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", DRAWN)
 def test_timesteps_stay_within_the_schedule(make, name, monkeypatch):
     schedule = OmegaConf.create([5, 1.0, 0.5, 6])
     guidance, seen = make(name, min_step_percent=0.4, max_step_percent=schedule), []
@@ -200,11 +208,12 @@ def test_embedding_starts_as_the_negative_prompt_once(make):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", [*ALL, "inner"])
 def test_two_and_two_steps_are_four(make, name, prediction_type):
     def start():
         torch.manual_seed(4)
-        guidance = make(name, prediction_type)
+        fields = {"prior_inner_steps": 2} if name == "inner" else {}
+        guidance = make(VSD if fields else name, prediction_type, **fields)
         particle = torch.rand(2, 12, 12, 3).requires_grad_()
         groups = [{"params": [particle], "lr": 0.1}]
         if learnt := list(guidance.parameters()):
@@ -241,17 +250,17 @@ def test_two_and_two_steps_are_four(make, name, prediction_type):
         assert torch.equal(one, other), key
 
 
-@pytest.mark.parametrize("name", [EMBEDDING, LORA])
+@pytest.mark.parametrize("name", LEARNING)
 def test_learning_lowers_the_loss(make, name):
     guidance, prompt = make(name), random_prompt()
     guidance.initialize(prompt)
-    z, null = torch.randn(2, 4, 8, 8), prompt.uncond_text_embeddings.expand(2, -1, -1)
+    z, texts = torch.randn(2, 4, 8, 8), prompt.get_text_embeddings(*side_view(2)).chunk(2)
     learnt = list(guidance.parameters())
     optimizer = torch.optim.Adam(learnt, lr=0.1)
     values = []
     for _ in range(12):
         torch.manual_seed(0)  # always the same (t, noise), so that the loss must fall
-        (loss,) = guidance.learn(z, null).values()
+        (loss,) = guidance.learn(z, *texts).values()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -259,7 +268,7 @@ def test_learning_lowers_the_loss(make, name):
     assert values[-1] < 0.97 * values[0]
 
 
-@pytest.mark.parametrize("name", [EMBEDDING, LORA])
+@pytest.mark.parametrize("name", LEARNING)
 def test_gradient_scale_of_half_precision_cancels(make, name, monkeypatch, denoiser_module):
     """float16 needs its gradients enlarged inside the UNet; nothing of that may be seen outside."""
     plain = make(name)
@@ -331,7 +340,7 @@ def test_fp16_variant_folder(make, tiny_sd, tmp_path):
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.01)
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", ALL)
 def test_missing_model_is_one_clear_line(make, tmp_path, name):
     for model, text in {
         str(tmp_path / "nowhere"): "there is no model folder",
@@ -397,14 +406,11 @@ def test_fields_without_effect_are_warned_about_once(make, monkeypatch):
     )
     assert len(said) == 4 and all("has no effect" in line for line in said)
     said.clear()
-    guidance, prompt = make(SDS), random_prompt()
-    prompt.use_perp_neg = True
-    guidance(images(), prompt, *side_view(2))
-    guidance(images(), prompt, *side_view(2))
-    assert len(said) == 1 and "use_perp_neg" in said[0]
+    make(VSD, lora_cfg_training=False, camera_condition_type="mvp")
+    assert said == []  # there they have one
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", ALL)
 def test_memory_switches_change_memory_only(make, name):
     results = []
     for on in (False, True):

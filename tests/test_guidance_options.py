@@ -14,6 +14,7 @@ from tests.runs import ROOT
 from threestudio import find
 
 EMBEDDING, LORA = PRIORS = ["lods-embedding-guidance", "lods-lora-guidance"]
+VSD = "lods-vsd-guidance"
 CPU = torch.device("cpu")
 
 
@@ -26,12 +27,14 @@ def memory(lods):
 def make(lods, tiny_sd):
     def build(name, **fields):
         torch.manual_seed(6)
+        if name == VSD:
+            fields["guidance_scale"] = 2.0  # a large one, not over s as LODS, enlarges rounding
         guidance = find(name)({"pretrained_model_name_or_path": tiny_sd(), **fields})
-        if name == LORA:
+        if name != EMBEDDING:
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
-                for key, value in guidance.lora.named_parameters():
-                    if "lora_B" in key:
+                for key, value in guidance.named_parameters():
+                    if "lora_B" in key or "linear_2" in key:
                         value.copy_(0.1 * torch.randn(value.shape, generator=generator))
         return guidance
 
@@ -42,7 +45,8 @@ def step(guidance, size=16):
     """Losses, the image's gradient, and those of what is learnt, for one seed."""
     torch.manual_seed(7)
     rgb = torch.rand(2, size, size, 3).requires_grad_()
-    out = guidance(rgb, random_prompt(), *side_view(2))
+    cameras = torch.rand(2, 4, 4)
+    out = guidance(rgb, random_prompt(), *side_view(2), c2w=cameras)
     losses = [value for key, value in out.items() if key.startswith("loss_")]
     sum(losses).backward()
     return [*(v.detach() for v in losses), rgb.grad, *(p.grad for p in guidance.parameters())]
@@ -56,7 +60,7 @@ def close(got, wanted, tolerance: float) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", [*PRIORS, VSD])
 @pytest.mark.parametrize(
     ("fields", "tolerance"),
     [
@@ -135,7 +139,7 @@ def test_rows_keep_their_strengths_when_computed_again(make):
 
 
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", [*PRIORS, VSD])
 def test_weights_are_there_only_while_a_layer_runs(make, memory, name, again):
     guidance = make(name, enable_gradient_checkpointing=again)
     plain = step(make(name))

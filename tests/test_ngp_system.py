@@ -9,7 +9,7 @@ import trimesh
 from omegaconf import OmegaConf
 from PIL import Image
 
-from tests.runs import ROOT, fit, launch, small_run, two_and_two
+from tests.runs import LEARNING, ROOT, fit, launch, small_run, switch, two_and_two
 
 CONFIGS = {
     "embedding": ["lods-ngp-embedding.yaml"],
@@ -47,12 +47,12 @@ def trial(config):
     return Path("outputs") / CONFIGS[config][0].removesuffix(".yaml") / "t"
 
 
-@pytest.mark.parametrize("guidance", ["embedding", "lora", "sds"])
+@pytest.mark.parametrize("guidance", ["embedding", "lora", "sds", "vsd"])
 def test_four_steps_are_two_and_two(small, guidance):
     """A checkpoint of step 2, written by a callback inside of the loop, continues to the same
     step 4: parameters, occupancy grid, optimizer and random numbers."""
-    more = ["system.guidance_type=lods-sds-guidance"] if guidance == "sds" else []
-    run = small("lora+pocket" if guidance == "lora" else "embedding+pocket", *more)
+    config = "lora+pocket" if guidance == "lora" else "embedding+pocket"
+    run = small(config, *switch(guidance))
     start, whole = two_and_two(run, KEYS)
     assert {"geometry.encoding.encoding.encoding.params", "renderer.estimator.occs"} <= set(
         whole["state_dict"]
@@ -63,7 +63,16 @@ def test_four_steps_are_two_and_two(small, guidance):
         if not torch.equal(value, start["state_dict"][key])
     ]
     assert "geometry.encoding.encoding.encoding.params" in moved
-    assert any(key.startswith("guidance.") for key in moved) == (guidance != "sds")
+    assert any(key.startswith("guidance.") for key in moved) == (guidance in LEARNING)
+
+
+@pytest.mark.parametrize("prior", ["csd", "nfsd", "bridge", "sdi", "ism"])
+def test_every_prior_trains(small, prior):
+    system, trainer = fit(*small("embedding+pocket", *switch(prior)))
+    assert trainer.global_step == 2 and system.guidance.step == 1
+    assert system.loss_terms["loss_sds"] > 0
+    state = trainer.optimizers[0].state
+    assert all(state[p]["exp_avg"].any() for p in system.geometry.density_network.parameters())
 
 
 @pytest.mark.parametrize("config", CONFIGS)

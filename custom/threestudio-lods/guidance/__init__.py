@@ -1,5 +1,16 @@
 """Priors, and the prompts for them: importing this registers them."""
 
-from . import lods_embedding, lods_lora, prompt, sds
+from . import bridge, csd, ism, lods_embedding, lods_lora, nfsd, prompt, sdi, sds, vsd
 
-__all__ = ["lods_embedding", "lods_lora", "prompt", "sds"]
+__all__ = [
+    "bridge",
+    "csd",
+    "ism",
+    "lods_embedding",
+    "lods_lora",
+    "nfsd",
+    "prompt",
+    "sdi",
+    "sds",
+    "vsd",
+]

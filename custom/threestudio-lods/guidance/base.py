@@ -15,6 +15,7 @@ from threestudio.utils.typing import *
 from . import formulas, memory
 from .cards import canonical
 from .denoiser import DEFAULT_MODEL, Denoiser
+from .inner import InnerAdam
 
 # Fields of the original configurations that nothing reads (there neither): a note is logged if
 # they are set to anything but these values.
@@ -23,13 +24,15 @@ WITHOUT_EFFECT = {
     "lora_cfg_training": (True,),
     "camera_condition_type": ("extrinsics",),
 }
+TIMESTEP_SCHEDULES = ("random", "monotone")
 
 
 class BaseGuidance(BaseModule):
     """``guidance(rgb, prompt_utils, elevation, azimuth, camera_distances) -> {"loss_sds", ...}``.
 
-    A prior defines ``gradient`` (from two noise predictions, see :mod:`.formulas`) and, if it
-    learns, ``create_learned``, ``learn`` (its own ``loss_*``), ``start_from``, ``save_learned`` and
+    A prior defines ``gradient`` (from noise predictions, see :mod:`.formulas`) and, where it needs
+    them, ``look`` (what it reads of the cameras), ``diffuse`` (how x_t is made) and, if it learns,
+    ``create_learned``, ``learn`` (its own ``loss_*``), ``start_from``, ``save_learned`` and
     ``load_learned``. UNet and VAE are frozen and not part of ``state_dict``; what is learnt is.
     """
 
@@ -49,6 +52,10 @@ class BaseGuidance(BaseModule):
         # t is drawn from int(T min) .. int(T max), both included; schedules allowed
         min_step_percent: Any = 0.02
         max_step_percent: Any = 0.98
+        # how: random, or monotone, the same t for all rows, which falls with the step (of HiFA,
+        # arXiv:2305.18766): max - (max - min) sqrt(step / timestep_schedule_steps)
+        timestep_schedule: str = "random"
+        timestep_schedule_steps: int = 0
         # every element of the gradient is clamped to +- this; schedules allowed
         grad_clip: Optional[Any] = None
         # w(t), see formulas.weight: sds, uniform or fantasia3d
@@ -61,11 +68,36 @@ class BaseGuidance(BaseModule):
         half_precision_weights: bool = True
         # learnt priors: (t, noise) draws per image for the prior's own loss
         lora_n_timestamp_samples: int = 1
-        # LoRA only: rank, strength of the learnt prediction (0.5 in the original), and another
-        # model for it (same latents, text width and schedule; null: the same model)
+        # learnt priors: so many updates before each gradient, by an Adam of the guidance's own with
+        # this rate, in place of one by the system's optimizer after it (0)
+        prior_inner_steps: int = 0
+        prior_inner_lr: float = 1.0e-3
+        # lods-embedding-guidance: negative, it starts as the negative prompt; source, as
+        # prompt_processor.source_prompt
+        embedding_start: str = "negative"
+        # LoRA only: rank, strength of the learnt prediction (0.5 in the original, 1 for VSD),
+        # and another model for it (same latents, text width and schedule; null: the same model)
         lora_rank: int = 4
         lora_scale: float = 0.5
         pretrained_model_name_or_path_lora: Optional[str] = None
+        # lods-vsd-guidance: extrinsics or mvp, the camera as the LoRA sees it; learning drops it in
+        # 10 % of the rows
+        camera_condition_type: str = "extrinsics"
+        lora_cfg_training: bool = True
+        # lods-nfsd-guidance: the part of the timesteps below which t counts as small
+        nfsd_threshold: float = 0.2
+        # lods-bridge-guidance: so many steps of SDS at this scale come first (in the paper half of
+        # the run)
+        bridge_start: int = 500
+        bridge_sds_scale: float = 40.0
+        # lods-sdi-guidance: steps and guidance scale of the inversion, and the part of the noise of
+        # a DDPM step that each of them adds
+        inversion_steps: int = 10
+        inversion_scale: float = -7.5
+        inversion_eta: float = 0.3
+        # lods-ism-guidance: timesteps between the two predictions, and in a step of the inversion
+        ism_delta_t: int = 50
+        ism_delta_s: int = 200
         # speed: channels-last convolutions; torch.compile, minutes at the first step, which
         # needs a C++ compiler
         enable_channels_last_format: bool = False
@@ -83,33 +115,53 @@ class BaseGuidance(BaseModule):
         enable_memory_efficient_attention: bool = False
         # accepted for existing configurations, see WITHOUT_EFFECT
         guidance_scale_lora: float = 1.0
-        lora_cfg_training: bool = True
-        camera_condition_type: str = "extrinsics"
 
     cfg: Config
 
     finite_scale = False  # a prior whose formula has no limit for s = inf says True
+    without_effect = WITHOUT_EFFECT
 
     def configure(self) -> None:
-        formulas.check_scale(self.cfg.guidance_scale, self.finite_scale)
-        formulas.weight(torch.zeros(()), self.cfg.weighting_strategy)  # refuses an unknown name
-        if self.cfg.lora_n_timestamp_samples < 1:
-            raise ValueError("lora_n_timestamp_samples must be at least 1")
-        for field, values in WITHOUT_EFFECT.items():
+        self.check()
+        for field, values in self.without_effect.items():
             if self.cfg[field] not in values:
                 threestudio.warn(f"guidance: {field}={self.cfg[field]} has no effect")
         memory.check(self.cfg, self.device)
         self._loaded: List[Denoiser] = []
         self.denoiser = self.load_denoiser(self.cfg.pretrained_model_name_or_path)
         self._prompt_known = False
+        self._negatives: Tuple[Tensor, ...] = ()  # Perp-Neg's, of the last call
         self._lost: Optional[Tensor] = None  # share of the last gradient that was not finite
         self._warned: set = set()
         self.update_step(0, 0)
         self.create_learned()
+        learnt = list(self.parameters())
+        self.inner = None
+        if learnt and self.cfg.prior_inner_steps:
+            self.inner = InnerAdam(learnt, self.cfg.prior_inner_lr)
         memory.apply(self.cfg, self._loaded, self.recompute_context)
         if str(self.cfg.weights or "").endswith(".safetensors"):
             self._start_from_file(self.cfg.weights)
             self.cfg.weights = None  # anything else is a checkpoint, which BaseModule reads
+
+    def check(self) -> None:
+        """Refuse, with one line, fields that make no sense; before anything is loaded."""
+        formulas.check_scale(self.cfg.guidance_scale, self.finite_scale)
+        formulas.weight(torch.zeros(()), self.cfg.weighting_strategy)  # refuses an unknown name
+        if self.cfg.lora_n_timestamp_samples < 1:
+            raise ValueError("lora_n_timestamp_samples must be at least 1")
+        if self.cfg.timestep_schedule not in TIMESTEP_SCHEDULES:
+            raise ValueError(
+                f"timestep_schedule must be one of {', '.join(TIMESTEP_SCHEDULES)}, "
+                f"not {self.cfg.timestep_schedule!r}"
+            )
+        if self.cfg.timestep_schedule == "monotone" and self.cfg.timestep_schedule_steps < 1:
+            raise ValueError(
+                "timestep_schedule=monotone needs the number of steps in which t falls: set "
+                "system.guidance.timestep_schedule_steps, for example to trainer.max_steps"
+            )
+        if self.cfg.prior_inner_steps < 0 or not self.cfg.prior_inner_lr > 0:
+            raise ValueError("prior_inner_steps must be 0 or more, and prior_inner_lr above 0")
 
     def create_learned(self) -> None:
         """Hook of ``configure``: make what the prior learns (the denoiser is there)."""
@@ -144,6 +196,7 @@ class BaseGuidance(BaseModule):
 
     def update_step(self, epoch: int, global_step: int, on_load_weights: bool = False) -> None:
         """Set ``min_step``, ``max_step`` and ``grad_clip`` from their schedules."""
+        self.step = global_step
         T = self.denoiser.num_train_timesteps
         low = C(self.cfg.min_step_percent, epoch, global_step)
         high = C(self.cfg.max_step_percent, epoch, global_step)
@@ -172,13 +225,43 @@ class BaseGuidance(BaseModule):
                 "pretrained_model_name_or_path, and for SDXL set "
                 "system.prompt_processor_type=lods-prompt-processor"
             )
-        if getattr(prompt_utils, "use_perp_neg", False):
-            threestudio.warn("guidance: use_perp_neg has no effect on this prior")
-        self.start_from(prompt_utils.uncond_text_embeddings[0])
+        self.start_from(prompt_utils)
         self._prompt_known = True
 
-    def start_from(self, null: Float[Tensor, "T D"]) -> None:
-        """Hook of ``initialize``, for a prior that starts at the negative prompt."""
+    def start_from(self, prompt_utils) -> None:
+        """Hook of ``initialize``, for what is learnt from the prompt's embeddings, or read once."""
+
+    def other_text(self, prompt_utils, kind: str):
+        """What ``prompt_utils`` is for the prompt, for another text of ``LODSPromptProcessor``."""
+        if not hasattr(prompt_utils, "other_text"):
+            raise ValueError(
+                f"{type(self).__name__} needs another text beside the prompt: set "
+                "system.prompt_processor_type=lods-prompt-processor"
+            )
+        return prompt_utils.other_text(kind)
+
+    def texts(
+        self, prompt_utils, *views: Float[Tensor, "B"]
+    ) -> Tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"]]:
+        """Embeddings of prompt and negative prompt for cameras (elevation, azimuth, distance). With
+        Perp-Neg the prompt's are between the views', and the negatives are kept."""
+        dependent = self.cfg.view_dependent_prompting
+        self._negatives = ()
+        if not getattr(prompt_utils, "use_perp_neg", False):
+            return prompt_utils.get_text_embeddings(*views, dependent).chunk(2)
+        if not dependent:
+            raise ValueError(
+                "use_perp_neg needs system.guidance.view_dependent_prompting=true, or set "
+                "system.prompt_processor.use_perp_neg=false"
+            )
+        rows, self._weights = prompt_utils.get_text_embeddings_perp_neg(*views, True)
+        n = len(self._weights)
+        self._negatives = rows[2 * n :].unflatten(0, (n, -1)).unbind(1)
+        return rows[:n], rows[n : 2 * n]
+
+    def look(self, views: Tuple[Float[Tensor, "B"], ...], batch: Dict[str, Any]) -> None:
+        """Hook of ``forward``: keep what the prior reads of the cameras (``views`` as in ``texts``,
+        ``batch`` the other keys of the data) beside prompt and negative prompt."""
 
     def encode(
         self, rgb: Float[Tensor, "B H W C"], rgb_as_latents: bool = False
@@ -197,6 +280,27 @@ class BaseGuidance(BaseModule):
             x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
         return x if rgb_as_latents else self.denoiser.encode(x)
 
+    def predict(
+        self, x_t: Float[Tensor, "B c h w"], t: Int[Tensor, "B"], *texts: Float[Tensor, "B T D"]
+    ) -> Tuple[Float[Tensor, "B c h w"], ...]:
+        """The noise predictions under each of these texts, rows of one UNet call."""
+        n = len(texts)
+        return self.denoiser.predict_noise(
+            torch.cat([x_t] * n), torch.cat([t] * n), torch.cat(texts)
+        ).chunk(n)
+
+    def predict_pair(self, x_t, t, prompt, null, *more) -> Tuple[Float[Tensor, "B c h w"], ...]:
+        """(eps_c, eps_u, then those under ``more`` texts); with Perp-Neg eps_c is the composition
+        of :func:`.formulas.perp_neg`, whose negatives are the last rows of the call."""
+        texts = (prompt, null, *more)
+        eps_c, *others = self.predict(x_t, t, *texts, *self._negatives)
+        others, negatives = others[: len(texts) - 1], others[len(texts) - 1 :]
+        return self.compose(eps_c, others[0], negatives), *others
+
+    def compose(self, eps_c, eps_u, negatives: List[Tensor]) -> Float[Tensor, "B c h w"]:
+        """``eps_c``, or with negatives the composition of Perp-Neg."""
+        return formulas.perp_neg(eps_c, eps_u, negatives, self._weights) if negatives else eps_c
+
     def gradient(
         self,
         x_t: Float[Tensor, "B c h w"],
@@ -209,7 +313,10 @@ class BaseGuidance(BaseModule):
         raise NotImplementedError(f"{type(self).__name__} does not define gradient")
 
     def learn(
-        self, latents: Float[Tensor, "B c h w"], null: Float[Tensor, "B T D"]
+        self,
+        latents: Float[Tensor, "B c h w"],
+        prompt: Float[Tensor, "B T D"],
+        null: Float[Tensor, "B T D"],
     ) -> Dict[str, Float[Tensor, ""]]:
         """The prior's own losses on detached latents; nothing for a prior that does not learn.
 
@@ -219,6 +326,19 @@ class BaseGuidance(BaseModule):
         that as "ours one call".
         """
         return {}
+
+    def learn_inside(self, latents, prompt, null) -> Dict[str, Float[Tensor, ""]]:
+        """``prior_inner_steps`` updates of what is learnt; the last one's losses, to be logged."""
+        ranks = torch.distributed
+        if ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1:
+            raise ValueError(
+                "prior_inner_steps would teach the prior of each GPU something else: train on "
+                "one GPU, or set system.guidance.prior_inner_steps=0"
+            )
+        for _ in range(self.cfg.prior_inner_steps):
+            losses = self.learn(latents, prompt, null)
+            self.inner.step(torch.autograd.grad(sum(losses.values()), self.inner.learnt))
+        return {name: value.detach() for name, value in losses.items()}
 
     def denoising_loss(self, latents: Float[Tensor, "B c h w"], predict) -> Float[Tensor, ""]:
         """mean (predict(x_t, t) - eps)^2, t uniform in 0..T-1, over ``lora_n_timestamp_samples``
@@ -239,6 +359,26 @@ class BaseGuidance(BaseModule):
         """w(t) of the configured ``weighting_strategy``."""
         return formulas.weight(self.denoiser.alphas_cumprod[t], self.cfg.weighting_strategy)
 
+    def timesteps(self, rows: int, device: torch.device) -> Int[Tensor, "B"]:
+        """t of each row, by ``timestep_schedule``."""
+        if self.cfg.timestep_schedule == "monotone":
+            done = min(self.step / self.cfg.timestep_schedule_steps, 1.0) ** 0.5
+            t = round(self.max_step - (self.max_step - self.min_step) * done)
+            return torch.full((rows,), t, device=device)
+        return torch.randint(self.min_step, self.max_step + 1, (rows,), device=device)
+
+    def diffuse(
+        self,
+        latents: Float[Tensor, "B c h w"],
+        t: Int[Tensor, "B"],
+        prompt: Float[Tensor, "B T D"],
+        null: Float[Tensor, "B T D"],
+    ) -> Tuple[Float[Tensor, "B c h w"], Float[Tensor, "B c h w"]]:
+        """x_t, and the noise that ``gradient`` compares predictions with: here freshly drawn."""
+        # in one order whatever the layout, or a seed would mean other noise in another layout
+        eps = torch.randn_like(latents, memory_format=torch.contiguous_format)
+        return self.denoiser.add_noise(latents, eps, t), eps
+
     @torch.no_grad()
     def distill(
         self,
@@ -247,12 +387,8 @@ class BaseGuidance(BaseModule):
         null: Float[Tensor, "B T D"],
     ) -> Float[Tensor, "B c h w"]:
         """The gradient for one draw of (t, eps): not-finite elements become 0, then clamped."""
-        t = torch.randint(
-            self.min_step, self.max_step + 1, latents.shape[:1], device=latents.device
-        )
-        # in one order whatever the layout, or a seed would mean other noise in another layout
-        eps = torch.randn_like(latents, memory_format=torch.contiguous_format)
-        x_t = self.denoiser.add_noise(latents, eps, t)
+        t = self.timesteps(len(latents), latents.device)
+        x_t, eps = self.diffuse(latents, t, prompt, null)
         raw = self.gradient(x_t, t, eps, prompt, null)
         self._warn_of_lost()
         self._lost = (~torch.isfinite(raw)).float().mean()
@@ -289,10 +425,11 @@ class BaseGuidance(BaseModule):
         """
         self.initialize(prompt_utils)
         latents = self.encode(rgb, rgb_as_latents)
-        prompt, null = prompt_utils.get_text_embeddings(
-            elevation, azimuth, camera_distances, self.cfg.view_dependent_prompting
-        ).chunk(2)
-        losses = self.learn(latents, null)
+        views = (elevation, azimuth, camera_distances)
+        prompt, null = self.texts(prompt_utils, *views)
+        self.look(views, kwargs)
+        learn = self.learn if self.inner is None else self.learn_inside
+        losses = learn(latents, prompt, null)
         grad = self.distill(latents, prompt, null)
         target = (latents - grad).detach()
         return {

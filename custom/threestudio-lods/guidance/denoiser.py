@@ -220,6 +220,13 @@ class Denoiser:
         alpha, sigma = self.alpha_sigma(t)
         return formulas.rows(alpha, x0) * x0 + formulas.rows(sigma, x0) * eps
 
+    def noise_of(
+        self, x_t: Float[Tensor, "B C h w"], x0: Float[Tensor, "B C h w"], t: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B C h w"]:
+        """The eps with which ``add_noise`` makes x_t of x0."""
+        alpha, sigma = self.alpha_sigma(t)
+        return (x_t - formulas.rows(alpha, x0) * x0) / formulas.rows(sigma, x0)
+
     def predict_noise(
         self,
         x_t: Float[Tensor, "B C h w"],

@@ -10,6 +10,7 @@ is w(t)'s, and none of the functions draws random numbers.
 """
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -78,6 +79,9 @@ def sds(eps_c: Tensor, eps_u: Tensor, eps: Tensor, s: float, w: Tensor) -> Tenso
     """Score distillation sampling (DreamFusion, arXiv:2209.14988):
 
     g = w(t) [ cfg_s(eps_c, eps_u) - eps ].
+
+    VSD (arXiv:2305.16213) has a learnt prediction in place of the noise eps, ISM (arXiv:2311.11284)
+    the prediction at a smaller t.
     """
     return rows(w, eps) * (cfg(eps_c, eps_u, s) - eps)
 
@@ -91,3 +95,53 @@ def lods(eps_c: Tensor, eps_u: Tensor, eps: Tensor, s: float, w: Tensor) -> Tens
     """
     inverse = 1 / s  # 0.0 for s = inf, which leaves exactly eps_c - eps_u
     return rows(w, eps) * (eps_c - inverse * eps + (inverse - 1) * eps_u)
+
+
+def csd(eps_c: Tensor, eps_u: Tensor, w: Tensor) -> Tensor:
+    """Classifier score distillation (CSD, arXiv:2310.19415):
+
+    g = w(t) [ eps_c - eps_u ].
+
+    SDS-Bridge (arXiv:2406.09417) is this with eps_u under a text of what the pictures look like.
+    """
+    return rows(w, eps_c) * (eps_c - eps_u)
+
+
+def nfsd(eps_c: Tensor, eps_u: Tensor, eps_bad: Tensor, low: Tensor, s: float, w: Tensor) -> Tensor:
+    """Noise-free score distillation (NFSD, arXiv:2310.17590), eps_bad under a text of bad pictures:
+
+    g = w(t) [ delta_D + s (eps_c - eps_u) ],  with delta_D = eps_u in the rows where ``low`` (B,)
+    is true, those of small t, and eps_u - eps_bad in the others.
+    """
+    domain = eps_u - rows(~low, eps_u) * eps_bad
+    return rows(w, eps_u) * (domain + s * (eps_c - eps_u))
+
+
+def perp_neg(eps_c: Tensor, eps_u: Tensor, negatives: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Perp-Neg (arXiv:2304.04968): the prediction to use for eps_c, away from N other texts:
+
+    eps_u + d + sum_i w_i (n_i - (n_i . d) / (d . d) d),  d = eps_c - eps_u, n_i = eps_i - eps_u,
+
+    with eps_i in ``negatives`` and w_i <= 0 in ``weights`` (B, N): only the part of a negative that
+    is perpendicular to the prompt's own direction counts.
+    """
+    d = eps_c - eps_u
+    dims = tuple(range(1, d.ndim))
+    square = d.square().sum(dims, keepdim=True).clamp_min(1e-12)
+    result = eps_c
+    for eps_i, w_i in zip(negatives, weights.unbind(1)):
+        n = eps_i - eps_u
+        result = result + rows(w_i, d) * (n - (n * d).sum(dims, keepdim=True) / square * d)
+    return result
+
+
+def ddim(
+    x: Tensor, eps: Tensor, start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]
+) -> Tensor:
+    """One step of DDIM without noise (arXiv:2010.02502), up or down, between two noise levels
+    (alpha, sigma), given the noise ``eps`` in x:
+
+    alpha_end z + sigma_end eps,  z = (x - sigma_start eps) / alpha_start.
+    """
+    z = (x - rows(start[1], x) * eps) / rows(start[0], x)
+    return rows(end[0], x) * z + rows(end[1], x) * eps

@@ -14,6 +14,8 @@ from .cards import resolve
 from .denoiser import load_model_config
 from .learned_file import read_safetensors, write_safetensors
 
+STARTS = ("negative", "source")
+
 
 @threestudio.register("lods-embedding-guidance")
 class LODSEmbeddingGuidance(BaseGuidance):
@@ -21,8 +23,9 @@ class LODSEmbeddingGuidance(BaseGuidance):
 
     ``loss_embedding`` = mean (eps(x_t'; e) - eps')^2 over what is being rendered. e (T, D), for
     SDXL with the pooled embedding as its last row, is shared by all views; it starts as the
-    negative prompt's embedding, once, in ``initialize``: the buffer ``initialized`` is saved with
-    it, so that a resumed run goes on with what was learnt.
+    embedding of the negative prompt, or with ``embedding_start`` source of the text that describes
+    the renders (see ``LODSPromptProcessor``), once, in ``initialize``: the buffer ``initialized``
+    is saved with it, so that a resumed run goes on with what was learnt.
     """
 
     @dataclass
@@ -30,6 +33,14 @@ class LODSEmbeddingGuidance(BaseGuidance):
         pass
 
     cfg: Config
+
+    def check(self) -> None:
+        super().check()
+        if self.cfg.embedding_start not in STARTS:
+            raise ValueError(
+                f"embedding_start must be one of {', '.join(STARTS)}, "
+                f"not {self.cfg.embedding_start!r}"
+            )
 
     def create_learned(self) -> None:
         name = self.cfg.pretrained_model_name_or_path
@@ -55,29 +66,31 @@ class LODSEmbeddingGuidance(BaseGuidance):
             self.learnable_embedding.copy_(value)
         self.initialized.fill_(True)
 
-    def start_from(self, null: Float[Tensor, "T D"]) -> None:
+    def start_from(self, prompt_utils) -> None:
+        null = prompt_utils.uncond_text_embeddings[0]
         if null.shape != self.learnable_embedding.shape:
             raise ValueError(
                 f"the negative prompt's embedding is {tuple(null.shape)}, the learnt one "
                 f"{tuple(self.learnable_embedding.shape)}: give prompt_processor and guidance the "
                 "same pretrained_model_name_or_path"
             )
-        if not self.initialized:
-            self._set(null)
+        if self.initialized:
+            return
+        if self.cfg.embedding_start == "source":
+            null = self.other_text(prompt_utils, "source").text_embeddings[0]
+        self._set(null)
 
     def _null(self, rows: int) -> Float[Tensor, "B T D"]:
         return self.learnable_embedding.expand(rows, -1, -1)
 
-    def learn(self, latents, null) -> Dict[str, Float[Tensor, ""]]:
+    def learn(self, latents, prompt, null) -> Dict[str, Float[Tensor, ""]]:
         def predict(x_t, t):
             return self.denoiser.predict_noise(x_t, t, self._null(len(x_t)))
 
         return {"loss_embedding": self.denoising_loss(latents, predict)}
 
     def gradient(self, x_t, t, eps, prompt, null) -> Float[Tensor, "B c h w"]:
-        eps_c, eps_u = self.denoiser.predict_noise(
-            torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([prompt, self._null(len(x_t))])
-        ).chunk(2)
+        eps_c, eps_u = self.predict_pair(x_t, t, prompt, self._null(len(x_t)))
         return formulas.lods(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))
 
     def save_learned(self, path) -> Path:

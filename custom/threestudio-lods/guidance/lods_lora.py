@@ -59,30 +59,33 @@ class LODSLoRAGuidance(BaseGuidance):
                 "is another"
             )
 
-    def learn(self, latents, null) -> Dict[str, Float[Tensor, ""]]:
+    def learn(self, latents, prompt, null) -> Dict[str, Float[Tensor, ""]]:
         null = null.repeat(self.cfg.lora_n_timestamp_samples, 1, 1)
+        return {
+            "loss_lora": self.denoising_loss(
+                latents, lambda x_t, t: self.predict_learnt(x_t, t, null)
+            )
+        }
 
-        def predict(x_t, t):
-            with self.lora.strength(self.cfg.lora_scale):
-                return self.denoiser_lora.predict_noise(x_t, t, null)
+    def predict_learnt(self, x_t, t, text) -> Float[Tensor, "B c h w"]:
+        """eps_lora under ``text``, in a call of its own."""
+        with self.lora.strength(self.cfg.lora_scale):
+            return self.denoiser_lora.predict_noise(x_t, t, text)
 
-        return {"loss_lora": self.denoising_loss(latents, predict)}
+    def strengths(self, x_t: Float[Tensor, "B c h w"], place: int) -> Float[Tensor, "N"]:
+        """For a call of ``predict_pair``: the LoRA in the rows of text number ``place`` only."""
+        rows = x_t.new_zeros(place + 1 + len(self._negatives), len(x_t))
+        rows[place] = self.cfg.lora_scale
+        return rows.flatten()
 
-    def predict_pair(
-        self, x_t, t, prompt, null
-    ) -> Tuple[Float[Tensor, "B c h w"], Float[Tensor, "B c h w"]]:
+    def predict_pair(self, x_t, t, prompt, null) -> Tuple[Float[Tensor, "B c h w"], ...]:
         """(eps under the prompt, LoRA off; eps_lora under the null prompt)."""
-        scale = self.cfg.lora_scale
         if self.denoiser_lora is not self.denoiser:
-            with self.lora.strength(scale):
-                eps_u = self.denoiser_lora.predict_noise(x_t, t, null)
-            return self.denoiser.predict_noise(x_t, t, prompt), eps_u
-        strength = x_t.new_zeros(2 * len(x_t))
-        strength[len(x_t) :] = scale
-        with self.lora.strength(strength):
-            return self.denoiser.predict_noise(
-                torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([prompt, null])
-            ).chunk(2)
+            eps_u = self.predict_learnt(x_t, t, null)
+            eps_c, *negatives = self.predict(x_t, t, prompt, *self._negatives)
+            return self.compose(eps_c, eps_u, negatives), eps_u
+        with self.lora.strength(self.strengths(x_t, 1)):
+            return super().predict_pair(x_t, t, prompt, null)
 
     def gradient(self, x_t, t, eps, prompt, null) -> Float[Tensor, "B c h w"]:
         eps_c, eps_u = self.predict_pair(x_t, t, prompt, null)

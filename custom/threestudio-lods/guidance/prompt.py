@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,15 @@ StableDiffusionPromptProcessor = threestudio.find("stable-diffusion-prompt-proce
 
 PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 TEXT_FILES = ("tokenizer*/*", "text_encoder*/*.json", "text_encoder*/model*.safetensors")
+# the words of the published codes: of SDS-Bridge, arXiv:2406.09417, and NFSD, arXiv:2310.17590
+RENDERS = (
+    ", oversaturated, smooth, pixelated, cartoon, foggy, hazy, blurry, bad structure, noisy, "
+    "malformed"
+)
+BAD_PICTURES = (
+    "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, "
+    "low-resolution, gloomy"
+)
 
 
 @threestudio.register("lods-prompt-processor")
@@ -27,15 +36,27 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
     one hidden states of both text encoders one after the other, and in its last row the second
     encoder's pooled embedding, with zeros after it (see :class:`.denoiser.Denoiser`). An empty
     text is all zeros if the model says ``force_zeros_for_empty_prompt``, as in diffusers.
+
+    What it returns has one method more, ``other_text(kind)``: the same for a text that a prior
+    compares the prompt with, embedded when it is asked for. "source" tells what the renders look
+    like now, and has the words for the view as the prompt does; "nfsd_negative" has not. A text is
+    worth something in words that the model knows: the pocket prior would read the published ones
+    letter by letter, and cut them off after 14 tokens, so that pocket.yaml has others.
     """
 
     @dataclass
     class Config(StableDiffusionPromptProcessor.Config):
-        pass
+        # lods-bridge-guidance, and lods-embedding-guidance with embedding_start=source: a prompt of
+        # its own, "" the empty text; null: the prompt's text for the view, and source_suffix
+        source_prompt: Optional[str] = None
+        source_suffix: str = RENDERS
+        # lods-nfsd-guidance: the same for all views
+        nfsd_negative_prompt: str = BAD_PICTURES
 
     cfg: Config
 
     def configure(self) -> None:
+        self._given = {f.name: getattr(self.cfg, f.name) for f in fields(self.Config)}
         model = resolve(self.cfg.pretrained_model_name_or_path)
         self.two_encoders = _has_two_encoders(model)
         self.cfg.pretrained_model_name_or_path = _text_model(model)
@@ -46,6 +67,32 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
                 self.cfg.spawn = False  # a new process does not know this extension by its name
                 self.spawn_func = self.write_embeddings
         super().configure()
+
+    def __call__(self) -> Any:
+        output = super().__call__()
+        output.other_text = self.other_text
+        return output
+
+    def other_text(self, kind: str) -> Any:
+        """What calling this returns, with another text (class docstring) as the prompt."""
+        cfg, views = self.cfg, {f"prompt_{d.name}": None for d in self.directions}
+        if kind == "source" and cfg.source_prompt is None:
+            texts = (f"{text}{cfg.source_suffix}" for text in self.prompts_vd)
+            changes = {"prompt": self.prompt + cfg.source_suffix, **dict(zip(views, texts))}
+        elif kind == "source" and cfg.source_prompt.strip():
+            changes = {"prompt": cfg.source_prompt, **views}
+        else:  # one text for all views, maybe an empty one, is what a negative prompt is
+            text = cfg.nfsd_negative_prompt if kind == "nfsd_negative" else ""
+            changes = {"negative_prompt": text}
+        with torch.random.fork_rng(devices=[]):  # an encoder that is made, not cached, may draw
+            output = type(self)({**self._given, **changes})()
+        if "prompt" in changes:
+            return output
+        return replace(
+            output,
+            text_embeddings=output.uncond_text_embeddings,
+            text_embeddings_vd=output.uncond_text_embeddings_vd,
+        )
 
     def fingerprint(self) -> Optional[str]:
         model = super().fingerprint()

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 import threestudio
 from threestudio.utils.typing import *
 
@@ -28,7 +26,5 @@ class SDSGuidance(BaseGuidance):
     finite_scale = True
 
     def gradient(self, x_t, t, eps, prompt, null) -> Float[Tensor, "B c h w"]:
-        eps_c, eps_u = self.denoiser.predict_noise(
-            torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([prompt, null])
-        ).chunk(2)
+        eps_c, eps_u = self.predict_pair(x_t, t, prompt, null)
         return formulas.sds(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))

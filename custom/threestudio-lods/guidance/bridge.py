@@ -1,0 +1,49 @@
+"""Score distillation as a bridge between two texts (SDS-Bridge, arXiv:2406.09417)."""
+
+from dataclasses import dataclass
+
+import threestudio
+from threestudio.utils.typing import *
+
+from . import formulas
+from .base import BaseGuidance
+
+
+@threestudio.register("lods-bridge-guidance")
+class BridgeGuidance(BaseGuidance):
+    """g = w(t) [ eps(x_t; y) - eps(x_t; source) ], where the source is a text of what the renders
+    look like now: ``prompt_processor.source_prompt``, or the prompt and ``source_suffix``.
+
+    Before step ``bridge_start`` the renders look like nothing, and g is SDS over its scale,
+    s = ``bridge_sds_scale``: w(t) [ cfg_s(eps(x_t; y), eps(x_t; n)) - eps ] / s. The published code
+    multiplies the second stage by s in place of dividing the first, and also adds ", detailed high
+    resolution, high quality, sharp" to the prompt, which is left to the user here. Its stages are
+    500 of 1000 steps each, with s = 40. ``guidance_scale`` has no use. Nothing is learnt.
+    """
+
+    @dataclass
+    class Config(BaseGuidance.Config):
+        pass
+
+    cfg: Config
+
+    def check(self) -> None:
+        super().check()
+        formulas.check_scale(self.cfg.bridge_sds_scale, finite=True)
+        if self.cfg.bridge_start < 0:
+            raise ValueError(f"bridge_start is a step, 0 or more, not {self.cfg.bridge_start}")
+
+    def start_from(self, prompt_utils) -> None:
+        self._texts = self.other_text(prompt_utils, "source")
+
+    def look(self, views, batch) -> None:
+        self._source = self._texts.get_text_embeddings(
+            *views, self.cfg.view_dependent_prompting
+        ).chunk(2)[0]
+
+    def gradient(self, x_t, t, eps, prompt, null) -> Float[Tensor, "B c h w"]:
+        if self.step < self.cfg.bridge_start:
+            eps_c, eps_u = self.predict_pair(x_t, t, prompt, null)
+            return formulas.lods(eps_c, eps_u, eps, self.cfg.bridge_sds_scale, self.weight(t))
+        eps_c, eps_source = self.predict_pair(x_t, t, prompt, self._source)
+        return formulas.csd(eps_c, eps_source, self.weight(t))

@@ -1,0 +1,83 @@
+"""The texts that some priors compare the prompt with, of ``lods-prompt-processor``."""
+
+import pytest
+import torch
+
+import threestudio
+from threestudio import find
+
+
+@pytest.fixture
+def processor(lods, tiny_sd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(threestudio, "warn", lambda *a: None)  # of words that the model lacks
+
+    def build(name="lods-prompt-processor", **fields):
+        model = tiny_sd(tokens=24)
+        return find(name)(
+            {"pretrained_model_name_or_path": model, "prompt": "a red car", **fields}
+        )()
+
+    return build
+
+
+@pytest.mark.parametrize("style", [True, False])
+def test_the_source_is_the_prompt_of_the_view_and_its_suffix(processor, monkeypatch, style):
+    fields = {"view_dependent_prompt_front": style, "source_suffix": " of a yellow house"}
+    utils = processor(prompt_back="a green chair", **fields)
+    kind, state = find("lods-prompt-processor"), torch.get_rng_state()
+    encode = kind.encode  # which may draw, where an encoder is made before it is filled
+    monkeypatch.setattr(
+        kind, "encode", lambda self, t: torch.rand(9) is not None and encode(self, t)
+    )
+    source = utils.other_text("source")
+    assert torch.equal(torch.get_rng_state(), state)
+    want = processor(
+        prompt="a red car of a yellow house",
+        **{
+            f"prompt_{d.name}": f"{text} of a yellow house"
+            for d, text in zip(utils.directions, utils.prompts_vd)
+        },
+    )
+    assert torch.equal(source.text_embeddings, want.text_embeddings)
+    assert torch.equal(source.text_embeddings_vd, want.text_embeddings_vd)
+    assert not torch.equal(source.text_embeddings_vd, utils.text_embeddings_vd)
+
+
+def test_a_source_prompt_replaces_the_whole(processor):
+    utils = processor(source_prompt="a blue horse", prompt_back="a green chair")
+    want = processor(prompt="a blue horse")
+    got = utils.other_text("source")
+    assert torch.equal(got.text_embeddings_vd, want.text_embeddings_vd)  # with words for the view
+    empty = processor(source_prompt="", negative_prompt="a photo").other_text("source")
+    null = processor().uncond_text_embeddings
+    assert torch.equal(empty.text_embeddings, null)
+    assert torch.equal(empty.text_embeddings_vd, null.expand(4, -1, -1))
+
+
+def test_the_text_of_bad_pictures_is_the_same_for_all_views(processor):
+    utils = processor(nfsd_negative_prompt="a photo of a house")
+    want = processor(negative_prompt="a photo of a house").uncond_text_embeddings
+    got = utils.other_text("nfsd_negative")
+    assert torch.equal(got.text_embeddings, want)
+    assert torch.equal(got.text_embeddings_vd, want.expand(4, -1, -1))
+
+
+def test_other_texts_are_embedded_when_asked_for(processor, monkeypatch):
+    kind, texts = find("lods-prompt-processor"), []
+    encode = kind.encode
+    monkeypatch.setattr(kind, "encode", lambda self, t: texts.extend(t) or encode(self, t))
+    utils = processor()
+    assert not [text for text in texts if "smooth" in text or "dull" in text]
+    utils.other_text("source")
+    assert sum("a red car, front view, oversaturated, smooth" in text for text in texts) == 1
+    utils.other_text("nfsd_negative")
+    assert sum(text.startswith("unrealistic, blurry") for text in texts) == 1
+
+
+@pytest.mark.parametrize("short", ["bridge", "nfsd"])
+def test_another_prompt_processor_is_not_enough(processor, tiny_sd, short):
+    guidance = find(f"lods-{short}-guidance")({"pretrained_model_name_or_path": tiny_sd()})
+    utils = processor("stable-diffusion-prompt-processor")
+    with pytest.raises(ValueError, match="prompt_processor_type=lods-prompt-processor"):
+        guidance.initialize(utils)
