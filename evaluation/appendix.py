@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from evaluation.document import Bold, Bullets, Heading, Table, Text
-from evaluation.results import HEADLINE, Section, number, rank, values
+from evaluation.document import Bold, Bullets, Heading, Table, Text, plural
+from evaluation.results import HEADLINE, Section, latest, number, rank, values
 from evaluation.statistics import interval
 
 SHARES = (
@@ -115,6 +115,7 @@ def tuning_blocks(rows: Sequence[dict] | None, found: Sequence[Section]) -> list
     if not rows:
         return [*blocks, Text("tuning.csv is absent: what was tried for each prior is not known.")]
     groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    rows = latest(rows)
     for row in rows:
         tried = groups.setdefault((row["canvas"], row["prior"]), {})
         tried.setdefault(row["settings"], []).append(row)
@@ -131,9 +132,12 @@ def tuning_blocks(rows: Sequence[dict] | None, found: Sequence[Section]) -> list
         }
         if len(set(budgets.values())) == 1:
             settings, runs = next(iter(budgets.values()))
-            items.append(f"{canvas}: the same budget, {settings} settings in {runs} runs a prior.")
+            items.append(f"{canvas}: the same budget, {plural(settings, 'setting')} in {plural(runs, 'run')} a prior.")
         else:
-            each = ", ".join(f"{p} {n} settings in {runs} runs" for p, (n, runs) in budgets.items())
+            each = ", ".join(
+                f"{p} {plural(n, 'setting')} in {plural(runs, 'run')}"
+                for p, (n, runs) in budgets.items()
+            )
             items.append(f"{canvas}: budgets differ: {each}.")
     blocks.append(Bullets(items))
     header = ["prior", "settings", "finished runs", *(m.title for m in HEADLINE), "in the results"]
@@ -158,13 +162,13 @@ def tuning_blocks(rows: Sequence[dict] | None, found: Sequence[Section]) -> list
 
 
 def _chosen(prior: str, canvas: str, tried, found: Sequence[Section]) -> set[str]:
-    """The tried settings that the runs in the results have: all of the tried overrides are among
-    theirs, and of several such the one with most overrides."""
+    """The tried settings that the runs in the results have: those whose overrides are theirs, or
+    else among theirs, the most of them."""
+    runs = [r for s in found if s.canvas == canvas for r in s.all_runs if r["prior"] == prior]
     chosen = set()
-    used = {r.get("settings", "") for s in found if s.canvas == canvas for r in s.all_runs
-            if r["prior"] == prior}
-    for settings in used:
-        fitting = [t for t in tried if set(t.split()) <= set(settings.split())]
-        if fitting:
-            chosen.add(max(fitting, key=lambda t: (len(t.split()), t)))
+    for used in {r.get("settings", "") for r in runs}:
+        overrides = set(used.split())
+        fitting = [t for t in tried if t.split() and set(t.split()) <= overrides]
+        if fitting or used in tried:
+            chosen.add(max(fitting or [used], key=lambda t: (len(t.split()), t)))
     return chosen

@@ -3,7 +3,7 @@ else: pictures are data URIs, plots are inline SVG, there is no script."""
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -21,6 +21,16 @@ def _marked(text: str) -> str:
     """Text of others in Markdown: nothing in it is markup, a table's cell included."""
     text = re.sub(r"([\\`*|<]|\](?=\()|(?<!\w)_|_(?!\w))", r"\\\1", text)
     return " ".join(text.split())
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def listed(names: Iterable[str]) -> str:
+    """``a, b and c``."""
+    names = list(names)
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 @dataclass
@@ -163,7 +173,8 @@ th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align:
   vertical-align: top; } td { white-space: nowrap; } thead th { color: var(--soft); }
 tbody th { font-weight: 600; position: sticky; left: 0; background: var(--paper); }
 tbody tr:nth-child(even) > * { background: var(--band); }
-figure { margin: 1rem 0; } svg { width: 100%; max-width: 44rem; height: auto; }
+figure { margin: 1rem 0; overflow-x: auto; }
+svg { width: 100%; min-width: 32rem; max-width: 44rem; height: auto; }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
 svg .mid { text-anchor: middle; fill: var(--soft); } svg .end { text-anchor: end;
   fill: var(--soft); } svg path { fill: none; } svg .grid { stroke: var(--line); }

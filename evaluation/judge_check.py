@@ -37,7 +37,7 @@ from jaxtyping import Float
 from scipy.ndimage import gaussian_filter
 
 from evaluation.frechet import frechet
-from pocket.data import SIZE, _background, build, draw, sample_camera
+from pocket.data import SIZE, build, draw, sample_camera
 from pocket.judge import load, verdict
 from pocket.report import FRONTS, accuracies, balanced_labels
 from pocket.scenes import COLOR_NAMES, COLORS, KINDS, Scene
@@ -125,8 +125,7 @@ def pictures(
         camera = sample_camera(rng, s.view)
         azimuths.append(camera.azimuth if s.azimuth is None else s.azimuth)
         camera = replace(camera, azimuth=camera_of(azimuths[-1]))
-        sky = _background(np.random.default_rng((seed, k, 1))) if ground is None else ground
-        images.append(draw(rng, scene, camera, sky)[0])
+        images.append(draw(rng, scene, camera, ground)[0])
     return np.stack(images).astype(np.float32) / 255, np.array(azimuths)
 
 

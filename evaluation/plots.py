@@ -39,7 +39,7 @@ class Axis:
             return [t for t in ticks if self.low <= math.log10(t) <= self.high]
         rough = (self.high - self.low) / 6
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
+        step = next((m * power for m in (1, 2, 5) if m * power >= rough), 10 * power)
         first = math.ceil(self.low / step)
         return [k * step for k in range(first, math.floor(self.high / step) + 1)]
 

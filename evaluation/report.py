@@ -21,7 +21,9 @@ from evaluation.document import (
     Table,
     Text,
     html,
+    listed,
     markdown,
+    plural,
 )
 from evaluation.plots import lines, pareto, scatter
 from evaluation.results import (
@@ -34,6 +36,7 @@ from evaluation.results import (
     Metric,
     Section,
     by_seed,
+    latest,
     number,
     rank,
     read,
@@ -57,15 +60,6 @@ def show(metric: Metric, i: Interval, sign: str = "") -> str:
         return "none"
     ends = f" [{metric.show(i.low, sign)}, {metric.show(i.high, sign)}]" if i.prompts > 1 else ""
     return metric.show(i.mean, sign) + ends
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
-def listed(names) -> str:
-    names = list(names)
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def named(metric: Metric) -> str:
@@ -127,11 +121,11 @@ def overview(found: list[Section], replaced: int) -> list:
     blocks.append(Bullets(items))
     for what, rows in (
         (
-            "failed, and are left out of the means",
+            "failed (left out of the means)",
             [(*(r[k] for k in KEYS), r["status"]) for s in found for r in s.failed],
         ),
         (
-            "are missing: other priors of the canvas have them",
+            "missing (other priors of the canvas have them)",
             [(s.grid, s.canvas, *m) for s in found for m in s.missing],
         ),
     ):
@@ -185,6 +179,19 @@ def table(section: Section) -> list:
     lacking = [named(m) for m in METRICS + COSTS if m not in shown]
     if lacking:
         blocks.append(Text(f"Not measured here: {listed(lacking)}."))
+    top = interval(values(section.ceiling, HEADLINE[0].column))
+    near = [
+        name
+        for name, runs in section.runs.items()
+        if interval(values(runs, HEADLINE[0].column), draws=1).mean >= top.mean - 0.01
+    ]
+    if near:
+        blocks.append(
+            Text(
+                f"Within a point of the true renders in {named(HEADLINE[0])}, which can no longer tell "
+                f"them apart: {listed(near)}."
+            )
+        )
     if not section.ceiling:
         blocks.append(Text(f"The ceiling, rows of the prior {CEILING}, is absent."))
     return blocks
@@ -195,7 +202,7 @@ def comparison(section: Section, name: str, rival: str, metric: Metric) -> tuple
     runs = [values(section.runs[c], metric.column) for c in (name, rival)]
     i = paired(*runs)
     if not i.runs:
-        return "has no run in common with", i
+        return "cannot be compared with", i
     if i.prompts < ENOUGH_PROMPTS:
         return "has too few prompts to be told apart from", i
     return VERDICTS[i.sign * metric.better], i
@@ -227,7 +234,7 @@ def differences(section: Section) -> list:
     rivals = section.of(*RIVALS)
     sentences = []
     for name in section.lods if rivals else ():
-        for metric in HEADLINE:
+        for metric in measured(section, HEADLINE):
             parts = []
             for rival in rivals:
                 words, i = comparison(section, name, rival, metric)
@@ -239,6 +246,19 @@ def differences(section: Section) -> list:
     if absent:
         sentences.append(f"Not run on this canvas: {listed(absent)}.")
     return [*blocks, Heading(3, f"LODS against {listed(RIVALS)}"), Bullets(sentences)]
+
+
+def by_prompt(section: Section) -> list:
+    """Where which prior is strong: the headline metrics, a row a prompt, means over seeds."""
+    blocks = []
+    for metric in measured(section, HEADLINE):
+        columns = [values(runs, metric.column) for runs in section.runs.values()]
+        rows = []
+        for prompt in section.prompts():
+            means = [interval({k: v for k, v in c.items() if k[0] == prompt}) for c in columns]
+            rows.append([prompt, *(show(metric, i) for i in means)])
+        blocks += [Heading(3, f"{metric.title}, by prompt"), Table(["prompt", *section.runs], rows)]
+    return blocks
 
 
 def summary(found: list[Section]) -> list:
@@ -265,7 +285,7 @@ def summary(found: list[Section]) -> list:
             won.append(f"{where} ({listed(leading)})")
     head = (
         "The claim under test: learning the second score, as LODS does, leads to better object "
-        f"accuracy and Frechet distance than {listed(RIVALS)}. All six differences of a LODS prior "
+        f"accuracy and Frechet distance than {listed(RIVALS)}. All these differences of a LODS prior "
         "exclude zero in its favour on "
     )
     head += f"{len(won)} of {len(found)} canvases: {listed(won)}." if won else "no canvas."
@@ -383,7 +403,8 @@ def blocks_of(folder: Path) -> list:
     """The whole report as blocks of ``evaluation.document``."""
     results = read(folder / "results.csv", (*KEYS, "status"))
     curves = read(folder / "curves.csv", (*KEYS, "step", "prior_loss"))
-    found, replaced = sections(results or ())
+    found = sections(results or ())
+    replaced = len(results or ()) - len(latest(results or ()))
     blocks = [
         Heading(1, TITLE),
         Text(
@@ -398,8 +419,8 @@ def blocks_of(folder: Path) -> list:
     alone = len({s.grid for s in found}) == 1
     for section in found:
         blocks.append(Heading(2, f"Canvas {title_of(section, alone)}"))
-        blocks += [*table(section), *differences(section), *trade_offs(section)]
-        blocks += [*learning(section, curves), *sheets(section, folder)]
+        blocks += [*table(section), *differences(section), *by_prompt(section)]
+        blocks += [*trade_offs(section), *learning(section, curves), *sheets(section, folder)]
     blocks += judge_blocks(read(folder / "judge.csv", ("test", "level", "n")))
     return blocks + tuning_blocks(read(folder / "tuning.csv", (*KEYS, "settings", "status")), found)
 

@@ -133,16 +133,18 @@ class Section:
         return sorted({r["seed"] for r in [*self.all_runs, *self.failed]}, key=by_seed)
 
 
-def sections(rows: Iterable[dict]) -> tuple[list[Section], int]:
-    """The sections in order, and how many rows a later row of the same run has replaced."""
-    last, count = {}, 0
-    for row in rows:
-        last[tuple(row[k] for k in KEYS) + (row.get("settings", ""),)] = row
-        count += 1
+def latest(rows: Iterable[dict]) -> list[dict]:
+    """The last row of every run, sorted."""
+    last = {tuple(r[k] for k in KEYS) + (r.get("settings", ""),): r for r in rows}
+    return [last[key] for key in sorted(last)]
+
+
+def sections(rows: Iterable[dict]) -> list[Section]:
+    """The runs of a table by grid and canvas; of a run that was repeated, the last row."""
     found: dict[tuple[str, str], list[dict]] = {}
-    for key in sorted(last):
-        found.setdefault(key[:2], []).append(last[key])
-    return [_section(*key, rows) for key, rows in sorted(found.items())], count - len(last)
+    for row in latest(rows):
+        found.setdefault((row["grid"], row["canvas"]), []).append(row)
+    return [_section(*key, rows) for key, rows in found.items()]
 
 
 def _section(grid: str, canvas: str, rows: list[dict]) -> Section:

@@ -438,7 +438,7 @@ def test_tuning_says_what_was_tried_and_chosen(tmp_path):
     scores = [float(r["object_accuracy"]) for r in tried if r["settings"] == "scale=20"]
     shown = next(r for r in table if r[1] == "scale=20")
     assert number(shown[3]) == pytest.approx(100 * fmean(scores), abs=0.051)
-    assert "budgets differ: csd 1 settings in 2 runs, sds 2 settings in 4 runs" in page.text
+    assert "budgets differ: csd 1 setting in 2 runs, sds 2 settings in 4 runs" in page.text
     assert "that the results use too: none." in page.text
     tried += [{**r, "settings": "scale=2", "prompt": PROMPTS[0]} for r in tried[-2:]]
     page, _ = made(tmp_path, rows, tuning=tried)
