@@ -1,6 +1,7 @@
 """The report's sections on the judge and on the tuning."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from evaluation.document import Bold, Bullets, Heading, Table, Text, plural
 from evaluation.results import HEADLINE, Section, latest, number, rank, values
@@ -93,7 +94,7 @@ def _ladders(by_test: dict[str, list[dict]]) -> list[str]:
             continue
         falls = [
             r["level"]
-            for before, r in zip(ladder, ladder[1:])
+            for before, r in pairwise(ladder)
             if number(r, "frechet") <= number(before, "frechet")
         ]
         last = steps[-1]
@@ -132,7 +133,10 @@ def tuning_blocks(rows: Sequence[dict] | None, found: Sequence[Section]) -> list
         }
         if len(set(budgets.values())) == 1:
             settings, runs = next(iter(budgets.values()))
-            items.append(f"{canvas}: the same budget, {plural(settings, 'setting')} in {plural(runs, 'run')} a prior.")
+            items.append(
+                f"{canvas}: the same budget, {plural(settings, 'setting')} in "
+                f"{plural(runs, 'run')} a prior."
+            )
         else:
             each = ", ".join(
                 f"{p} {plural(n, 'setting')} in {plural(runs, 'run')}"

@@ -114,7 +114,7 @@ def pictures(
     change: Callable[[Scene, Shown], Scene] = lambda scene, _: scene,
     camera_of: Callable[[float], float] = lambda azimuth: azimuth,
     ground: np.ndarray | None = WHITE,
-) -> tuple[Images, Float[np.ndarray, "N"]]:
+) -> tuple[Images, Float[np.ndarray, " N"]]:
     """Renders in 0..1 and the azimuths they are labelled with. Picture k has the same proportions,
     camera and light under every ``change`` of the object and ``camera_of`` the azimuth, which
     shows what another azimuth sees; a ``ground`` of None is any of the pocket world's."""
@@ -164,7 +164,7 @@ def said_of(judge, images: Images) -> dict[str, np.ndarray]:
 def score(said: dict, shown: list[Shown], azimuths, reference: dict) -> dict:
     """The columns after ``level``; a share of nothing is empty."""
     labels = np.array([(s.kind, s.color, s.view) for s in shown])
-    kind, color, view = labels.T
+    kind, _, view = labels.T
     right = accuracies(said, labels)
     turned = np.abs((np.asarray(azimuths) + 180) % 360 - 180)
     behind = FRONTS[kind] & (view != 3) & (turned > 90)

@@ -188,8 +188,8 @@ def table(section: Section) -> list:
     if near:
         blocks.append(
             Text(
-                f"Within a point of the true renders in {named(HEADLINE[0])}, which can no longer tell "
-                f"them apart: {listed(near)}."
+                f"Within a point of the true renders in {named(HEADLINE[0])}, which can no longer "
+                f"tell them apart: {listed(near)}."
             )
         )
     if not section.ceiling:
@@ -285,8 +285,8 @@ def summary(found: list[Section]) -> list:
             won.append(f"{where} ({listed(leading)})")
     head = (
         "The claim under test: learning the second score, as LODS does, leads to better object "
-        f"accuracy and Frechet distance than {listed(RIVALS)}. All these differences of a LODS prior "
-        "exclude zero in its favour on "
+        f"accuracy and Frechet distance than {listed(RIVALS)}. All these differences of a LODS "
+        "prior exclude zero in its favour on "
     )
     head += f"{len(won)} of {len(found)} canvases: {listed(won)}." if won else "no canvas."
     return [Heading(2, "In short"), Text(head), Bullets(items)]
@@ -313,7 +313,10 @@ def trade_offs(section: Section) -> list:
             continue
         front = pareto({n: (c, i.mean) for n, (c, i) in points.items()}, metric.better)
         scaled = {
-            n: (c, Interval(*(metric.scale * v for v in (i.mean, i.low, i.high)), i.runs, i.prompts))
+            n: (
+                c,
+                Interval(*(metric.scale * v for v in (i.mean, i.low, i.high)), i.runs, i.prompts),
+            )
             for n, (c, i) in points.items()
         }
         label = f"{metric.title} ({'more' if metric.better > 0 else 'less'} is better)"
@@ -359,9 +362,7 @@ def learning(section: Section, curves) -> list:
     if not points:
         return [*blocks, Text("curves.csv has no loss of a prior on this canvas.")]
     order = sorted(points, key=rank)
-    series = {
-        p: [(step, sum(v) / len(v)) for step, v in sorted(points[p].items())] for p in order
-    }
+    series = {p: [(step, sum(v) / len(v)) for step, v in sorted(points[p].items())] for p in order}
     palette = {p: color_of(p) for p in order}
     title = f"{section.canvas}: denoising loss of the learnt prior"
     caption = f"{title}, mean over runs ({', '.join(f'{p} {len(runs[p])}' for p in order)})."

@@ -76,7 +76,11 @@ def test_damages_do_what_they_say():
     assert not np.array_equal(mixed, images)
     for a, b in zip(mixed, images):
         blocks = [
-            sorted(x[i : i + 16, j : j + 16].tobytes() for i in range(0, 64, 16) for j in range(0, 64, 16))
+            sorted(
+                x[i : i + 16, j : j + 16].tobytes()
+                for i in range(0, 64, 16)
+                for j in range(0, 64, 16)
+            )
             for x in (a, b)
         ]
         assert blocks[0] == blocks[1]

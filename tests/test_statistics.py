@@ -92,7 +92,7 @@ def exactly(rng, count, mean, covariance):
     """Vectors whose mean and covariance are exactly these."""
     x = rng.normal(size=(count, len(mean)))
     x -= x.mean(0)
-    white = np.linalg.solve(np.linalg.cholesky(np.cov(x.T)), x.T).T
+    white = np.linalg.solve(np.linalg.cholesky(np.atleast_2d(np.cov(x.T))), x.T).T
     return white @ np.linalg.cholesky(covariance).T + mean
 
 
