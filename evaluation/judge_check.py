@@ -22,7 +22,8 @@ what is shown.
 ``view_accuracy`` over those of kinds with a front; ``front_seen_behind`` is how often the judge
 sees the front of such a kind from azimuths beyond 90 degrees, ``frechet`` the distance in judge
 features to other true renders of the same labels (for true renders: its floor), and
-``commonest_*`` the share of the most frequent answer, which tells chance from a fixed answer.
+``commonest_*`` the share of the most frequent answer where the accuracy is counted, which tells
+chance from a fixed answer; ``commonest`` names the kind.
 """
 
 import argparse
@@ -40,14 +41,15 @@ from evaluation.frechet import frechet
 from pocket.data import SIZE, build, draw, sample_camera
 from pocket.judge import load, verdict
 from pocket.report import FRONTS, accuracies, balanced_labels
-from pocket.scenes import COLOR_NAMES, COLORS, KINDS, Scene
+from pocket.scenes import COLOR_NAMES, COLORS, KIND_NAMES, KINDS, Scene
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "evaluation" / "judge.csv"
 SEED, OTHER_SEED = 9301, 9302
 WHITE = np.ones((2, 3))
 COLUMNS = (
     *("test", "level", "n", "kind_accuracy", "color_accuracy", "view_accuracy"),
-    *("front_seen_behind", "frechet", "commonest_kind", "commonest_color", "commonest_view"),
+    *("front_seen_behind", "frechet", "commonest", "commonest_kind", "commonest_color"),
+    "commonest_view",
 )
 BLURS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 NOISES = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -164,13 +166,13 @@ def said_of(judge, images: Images) -> dict[str, np.ndarray]:
 def score(said: dict, shown: list[Shown], azimuths, reference: dict) -> dict:
     """The columns after ``level``; a share of nothing is empty."""
     labels = np.array([(s.kind, s.color, s.view) for s in shown])
-    kind, _, view = labels.T
+    kind, color, view = labels.T
     right = accuracies(said, labels)
     turned = np.abs((np.asarray(azimuths) + 180) % 360 - 180)
     behind = FRONTS[kind] & (view != 3) & (turned > 90)
 
-    def commonest(name):
-        return np.bincount(said[name]).max() / len(kind)
+    def commonest(name, where):
+        return np.bincount(said[name][where]).max() / where.sum() if where.any() else None
 
     row = {
         "n": len(kind),
@@ -179,9 +181,15 @@ def score(said: dict, shown: list[Shown], azimuths, reference: dict) -> dict:
         "view_accuracy": right["view"] if right["n_view"] else None,
         "front_seen_behind": (said["view"] == 1)[behind].mean() if behind.any() else None,
         "frechet": frechet(said["features"], reference["features"]),
-        **{f"commonest_{name}": commonest(name) for name in ("kind", "color", "view")},
+        "commonest": KIND_NAMES[np.bincount(said["kind"]).argmax()],
+        "commonest_kind": commonest("kind", kind >= 0),
+        "commonest_color": commonest("color", color >= 0),
+        "commonest_view": commonest("view", FRONTS[kind]),
     }
-    return {k: "" if v is None else v if k == "n" else round(float(v), 4) for k, v in row.items()}
+    return {
+        k: "" if v is None else v if k in ("n", "commonest") else round(float(v), 4)
+        for k, v in row.items()
+    }
 
 
 def check(judge, rounds: int, report: Callable[[dict], None] = lambda row: None) -> list[dict]:
