@@ -16,6 +16,8 @@ SHARES = (
     ("commonest_color", "commonest colour, %"),
     ("commonest_view", "commonest view, %"),
 )
+# In growing strength, as judge.csv lists them.
+DAMAGES = ("blurred", "noise", "half-transparent", "patches shuffled")
 # How much more often than chance the commonest answer may come before it is called fixed.
 FIXED = 4
 
@@ -72,14 +74,27 @@ def _truths(by_test: dict[str, list[dict]]) -> list[str]:
 
 
 def _fronts(by_test: dict[str, list[dict]]) -> list[str]:
-    """What a Janus rate of 0 and of 100 % look like to the judge."""
+    """What a Janus rate of 0 and of 100 % look like to the judge, and what it takes for fronts."""
     told = []
     for test in ("seen from behind", "front mirrored to the back", "front on both sides"):
-        for r in by_test.get(test, ()):
-            told.append(
-                f"{test.capitalize()}, azimuth {r['level']}: the judge sees the front in "
-                f"{percent(r, 'front_seen_behind')} %."
-            )
+        rates = [(r["level"], number(r, "front_seen_behind")) for r in by_test.get(test, ())]
+        rates = [(level, rate) for level, rate in rates if rate is not None]
+        if rates:
+            each = " and ".join(f"{100 * rate:.1f} % of views at {level}" for level, rate in rates)
+            whole = 100 * sum(rate for _, rate in rates) / len(rates)
+            told.append(f"{test.capitalize()}: a front is seen in {each}, a rate of {whole:.1f} %.")
+    false = [
+        (rate, test, r["level"])
+        for test in DAMAGES
+        for r in by_test.get(test, ())
+        if (rate := number(r, "front_seen_behind")) is not None
+    ]
+    if false:
+        rate, test, level = max(false)
+        told.append(
+            f"Damage makes fronts where there are none: in up to {100 * rate:.1f} % of the views "
+            f"from behind ({test} {level})."
+        )
     return told
 
 
@@ -87,7 +102,7 @@ def _ladders(by_test: dict[str, list[dict]]) -> list[str]:
     """How the worst level of each kind of damage does, and whether the distance rises on the
     way."""
     told = []
-    for test in ("blurred", "noise", "patches shuffled", "half-transparent"):
+    for test in DAMAGES:
         steps = by_test.get(test, [])
         ladder = [*by_test.get("true renders", [])[:1], *steps]
         if len(steps) < 2 or not all(r.get("frechet") for r in ladder):
@@ -104,8 +119,8 @@ def _ladders(by_test: dict[str, list[dict]]) -> list[str]:
         )
         text += f"does not rise at {', '.join(falls)}" if falls else "rises at every level"
         if (share := number(last, "commonest_kind")) is not None:
-            text += f"; the commonest answer is given in {100 * share:.1f} %"
-            text += " (a fixed answer, not chance)" if share > FIXED / 20 else ""
+            text += f"; the commonest answer, {last['commonest']}, is given in {100 * share:.1f} %"
+            text += " (near a fixed answer, not chance)" if share > FIXED / 20 else ""
         told.append(text + ".")
     return told
 

@@ -411,20 +411,29 @@ def judge_row(test, level, **scores):
 def test_the_judge_is_reported(tmp_path):
     ladder = [
         judge_row("true renders", "white ground", frechet="5.0"),
-        judge_row("blurred", "2", frechet="9.0", commonest_kind="0.06"),
+        judge_row("blurred", "2", frechet="9.0", commonest_kind="0.06", front_seen_behind="0.1"),
         judge_row("blurred", "4", frechet="20.0", kind_accuracy="0.051", commonest_kind="0.07"),
-        judge_row("seen from behind", "over 135 degrees", front_seen_behind="0.0312", frechet="1"),
+        judge_row("seen from behind", "90 to 135 degrees", front_seen_behind="0.02"),
+        judge_row("seen from behind", "over 135 degrees", front_seen_behind="0.0312"),
     ]
     for r in ladder:
         for k in ("frechet", "commonest_kind", "front_seen_behind"):
             r.setdefault(k, "")
+        r["commonest"] = "mug"
     page, _ = made(tmp_path, make_rows(), judge=ladder)
     assert "object accuracy ends at 5.1 %, and the Frechet distance rises at every" in page.text
-    assert "fixed answer" not in page.text and "the judge sees the front in 3.1 %" in page.text
+    assert "fixed answer" not in page.text and "mug, is given in 7.0 %" in page.text
+    assert (
+        "Seen from behind: a front is seen in 2.0 % of views at 90 to 135 degrees and 3.1 % of views "
+        "at over 135 degrees, a rate of 2.6 %." in page.text
+    )
+    assert "in up to 10.0 % of the views from behind (blurred 2)" in page.text
     assert page.table("test", "pictures")["blurred: 4"]["object, %"] == "5.1"
     ladder[2] |= {"frechet": "8.0", "commonest_kind": "0.8"}
     page, _ = made(tmp_path, make_rows(), judge=ladder)
-    assert "Frechet distance does not rise at 4; " in page.text and "(a fixed answer" in page.text
+    assert (
+        "Frechet distance does not rise at 4; " in page.text and "(near a fixed answer" in page.text
+    )
 
 
 def test_tuning_says_what_was_tried_and_chosen(tmp_path):
