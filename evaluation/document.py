@@ -175,7 +175,8 @@ tbody th { font-weight: 600; position: sticky; left: 0; background: var(--paper)
 tbody tr:nth-child(even) > * { background: var(--band); }
 figure { margin: 1rem 0; overflow-x: auto; }
 svg { width: 100%; min-width: 32rem; max-width: 44rem; height: auto; }
-svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
+svg text { font: 11px system-ui, sans-serif; fill: currentColor; paint-order: stroke;
+  stroke: var(--paper); stroke-width: 3px; }
 svg .mid { text-anchor: middle; fill: var(--soft); } svg .end { text-anchor: end;
   fill: var(--soft); } svg path { fill: none; } svg .grid { stroke: var(--line); }
 svg .axis { stroke: var(--soft); } svg .front { stroke: var(--soft); stroke-dasharray: 4 4; }

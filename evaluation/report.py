@@ -257,7 +257,7 @@ def by_prompt(section: Section) -> list:
         for prompt in section.prompts():
             means = [interval({k: v for k, v in c.items() if k[0] == prompt}) for c in columns]
             rows.append([prompt, *(show(metric, i) for i in means)])
-        blocks += [Heading(3, f"{metric.title}, by prompt"), Table(["prompt", *section.runs], rows)]
+        blocks += [Heading(3, f"By prompt: {metric.title}"), Table(["prompt", *section.runs], rows)]
     return blocks
 
 
@@ -409,7 +409,7 @@ def blocks_of(folder: Path) -> list:
     blocks = [
         Heading(1, TITLE),
         Text(
-            "Made by `make report` from the tables beside it; every number is computed from "
+            "Made by make report from the tables beside it: every number is computed from "
             "results.csv, curves.csv, judge.csv and tuning.csv."
         ),
     ]
