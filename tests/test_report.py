@@ -424,8 +424,8 @@ def test_the_judge_is_reported(tmp_path):
     assert "object accuracy ends at 5.1 %, and the Frechet distance rises at every" in page.text
     assert "fixed answer" not in page.text and "mug, is given in 7.0 %" in page.text
     assert (
-        "Seen from behind: a front is seen in 2.0 % of views at 90 to 135 degrees and 3.1 % of views "
-        "at over 135 degrees, a rate of 2.6 %." in page.text
+        "Seen from behind: a front is seen in 2.0 % of views at 90 to 135 degrees and 3.1 % of "
+        "views at over 135 degrees, a rate of 2.6 %." in page.text
     )
     assert "in up to 10.0 % of the views from behind (blurred 2)" in page.text
     assert page.table("test", "pictures")["blurred: 4"]["object, %"] == "5.1"
