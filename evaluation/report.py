@@ -370,7 +370,7 @@ def learning(section: Section, curves) -> list:
 
 
 def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80]
 
 
 def sheets(section: Section, folder: Path) -> list:
