@@ -338,6 +338,8 @@ def learning(section: Section, curves) -> list:
         if all(ends):
             change = paired(ends[1], ends[0])
             verdict = {1: "rises", 0: "does not change measurably", -1: "falls"}[change.sign]
+            if change.prompts < ENOUGH_PROMPTS:
+                verdict = "too few prompts to say"
             cells = [show(metric, interval(e)) for e in ends]
             rows.append([name, *cells, show(metric, change, "+"), verdict])
     if rows:

@@ -183,6 +183,12 @@ def test_numbers_are_those_of_the_table(tmp_path):
             assert ends(cell) == pytest.approx(wide, abs=tolerance)
             assert f"{cell}" in markdown
     assert shown["sds"]["runs (prompts)"] == "24 (8)"
+    objects, distances = (t for t in page.tables if t[0] == ["prompt", *PRIORS])
+    for table, column, scale in ((objects, "object_accuracy", 100), (distances, "frechet", 1)):
+        for prompt, *cells in table[1:]:
+            for prior, cell in zip(PRIORS, cells):
+                mean = scale * fmean(nested(rows, column, prior)[prompt].values())
+                assert number(cell) == pytest.approx(mean, abs=0.051)
     paired = page.tables[page.tables.index(next(t for t in page.tables if t[0][0] == "prior")) + 1]
     found = {r[0]: dict(zip(paired[0], r)) for r in paired[1:]}
     assert set(found) == {"csd", "vsd", "lods-embedding"}
@@ -379,6 +385,8 @@ def test_learning_is_told_by_its_sign(tmp_path):
     assert found["lods-lora"]["verdict"] == "does not change measurably"
     assert set(found) == {"vsd", "lods-embedding", "lods-lora"}
     assert "mean over runs (vsd 24)." in page.text
+    page, _ = made(tmp_path, [r for r in rows if r["prompt"] in PROMPTS[:5]], curves=curves)
+    assert page.table("verdict", "change")["vsd"]["verdict"] == "too few prompts to say"
     page, _ = made(tmp_path, make_rows())
     assert "No prior here has a denoising loss" in page.text
 
