@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from evaluation.frechet import frechet
 from pocket.autoencoder import to_tensor
 from pocket.data import VIEWS, build, caption, draw, make, sample_camera
 from pocket.judge import load, verdict
@@ -67,9 +68,9 @@ def balanced_labels(rng, rounds: int):
     return labels
 
 
-def accuracies(judge, images: torch.Tensor, labels) -> dict:
+def accuracies(said: dict, labels) -> dict:
+    """Shares of right answers of a `verdict`; labels are (kind, color, view), color -1 for none."""
     kind, color, view = np.array(labels).T
-    said = verdict(judge, images)
     colored = color >= 0
     # The view is asked of kinds whose front, side and back differ.
     fronted = FRONTS[kind]
@@ -118,7 +119,7 @@ def accuracy_table(pipeline, judge, rounds: int) -> np.ndarray:
         ("VAE reconstructions", coded),
         ("samples", torch.from_numpy(samples).permute(0, 3, 1, 2)),
     ):
-        row = accuracies(judge, images, labels)
+        row = accuracies(verdict(judge, images), labels)
         rows.append({"source": source, **{k: round(float(v), 4) for k, v in row.items()}})
     error = (coded - (x / 2 + 0.5)).square()
     rows[1]["psnr"] = round(float(-10 * torch.log10(error.mean())), 2)
@@ -182,14 +183,6 @@ def noise_table(pipeline, count: int, bins: int = 10):
             row[name], row[name + "_se"] = f"{gap.mean():.6f}", f"{gap.std() / count**0.5:.6f}"
         rows.append(row)
     write_csv("noise.csv", rows)
-
-
-def frechet(x: np.ndarray, y: np.ndarray) -> float:
-    """|mx - my|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)), the Frechet distance of two Gaussians."""
-    from scipy.linalg import sqrtm
-
-    cx, cy = np.cov(x.T), np.cov(y.T)
-    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx + cy - 2 * sqrtm(cx @ cy).real))
 
 
 def distance_table(judge, samples: np.ndarray):

@@ -1,0 +1,193 @@
+"""The report's sections on the judge and on the tuning."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from evaluation.document import Bold, Bullets, Heading, Table, Text, plural
+from evaluation.results import HEADLINE, Section, latest, number, rank, values
+from evaluation.statistics import interval
+
+SHARES = (
+    ("kind_accuracy", "object, %"),
+    ("color_accuracy", "colour, %"),
+    ("view_accuracy", "view, %"),
+    ("front_seen_behind", "front seen from behind, %"),
+    ("commonest_kind", "commonest object, %"),
+    ("commonest_color", "commonest colour, %"),
+    ("commonest_view", "commonest view, %"),
+)
+# In growing strength, as judge.csv lists them.
+DAMAGES = ("blurred", "noise", "half-transparent", "patches shuffled")
+# How much more often than chance the commonest answer may come before it is called fixed.
+FIXED = 4
+
+
+def percent(row: dict, column: str) -> str:
+    value = number(row, column)
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def judge_blocks(rows: Sequence[dict] | None) -> list:
+    """What the judge says of true renders and of objects made wrong on purpose."""
+    blocks = [Heading(2, "The judge")]
+    if not rows:
+        return [*blocks, Text("judge.csv is absent: the judge was not checked.")]
+    shares = [(column, title) for column, title in SHARES if any(r.get(column) for r in rows)]
+    table = [
+        [
+            f"{r['test']}: {r['level']}" if r["level"] else r["test"],
+            r["n"],
+            *(percent(r, column) for column, _ in shares),
+            "" if (value := number(r, "frechet")) is None else f"{value:.1f}",
+        ]
+        for r in rows
+    ]
+    header = ["test", "pictures", *(title for _, title in shares), "Frechet distance"]
+    by_test: dict[str, list[dict]] = {}
+    for r in rows:
+        by_test.setdefault(r["test"], []).append(r)
+    return [
+        *blocks,
+        Text(
+            "Held-out renders of known kind, colour and view, as they are and changed in ways in "
+            "which distilled objects go wrong. Chance is 5 % for the object, 12.5 % for the colour "
+            "and 25 % for the view. The Frechet distance is to other true renders of the same "
+            "labels; for true renders it is the floor that so many pictures have."
+        ),
+        Bullets([*_truths(by_test), *_fronts(by_test), *_ladders(by_test)]),
+        Table(header, table),
+    ]
+
+
+def _truths(by_test: dict[str, list[dict]]) -> list[str]:
+    told = [
+        f"True renders on {r['level']}: object {percent(r, 'kind_accuracy')} %, colour "
+        f"{percent(r, 'color_accuracy')} %, view {percent(r, 'view_accuracy')} %."
+        for r in by_test.get("true renders", ())
+    ]
+    for r in by_test.get("another colour", ()):
+        told.append(
+            f"Objects in another colour than asked for: the judge says {r['level']} in "
+            f"{percent(r, 'color_accuracy')} %."
+        )
+    return told
+
+
+def _fronts(by_test: dict[str, list[dict]]) -> list[str]:
+    """What a Janus rate of 0 and of 100 % look like to the judge, and what it takes for fronts."""
+    told = []
+    for test in ("seen from behind", "front mirrored to the back", "front on both sides"):
+        rates = [(r["level"], number(r, "front_seen_behind")) for r in by_test.get(test, ())]
+        rates = [(level, rate) for level, rate in rates if rate is not None]
+        if rates:
+            each = " and ".join(f"{100 * rate:.1f} % of views at {level}" for level, rate in rates)
+            whole = 100 * sum(rate for _, rate in rates) / len(rates)
+            told.append(f"{test.capitalize()}: a front is seen in {each}, a rate of {whole:.1f} %.")
+    false = [
+        (rate, test, r["level"])
+        for test in DAMAGES
+        for r in by_test.get(test, ())
+        if (rate := number(r, "front_seen_behind")) is not None
+    ]
+    if false:
+        rate, test, level = max(false)
+        told.append(
+            f"Damage makes fronts where there are none: in up to {100 * rate:.1f} % of the views "
+            f"from behind ({test} {level})."
+        )
+    return told
+
+
+def _ladders(by_test: dict[str, list[dict]]) -> list[str]:
+    """How the worst level of each kind of damage does, and whether the distance rises on the
+    way."""
+    told = []
+    for test in DAMAGES:
+        steps = by_test.get(test, [])
+        ladder = [*by_test.get("true renders", [])[:1], *steps]
+        if len(steps) < 2 or not all(r.get("frechet") for r in ladder):
+            continue
+        falls = [
+            r["level"]
+            for before, r in pairwise(ladder)
+            if number(r, "frechet") <= number(before, "frechet")
+        ]
+        last = steps[-1]
+        text = (
+            f"{test.capitalize()}, up to {last['level']}: object accuracy ends at "
+            f"{percent(last, 'kind_accuracy')} %, and the Frechet distance "
+        )
+        text += f"does not rise at {', '.join(falls)}" if falls else "rises at every level"
+        if (share := number(last, "commonest_kind")) is not None:
+            text += f"; the commonest answer, {last['commonest']}, is given in {100 * share:.1f} %"
+            text += " (near a fixed answer, not chance)" if share > FIXED / 20 else ""
+        told.append(text + ".")
+    return told
+
+
+def tuning_blocks(rows: Sequence[dict] | None, found: Sequence[Section]) -> list:
+    """Which settings were tried for every prior, how they did, and which the results use."""
+    blocks = [Heading(2, "Tuning")]
+    if not rows:
+        return [*blocks, Text("tuning.csv is absent: what was tried for each prior is not known.")]
+    groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    rows = latest(rows)
+    for row in rows:
+        tried = groups.setdefault((row["canvas"], row["prior"]), {})
+        tried.setdefault(row["settings"], []).append(row)
+    reported = {r["prompt"] for s in found for r in s.all_runs}
+    shared = sorted({r["prompt"] for r in rows} & reported)
+    items = [
+        f"Prompts of the tuning that the results use too: {'; '.join(shared) or 'none'}.",
+    ]
+    for canvas in sorted({canvas for canvas, _ in groups}):
+        budgets = {
+            prior: (len(tried), sum(map(len, tried.values())))
+            for (where, prior), tried in sorted(groups.items())
+            if where == canvas
+        }
+        if len(set(budgets.values())) == 1:
+            settings, runs = next(iter(budgets.values()))
+            items.append(
+                f"{canvas}: the same budget, {plural(settings, 'setting')} in "
+                f"{plural(runs, 'run')} a prior."
+            )
+        else:
+            each = ", ".join(
+                f"{p} {plural(n, 'setting')} in {plural(runs, 'run')}"
+                for p, (n, runs) in budgets.items()
+            )
+            items.append(f"{canvas}: budgets differ: {each}.")
+    blocks.append(Bullets(items))
+    header = ["prior", "settings", "finished runs", *(m.title for m in HEADLINE), "in the results"]
+    for canvas in sorted({canvas for canvas, _ in groups}):
+        table = []
+        for prior in sorted({p for where, p in groups if where == canvas}, key=rank):
+            tried = groups[canvas, prior]
+            chosen = _chosen(prior, canvas, tried, found)
+            for settings in sorted(tried):
+                done = [r for r in tried[settings] if r["status"] == "ok"]
+                cells = []
+                for m in HEADLINE:
+                    i = interval(values(done, m.column), draws=1)
+                    cells.append(m.show(i.mean) if i.runs else "none")
+                row = [prior, settings or "as shipped", f"{len(done)} of {len(tried[settings])}"]
+                row += [*cells, "chosen" if settings in chosen else ""]
+                table.append([Bold(c) for c in row] if settings in chosen else row)
+            if not chosen:
+                table.append([prior, "none of these is what the results use", "", "", "", ""])
+        blocks += [Heading(3, f"Canvas {canvas}"), Table(header, table)]
+    return blocks
+
+
+def _chosen(prior: str, canvas: str, tried, found: Sequence[Section]) -> set[str]:
+    """The tried settings that the runs in the results have: those whose overrides are theirs, or
+    else among theirs, the most of them."""
+    runs = [r for s in found if s.canvas == canvas for r in s.all_runs if r["prior"] == prior]
+    chosen = set()
+    for used in {r.get("settings", "") for r in runs}:
+        overrides = set(used.split())
+        fitting = [t for t in tried if t.split() and set(t.split()) <= overrides]
+        if fitting or used in tried:
+            chosen.add(max(fitting or [used], key=lambda t: (len(t.split()), t)))
+    return chosen

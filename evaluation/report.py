@@ -1,0 +1,454 @@
+"""The report: ``python -m evaluation.report [--folder docs/evaluation]``.
+
+From ``results.csv`` and, where they are there, ``curves.csv``, ``judge.csv``, ``tuning.csv`` and
+``sheets/`` of the folder it writes ``report.md`` and ``report.html``, one page that needs no other
+file. The same tables give the same bytes. What is absent is said to be absent.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+from evaluation.appendix import judge_blocks, tuning_blocks
+from evaluation.document import (
+    Bold,
+    Bullets,
+    Figure,
+    Gallery,
+    Heading,
+    Table,
+    Text,
+    html,
+    listed,
+    markdown,
+    plural,
+)
+from evaluation.plots import lines, pareto, scatter
+from evaluation.results import (
+    CEILING,
+    COSTS,
+    HEADLINE,
+    KEYS,
+    METRICS,
+    PRIORS,
+    Metric,
+    Section,
+    by_seed,
+    latest,
+    number,
+    rank,
+    read,
+    sections,
+    values,
+)
+from evaluation.statistics import ENOUGH_PROMPTS, Interval, interval, paired
+from threestudio.utils.errors import UserError
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "evaluation"
+TITLE = "Which prior distils best on the pocket world"
+MACHINE = ("device", "cpu", "threads", "python", "torch", "diffusers", "peft", "commit")
+RIVALS = ("sds", "csd", "vsd")
+VERDICTS = {1: "leads", 0: "does not differ measurably from", -1: "is behind"}
+LISTED = 40  # at most so many failed or missing runs are named one by one
+
+
+def show(metric: Metric, i: Interval, sign: str = "") -> str:
+    """``mean [low, high]`` in the metric's unit."""
+    if not i.runs:
+        return "none"
+    ends = f" [{metric.show(i.low, sign)}, {metric.show(i.high, sign)}]" if i.prompts > 1 else ""
+    return metric.show(i.mean, sign) + ends
+
+
+def named(metric: Metric) -> str:
+    return metric.title.removesuffix(", %")
+
+
+def measured(section: Section, metrics) -> list[Metric]:
+    """The metrics that some run of the section has."""
+    return [m for m in metrics if values(section.all_runs, m.column)]
+
+
+def title_of(section: Section, alone: bool) -> str:
+    return section.canvas if alone else f"{section.canvas} (grid {section.grid})"
+
+
+def best_of(section: Section, metric: Metric) -> str | None:
+    """The contestant with the best mean, if the interval of its paired difference to the second
+    excludes zero."""
+    runs = {c: values(section.runs[c], metric.column) for c in section.runs}
+    means = {c: -metric.better * interval(r, draws=1).mean for c, r in runs.items() if r}
+    first = sorted(means, key=lambda c: (means[c], c))[:2]
+    if len(first) < 2 or paired(*(runs[c] for c in first)).sign != metric.better:
+        return None
+    return first[0]
+
+
+def overview(found: list[Section], replaced: int) -> list:
+    """What was measured, on what, and what failed or is missing."""
+    alone = len({s.grid for s in found}) == 1
+    rows = []
+    for s in found:
+        steps = sorted({r.get("steps", "") for r in s.all_runs}, key=by_seed)
+        rows.append(
+            [
+                title_of(s, alone),
+                ", ".join(s.runs),
+                str(len(s.prompts())),
+                str(len(s.seeds())),
+                ", ".join(steps) or "none",
+                str(len(s.all_runs)),
+                str(len(s.failed)),
+                str(len(s.missing)),
+            ]
+        )
+    header = ["canvas", "priors", "prompts", "seeds", "steps", "finished runs", "failed", "missing"]
+    blocks = [Heading(2, "What was measured"), Table(header, rows)]
+    prompts = sorted({p for s in found for p in s.prompts()})
+    items = [f"Prompts: {'; '.join(prompts)}."]
+    runs = [r for s in found for r in s.all_runs]
+    for column in MACHINE:
+        counts = Counter(r.get(column, "") or "not recorded" for r in runs)
+        several = len(counts) > 1
+        told = [f"{k} ({plural(n, 'run')})" if several else k for k, n in sorted(counts.items())]
+        items.append(f"{column}: {', '.join(told) or 'no run'}.")
+    if len({tuple(r.get(c, "") for c in ("device", "cpu", "threads")) for r in runs}) > 1:
+        items.append("Runs were made on different machines: seconds compare within one only.")
+    if replaced:
+        items.append(f"{plural(replaced, 'row')} replaced by a later row of the same run.")
+    blocks.append(Bullets(items))
+    for what, rows in (
+        (
+            "failed (left out of the means)",
+            [(*(r[k] for k in KEYS), r["status"]) for s in found for r in s.failed],
+        ),
+        (
+            "missing (other priors of the canvas have them)",
+            [(s.grid, s.canvas, *m) for s in found for m in s.missing],
+        ),
+    ):
+        if rows:
+            told = [f"{' / '.join(r[:5])}{': ' + r[5] if r[5:] else ''}" for r in rows[:LISTED]]
+            more = [f"and {len(rows) - LISTED} more"] if len(rows) > LISTED else []
+            blocks += [Text(f"{plural(len(rows), 'run')} {what}:"), Bullets(told + more)]
+    return blocks
+
+
+def method() -> list:
+    return [
+        Heading(2, "How"),
+        Bullets(
+            [
+                "Object and colour accuracy: the share of views that the judge, a classifier that "
+                "shares nothing with the prior, takes for the object and the colour of the prompt.",
+                "Frechet distance: in the judge's features, between the views and true renders of "
+                "the prompt. Small sets bias it upward, for all priors alike; the row of true "
+                "renders is its floor.",
+                "Janus rate: of kinds with a front, the share of views from behind in which the "
+                "judge sees the front. What shows no object has a low rate too: read it beside "
+                "object accuracy.",
+                "Silhouette IoU: of the opacity against the true shape's, after the best turn "
+                "about the vertical.",
+                "Brackets are 95 % bootstrap intervals that draw prompts, and seeds within them, "
+                "again. A difference is paired: over the prompts and seeds that both have. Bold is "
+                "the best mean if the interval of its difference to the second excludes zero.",
+                f"Fewer than {ENOUGH_PROMPTS} prompts are not taken to show a difference. "
+                "Intervals are not corrected for being many: of twenty differences that are "
+                "nothing, one is expected to exclude zero.",
+            ]
+        ),
+    ]
+
+
+def table(section: Section) -> list:
+    """All metrics, a row a contestant, and the ceiling."""
+    shown = measured(section, METRICS + COSTS)
+    bold = {m.column: best_of(section, m) for m in shown if m in METRICS}
+    rows = []
+    for name, runs in [*section.runs.items(), ("true renders (ceiling)", section.ceiling)]:
+        if runs is section.ceiling and not runs:
+            continue
+        row = [name, f"{len(runs)} ({len({r['prompt'] for r in runs})})"]
+        for m in shown:
+            cell = show(m, interval(values(runs, m.column)))
+            row.append(Bold(cell) if bold.get(m.column) == name else cell)
+        rows.append(row)
+    blocks = [Table(["prior", "runs (prompts)", *(m.title for m in shown)], rows)]
+    lacking = [named(m) for m in METRICS + COSTS if m not in shown]
+    if lacking:
+        blocks.append(Text(f"Not measured here: {listed(lacking)}."))
+    top = interval(values(section.ceiling, HEADLINE[0].column))
+    near = [
+        name
+        for name, runs in section.runs.items()
+        if interval(values(runs, HEADLINE[0].column), draws=1).mean >= top.mean - 0.01
+    ]
+    if near:
+        blocks.append(
+            Text(
+                f"Within a point of the true renders in {named(HEADLINE[0])}, which can no longer "
+                f"tell them apart: {listed(near)}."
+            )
+        )
+    if not section.ceiling:
+        blocks.append(Text(f"The ceiling, rows of the prior {CEILING}, is absent."))
+    return blocks
+
+
+def comparison(section: Section, name: str, rival: str, metric: Metric) -> tuple[str, Interval]:
+    """What the paired difference of two contestants says, in words, and the difference."""
+    runs = [values(section.runs[c], metric.column) for c in (name, rival)]
+    i = paired(*runs)
+    if not i.runs:
+        return "cannot be compared with", i
+    if i.prompts < ENOUGH_PROMPTS:
+        return "has too few prompts to be told apart from", i
+    return VERDICTS[i.sign * metric.better], i
+
+
+def differences(section: Section) -> list:
+    """Paired differences of all to SDS, and sentences on LODS against SDS, CSD and VSD."""
+    shown = measured(section, METRICS)
+    blocks = []
+    for base in section.of("sds"):
+        rows = []
+        for name in section.runs:
+            if name == base:
+                continue
+            row = [name]
+            for m in shown:
+                words, i = comparison(section, name, base, m)
+                cell = show(m, i, "+")
+                row.append(Bold(cell) if words == VERDICTS[1] else cell)
+            rows.append(row)
+        if rows:
+            blocks += [
+                Heading(3, f"Paired differences to {base}"),
+                Table(["prior", *(m.title for m in shown)], rows),
+                Text("Bold: better, and the interval excludes zero."),
+            ]
+    if not blocks:
+        blocks.append(Text("There are no differences to sds: it, or all others, were not run."))
+    rivals = section.of(*RIVALS)
+    sentences = []
+    for name in section.lods if rivals else ():
+        for metric in measured(section, HEADLINE):
+            parts = []
+            for rival in rivals:
+                words, i = comparison(section, name, rival, metric)
+                counts = f"{plural(i.runs, 'pair')}, {plural(i.prompts, 'prompt')}"
+                detail = f" ({show(metric, i, '+')}; {counts})" if i.runs else ""
+                parts.append(f"{words} {rival}{detail}")
+            sentences.append(f"{name}, {named(metric)}: {', '.join(parts)}.")
+    absent = [r for r in RIVALS if not section.of(r)]
+    if absent:
+        sentences.append(f"Not run on this canvas: {listed(absent)}.")
+    return [*blocks, Heading(3, f"LODS against {listed(RIVALS)}"), Bullets(sentences)]
+
+
+def by_prompt(section: Section) -> list:
+    """Where which prior is strong: the headline metrics, a row a prompt, means over seeds."""
+    blocks = []
+    for metric in measured(section, HEADLINE):
+        columns = [values(runs, metric.column) for runs in section.runs.values()]
+        rows = []
+        for prompt in section.prompts():
+            means = [interval({k: v for k, v in c.items() if k[0] == prompt}) for c in columns]
+            rows.append([prompt, *(show(metric, i) for i in means)])
+        blocks += [Heading(3, f"By prompt: {metric.title}"), Table(["prompt", *section.runs], rows)]
+    return blocks
+
+
+def summary(found: list[Section]) -> list:
+    """Whether a LODS prior leads SDS, CSD and VSD, canvas by canvas."""
+    alone, items, won = len({s.grid for s in found}) == 1, [], []
+    for s in found:
+        where, rivals = title_of(s, alone), s.of(*RIVALS)
+        leading, told = [], []
+        for name in s.lods:
+            said = {m: [comparison(s, name, r, m)[0] for r in rivals] for m in HEADLINE}
+            everywhere = all(words == VERDICTS[1] for group in said.values() for words in group)
+            if everywhere and all(s.of(r) for r in RIVALS):
+                leading.append(name)
+            for m, group in said.items():
+                parts = [
+                    f"{words} {listed(r for r, w in zip(rivals, group) if w == words)}"
+                    for words in dict.fromkeys(group)
+                ]
+                told.append(f"{name}, {named(m)}: {'; '.join(parts) or 'no rival was run'}")
+        items += [f"{where}, {text}." for text in told]
+        if not s.lods:
+            items.append(f"{where}: no LODS prior was run.")
+        if leading:
+            won.append(f"{where} ({listed(leading)})")
+    head = (
+        "The claim under test: learning the second score, as LODS does, leads to better object "
+        f"accuracy and Frechet distance than {listed(RIVALS)}. All these differences of a LODS "
+        "prior exclude zero in its favour on "
+    )
+    head += f"{len(won)} of {len(found)} canvases: {listed(won)}." if won else "no canvas."
+    return [Heading(2, "In short"), Text(head), Bullets(items)]
+
+
+def color_of(prior: str) -> int:
+    return PRIORS.index(prior) if prior in PRIORS else len(PRIORS)
+
+
+def trade_offs(section: Section) -> list:
+    """Quality against seconds, for the two headline metrics."""
+    blocks = []
+    for metric in HEADLINE:
+        points = {}
+        for name, runs in section.runs.items():
+            cost = interval(values(runs, "seconds"), draws=1)
+            quality = interval(values(runs, metric.column))
+            if cost.runs and quality.runs:
+                points[name] = (cost.mean, quality)
+        if not points:
+            blocks.append(
+                Text(f"No plot of {named(metric)} against seconds: one of them is absent.")
+            )
+            continue
+        front = pareto({n: (c, i.mean) for n, (c, i) in points.items()}, metric.better)
+        scaled = {
+            n: (
+                c,
+                Interval(*(metric.scale * v for v in (i.mean, i.low, i.high)), i.runs, i.prompts),
+            )
+            for n, (c, i) in points.items()
+        }
+        label = f"{metric.title} ({'more' if metric.better > 0 else 'less'} is better)"
+        title = f"{section.canvas}: {named(metric)} against seconds of training"
+        palette = {name: color_of(prior) for name, prior in section.priors.items()}
+        svg = scatter(scaled, palette, metric.better, title, ("seconds a run", label))
+        caption = f"{title}. Not beaten in both (dashed): {', '.join(front)}."
+        blocks.append(Figure(svg, caption))
+    return [Heading(3, "Quality against time"), *blocks]
+
+
+def learning(section: Section, curves) -> list:
+    """The learnt prior's own denoising loss: its change over the run, and its curve."""
+    first, last = "prior_loss_first", "prior_loss_last"
+    metric = Metric(last, "loss", -1, 1, 4)
+    blocks, rows = [Heading(3, "What the priors learn")], []
+    for name, runs in section.runs.items():
+        ends = [values(runs, column) for column in (first, last)]
+        if all(ends):
+            change = paired(ends[1], ends[0])
+            verdict = {1: "rises", 0: "does not change measurably", -1: "falls"}[change.sign]
+            if change.prompts < ENOUGH_PROMPTS:
+                verdict = "too few prompts to say"
+            cells = [show(metric, interval(e)) for e in ends]
+            rows.append([name, *cells, show(metric, change, "+"), verdict])
+    if rows:
+        header = ["prior", "loss, first tenth of the steps", "last tenth", "change", "verdict"]
+        blocks.append(Table(header, rows))
+    else:
+        blocks.append(Text("No prior here has a denoising loss of its own in results.csv."))
+    if curves is None:
+        return [*blocks, Text("curves.csv is absent: no learning curves.")]
+    last_rows = {}
+    for row in curves:
+        if (row["grid"], row["canvas"]) == (section.grid, section.canvas):
+            last_rows[tuple(row[k] for k in KEYS) + (row["step"],)] = row
+    points: dict[str, dict[float, list[float]]] = {}
+    runs: dict[str, set] = {}
+    for key in sorted(last_rows):
+        row, prior = last_rows[key], key[2]
+        step, loss = number(row, "step"), number(row, "prior_loss")
+        if step is not None and loss is not None:
+            points.setdefault(prior, {}).setdefault(step, []).append(loss)
+            runs.setdefault(prior, set()).add(key[3:5])
+    if not points:
+        return [*blocks, Text("curves.csv has no loss of a prior on this canvas.")]
+    order = sorted(points, key=rank)
+    series = {p: [(step, sum(v) / len(v)) for step, v in sorted(points[p].items())] for p in order}
+    palette = {p: color_of(p) for p in order}
+    title = f"{section.canvas}: denoising loss of the learnt prior"
+    caption = f"{title}, mean over runs ({', '.join(f'{p} {len(runs[p])}' for p in order)})."
+    return [*blocks, Figure(lines(series, palette, title, ("step", "loss")), caption)]
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80]
+
+
+def sheets(section: Section, folder: Path) -> list:
+    """Contact sheets of the first seed, prompts down and priors across."""
+    shown = list(dict.fromkeys(section.priors.values())) + [CEILING]
+    rows, seen = [], set()
+    for prompt in section.prompts():
+        files = []
+        for prior in shown:
+            names = (
+                folder / "sheets" / f"{section.canvas}-{prior}-{slug(prompt)}-{seed}.webp"
+                for seed in section.seeds()
+            )
+            files.append(next((f for f in names if f.exists()), None))
+            seen |= {prior} if files[-1] else set()
+        rows.append((prompt, files))
+    blocks = [Heading(3, "Contact sheets")]
+    if not seen:
+        return [*blocks, Text("There are no contact sheets of this canvas.")]
+    kept = [k for k, prior in enumerate(shown) if prior in seen or prior != CEILING]
+    text = "The first four particles of the first seed."
+    if section.canvas != "2d":
+        text = "The first seed at azimuths of 0, 90, 180 and 270 degrees."
+    gallery = Gallery(
+        [shown[k] for k in kept], [(p, [files[k] for k in kept]) for p, files in rows], folder
+    )
+    return [*blocks, Text(text), gallery]
+
+
+def blocks_of(folder: Path) -> list:
+    """The whole report as blocks of ``evaluation.document``."""
+    results = read(folder / "results.csv", (*KEYS, "status"))
+    curves = read(folder / "curves.csv", (*KEYS, "step", "prior_loss"))
+    found = sections(results or ())
+    replaced = len(results or ()) - len(latest(results or ()))
+    blocks = [
+        Heading(1, TITLE),
+        Text(
+            "Made by make report from the tables beside it: every number is computed from "
+            "results.csv, curves.csv, judge.csv and tuning.csv."
+        ),
+    ]
+    if found:
+        blocks += [*summary(found), *overview(found, replaced), *method()]
+    else:
+        blocks.append(Text("results.csv is absent or empty: no prior was measured."))
+    alone = len({s.grid for s in found}) == 1
+    for section in found:
+        blocks.append(Heading(2, f"Canvas {title_of(section, alone)}"))
+        blocks += [*table(section), *differences(section), *by_prompt(section)]
+        blocks += [*trade_offs(section), *learning(section, curves), *sheets(section, folder)]
+    blocks += judge_blocks(read(folder / "judge.csv", ("test", "level", "n")))
+    return blocks + tuning_blocks(read(folder / "tuning.csv", (*KEYS, "settings", "status")), found)
+
+
+def write(folder: Path):
+    """Write ``report.md`` and ``report.html`` into ``folder``."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: name the one of results.csv by --folder")
+    blocks = blocks_of(folder)
+    (folder / "report.md").write_text(markdown(blocks), encoding="utf-8")
+    (folder / "report.html").write_text(html(blocks, TITLE), encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m evaluation.report", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of results.csv and the report")
+    options = parser.parse_args(arguments)
+    try:
+        write(options.folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {options.folder / 'report.md'} and {options.folder / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The tables that the report is made from: reading them, and sorting runs into sections."""
+
+import csv
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from evaluation.statistics import Runs
+from threestudio.utils.errors import UserError
+
+# The order of priors in tables, and the one after which colours are given.
+PRIORS = ("sds", "csd", "vsd", "nfsd", "bridge", "sdi", "ism", "lods-embedding", "lods-lora")
+CEILING = "true-renders"  # rows of this prior are of the true shapes: no contestant
+KEYS = ("grid", "canvas", "prior", "prompt", "seed")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of results.csv: ``better`` is 1 if more is better and -1 if less is; tables show
+    the value times ``scale`` with ``digits`` decimals."""
+
+    column: str
+    title: str
+    better: int
+    scale: float = 1.0
+    digits: int = 1
+
+    def show(self, value: float, sign: str = "") -> str:
+        text = f"{self.scale * value:{sign}.{self.digits}f}"
+        return text.replace("-", "\N{MINUS SIGN}")
+
+
+METRICS = (
+    Metric("object_accuracy", "object accuracy, %", 1, 100),
+    Metric("color_accuracy", "colour accuracy, %", 1, 100),
+    Metric("frechet", "Frechet distance", -1),
+    Metric("janus_rate", "Janus rate, %", -1, 100),
+    Metric("silhouette_iou", "silhouette IoU, %", 1, 100),
+    Metric("clip_score", "CLIP score", 1, 1, 3),
+)
+COSTS = (
+    Metric("seconds", "seconds", -1),
+    Metric("seconds_per_step", "seconds a step", -1, 1, 3),
+    Metric("peak_mib", "peak memory, MiB", -1, 1, 0),
+)
+HEADLINE = (METRICS[0], METRICS[2])
+
+
+class Rows(list):
+    """Rows of a CSV as dictionaries of strings; ``file`` is where they are from."""
+
+    def __init__(self, rows: Iterable[dict], file: Path):
+        super().__init__(rows)
+        self.file = file
+
+
+def read(file: Path, needed: Iterable[str] = ()) -> Rows | None:
+    """The rows of a CSV, or None if there is no such file."""
+    if not file.exists():
+        return None
+    with open(file, newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        rows = list(reader)
+    lacking = [name for name in needed if name not in (reader.fieldnames or ())]
+    if lacking:
+        raise UserError(f"{file} has no column {', '.join(lacking)}: it is no table of this report")
+    for k, row in enumerate(rows):
+        if None in row or None in row.values():
+            raise UserError(f"{file}, row {k + 2}: not as many cells as the header; remove the row")
+    return Rows(rows, file)
+
+
+def number(row: dict, column: str) -> float | None:
+    """A cell as a number, None where it is empty or the column is absent."""
+    text = row.get(column, "")
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        where = " ".join(row.get(k, "") for k in KEYS).strip()
+        raise UserError(f"{column} of the row {where!r} is {text!r}, not a number: mend the table")
+    return value
+
+
+def rank(prior: str) -> tuple[int, str]:
+    """A key that sorts priors: the known ones in their order, then others by name."""
+    return (PRIORS.index(prior) if prior in PRIORS else len(PRIORS), prior)
+
+
+def by_seed(seed: str) -> tuple[float, str]:
+    return (float(seed) if seed.lstrip("-").isdigit() else math.inf, seed)
+
+
+def values(rows: Iterable[dict], column: str) -> Runs:
+    """(prompt, seed) -> value of a column, of the rows that have one."""
+    found = {(r["prompt"], r["seed"]): number(r, column) for r in rows}
+    return {k: v for k, v in found.items() if v is not None}
+
+
+@dataclass
+class Section:
+    """The runs of one canvas of one grid. ``runs`` has the finished ones of each contestant, which
+    is a prior or, where a prior was run with several settings, ``prior: settings``."""
+
+    grid: str
+    canvas: str
+    runs: dict[str, list[dict]] = field(default_factory=dict)
+    priors: dict[str, str] = field(default_factory=dict)  # contestant -> prior
+    failed: list[dict] = field(default_factory=list)
+    ceiling: list[dict] = field(default_factory=list)
+    missing: list[tuple[str, str, str]] = field(default_factory=list)  # contestant, prompt, seed
+
+    def of(self, *priors: str) -> list[str]:
+        """Contestants of these priors."""
+        return [c for c in self.runs if self.priors[c] in priors]
+
+    @property
+    def lods(self) -> list[str]:
+        return [c for c in self.runs if self.priors[c].startswith("lods-")]
+
+    @property
+    def all_runs(self) -> list[dict]:
+        return [row for rows in self.runs.values() for row in rows]
+
+    def prompts(self) -> list[str]:
+        return sorted({r["prompt"] for r in [*self.all_runs, *self.failed]})
+
+    def seeds(self) -> list[str]:
+        return sorted({r["seed"] for r in [*self.all_runs, *self.failed]}, key=by_seed)
+
+
+def latest(rows: Iterable[dict]) -> list[dict]:
+    """The last row of every run, sorted."""
+    last = {tuple(r[k] for k in KEYS) + (r.get("settings", ""),): r for r in rows}
+    return [last[key] for key in sorted(last)]
+
+
+def sections(rows: Iterable[dict]) -> list[Section]:
+    """The runs of a table by grid and canvas; of a run that was repeated, the last row."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for row in latest(rows):
+        found.setdefault((row["grid"], row["canvas"]), []).append(row)
+    return [_section(*key, rows) for key, rows in found.items()]
+
+
+def _section(grid: str, canvas: str, rows: list[dict]) -> Section:
+    section = Section(grid, canvas)
+    section.ceiling = [r for r in rows if r["prior"] == CEILING and r["status"] == "ok"]
+    groups: dict[str, dict[str, list[dict]]] = {}
+    for row in rows:
+        if row["prior"] != CEILING:
+            by_setting = groups.setdefault(row["prior"], {})
+            by_setting.setdefault(row.get("settings", ""), []).append(row)
+    tried = {(r["prompt"], r["seed"]) for r in rows if r["prior"] != CEILING}
+    for prior in sorted(groups, key=rank):
+        for setting, mine in sorted(groups[prior].items()):
+            several = len(groups[prior]) > 1
+            name = f"{prior}: {setting or 'as shipped'}" if several else prior
+            section.priors[name] = prior
+            section.runs[name] = [r for r in mine if r["status"] == "ok"]
+            section.failed += [r for r in mine if r["status"] != "ok"]
+            done = {(r["prompt"], r["seed"]) for r in mine}
+            section.missing += [(name, *key) for key in sorted(tried - done)]
+    return section
