@@ -15,6 +15,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 
 import threestudio
@@ -327,8 +328,7 @@ def sheet(made: Pictures) -> bytes:
         picks = [int(np.abs(gap).argmin()) for gap in gaps]
     pictures = (small(made.rgb[picks]) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     file = io.BytesIO()
-    row: UInt8[np.ndarray, "64 W 3"] = np.concatenate(list(pictures), axis=1)
-    Image.fromarray(row).save(file, "webp", quality=90)
+    Image.fromarray(np.concatenate(list(pictures), axis=1)).save(file, "webp", quality=90)
     return file.getvalue()
 
 
@@ -380,8 +380,6 @@ def carry_out(run: Run, threads: int, commit: str, folder: Path) -> dict:
         result["sheet"] = base64.b64encode(sheet(made.pictures)).decode()
         row["status"] = "ok"
     except Exception as error:
-        import traceback
-
         traceback.print_exc()  # for the log
         row["status"] = reason(error)
     assert set(row) == set(RESULTS) and all(set(r) == set(CURVES) for r in result["curves"])

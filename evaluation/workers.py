@@ -8,6 +8,7 @@ Both backends have ``slots``, ``submit(job) -> handle``, ``wait() -> [(handle, r
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,7 +81,10 @@ class Process:
         return result
 
     def end(self) -> None:
-        self.popen.kill()
+        """Kill it and what it has started, and remove its files."""
+        if self.popen.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.popen.pid, signal.SIGKILL)
         with suppress(BrokenPipeError):
             self.popen.stdin.close()
         self.popen.wait()
