@@ -1,1 +1,1 @@
-"""Which prior distils best, measured on the pocket world: runs, metrics, statistics and the report."""
+"""Which prior distils best on the pocket world: runs, metrics, statistics and the report."""

@@ -41,19 +41,19 @@ _count.__name__ = "number above 0"  # argparse names it in its message
 def parse_args(argv) -> argparse.Namespace:
     parser = _Parser(
         prog="evaluate.py",
-        description="Compare priors: carry out the runs of a grid that its table lacks, one process "
-        "a run. It can be stopped at any time, started again, and run several times side by side.",
+        description="Compare priors: carry out the runs of a grid that its table lacks, one "
+        "process a run. It can be stopped at any time, started again, and run several times side by side.",
         epilog="python evaluate.py evaluation/grids/pocket.yaml --only canvas=2d prior=sds,csd "
         "--workers 2 --threads 1",
     )
     add = parser.add_argument
     add("grid", nargs="?", help="YAML of the grid: evaluation/grid.py says what is in it")
-    add("--quick", action="store_true", help="evaluation/grids/quick.yaml, to build/evaluation-quick")
+    add("--quick", action="store_true", help="grids/quick.yaml, to build/evaluation-quick")
     only = "canvas=, prior=, prompt= or seed=, of which commas separate several (not of prompts)"
     add("--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=only)
     add("--workers", type=_count, help="runs at a time (default 1; on Ray: what fits)")
     add("--threads", type=_count, help="of each run (default: cores / workers; on Ray 1)")
-    add("--ray", nargs="?", const="", metavar="ADDRESS", help="on Ray: here, or on the cluster there")
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help="on Ray, here or there")
     add("--out", type=Path, help="folder of the table (default docs/evaluation)")
     add("--retry", action="store_true", help="repeat runs whose row says that they failed")
     add("--dry-run", action="store_true", help="list the runs that are left, and do nothing")
@@ -116,7 +116,8 @@ class Pace:
         minutes = total / workers / 60
         if minutes < 1:
             return "less than a minute left"
-        return f"about {minutes / 60:.1f} h left" if minutes > 90 else f"about {minutes:.0f} min left"
+        about = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.0f} min"
+        return f"about {about} left"
 
 
 def _summary(row: Dict[str, str]) -> str:

@@ -388,7 +388,8 @@ def carry_out(run: Run, threads: int, commit: str, folder: Path) -> dict:
 
 def _end_with_input(folder: Path) -> None:
     """Whoever started this process holds its input open: when it ends, so does this."""
-    while os.read(sys.stdin.fileno(), 1 << 12):  # not sys.stdin.read: its lock would be held at exit
+    # sys.stdin.read would hold a lock that Python wants when it exits
+    while os.read(sys.stdin.fileno(), 1 << 12):
         pass
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)

@@ -22,11 +22,11 @@ RESULTS = (
     *("clip_score", "prior_loss_first", "prior_loss_last", "seconds", "seconds_per_step"),
     *("peak_mib", "threads", "device", "cpu", "python", "torch", "diffusers", "peft", "commit"),
 )
-CURVES = ("grid", "canvas", "prior", "prompt", "seed", "step", "loss_sds", "prior_loss", "grad_norm")
+CURVES = (*CELL, "step", "loss_sds", "prior_loss", "grad_norm")
 
 
 class Table:
-    """``results.csv``, ``curves.csv`` and ``sheets/`` in a folder: one row, curve and sheet for each
+    """``results.csv``, ``curves.csv`` and ``sheets/`` in a folder: a row, curve and sheet for each
     cell of a grid, of which a new one replaces the old. With ``tuning`` it is ``tuning.csv`` alone,
     in which each setting of a cell has a row of its own.
 
@@ -67,7 +67,10 @@ class Table:
     def _replace(self, path, columns, key, row, new) -> None:
         """Rewrite a table with ``new`` in place of the rows that share ``row``'s key."""
         old = [r for r in _read(path, columns) if _key(r, key) != _key(row, key)]
-        with whole_file(path, sync=True) as tmp, tmp.open("w", newline="", encoding="utf-8") as file:
+        with (
+            whole_file(path, sync=True) as tmp,
+            tmp.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows([*old, *new])

@@ -75,9 +75,11 @@ def azimuths(views: int) -> Float[np.ndarray, "V"]:
 
 def fronts(rng, kind: int, color: int, count: int) -> UInt8[np.ndarray, "V 64 64 3"]:
     """Random objects, each from a random camera whose caption says "front view"."""
-    return np.stack(
-        [draw(rng, _object(rng, kind, color), sample_camera(rng, 1), GROUND)[0] for _ in range(count)]
-    )
+    pictures = []
+    for _ in range(count):
+        thing = _object(rng, kind, color)
+        pictures.append(draw(rng, thing, sample_camera(rng, 1), GROUND)[0])
+    return np.stack(pictures)
 
 
 def to_tensor(pictures: UInt8[np.ndarray, "V H W 3"]) -> Float[torch.Tensor, "V 3 H W"]:
@@ -99,7 +101,8 @@ def reference(
 ) -> Reference:
     """Features and masks of SHAPES objects in all test views, or the features of FRONTS objects
     from the front; kept in ``folder`` as long as judge, scenes and renderer stay what they are."""
-    sources = (WEIGHTS, *(ROOT / "pocket" / f"{n}.py" for n in ("data", "judge", "raycast", "scenes")))
+    names = ("data", "judge", "raycast", "scenes")
+    sources = (WEIGHTS, *(ROOT / f"pocket/{name}.py" for name in names))
     digest = hashlib.sha256(repr((kind, color, orbit and astuple(orbit), SHAPES, FRONTS)).encode())
     for file in (*sources, Path(__file__)):
         digest.update(file.read_bytes())

@@ -25,7 +25,8 @@ from threestudio.utils.typing import *
 
 WORK = ROOT / "build" / "evaluation"
 LOG = 20_000  # characters of a run's output that are kept, if it fails
-NOT_FOR_OTHERS = [".git", ".venv*", "build", "outputs", "docs", ".threestudio_cache", "**/__pycache__"]
+# of the copy of this project that Ray takes to other machines
+NOT_FOR_OTHERS = [".git", ".venv*", "build", "outputs", "docs", ".threestudio_cache"]
 
 
 def make_job(run: Run, threads: int, commit: str) -> Dict[str, Any]:
@@ -149,7 +150,6 @@ class OnRay:
             ) from None
         self._ray, self.slots = ray, workers
         try:
-            # the machines get a copy of this folder
             ray.init(
                 address=address or None,
                 runtime_env={"working_dir": str(ROOT), "excludes": NOT_FOR_OTHERS},
