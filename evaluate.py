@@ -1,7 +1,7 @@
 """Compare priors on a grid of canvases, prompts and seeds: ``python evaluate.py --help``.
 
-    python evaluate.py --quick
-    python evaluate.py evaluation/grids/pocket.yaml --workers 2 --threads 1
+python evaluate.py --quick
+python evaluate.py evaluation/grids/pocket.yaml --workers 2 --threads 1
 """
 
 import sys

@@ -42,7 +42,7 @@ def parse_args(argv) -> argparse.Namespace:
     parser = _Parser(
         prog="evaluate.py",
         description="Compare priors: carry out the runs of a grid that its table lacks, one "
-        "process a run. It can be stopped at any time, started again, and run several times side by side.",
+        "process a run. It can be stopped at any time and started again; several can share a table.",
         epilog="python evaluate.py evaluation/grids/pocket.yaml --only canvas=2d prior=sds,csd "
         "--workers 2 --threads 1",
     )

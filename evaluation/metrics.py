@@ -17,12 +17,12 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def accuracy(said: Int[np.ndarray, "V"], wanted: int) -> float:
+def accuracy(said: Int[np.ndarray, " V"], wanted: int) -> float:
     """The share of views of which ``wanted`` was said."""
     return float((np.asarray(said) == wanted).mean())
 
 
-def janus_rate(view: Int[np.ndarray, "V"], azimuth: Float[np.ndarray, "V"]) -> float:
+def janus_rate(view: Int[np.ndarray, " V"], azimuth: Float[np.ndarray, " V"]) -> float:
     """Of the views from behind, the share in which a front is seen: of an object with one front,
     that looks along azimuth 0 as the captions have it, none should be.
 
@@ -61,7 +61,7 @@ def judged(
     said: dict[str, np.ndarray],
     kind: int,
     color: int,
-    azimuth: Float[np.ndarray, "V"] | None,
+    azimuth: Float[np.ndarray, " V"] | None,
     true_features: Float[np.ndarray, "M D"],
 ) -> dict[str, float]:
     """The metrics that need the judge's ``verdict`` on V views only. ``color`` -1: none was asked

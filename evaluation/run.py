@@ -7,6 +7,7 @@ says which, ``FOLDER/result.json`` is what comes of it, and it ends when its inp
 import base64
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -87,11 +88,11 @@ def curve(steps: Float[np.ndarray, "T 3"], rows: int = CURVE) -> list[dict]:
     edges = np.unique(np.linspace(0, len(steps), rows + 1).round().astype(int))
     return [
         {"step": int(end)} | dict(zip(WATCHED, map(cell, steps[start:end].mean(0))))
-        for start, end in zip(edges, edges[1:])
+        for start, end in itertools.pairwise(edges)
     ]
 
 
-def ends(values: Float[np.ndarray, "T"]) -> tuple[float, float]:
+def ends(values: Float[np.ndarray, " T"]) -> tuple[float, float]:
     """Means over the first and the last tenth."""
     tenth = math.ceil(len(values) / 10)
     if not tenth:
@@ -147,6 +148,8 @@ def load_run(run: Run, folder: Path):
             *run.overrides,
         ],
     )
+    if cfg.system_type != LATENTS:
+        cfg.data.n_test_views = run.views + 1  # the last one is the first again
     scale_rates(cfg, run.scene_lr)
     return cfg
 
@@ -279,9 +282,7 @@ def orbit_of(run: Run, cfg) -> Orbit | None:
     if cfg.system_type == LATENTS:
         return None
     data = threestudio.find(cfg.data_type)(cfg.data).cfg
-    return Orbit(
-        data.eval_elevation_deg, data.eval_camera_distance, data.eval_fovy_deg, run.views
-    )
+    return Orbit(data.eval_elevation_deg, data.eval_camera_distance, data.eval_fovy_deg, run.views)
 
 
 def small(images: Float[torch.Tensor, "V C H W"]) -> Float[torch.Tensor, "V C 64 64"]:

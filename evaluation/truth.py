@@ -36,7 +36,7 @@ class Pictures:
 
     rgb: Float[torch.Tensor, "V 3 H W"]  # 0..1
     opacity: Float[torch.Tensor, "V H W"] | None = None
-    azimuth: Float[np.ndarray, "V"] | None = None  # degrees
+    azimuth: Float[np.ndarray, " V"] | None = None  # degrees
 
 
 @dataclass
@@ -69,7 +69,7 @@ def around(
     return np.stack([v[0] for v in views]), np.stack([v[1] for v in views])
 
 
-def azimuths(views: int) -> Float[np.ndarray, "V"]:
+def azimuths(views: int) -> Float[np.ndarray, " V"]:
     return np.arange(views) * 360.0 / views
 
 
