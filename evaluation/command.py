@@ -42,7 +42,7 @@ def parse_args(argv) -> argparse.Namespace:
     parser = _Parser(
         prog="evaluate.py",
         description="Compare priors: carry out the runs of a grid that its table lacks, one "
-        "process a run. It can be stopped at any time and started again; several can share a table.",
+        "process a run. It can be stopped and started again; several can share a table.",
         epilog="python evaluate.py evaluation/grids/pocket.yaml --only canvas=2d prior=sds,csd "
         "--workers 2 --threads 1",
     )
@@ -143,34 +143,42 @@ class Session:
         self.pace = Pace()
         self.ok = self.failed = self.elsewhere = 0
 
-    def due(self, run: Run, index: Optional[dict] = None) -> bool:
-        row = (self.table.index() if index is None else index).get(key_of(run))
+    def due(self, run: Run) -> bool:
+        row = self.table.find(run)
         return row is None or (self.retry and row["status"] != "ok")
 
     def carry_out(self, runs: List[Run]) -> None:
         total, waiting, going = len(runs), deque(runs), {}
-        while waiting or going:
-            while waiting and len(going) < self.backend.slots:
-                run = waiting.popleft()
-                claim = self.table.claim(run)
-                if claim is None or not self.due(run):  # another evaluate.py is at it, or was
-                    self.elsewhere += 1
-                    if claim is not None:
-                        claim.release()
-                    continue
-                handle = self.backend.submit(make_job(run, self.threads, self.commit))
-                going[handle] = run, claim, time.monotonic()
-            if not going:
-                continue
-            for handle, result in self.backend.wait():
-                run, claim, start = going.pop(handle)
-                sheet = result["sheet"] and base64.b64decode(result["sheet"])
-                name = f"{run.slug}.webp"
-                self.table.record(result["row"], result["curves"], (name, sheet) if sheet else None)
+        try:
+            while waiting or going:
+                while waiting and len(going) < self.backend.slots:
+                    self._start(waiting.popleft(), going)
+                for handle, result in self.backend.wait() if going else ():
+                    run, claim, start = going.pop(handle)
+                    self._record(run, result)
+                    claim.release()
+                    seconds = time.monotonic() - start
+                    self.pace.add(run.canvas, run.prior, seconds)
+                    left = [*waiting, *(r for r, _, _ in going.values())]
+                    self._tell(run, result, seconds, total, left)
+        finally:
+            for _, claim, _ in going.values():
                 claim.release()
-                self.pace.add(run.canvas, run.prior, time.monotonic() - start)
-                left = [*waiting, *(r for r, _, _ in going.values())]
-                self._tell(run, result, time.monotonic() - start, total, left)
+
+    def _start(self, run: Run, going: dict) -> None:
+        """Submit a run, unless another evaluate.py is at it, or has done it meanwhile."""
+        claim = self.table.claim(run)
+        if claim is None or not self.due(run):
+            self.elsewhere += 1
+            if claim is not None:
+                claim.release()
+            return
+        handle = self.backend.submit(make_job(run, self.threads, self.commit))
+        going[handle] = run, claim, time.monotonic()
+
+    def _record(self, run: Run, result: dict) -> None:
+        sheet = result["sheet"] and (f"{run.slug}.webp", base64.b64decode(result["sheet"]))
+        self.table.record(result["row"], result["curves"], sheet)
 
     def _tell(self, run: Run, result: dict, seconds: float, total: int, left: List[Run]) -> None:
         if result["row"]["status"] == "ok":
