@@ -5,7 +5,6 @@ import base64
 import os
 import signal
 import statistics
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,15 +153,14 @@ class Session:
                 while waiting and len(going) < self.backend.slots:
                     self._start(waiting.popleft(), going)
                 for handle, result in self.backend.wait() if going else ():
-                    run, claim, start = going.pop(handle)
+                    run, claim = going.pop(handle)
                     self._record(run, result)
                     claim.release()
-                    seconds = time.monotonic() - start
-                    self.pace.add(run.canvas, run.prior, seconds)
-                    left = [*waiting, *(r for r, _, _ in going.values())]
-                    self._tell(run, result, seconds, total, left)
+                    self.pace.add(run.canvas, run.prior, result["wall"])
+                    left = [*waiting, *(r for r, _ in going.values())]
+                    self._tell(run, result, total, left)
         finally:
-            for _, claim, _ in going.values():
+            for _, claim in going.values():
                 claim.release()
 
     def _start(self, run: Run, going: dict) -> None:
@@ -174,16 +172,16 @@ class Session:
                 claim.release()
             return
         handle = self.backend.submit(make_job(run, self.threads, self.commit))
-        going[handle] = run, claim, time.monotonic()
+        going[handle] = run, claim
 
     def _record(self, run: Run, result: dict) -> None:
         sheet = result["sheet"] and (f"{run.slug}.webp", base64.b64decode(result["sheet"]))
         self.table.record(result["row"], result["curves"], sheet)
 
-    def _tell(self, run: Run, result: dict, seconds: float, total: int, left: List[Run]) -> None:
+    def _tell(self, run: Run, result: dict, total: int, left: List[Run]) -> None:
         if result["row"]["status"] == "ok":
             self.ok += 1
-            text = f"{_summary(result['row'])}; {seconds:.0f} s"
+            text = f"{_summary(result['row'])}; {result['wall']:.0f} s"
         else:
             self.failed += 1
             log = WORK / "logs" / f"{run.slug}.txt"
@@ -227,7 +225,7 @@ def main(argv=None) -> int:
         return 1 if bad else 0
     check_priors(runs)
     on_ray = args.ray is not None
-    workers = args.workers or (len(runs) if on_ray else 1)
+    workers = args.workers or (None if on_ray else 1)
     threads = args.threads or (1 if on_ray else max(1, (os.cpu_count() or 1) // workers))
     backend = OnRay(args.ray, threads, grid.gpus, workers) if on_ray else Local(workers)
     before = signal.signal(signal.SIGTERM, _stop)
@@ -235,8 +233,11 @@ def main(argv=None) -> int:
     for row in index.values():  # of earlier sessions
         if row["seconds"]:
             session.pace.add(row["canvas"], row["prior"], float(row["seconds"]))
-    where = "on Ray" if on_ray else f"{workers} at a time"
-    print(f"{where}, {threads} thread{'s' * (threads > 1)} each, to {table.path}", flush=True)
+    where = "on Ray, " if on_ray else ""
+    print(
+        f"{where}{backend.slots} at a time, {threads} thread{'s' * (threads > 1)} each, to {table.path}",
+        flush=True,
+    )
     try:
         session.carry_out(runs)
     except KeyboardInterrupt:

@@ -2,7 +2,8 @@
 
 Both backends have ``slots``, ``submit(job) -> handle``, ``wait() -> [(handle, result), ...]`` and
 ``close()``, which ends what is going on. A job is ``{"run", "threads", "commit"}``, a result
-``{"row", "curves", "sheet", "log"}``: plain values, that cross to other machines.
+``{"row", "curves", "sheet", "log", "wall"}``: plain values, that cross to other machines; wall are
+the seconds that the run's process took.
 """
 
 import json
@@ -36,7 +37,7 @@ def make_job(run: Run, threads: int, commit: str) -> Dict[str, Any]:
 def failure(job: Dict[str, Any], status: str, log: str = "") -> Dict[str, Any]:
     """The result of a run whose process left none."""
     row = begun(Run.of(job["run"]), job["threads"], job["commit"]) | {"status": status}
-    return {"row": row, "curves": [], "sheet": None, "log": log}
+    return {"row": row, "curves": [], "sheet": None, "log": log, "wall": 0.0}
 
 
 class Process:
@@ -44,7 +45,7 @@ class Process:
 
     def __init__(self, job: Dict[str, Any], device: Optional[str] = None):
         WORK.mkdir(parents=True, exist_ok=True)
-        self.job = job
+        self.job, self._start = job, time.monotonic()
         self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=WORK))
         threads = str(job["threads"])
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -79,7 +80,7 @@ class Process:
             last = ([""] + [line for line in log.splitlines() if line.strip()])[-1]
             result = failure(self.job, f"the process ended with {how}: {last[:200]}", log)
         self.end()
-        return result
+        return result | {"wall": time.monotonic() - self._start}
 
     def end(self) -> None:
         """Kill it and what it has started, and remove its files."""
@@ -138,9 +139,10 @@ def run_elsewhere(job: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class OnRay:
-    """Tasks of a Ray cluster, each with as many CPUs as a run has threads."""
+    """Tasks of a Ray cluster, each with as many CPUs as a run has threads; as many at a time as the
+    cluster has room for now, or ``workers``: more make one grow that can."""
 
-    def __init__(self, address: str, threads: int, gpus: float, workers: int):
+    def __init__(self, address: str, threads: int, gpus: float, workers: Optional[int]):
         try:
             import ray
         except ImportError:
@@ -148,7 +150,7 @@ class OnRay:
                 f"--ray needs the package ray, which {sys.executable} does not have: pip install "
                 "ray, on a cluster on all machines, next to this project's requirements"
             ) from None
-        self._ray, self.slots = ray, workers
+        self._ray = ray
         try:
             ray.init(
                 address=address or None,
@@ -157,6 +159,12 @@ class OnRay:
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"Ray at {address or 'this machine'}: {_line(error)}") from None
+        has = ray.cluster_resources()
+        room = [
+            int(has.get("CPU", 0) / threads),
+            *([int(has.get("GPU", 0) / gpus)] if gpus else []),
+        ]
+        self.slots = workers or max(1, min(room))
         self._task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=1)(run_elsewhere)
         self._going: Dict[Any, Dict[str, Any]] = {}
 

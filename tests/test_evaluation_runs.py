@@ -389,6 +389,7 @@ def ray(monkeypatch):
         wait=lambda refs, num_returns: (refs[:num_returns], refs[num_returns:]),
         get=get,
         cancel=lambda ref, force: told["cancelled"].append(ref),
+        cluster_resources=lambda: {"CPU": 8.0, "GPU": 1.0},
         shutdown=lambda: told.update(shutdown=True),
     )
     monkeypatch.setitem(sys.modules, "ray", stand_in)
@@ -411,6 +412,14 @@ def test_runs_are_tasks_of_ray(many, ray, tmp_path, monkeypatch):
     assert len(rows) == 8 and rows[2]["status"] == "Ray: the machine is lost"
     assert {r["status"] for seed, r in rows.items() if seed != 2} == {"ok"}
     assert {r["threads"] for r in rows.values()} == {"3"}
+
+
+@pytest.mark.parametrize(
+    "threads, gpus, workers, slots",
+    [(2, 0, None, 4), (2, 0.5, None, 2), (16, 0, None, 1), (2, 0, 9, 9)],
+)
+def test_ray_is_given_what_it_has_room_for(ray, threads, gpus, workers, slots):
+    assert OnRay("", threads, gpus, workers).slots == slots and ray["init"]["address"] is None
 
 
 def test_an_unreachable_cluster_is_one_line(ray, monkeypatch):
