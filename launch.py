@@ -162,31 +162,6 @@ def _check_names(function, values, where: str) -> None:
             raise UserError(f"{where} has no option {key!r}{nearest(key, names)}")
 
 
-def _choose_device(trainer_args: dict) -> dict:
-    """Add `accelerator` and `devices` (and a precision that the device has) to the arguments."""
-    import torch
-
-    from threestudio.utils.misc import set_device_type
-
-    args = dict(trainer_args)
-    accelerator = args.get("accelerator") or "auto"
-    if accelerator in ("auto", "gpu", "cuda"):
-        if torch.cuda.is_available():
-            args["accelerator"], kind = "gpu", "cuda"
-            args.setdefault("devices", -1)  # all that --gpu makes visible
-        else:
-            print("no CUDA device: running on the CPU", flush=True)
-            args["accelerator"], args["devices"], kind = "cpu", 1, "cpu"
-    else:
-        kind = accelerator
-        args.setdefault("devices", 1)
-    if kind == "cpu" and str(args.get("precision")) in ("16", "16-mixed", "16-true"):
-        print(f"precision {args['precision']} needs a GPU: using 32 on the CPU", flush=True)
-        args["precision"] = "32-true"
-    set_device_type(kind)
-    return args
-
-
 def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
     from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 
@@ -328,14 +303,14 @@ def run(args, overrides, argv) -> int:
     from threestudio.utils.checkpoint import Interrupted, InterruptGuard
     from threestudio.utils.config import config_to_primitive
     from threestudio.utils.explain import why_stopped
-    from threestudio.utils.misc import get_rank
+    from threestudio.utils.misc import choose_device, get_rank
 
     _quieten(args.verbose)  # again: importing Lightning has set its loggers up
     _load_extensions(args.verbose)
     cfg, counters = _load(args, overrides)
     trainer_args = config_to_primitive(cfg.trainer)
     _check_names(pl.Trainer.__init__, trainer_args, "trainer")
-    trainer_args = _choose_device(trainer_args)
+    trainer_args = choose_device(trainer_args)
     pl.seed_everything(cfg.seed + get_rank(), workers=True)
 
     with InterruptGuard() as guard:

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from timing import ROOT, commit, cpu_name, write_table
 
+from pocket.data import asked
 from pocket.judge import load, verdict
-from pocket.scenes import COLOR_NAMES, KIND_NAMES
+from pocket.scenes import KIND_NAMES
 
 # configuration -> the overlay that scales it to the pocket prior
 CONFIGS = {
@@ -78,15 +79,6 @@ def train_seconds(folder: Path) -> float:
     return (folder / "ckpts" / "last.ckpt").stat().st_mtime - begin
 
 
-def asked(prompt: str) -> tuple[int, int]:
-    """(kind, colour) that a prompt names, as indices; -1 for no colour."""
-    kinds = [k for k, name in enumerate(KIND_NAMES) if re.search(rf"\b{name}\b", prompt)]
-    if len(kinds) != 1:
-        raise SystemExit(f"{prompt!r} must name exactly one of: {', '.join(KIND_NAMES)}")
-    colors = [c for c, name in enumerate(COLOR_NAMES) if re.search(rf"\b{name}\b", prompt)]
-    return kinds[0], colors[0] if colors else -1
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
@@ -96,13 +88,17 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/text_to_3d.csv")
     parser.add_argument("overrides", nargs="*", help="key=value for launch.py, after a --")
     args = parser.parse_args()
+    try:
+        wanted = {prompt: asked(prompt) for prompt in args.prompts}
+    except ValueError as error:
+        parser.error(str(error))
     judge, version = load(), commit()  # once: the tree may be committed to during a long run
     rows = list(csv.DictReader(args.out.open())) if args.out.exists() else []
     known = {(r["config"], r["prompt"], r["seed"], r["commit"]) for r in rows}
     for config in args.configs:
         for prompt in args.prompts:
             for seed in args.seeds:
-                kind, color = asked(prompt)
+                kind, color = wanted[prompt]
                 if (config, prompt, str(seed), version) in known:
                     continue
                 folder, seconds, peak = run(config, prompt, seed, args.work, args.overrides)

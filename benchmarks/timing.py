@@ -2,10 +2,6 @@
 
 import csv
 import math
-import platform
-import re
-import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,8 +10,9 @@ import numba
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("benchmarks/*.py", "configs", "custom", "launch.py", "pocket/*.py", "threestudio")
 sys.path.insert(0, str(ROOT))
+
+from evaluation.machine import commit, cpu_name, peak_mib  # noqa: E402, F401
 
 
 def fastest(function, budget: float, least: int = 3) -> float:
@@ -29,26 +26,6 @@ def fastest(function, budget: float, least: int = 3) -> float:
         if time.perf_counter() - start > 8 * budget:
             break
     return best
-
-
-def peak_mib() -> int:
-    """The most memory that this process has held so far; it only rises."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def cpu_name() -> str:
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return names[0] if names else platform.processor()
-
-
-def commit() -> str:
-    """The commit of the code that runs, with ``-dirty`` if a file of it was changed since."""
-
-    def git(*args):
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout
-
-    changed = git("status", "--porcelain", "--", *CODE).strip()
-    return git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")
 
 
 def machine() -> dict:

@@ -6,11 +6,12 @@ import pytorch_lightning as pl
 from text_to_3d import CONFIGS
 from timing import ROOT
 
+from evaluation import training
+
 
 def set_up(config: str, overlay: bool, overrides: list[str], folder: Path):
     """``(cfg, system, data)`` of a configuration of ``configs/``, with the overlay that scales it
     to the pocket prior or without; files of the run go to ``folder``."""
-    import threestudio
     from threestudio.utils.config import load_config
     from threestudio.utils.extensions import load_extension
 
@@ -20,27 +21,17 @@ def set_up(config: str, overlay: bool, overrides: list[str], folder: Path):
     cfg = load_config(
         *(str(ROOT / f"configs/{name}.yaml") for name in names), cli_args=[asked, *overrides]
     )
-    pl.seed_everything(cfg.seed)
-    data = threestudio.find(cfg.data_type)(cfg.data)
-    system = threestudio.find(cfg.system_type)(cfg.system)
-    system.set_save_dir(str(folder / "save"))
-    return cfg, system, data
+    return cfg, *training.build(cfg, folder)
 
 
 def train(system, data, device: str, steps: int, clock: pl.Callback, precision=32) -> None:
-    """Training steps and nothing else: no validation, no checkpoints, no logs."""
-    trainer = pl.Trainer(
+    """Training steps and nothing else, on one device."""
+    training.train(
+        system,
+        data,
+        [clock],
         max_steps=steps,
         accelerator=device,
         devices=1,
         precision=precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        inference_mode=False,
-        callbacks=[clock],
     )
-    trainer.fit(system, datamodule=data)

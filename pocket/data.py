@@ -6,6 +6,7 @@ view, thresholds 45, 45 and 60 degrees).
 """
 
 import multiprocessing
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -45,6 +46,19 @@ def caption(rng, kind: int, color: int, view: int, template: str | None = None) 
     template = template or TEMPLATES[rng.integers(len(TEMPLATES))]
     text = template.format(f"{article} {words}")
     return text if view < 0 else f"{text}, {VIEWS[view]} view"
+
+
+def asked(prompt: str) -> tuple[int, int]:
+    """(kind, color) that a prompt names, as indices; -1 for no colour.
+
+    Raises ``ValueError`` for a prompt that does not name exactly one kind.
+    """
+    kinds = [i for i, k in enumerate(KINDS) if re.search(rf"\b{k.name}\b", prompt)]
+    if len(kinds) != 1:
+        names = ", ".join(k.name for k in KINDS)
+        raise ValueError(f"{prompt!r} must name exactly one of: {names}")
+    colors = [i for i, name in enumerate(COLOR_NAMES) if re.search(rf"\b{name}\b", prompt)]
+    return kinds[0], colors[0] if colors else -1
 
 
 def _vary(rng, color, amount=0.04):

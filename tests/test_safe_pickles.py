@@ -332,7 +332,10 @@ def test_the_training_scripts_of_the_pocket_prior(bomb, tmp_path, monkeypatch):
 
 # --- the source ---
 
-SHIPPED = ("launch.py", "2dplayground_*.py", "threestudio", "custom", "pocket", "benchmarks")
+SHIPPED = (
+    *("launch.py", "evaluate.py", "2dplayground_*.py"),
+    *("threestudio", "custom", "pocket", "evaluation", "benchmarks"),
+)
 
 
 def test_nothing_in_the_source_reads_pickles_or_evaluates_text():

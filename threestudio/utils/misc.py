@@ -50,6 +50,28 @@ def get_device() -> torch.device:
     return torch.device(kind)
 
 
+def choose_device(trainer_args: Mapping[str, Any]) -> Dict[str, Any]:
+    """The arguments of a Trainer with `accelerator` and `devices` (and a precision that the device
+    has) filled in; fixes :func:`get_device`."""
+    args = dict(trainer_args)
+    accelerator = args.get("accelerator") or "auto"
+    if accelerator in ("auto", "gpu", "cuda"):
+        if torch.cuda.is_available():
+            args["accelerator"], kind = "gpu", "cuda"
+            args.setdefault("devices", -1)  # all that --gpu makes visible
+        else:
+            print("no CUDA device: running on the CPU", flush=True)
+            args["accelerator"], args["devices"], kind = "cpu", 1, "cpu"
+    else:
+        kind = accelerator
+        args.setdefault("devices", 1)
+    if kind == "cpu" and str(args.get("precision")) in ("16", "16-mixed", "16-true"):
+        print(f"precision {args['precision']} needs a GPU: using 32 on the CPU", flush=True)
+        args["precision"] = "32-true"
+    set_device_type(kind)
+    return args
+
+
 # --- scheduled values ---------------------------------------------------------------------------
 
 

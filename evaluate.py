@@ -1,0 +1,28 @@
+"""Compare priors on a grid of canvases, prompts and seeds: ``python evaluate.py --help``.
+
+python evaluate.py --quick
+python evaluate.py evaluation/grids/pocket.yaml --workers 2 --threads 1
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if str(HERE) not in sys.path:
+    sys.path.insert(0, str(HERE))
+
+
+def main(argv=None) -> int:
+    """Run the command line; returns the exit status: 2 after a mistake."""
+    from evaluation.command import main as command
+    from threestudio.utils.errors import UserError
+
+    try:
+        return command(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

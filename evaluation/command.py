@@ -1,0 +1,251 @@
+"""``evaluate.py``: the runs of a grid that are not done yet, on any number of workers."""
+
+import argparse
+import base64
+import os
+import signal
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import threestudio
+from evaluation.grid import TRUE, Grid, Run, load_grid
+from evaluation.machine import ROOT, commit
+from evaluation.table import Table, key_of
+from evaluation.workers import WORK, Local, OnRay, make_job
+from threestudio.utils.errors import UserError, nearest
+from threestudio.utils.extensions import load_custom_modules
+from threestudio.utils.typing import *
+
+QUICK = ROOT / "evaluation/grids/quick.yaml"
+FIELDS = ("canvas", "prior", "prompt", "seed")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help shows the options)\n")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_count.__name__ = "number above 0"  # argparse names it in its message
+
+
+def parse_args(argv) -> argparse.Namespace:
+    parser = _Parser(
+        prog="evaluate.py",
+        description="Compare priors: carry out the runs of a grid that its table lacks, one "
+        "process a run. It can be stopped and started again; several can share a table.",
+        epilog="python evaluate.py evaluation/grids/pocket.yaml --only canvas=2d prior=sds,csd "
+        "--workers 2 --threads 1",
+    )
+    add = parser.add_argument
+    add("grid", nargs="?", help="YAML of the grid: evaluation/grid.py says what is in it")
+    add("--quick", action="store_true", help="grids/quick.yaml, to build/evaluation-quick")
+    only = "canvas=, prior=, prompt= or seed=, of which commas separate several (not of prompts)"
+    add("--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=only)
+    add("--workers", type=_count, help="runs at a time (default 1; on Ray: what fits)")
+    add("--threads", type=_count, help="of each run (default: cores / workers; on Ray 1)")
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help="on Ray, here or there")
+    add("--out", type=Path, help="folder of the table (default docs/evaluation)")
+    add("--retry", action="store_true", help="repeat runs whose row says that they failed")
+    add("--dry-run", action="store_true", help="list the runs that are left, and do nothing")
+    args = parser.parse_args(argv)
+    if args.quick == (args.grid is not None):
+        parser.error("give a grid, or --quick")
+    args.grid = QUICK if args.quick else Path(args.grid)
+    args.out = args.out or ROOT / ("build/evaluation-quick" if args.quick else "docs/evaluation")
+    return args
+
+
+def select(grid: Grid, only: List[str]) -> List[Run]:
+    """The runs that match every ``key=value``; several of one key are alternatives."""
+    wanted: Dict[str, set] = {}
+    for text in only:
+        key, equals, value = text.partition("=")
+        if not equals or key not in FIELDS:
+            raise UserError(f"--only {text!r}: write {', '.join(f'{k}=...' for k in FIELDS)}")
+        there = {str(getattr(run, key)) for run in grid.runs}
+        for part in [value] if key == "prompt" else value.split(","):
+            if part not in there:
+                hint = nearest(part, there) or f": there are {', '.join(sorted(there))}"
+                raise UserError(f"--only: the grid {grid.name} has no {key} {part!r}{hint}")
+            wanted.setdefault(key, set()).add(part)
+    return [run for run in grid.runs if all(str(getattr(run, k)) in v for k, v in wanted.items())]
+
+
+def check_priors(runs: List[Run]) -> None:
+    """Refuse a guidance that is not registered before a process finds out for each run."""
+    load_custom_modules(ROOT / "custom")
+    for name, prior in {run.guidance_type: run.prior for run in runs if run.guidance_type}.items():
+        if name not in threestudio.__modules__:
+            hint = nearest(name, threestudio.__modules__)
+            raise UserError(
+                f"prior {prior}: no guidance is registered as {name!r}{hint}; "
+                "--only prior=... chooses others"
+            )
+
+
+@dataclass
+class Pace:
+    """How long runs take, to say how long the others will."""
+
+    seconds: Dict[Tuple[str, ...], List[float]] = field(default_factory=dict)
+
+    def add(self, canvas: str, prior: str, seconds: float) -> None:
+        for key in ((canvas, prior), (canvas,), ()):
+            if key or prior != TRUE:
+                self.seconds.setdefault(key, []).append(seconds)
+
+    def left(self, runs: Iterable[Run], workers: int) -> str:
+        """About how long these runs take, in words; "" where nothing is known."""
+        total = 0.0
+        for run in runs:
+            keys = ((run.canvas, run.prior), (run.canvas,), ())
+            known = next((self.seconds[k] for k in keys if k in self.seconds), None)
+            if known is None:
+                return ""
+            total += statistics.mean(known)
+        minutes = total / workers / 60
+        if minutes < 1:
+            return "less than a minute left"
+        about = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.0f} min"
+        return f"about {about} left"
+
+
+def _summary(row: Dict[str, str]) -> str:
+    """What a line of the progress says of a finished run."""
+    parts = []
+    names = {"object_accuracy": "object", "color_accuracy": "colour", "janus_rate": "front behind"}
+    for key, name in names.items():
+        if row[key]:
+            parts.append(f"{name} {float(row[key]):.0%}")
+    for key, name in {"frechet": "Frechet", "silhouette_iou": "IoU", "clip_score": "CLIP"}.items():
+        if row[key]:
+            parts.append(f"{name} {float(row[key]):.3g}")
+    return ", ".join(parts)
+
+
+class Session:
+    """Hands runs to a backend and records what comes back."""
+
+    def __init__(self, table: Table, backend, threads: int, retry: bool = False):
+        self.table, self.backend = table, backend
+        self.threads, self.retry = threads, retry
+        self.commit = commit()  # once: the tree may be committed to during a long grid
+        self.pace = Pace()
+        self.ok = self.failed = self.elsewhere = 0
+
+    def due(self, run: Run) -> bool:
+        row = self.table.find(run)
+        return row is None or (self.retry and row["status"] != "ok")
+
+    def carry_out(self, runs: List[Run]) -> None:
+        total, waiting, going = len(runs), deque(runs), {}
+        try:
+            while waiting or going:
+                while waiting and len(going) < self.backend.slots:
+                    self._start(waiting.popleft(), going)
+                for handle, result in self.backend.wait() if going else ():
+                    run, claim = going.pop(handle)
+                    self._record(run, result)
+                    claim.release()
+                    self.pace.add(run.canvas, run.prior, result["wall"])
+                    left = [*waiting, *(r for r, _ in going.values())]
+                    self._tell(run, result, total, left)
+        finally:
+            for _, claim in going.values():
+                claim.release()
+
+    def _start(self, run: Run, going: dict) -> None:
+        """Submit a run, unless another evaluate.py is at it, or has done it meanwhile."""
+        claim = self.table.claim(run)
+        if claim is None or not self.due(run):
+            self.elsewhere += 1
+            if claim is not None:
+                claim.release()
+            return
+        handle = self.backend.submit(make_job(run, self.threads, self.commit))
+        going[handle] = run, claim
+
+    def _record(self, run: Run, result: dict) -> None:
+        sheet = result["sheet"] and (f"{run.slug}.webp", base64.b64decode(result["sheet"]))
+        self.table.record(result["row"], result["curves"], sheet)
+
+    def _tell(self, run: Run, result: dict, total: int, left: List[Run]) -> None:
+        if result["row"]["status"] == "ok":
+            self.ok += 1
+            text = f"{_summary(result['row'])}; {result['wall']:.0f} s"
+        else:
+            self.failed += 1
+            log = WORK / "logs" / f"{run.slug}.txt"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(result["log"])
+            text = f"FAILED: {result['row']['status']}; see {log}"
+        done = self.ok + self.failed + self.elsewhere
+        until = self.pace.left(left, min(self.backend.slots, max(len(left), 1))) if left else "done"
+        print(f"[{done}/{total}] {run.title}: {text}; {until}", flush=True)
+
+
+def _stop(signum, frame):
+    raise KeyboardInterrupt
+
+
+def main(argv=None) -> int:
+    """Returns the exit status: 1 if a run failed, 130 after Ctrl-C or SIGTERM. Raises
+    :class:`UserError` for a mistake."""
+    args = parse_args(argv)
+    grid = load_grid(args.grid)
+    chosen = select(grid, args.only)
+    # read before it is made: a dry run leaves no folder
+    table = Table(args.out, grid.tuning) if args.out.exists() or not args.dry_run else None
+    index = table.index() if table else {}
+    rows = [index.get(key_of(run)) for run in chosen]
+    bad = [run for run, row in zip(chosen, rows) if row and row["status"] != "ok"]
+    runs = [run for run, row in zip(chosen, rows) if row is None]
+    print(
+        f"{grid.name}: {len(chosen)} runs, {len(chosen) - len(bad) - len(runs)} done, "
+        f"{len(bad)} failed{' (--retry repeats them)' if bad and not args.retry else ''}, "
+        f"{len(runs)} left",
+        flush=True,
+    )
+    if args.retry:
+        again = set(bad)
+        runs = [run for run, row in zip(chosen, rows) if row is None or run in again]
+    if args.dry_run:
+        print("\n".join(run.title for run in runs))
+        return 0
+    if not runs:
+        return 1 if bad else 0
+    check_priors(runs)
+    on_ray = args.ray is not None
+    workers = args.workers or (None if on_ray else 1)
+    threads = args.threads or (1 if on_ray else max(1, (os.cpu_count() or 1) // workers))
+    backend = OnRay(args.ray, threads, grid.gpus, workers) if on_ray else Local(workers)
+    before = signal.signal(signal.SIGTERM, _stop)
+    session = Session(table, backend, threads, args.retry)
+    for row in index.values():  # of earlier sessions
+        if row["seconds"]:
+            session.pace.add(row["canvas"], row["prior"], float(row["seconds"]))
+    where = "on Ray, " if on_ray else ""
+    print(
+        f"{where}{backend.slots} at a time, {threads} thread{'s' * (threads > 1)} each, to {table.path}",
+        flush=True,
+    )
+    try:
+        session.carry_out(runs)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on with what is left", flush=True)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        backend.close()
+    beside = f", {session.elsewhere} left to another evaluate.py" if session.elsewhere else ""
+    print(f"{session.ok} ok, {session.failed} failed{beside}: {table.path}", flush=True)
+    return 1 if session.failed else 0

@@ -1,0 +1,285 @@
+"""Grids: which priors are compared, on which canvases, prompts and seeds.
+
+A grid is a YAML file:
+
+    priors:                       # by the name that tables show
+      csd:
+        guidance_type: lods-csd-guidance
+        overrides: {key: value}   # on all canvases
+        tune: {key: [value, ...]} # every combination is a run of its own
+        canvases: {nerf: {overrides: ..., tune: ...}}  # in addition, on this canvas
+    canvases:
+      nerf:
+        configs: [configs/lods-ngp-embedding.yaml, configs/pocket-ngp.yaml]
+        steps: 400
+        views: 24                 # test views around the object (not of a 2D canvas)
+        overrides: {key: value}
+        tune: {key: [value, ...]} # for every prior
+        priors: [csd]             # if not all; so for prompts and seeds
+    prompts: [a blue car]
+    seeds: [0, 1]
+    overrides: {key: value}       # on all canvases
+    judge: true                   # prompts are of the pocket world: its metrics are computed
+    true_renders: true            # one more prior, "true-renders": the ceiling of each metric
+    clip: null                    # folder or hub id of a CLIP for clip_score
+    gpus: 0                       # of a run on Ray
+
+Keys of overrides are those of launch.py's command line, ``${...}`` included, and ``scene_lr``: a
+factor on all learning rates but that of what the prior learns. Later ones win: grid, canvas, prior,
+prior on the canvas, tune.
+"""
+
+import io
+import itertools
+import json
+import math
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pocket.data import asked
+from threestudio.utils.config import parse_structured
+from threestudio.utils.errors import UserError, nearest
+from threestudio.utils.safe_yaml import check_yaml, read_limited
+from threestudio.utils.typing import *
+
+TRUE = "true-renders"
+SCENE_LR = "scene_lr"
+
+
+@dataclass
+class GridConfig:
+    priors: dict
+    canvases: dict
+    prompts: List[str]
+    seeds: List[int]
+    overrides: dict = field(default_factory=dict)
+    judge: bool = True
+    true_renders: bool = True
+    clip: Optional[str] = None
+    gpus: float = 0.0
+
+
+@dataclass
+class CanvasConfig:
+    configs: List[str]
+    steps: int
+    views: int = 24
+    overrides: dict = field(default_factory=dict)
+    tune: dict = field(default_factory=dict)
+    priors: Optional[List[str]] = None
+    prompts: Optional[List[str]] = None
+    seeds: Optional[List[int]] = None
+
+
+@dataclass
+class OnCanvasConfig:
+    overrides: dict = field(default_factory=dict)
+    tune: dict = field(default_factory=dict)
+
+
+@dataclass
+class PriorConfig(OnCanvasConfig):
+    guidance_type: str = ""
+    canvases: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of a grid. What sets it apart is ``identity``; the rest follows from the grid."""
+
+    grid: str
+    canvas: str
+    prior: str
+    prompt: str
+    seed: int
+    settings: str  # the prior's overrides on this canvas: key=value, separated by blanks
+    steps: int
+    configs: Tuple[str, ...]
+    overrides: Tuple[str, ...]  # of launch.py's kind, all of them
+    guidance_type: str = ""
+    scene_lr: float = 1.0
+    views: int = 24
+    judge: bool = True
+    clip: Optional[str] = None
+
+    @classmethod
+    def of(cls, fields: Dict[str, Any]) -> "Run":
+        """From ``asdict``, also if it has been JSON since."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+    @property
+    def identity(self) -> Dict[str, str]:
+        """As the cells of a table."""
+        names = ("grid", "canvas", "prior", "prompt", "seed", "settings", "steps")
+        return {name: str(getattr(self, name)) for name in names}
+
+    @property
+    def title(self) -> str:
+        settings = f" [{self.settings}]" if self.settings else ""
+        return f"{self.canvas} {self.prior} {self.prompt!r} seed {self.seed}{settings}"
+
+    @property
+    def slug(self) -> str:
+        """The run as the name of a file: letters, digits and dashes."""
+        prompt = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:80]
+        return f"{self.canvas}-{self.prior}-{prompt}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    name: str
+    runs: Tuple[Run, ...]
+    gpus: float
+    tuning: bool  # whether settings are tried: rows then go to a table of their own
+
+
+def written(value: Any) -> str:
+    """A value as launch.py's command line takes it: YAML without blanks, texts as they are."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and math.isinf(value):
+        return ".inf" if value > 0 else "-.inf"
+    if isinstance(value, (list, tuple)):
+        parts = (json.dumps(v) if isinstance(v, str) else written(v) for v in value)
+        return f"[{','.join(parts)}]"
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _settings(overrides: Dict[str, Any]) -> str:
+    return shlex.join(f"{key}={written(value)}" for key, value in sorted(overrides.items()))
+
+
+def _read(path: Path) -> Dict[str, Any]:
+    try:
+        text = read_limited(path)
+        check_yaml(text, str(path))
+        loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    except OSError as error:
+        raise UserError(f"the grid {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} is not a YAML mapping")
+    return loaded
+
+
+def _parse(kind: type, value: Any, where: str) -> Any:
+    """``kind`` filled from a mapping, with plain values; unknown keys are refused."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be a mapping, not {value!r}")
+    parsed = parse_structured(kind, value, where)
+    return kind(**OmegaConf.to_container(parsed, resolve=False))
+
+
+def _known(names: Iterable, choices: Iterable, where: str) -> None:
+    choices = list(choices)
+    for name in names:
+        if name not in choices:
+            hint = nearest(name, map(str, choices))
+            hint = hint or f": there are {', '.join(map(str, choices))}"
+            raise UserError(f"{where} has no {name!r}{hint}")
+
+
+def _combinations(tune: Dict[str, Any], where: str) -> Iterable[Dict[str, Any]]:
+    for key, values in tune.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{where}: tune.{key} must be a list of values, not {values!r}")
+    for values in itertools.product(*tune.values()):
+        yield dict(zip(tune, values))
+
+
+def _scene_lr(overrides: Dict[str, Any], where: str) -> float:
+    value = overrides.pop(SCENE_LR, 1.0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UserError(f"{where}: {SCENE_LR} must be a number above 0, not {value!r}")
+    return float(value)
+
+
+def load_grid(path) -> Grid:
+    """The grid in a YAML file, with all its runs in the order canvas, prompt, seed, prior.
+
+    Raises :class:`UserError`, one line, for a key, prior, canvas, prompt or seed that is not there,
+    a value of the wrong type, and, with ``judge``, a prompt that is not of the pocket world.
+    """
+    path = Path(path)
+    where = str(path)
+    grid = _parse(GridConfig, _read(path), where)
+    priors = {
+        name: _parse(PriorConfig, value, f"{where}, prior {name}")
+        for name, value in grid.priors.items()
+    }
+    canvases = {
+        name: _parse(CanvasConfig, value, f"{where}, canvas {name}")
+        for name, value in grid.canvases.items()
+    }
+    for name, prior in priors.items():
+        if name == TRUE or not prior.guidance_type:
+            raise UserError(
+                f"{where}, prior {name}: "
+                + (f"{TRUE} is not a prior" if name == TRUE else "guidance_type is missing")
+            )
+        _known(prior.canvases, canvases, f"{where}, prior {name}: canvases")
+    for prompt in grid.prompts if grid.judge else ():
+        try:
+            asked(prompt)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}; for other prompts, set judge: false") from None
+    for name, canvas in canvases.items():
+        for key in ("priors", "prompts", "seeds"):
+            chosen = getattr(canvas, key)
+            all_of_it = list(priors) if key == "priors" else getattr(grid, key)
+            _known(chosen or (), all_of_it, f"{where}, canvas {name}: {key}")
+            setattr(canvas, key, all_of_it if chosen is None else chosen)
+        if canvas.steps < 1 or canvas.views < 2:
+            raise UserError(f"{where}, canvas {name}: at least 1 step and 2 views are needed")
+    tuned, runs = False, []
+    for name, canvas in canvases.items():
+        cells = {}
+        for prior in canvas.priors:
+            cells[prior] = list(_cells(grid, name, canvas, prior, priors[prior], where))
+            tuned |= len(cells[prior]) > 1
+        for prompt, seed in itertools.product(canvas.prompts, canvas.seeds):
+            common = dict(
+                grid=path.stem,
+                canvas=name,
+                prompt=prompt,
+                seed=seed,
+                configs=tuple(canvas.configs),
+                views=canvas.views,
+                judge=grid.judge,
+                clip=grid.clip,
+            )
+            runs += [
+                Run(**common, prior=prior, steps=canvas.steps, **cell)
+                for prior in canvas.priors
+                for cell in cells[prior]
+            ]
+            if grid.judge and grid.true_renders:
+                plain = tuple(
+                    f"{k}={written(v)}"
+                    for k, v in (grid.overrides | canvas.overrides).items()
+                    if k != SCENE_LR
+                )
+                runs.append(Run(**common, prior=TRUE, steps=0, settings="", overrides=plain))
+    return Grid(path.stem, tuple(runs), grid.gpus, tuned)
+
+
+def _cells(grid, name, canvas, prior_name, prior, where) -> Iterable[Dict[str, Any]]:
+    """What sets apart the runs of a prior on a canvas: one for each combination of ``tune``."""
+    here = f"{where}, prior {prior_name} on {name}"
+    more = _parse(OnCanvasConfig, prior.canvases.get(name) or {}, here)
+    for chosen in _combinations(canvas.tune | prior.tune | more.tune, here):
+        own = prior.overrides | more.overrides | chosen
+        every = grid.overrides | canvas.overrides | own
+        yield {
+            "settings": _settings(own),
+            "scene_lr": _scene_lr(every, here),
+            "guidance_type": prior.guidance_type,
+            "overrides": tuple(f"{key}={written(value)}" for key, value in every.items()),
+        }

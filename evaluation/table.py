@@ -1,0 +1,144 @@
+"""The tables that runs are written to, shared by any number of processes at once."""
+
+import contextlib
+import csv
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from evaluation.grid import Run
+from pocket.data import asked
+from pocket.scenes import COLOR_NAMES, KIND_NAMES
+from threestudio.utils.errors import UserError
+from threestudio.utils.files import whole_file
+
+CELL = ("grid", "canvas", "prior", "prompt", "seed")
+IDENTITY = (*CELL, "settings", "steps")
+RESULTS = (
+    *("grid", "canvas", "prior", "prompt", "kind", "color", "seed", "settings", "steps", "status"),
+    *("object_accuracy", "color_accuracy", "frechet", "janus_rate", "silhouette_iou"),
+    *("clip_score", "prior_loss_first", "prior_loss_last", "seconds", "seconds_per_step"),
+    *("peak_mib", "threads", "device", "cpu", "python", "torch", "diffusers", "peft", "commit"),
+)
+CURVES = (*CELL, "step", "loss_sds", "prior_loss", "grad_norm")
+
+
+class Table:
+    """``results.csv``, ``curves.csv`` and ``sheets/`` in a folder: a row, curve and sheet for each
+    cell of a grid, of which a new one replaces the old. With ``tuning`` it is ``tuning.csv`` alone,
+    in which each setting of a cell has a row of its own.
+
+    Every change is made under a lock and by renaming whole files. Locks (flock) go with the process
+    that holds them, however it ends.
+    """
+
+    def __init__(self, folder: Path, tuning: bool = False):
+        self.folder, self.tuning = Path(folder), tuning
+        self.path = self.folder / ("tuning.csv" if tuning else "results.csv")
+        self.key = (*CELL, "settings") if tuning else CELL
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def rows(self) -> list[dict[str, str]]:
+        """The rows that are there, as texts."""
+        return _read(self.path, RESULTS)
+
+    def find(self, run: Run) -> dict[str, str] | None:
+        """The row of this very run: of the same settings and number of steps too."""
+        return self.index().get(key_of(run))
+
+    def index(self) -> dict[tuple, dict[str, str]]:
+        """The rows by what sets their runs apart; see :func:`key_of`."""
+        return {_key(row, IDENTITY): row for row in self.rows()}
+
+    def record(self, row: dict, curves: list[dict], sheet: tuple[str, bytes] | None) -> None:
+        """Add what a run has given; ``sheet`` is the name of a file and its bytes."""
+        with self._lock():
+            if not self.tuning:
+                if sheet is not None:
+                    (self.folder / "sheets").mkdir(exist_ok=True)
+                    with whole_file(self.folder / "sheets" / sheet[0]) as tmp:
+                        tmp.write_bytes(sheet[1])
+                self._replace(self.folder / "curves.csv", CURVES, CELL, row, curves)
+            # last: a run whose row is there is done
+            self._replace(self.path, RESULTS, self.key, row, [row])
+
+    def _replace(self, path, columns, key, row, new) -> None:
+        """Rewrite a table with ``new`` in place of the rows that share ``row``'s key."""
+        old = [r for r in _read(path, columns) if _key(r, key) != _key(row, key)]
+        with (
+            whole_file(path, sync=True) as tmp,
+            tmp.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([*old, *new])
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def claim(self, run: Run) -> "Claim | None":
+        """The right to do a run, or None if another process is at it."""
+        folder = self.folder / ".running"
+        folder.mkdir(exist_ok=True)
+        name = hashlib.sha256(repr(_key(run.identity, self.key)).encode()).hexdigest()[:24]
+        handle = os.open(folder / name, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # another may have removed the file between these two lines
+            if os.stat(folder / name).st_ino == os.fstat(handle).st_ino:
+                return Claim(folder / name, handle)
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        os.close(handle)
+        return None
+
+
+class Claim:
+    """Held until it is released, or until its process ends."""
+
+    def __init__(self, path: Path, handle: int):
+        self._path, self._handle = path, handle
+
+    def release(self) -> None:
+        self._path.unlink(missing_ok=True)
+        os.close(self._handle)
+
+
+def key_of(run: Run) -> tuple:
+    """What :meth:`Table.index` knows a run by."""
+    return _key(run.identity, IDENTITY)
+
+
+def _key(row: dict, names) -> tuple:
+    return tuple(str(row[name]) for name in names)
+
+
+def begun(run: Run, threads: int, commit: str) -> dict[str, str]:
+    """The row of a run of which nothing is known yet but what it is."""
+    row = dict.fromkeys(RESULTS, "") | run.identity
+    row |= {"threads": str(threads), "commit": commit}
+    if run.judge:
+        kind, color = asked(run.prompt)
+        row |= {"kind": KIND_NAMES[kind], "color": COLOR_NAMES[color] if color >= 0 else ""}
+    return row
+
+
+def _read(path: Path, columns) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != tuple(columns):
+            raise UserError(
+                f"{path} has other columns than are written now: move it away, or give another "
+                "folder with --out"
+            )
+        return list(reader)

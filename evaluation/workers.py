@@ -1,0 +1,196 @@
+"""Where runs are carried out: in processes of this machine, or as tasks of a Ray cluster.
+
+Both backends have ``slots``, ``submit(job) -> handle``, ``wait() -> [(handle, result), ...]`` and
+``close()``, which ends what is going on. A job is ``{"run", "threads", "commit"}``, a result
+``{"row", "curves", "sheet", "log", "wall"}``: plain values, that cross to other machines; wall are
+the seconds that the run's process took.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from evaluation.grid import Run
+from evaluation.machine import ROOT
+from evaluation.table import begun
+from threestudio.utils.errors import UserError
+from threestudio.utils.typing import *
+
+WORK = ROOT / "build" / "evaluation"
+LOG = 20_000  # characters of a run's output that are kept, if it fails
+# of the copy of this project that Ray takes to other machines
+NOT_FOR_OTHERS = [".git", ".venv*", "build", "outputs", "docs", ".threestudio_cache"]
+
+
+def make_job(run: Run, threads: int, commit: str) -> Dict[str, Any]:
+    return {"run": asdict(run), "threads": threads, "commit": commit}
+
+
+def failure(job: Dict[str, Any], status: str, log: str = "") -> Dict[str, Any]:
+    """The result of a run whose process left none."""
+    row = begun(Run.of(job["run"]), job["threads"], job["commit"]) | {"status": status}
+    return {"row": row, "curves": [], "sheet": None, "log": log, "wall": 0.0}
+
+
+class Process:
+    """A run in a process of its own, which ends when this one does."""
+
+    def __init__(self, job: Dict[str, Any], device: Optional[str] = None):
+        WORK.mkdir(parents=True, exist_ok=True)
+        self.job, self._start = job, time.monotonic()
+        self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=WORK))
+        threads = str(job["threads"])
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+        env = os.environ | dict.fromkeys(names, threads)
+        if device is not None:
+            env["CUDA_VISIBLE_DEVICES"] = device
+        with (self.folder / "log.txt").open("w") as log:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "evaluation.run", str(self.folder)],
+                cwd=ROOT,
+                env=env,
+                stdin=subprocess.PIPE,  # stays open: its end is the process's end
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for the process that started the runs
+            )
+        with suppress(BrokenPipeError):
+            self.popen.stdin.write(json.dumps(job) + "\n")
+            self.popen.stdin.flush()
+
+    def result(self) -> Optional[Dict[str, Any]]:
+        """What came of it; None while it runs."""
+        status = self.popen.poll()
+        if status is None:
+            return None
+        log = (self.folder / "log.txt").read_text(errors="replace")[-LOG:]
+        try:
+            result = json.loads((self.folder / "result.json").read_text()) | {"log": log}
+        except (OSError, ValueError):
+            how = f"signal {-status}" if status < 0 else f"status {status}"
+            last = ([""] + [line for line in log.splitlines() if line.strip()])[-1]
+            result = failure(self.job, f"the process ended with {how}: {last[:200]}", log)
+        self.end()
+        return result | {"wall": time.monotonic() - self._start}
+
+    def end(self) -> None:
+        """Kill it and what it has started, and remove its files."""
+        if self.popen.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.popen.pid, signal.SIGKILL)
+        with suppress(BrokenPipeError):
+            self.popen.stdin.close()
+        self.popen.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Local:
+    """Processes of this machine, one a slot; several visible GPUs are shared out to the slots."""
+
+    def __init__(self, workers: int):
+        self.slots = workers
+        self._devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+        self._going: Dict[int, Process] = {}  # by slot
+
+    def submit(self, job: Dict[str, Any]) -> Process:
+        slot = next(i for i in range(self.slots) if i not in self._going)
+        self._going[slot] = Process(job, self._devices[slot % len(self._devices)])
+        return self._going[slot]
+
+    def wait(self) -> List[Tuple[Process, Dict[str, Any]]]:
+        done: List[Tuple[Process, Dict[str, Any]]] = []
+        while self._going and not done:
+            for slot, process in list(self._going.items()):
+                result = process.result()
+                if result is not None:
+                    del self._going[slot]
+                    done.append((process, result))
+            if not done:
+                time.sleep(0.1)
+        return done
+
+    def close(self) -> None:
+        for process in self._going.values():
+            process.end()
+        self._going = {}
+
+
+def run_elsewhere(job: Dict[str, Any]) -> Dict[str, Any]:
+    """The Ray task: the run's own process beside Ray's, so that it is the same as without Ray."""
+    process = Process(job)
+    try:
+        while True:
+            result = process.result()
+            if result is not None:
+                return result
+            time.sleep(0.1)
+    finally:
+        if process.popen.poll() is None:
+            process.end()
+
+
+class OnRay:
+    """Tasks of a Ray cluster, each with as many CPUs as a run has threads; as many at a time as the
+    cluster has room for now, or ``workers``: more make one grow that can."""
+
+    def __init__(self, address: str, threads: int, gpus: float, workers: Optional[int]):
+        try:
+            import ray
+        except ImportError:
+            raise UserError(
+                f"--ray needs the package ray, which {sys.executable} does not have: pip install "
+                "ray, on a cluster on all machines, next to this project's requirements"
+            ) from None
+        self._ray = ray
+        try:
+            ray.init(
+                address=address or None,
+                runtime_env={"working_dir": str(ROOT), "excludes": NOT_FOR_OTHERS},
+                log_to_driver=False,
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"Ray at {address or 'this machine'}: {_line(error)}") from None
+        has = ray.cluster_resources()
+        room = [
+            int(has.get("CPU", 0) / threads),
+            *([int(has.get("GPU", 0) / gpus)] if gpus else []),
+        ]
+        self.slots = workers or max(1, min(room))
+        self._task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=1)(run_elsewhere)
+        self._going: Dict[Any, Dict[str, Any]] = {}
+
+    def submit(self, job: Dict[str, Any]) -> Any:
+        handle = self._task.remote(job)
+        self._going[handle] = job
+        return handle
+
+    def wait(self) -> List[Tuple[Any, Dict[str, Any]]]:
+        ready, _ = self._ray.wait(list(self._going), num_returns=1)
+        done = []
+        for handle in ready:
+            job = self._going.pop(handle)
+            try:
+                done.append((handle, self._ray.get(handle)))
+            except Exception as error:  # a lost machine, a worker that was killed
+                done.append((handle, failure(job, f"Ray: {_line(error)}", str(error))))
+        return done
+
+    def close(self) -> None:
+        for handle in self._going:
+            with suppress(Exception):
+                self._ray.cancel(handle, force=True)
+        self._going = {}
+        self._ray.shutdown()
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,432 @@
+"""The evaluation harness at work: runs in this process, in their own, and on a stand-in of Ray."""
+
+import base64
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from evaluation import command, workers
+from evaluation.grid import TRUE, load_grid
+from evaluation.run import Recorder, carry_out, curve, ends, load_run, scale_rates
+from evaluation.table import CURVES, RESULTS, Table
+from evaluation.workers import Local, OnRay, make_job
+from tests.test_evaluation import make_tiny_clip
+from threestudio.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+GRID = """
+priors:
+  sds: {guidance_type: lods-sds-guidance}
+  lods: {guidance_type: lods-embedding-guidance, overrides: {system.guidance.guidance_scale: 5.0}}
+canvases:
+  2d:
+    configs: [evaluation/playground.yaml]
+    steps: 25
+    overrides: {data.n_particles: 3}
+  gaussians:
+    configs: [configs/lods-gs-embedding.yaml, configs/pocket.yaml]
+    steps: 3
+    views: 4
+    overrides:
+      data.batch_size: 2
+      data.width: 16
+      data.height: 16
+      data.eval_width: 32
+      data.eval_height: 32
+      system.geometry.ball.n_points: 200
+prompts: [a red car]
+seeds: [0]
+overrides: {system.prompt_processor.pretrained_model_name_or_path: MODEL}
+"""
+
+
+@pytest.fixture
+def grid(tiny_sd, tmp_path, monkeypatch):
+    """``grid(old, new, ...)``: the file of GRID with these texts replaced, for a tiny model."""
+    monkeypatch.chdir(tmp_path)  # for the cache of embeddings
+
+    def make(*changes):
+        text = GRID.replace("MODEL", tiny_sd(sample_size=4))
+        for old, new in zip(changes[::2], changes[1::2]):
+            assert old in text
+            text = text.replace(old, new)
+        path = tmp_path / "try.yaml"
+        path.write_text(text)
+        return path
+
+    return make
+
+
+def pick(path, canvas, prior):
+    return next(r for r in load_grid(path).runs if (r.canvas, r.prior) == (canvas, prior))
+
+
+POCKET = ("object_accuracy", "color_accuracy", "frechet", "janus_rate", "silhouette_iou")
+
+
+@pytest.mark.parametrize("canvas, steps", [("2d", 25), ("gaussians", 3)])
+def test_a_run_gives_a_row_curves_and_a_sheet(grid, tmp_path, canvas, steps):
+    run = pick(grid(), canvas, "lods")
+    result = carry_out(run, 1, "abc", tmp_path)
+    row = result["row"]
+    assert row["status"] == "ok" and tuple(sorted(row)) == tuple(sorted(RESULTS))
+    flat = canvas == "2d"
+    absent = {k for k in POCKET if not row[k]}
+    assert absent == ({"janus_rate", "silhouette_iou"} if flat else set())
+    assert all(0 <= float(row[k]) <= 1 for k in POCKET if k not in absent | {"frechet"})
+    assert (row["kind"], row["color"], row["settings"]) == (
+        "car",
+        "red",
+        "system.guidance.guidance_scale=5.0",
+    )
+    assert float(row["seconds"]) / steps == pytest.approx(float(row["seconds_per_step"]), rel=1e-4)
+    assert float(row["prior_loss_first"]) > 0 and float(row["prior_loss_last"]) > 0
+    assert row["device"] == "cpu" and row["commit"] == "abc" and row["torch"] == torch.__version__
+    assert float(row["peak_mib"]) > 100 and not row["clip_score"]
+    curves = result["curves"]
+    assert len(curves) == min(steps, 20) and curves[-1]["step"] == steps
+    assert all(tuple(sorted(r)) == tuple(sorted(CURVES)) for r in curves)
+    assert all(float(r[k]) > 0 for r in curves for k in ("loss_sds", "prior_loss", "grad_norm"))
+    picture = Image.open(io.BytesIO(base64.b64decode(result["sheet"])))
+    assert picture.format == "WEBP" and picture.size == (64 * (3 if flat else 4), 64)
+    # a seed is a result
+    again, other = (carry_out(r, 1, "abc", tmp_path)["row"] for r in (run, replace(run, seed=1)))
+    for key in ("frechet", "prior_loss_last"):
+        assert again[key] == row[key] != other[key]
+
+
+def test_a_prior_that_learns_nothing_has_no_prior_loss(grid, tmp_path):
+    result = carry_out(pick(grid(), "2d", "sds"), 1, "", tmp_path)
+    assert result["row"]["status"] == "ok" and result["row"]["prior_loss_last"] == ""
+    assert all(r["prior_loss"] == "" and float(r["loss_sds"]) > 0 for r in result["curves"])
+
+
+@pytest.mark.parametrize("canvas", ["2d", "gaussians"])
+def test_true_renders_are_judged_like_a_run(grid, tmp_path, canvas):
+    row = carry_out(pick(grid("views: 4", "views: 12"), canvas, TRUE), 1, "", tmp_path)["row"]
+    assert row["status"] == "ok" and row["steps"] == "0" and row["seconds"] == ""
+    assert float(row["object_accuracy"]) > 0.6 and float(row["color_accuracy"]) > 0.6
+    if canvas == "gaussians":
+        assert float(row["silhouette_iou"]) > 0.8 and float(row["janus_rate"]) < 0.5
+
+
+def test_real_models_are_judged_by_clip_alone(grid, tmp_path):
+    clip = make_tiny_clip(tmp_path / "clip")
+    path = grid("seeds: [0]\n", f"seeds: [0]\njudge: false\nclip: {clip}\n", "a red car", "a horse")
+    assert {r.prior for r in load_grid(path).runs} == {"sds", "lods"}
+    row = carry_out(pick(path, "gaussians", "sds"), 1, "", tmp_path)["row"]
+    assert row["status"] == "ok" and 0 <= float(row["clip_score"]) <= 100
+    assert not any(row[k] for k in (*POCKET, "kind", "color"))
+
+
+def test_what_goes_wrong_is_the_status(grid, tmp_path):
+    run = pick(grid(), "2d", "lods")
+    rate = "system.optimizer.params.guidance.lr=1.0e+30"
+    row = carry_out(replace(run, overrides=(*run.overrides, rate)), 1, "", tmp_path)["row"]
+    assert "loss_embedding not finite at step" in row["status"] and row["frechet"] == ""
+    for wrong, text in (
+        ("system.guidance.scale=1", "has no field 'scale'"),
+        ("system.loss.lambda_sds=1", "system of the 2D canvas has no field 'system.loss'"),
+        ("data.particles=1", "data of the 2D canvas has no field 'data.particles'"),
+        ("system.optimizer.params.particle.lr=1", "the 2D canvas has system.optimizer.params"),
+    ):
+        result = carry_out(replace(run, overrides=(*run.overrides, wrong)), 1, "", tmp_path)
+        assert text in result["row"]["status"] and "\n" not in result["row"]["status"]
+        assert result["curves"] == [] and result["sheet"] is None
+
+
+def test_scene_lr_scales_what_is_optimised_and_not_what_is_learnt(grid, tmp_path):
+    path = grid()
+    for canvas in ("2d", "gaussians"):
+        run = pick(path, canvas, "lods")
+        plain, half = (load_run(replace(run, scene_lr=s), tmp_path).system for s in (1.0, 0.5))
+        for name, group in plain.optimizer.params.items():
+            factor = 1 if name == "guidance" else 0.5
+            assert half.optimizer.params[name].lr == pytest.approx(factor * group.lr)
+    assert plain.lr_schedule["geometry.means"] == [0, 4e-3, 4e-4, 300]
+    assert half.lr_schedule["geometry.means"] == [0, 2e-3, 2e-4, 300]
+    longer = load_run(run, tmp_path)
+    longer.system.lr_schedule = {"a": [1, 2.0, 3.0, 4, 5.0, 6], "b": [1.0, 2.0, 3]}
+    scale_rates(longer, 2.0)
+    assert longer.system.lr_schedule == {"a": [1, 4.0, 6.0, 4, 10.0, 6], "b": [0, 2.0, 4.0, 3]}
+
+
+def test_a_curve_is_made_of_means():
+    guidance, recorder = torch.nn.Identity(), Recorder()
+    recorder.watch(guidance)
+    for step in range(50):
+        for call in range(2):  # a step may ask twice
+            guidance({"loss_sds": torch.tensor(step + call - 0.5), "loss_a": 1.0, "loss_b": 2.0})
+        recorder.end_step()
+    steps = recorder.steps()
+    assert np.array_equal(steps[:, 0], np.arange(50)) and (steps[:, 1] == 3).all()
+    assert np.isnan(steps[:, 2]).all()
+    rows = curve(steps)
+    assert len(rows) == 20 and rows[-1]["step"] == 50 and rows[0]["grad_norm"] == ""
+    edges = [0, *(r["step"] for r in rows)]
+    for low, high, row in zip(edges, edges[1:], rows):
+        assert float(row["loss_sds"]) == pytest.approx((low + high - 1) / 2)
+    assert ends(steps[:, 0]) == (2.0, 47.0)
+    assert all(map(math.isnan, ends(np.zeros(0)))) and curve(np.zeros((0, 3))) == []
+
+
+# --- many runs ------------------------------------------------------------------------------------
+
+
+class Fake:
+    """A backend whose runs are over at once; ``fails`` are those of these seeds."""
+
+    def __init__(self, fails=(), slots=2, stop_after=None):
+        self.slots, self.fails, self.stop_after = slots, fails, stop_after
+        self.going, self.did, self.closed = [], [], False
+
+    def submit(self, job):
+        self.going.append(job)
+        return len(self.did) + len(self.going)
+
+    def wait(self):
+        if self.stop_after is not None and len(self.did) >= self.stop_after:
+            raise KeyboardInterrupt
+        handle, job = len(self.did) + 1, self.going.pop(0)
+        seed = job["run"]["seed"]
+        self.did.append(seed)
+        result = workers.failure(job, "broken" if seed in self.fails else "ok", "what it said")
+        return [(handle, result)]
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def many(grid, tmp_path, monkeypatch):
+    """``many(*arguments, **of_fake)``: evaluate.py over eight seeds; (status, the backend)."""
+    path = grid("seeds: [0]", "seeds: [0, 1, 2, 3, 4, 5, 6, 7]\ntrue_renders: false")
+    monkeypatch.setattr(workers, "WORK", tmp_path / "work")
+    monkeypatch.setattr(command, "WORK", tmp_path / "work")
+
+    def run(*arguments, **kwargs):
+        fake = Fake(**kwargs)
+        monkeypatch.setattr(command, "Local", lambda count: fake)
+        only = ["--only", "prior=sds", "canvas=2d"]
+        status = evaluate.main([str(path), *only, "--out", str(tmp_path / "out"), *arguments])
+        return status, fake
+
+    return run
+
+
+def test_what_is_done_is_not_repeated(many, tmp_path, capsys):
+    status, fake = many("--only", "seed=3,4")
+    assert status == 0 and fake.did == [3, 4] and fake.closed
+    assert many("--dry-run")[1].did == []
+    said = capsys.readouterr().out
+    assert "8 runs, 2 done, 0 failed, 6 left" in said and said.count("2d sds 'a red car' seed") == 8
+    assert "[1/2]" in said and "less than a minute left" in said
+    assert many(fails=[5])[0] == 1
+    said = capsys.readouterr().out
+    assert "seed 5: FAILED: broken" in said
+    assert (tmp_path / "work/logs/2d-sds-a-red-car-5.txt").read_text() == "what it said"
+    status, fake = many()
+    assert (status, fake.did) == (1, [])
+    assert "7 done, 1 failed (--retry repeats them), 0 left" in capsys.readouterr().out
+    status, fake = many("--retry")
+    assert (status, fake.did) == (0, [5])
+    rows = Table(tmp_path / "out").rows()
+    assert sorted(int(r["seed"]) for r in rows) == list(range(8))
+    assert {r["status"] for r in rows} == {"ok"}
+
+
+def test_an_interrupt_loses_what_was_in_progress(many, tmp_path, capsys):
+    status, fake = many(stop_after=3)
+    assert status == 130 and fake.closed and "interrupted" in capsys.readouterr().out
+    assert len(Table(tmp_path / "out").rows()) == 3
+    status, fake = many()
+    assert status == 0 and fake.did == [3, 4, 5, 6, 7]
+
+
+def test_two_at_one_table_share_the_runs(many, tmp_path):
+    table = Table(tmp_path / "out")
+    runs = [r for r in load_grid(tmp_path / "try.yaml").runs if r.seed in (1, 2)]
+    claims = [table.claim(r) for r in runs if (r.canvas, r.prior) == ("2d", "sds")]
+    assert len(claims) == 2 and all(claims)
+    status, fake = many()
+    assert status == 0 and fake.did == [0, 3, 4, 5, 6, 7]
+    for claim in claims:
+        claim.release()
+    assert many()[1].did == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--only", "prior=sdss"], "the grid try has no prior 'sdss': did you mean 'sds'"),
+        (["--only", "model=x"], "--only 'model=x': write canvas=..., prior="),
+        (["--only", "seed=9"], "has no seed '9': there are 0, 1"),
+        (["--ray"], "--ray needs the package ray"),
+    ],
+)
+def test_a_mistake_is_one_line(many, monkeypatch, capsys, arguments, text):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert many(*arguments)[0] == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and text in lines[0]
+
+
+def test_an_unknown_guidance_is_found_before_anything_runs(grid, tmp_path, capsys):
+    path = grid("lods-sds-guidance", "lods-sdss-guidance")
+    assert evaluate.main([str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "registered as 'lods-sdss-guidance': did you mean 'lods-sds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["g.yaml", "--quick"], ["g.yaml", "--workers", "0"]])
+def test_bad_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(arguments)
+    assert stop.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def test_a_run_has_a_process_of_its_own(grid, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "WORK", tmp_path / "work")
+    run = pick(grid(), "2d", "lods")
+    backend = Local(2)
+    handle = backend.submit(make_job(run, 1, "abc"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        here = carry_out(run, 1, "abc", tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    [(done, there)] = backend.wait()
+    assert done is handle and "Prompt [a red car]" in there["log"]
+    timed = dict.fromkeys(("seconds", "seconds_per_step", "peak_mib"))
+    assert there["row"] | timed == here["row"] | timed and here["row"]["status"] == "ok"
+    assert there["curves"] == here["curves"] and there["sheet"] == here["sheet"]
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_process_that_dies_is_a_row(tmp_path, monkeypatch, grid):
+    monkeypatch.setattr(workers, "WORK", tmp_path / "work")
+    job = make_job(pick(grid(), "2d", "lods"), 1, "abc")
+    process = workers.Process(job)
+    os.kill(process.popen.pid, signal.SIGKILL)
+    process.popen.wait()
+    result = json.loads(json.dumps(process.result()))
+    assert result["row"]["status"] == "the process ended with signal 9: "
+    assert result["row"]["prior"] == "lods" and result["row"]["commit"] == "abc"
+    backend = Local(1)
+    child = backend.submit(job).popen
+    backend.close()
+    assert child.poll() is not None and list((tmp_path / "work").iterdir()) == []
+
+
+def test_kill_9_leaves_no_process_and_no_claim(grid, tmp_path):
+    path = grid("steps: 25", "steps: 1000000")
+    argv = [sys.executable, str(ROOT / "evaluate.py"), str(path), "--out", str(tmp_path / "out")]
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(
+            [*argv, "--only", "prior=sds", "canvas=2d"], stdout=log, stderr=log
+        )
+    children, start = [], time.time()
+    while not children and driver.poll() is None and time.time() - start < 60:
+        children = [c for c in psutil.Process(driver.pid).children() if "-m" in c.cmdline()]
+        time.sleep(0.05)
+    assert children, (tmp_path / "log").read_text()
+    folder = Path(children[0].cmdline()[-1])
+    table = Table(tmp_path / "out")
+    assert table.claim(pick(path, "2d", "sds")) is None
+    driver.kill()
+    driver.wait()
+    gone, alive = psutil.wait_procs(children, timeout=60)
+    assert gone and not alive and not folder.exists()
+    assert table.claim(pick(path, "2d", "sds")) is not None and table.rows() == []
+
+
+# --- Ray ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    """A stand-in that does each task when it is waited for, and keeps what it was told."""
+    told = {"cancelled": [], "got": []}
+
+    def remote(**options):
+        told["options"] = options
+
+        def wrap(function):
+            return SimpleNamespace(remote=lambda *args: _Ref(function, args))
+
+        return wrap
+
+    class _Ref:
+        def __init__(self, function, args):
+            self.function, self.args = function, args
+
+    def get(ref):
+        told["got"].append(ref)
+        return ref.function(*ref.args)
+
+    stand_in = SimpleNamespace(
+        init=lambda **options: told.update(init=options),
+        remote=remote,
+        wait=lambda refs, num_returns: (refs[:num_returns], refs[num_returns:]),
+        get=get,
+        cancel=lambda ref, force: told["cancelled"].append(ref),
+        cluster_resources=lambda: {"CPU": 8.0, "GPU": 1.0},
+        shutdown=lambda: told.update(shutdown=True),
+    )
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    return told
+
+
+def test_runs_are_tasks_of_ray(many, ray, tmp_path, monkeypatch):
+    def task(job):
+        if job["run"]["seed"] == 2:
+            raise RuntimeError("the machine\nis lost")
+        return workers.failure(job, "ok")
+
+    monkeypatch.setattr(workers, "run_elsewhere", task)
+    status, _ = many("--ray", "auto", "--threads", "3")
+    assert status == 1 and ray["shutdown"] and len(ray["got"]) == 8
+    assert ray["options"] == {"num_cpus": 3, "num_gpus": 0.0, "max_retries": 1}
+    assert ray["init"]["address"] == "auto"
+    assert ray["init"]["runtime_env"]["working_dir"] == str(ROOT)
+    rows = {int(r["seed"]): r for r in Table(tmp_path / "out").rows()}
+    assert len(rows) == 8 and rows[2]["status"] == "Ray: the machine is lost"
+    assert {r["status"] for seed, r in rows.items() if seed != 2} == {"ok"}
+    assert {r["threads"] for r in rows.values()} == {"3"}
+
+
+@pytest.mark.parametrize(
+    "threads, gpus, workers, slots",
+    [(2, 0, None, 4), (2, 0.5, None, 2), (16, 0, None, 1), (2, 0, 9, 9)],
+)
+def test_ray_is_given_what_it_has_room_for(ray, threads, gpus, workers, slots):
+    assert OnRay("", threads, gpus, workers).slots == slots and ray["init"]["address"] is None
+
+
+def test_an_unreachable_cluster_is_one_line(ray, monkeypatch):
+    def refuse(**options):
+        raise ConnectionError("no such\naddress")
+
+    monkeypatch.setattr(sys.modules["ray"], "init", refuse)
+    with pytest.raises(UserError) as error:
+        OnRay("a:1", 1, 0, 1)
+    assert str(error.value) == "Ray at a:1: no such address"
