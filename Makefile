@@ -4,7 +4,7 @@ VENV ?= .venv
 PROMPT ?= a DSLR image of a hamburger
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-compat test-faults format pocket judge-report bench clean
+.PHONY: demo test test-compat test-faults format pocket judge-report report bench clean
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +57,10 @@ pocket: $(VENV)/.ready
 # The tables of the README, from the models that are there.
 judge-report: $(VENV)/.ready
 	$(BIN)/python -m pocket.report
+
+# The page and the table of the comparison, from the tables in docs/evaluation.
+report: $(VENV)/.ready
+	$(BIN)/python -m evaluation.report
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/rasterize.py

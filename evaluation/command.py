@@ -233,11 +233,8 @@ def main(argv=None) -> int:
     for row in index.values():  # of earlier sessions
         if row["seconds"]:
             session.pace.add(row["canvas"], row["prior"], float(row["seconds"]))
-    where = "on Ray, " if on_ray else ""
-    print(
-        f"{where}{backend.slots} at a time, {threads} thread{'s' * (threads > 1)} each, to {table.path}",
-        flush=True,
-    )
+    where = f"{'on Ray, ' if on_ray else ''}{backend.slots} at a time"
+    print(f"{where}, {threads} thread{'s' * (threads > 1)} each, to {table.path}", flush=True)
     try:
         session.carry_out(runs)
     except KeyboardInterrupt:

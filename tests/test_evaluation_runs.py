@@ -141,7 +141,7 @@ def test_what_goes_wrong_is_the_status(grid, tmp_path):
     row = carry_out(replace(run, overrides=(*run.overrides, rate)), 1, "", tmp_path)["row"]
     assert "loss_embedding not finite at step" in row["status"] and row["frechet"] == ""
     for wrong, text in (
-        ("system.guidance.scale=1", "has no field 'scale'"),
+        ("system.guidance.scale=1", "has no field 'guidance.scale'"),
         ("system.loss.lambda_sds=1", "system of the 2D canvas has no field 'system.loss'"),
         ("data.particles=1", "data of the 2D canvas has no field 'data.particles'"),
         ("system.optimizer.params.particle.lr=1", "the 2D canvas has system.optimizer.params"),
