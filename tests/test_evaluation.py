@@ -321,7 +321,7 @@ def test_shipped_grids():
     tried = {}
     for r in tuning.runs:
         tried.setdefault((r.canvas, r.prior), set()).add(r.settings)
-    assert {len(settings) for settings in tried.values()} == {6} and tuning.tuning
+    assert {len(settings) for settings in tried.values()} == {8} and tuning.tuning
     assert {r.prior for r in real} == {r.prior for r in tuning.runs}
     assert len([r for r in quick.runs if r.prior != TRUE]) == 2 * 2 * 2
     bench = load_grid(GRIDS / "t3bench.yaml")
