@@ -404,6 +404,15 @@ def test_inner_adam_is_adam(lods):
     assert one.isfinite().all() and not torch.equal(one, before)  # the momentum goes on
 
 
+def test_inner_steps_where_nothing_is_learnt_are_warned_about(make, monkeypatch):
+    said = []
+    monkeypatch.setattr("threestudio.warn", said.append)
+    make("lora", prior_inner_steps=2)
+    assert not said
+    make("sds", prior_inner_steps=2)
+    assert len(said) == 1 and "prior_inner_steps has no effect" in said[0]
+
+
 @pytest.mark.parametrize("short", ["embedding", "lora", "vsd"])
 def test_inner_steps_come_before_the_gradient(make, monkeypatch, short):
     prompt, done = random_prompt(), []

@@ -139,6 +139,8 @@ class BaseGuidance(BaseModule):
         self.inner = None
         if learnt and self.cfg.prior_inner_steps:
             self.inner = InnerAdam(learnt, self.cfg.prior_inner_lr)
+        elif self.cfg.prior_inner_steps:
+            threestudio.warn("guidance: prior_inner_steps has no effect, this prior learns nothing")
         memory.apply(self.cfg, self._loaded, self.recompute_context)
         if str(self.cfg.weights or "").endswith(".safetensors"):
             self._start_from_file(self.cfg.weights)

@@ -15,8 +15,9 @@ from threestudio.utils.typing import *
 
 CARDS = Path(__file__).resolve().parent.parent / "models" / "cards.yaml"
 POCKET = (
-    "on a CPU, or to try it out, add the overlay of the pocket prior, which needs no download: "
-    "--config configs/pocket.yaml for Gaussians, configs/pocket-ngp.yaml for radiance fields"
+    "on a CPU, or to try it out, take the pocket prior, which needs no download: leave "
+    "pretrained_model_name_or_path out (or set it to pocket) and add its overlay, --config "
+    "configs/pocket.yaml for Gaussians, configs/pocket-ngp.yaml for radiance fields"
 )
 # a repository counts as present in the hub's local cache with any of these
 MARKS = ("model_index.json", "unet/config.json", "text_encoder/config.json")

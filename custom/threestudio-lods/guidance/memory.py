@@ -78,6 +78,8 @@ def apply(cfg, denoisers: List[Any], context: Callable[[], Any]) -> None:
             checkpoint_blocks(model, context)
         if offload:
             offload_layers(model, device)
+    if cfg.compile_unet or cfg.compile_vae:
+        threestudio.info("guidance: torch.compile, which takes minutes within the first step")
     for vae in vaes:
         vae.use_slicing = cfg.enable_vae_slicing
         if cfg.enable_vae_tiling:
