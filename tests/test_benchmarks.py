@@ -59,7 +59,8 @@ def end_to_end(monkeypatch):
 
 @pytest.mark.parametrize("learns", ["lora", "embedding"])
 @pytest.mark.parametrize("outside", [0.0, 1.0, 30.0])
-def test_share_outside_of_the_networks(end_to_end, monkeypatch, learns, outside):
+@pytest.mark.parametrize("encodes", [True, False])  # without: the UNet's backward pass is the last
+def test_share_outside_of_the_networks(end_to_end, monkeypatch, learns, outside, encodes):
     clock = Clock()
     monkeypatch.setattr(end_to_end, "time", clock)
     unet = Network(clock, 2.0, 3.0, learns == "lora", lambda x: SimpleNamespace(sample=x))
@@ -71,17 +72,18 @@ def test_share_outside_of_the_networks(end_to_end, monkeypatch, learns, outside)
     shape = torch.nn.Parameter(torch.ones(3))
     for _ in range(watched.steps):
         rgb = Takes.apply(shape * 1, clock, outside, 2 * outside)  # a renderer
-        z = encoder(rgb)
+        z = encoder(rgb) if encodes else rgb
         x = z.detach() if learns == "lora" else z.detach() * embedding
         loss = unet(x).sample.sum()
         with torch.no_grad():
             unet(z)
-        (loss + z.sum()).backward()
+        (loss + z.sum() if encodes else loss).backward()
         watched.on_after_backward()
         clock.pass_(outside)  # an optimizer
         watched.on_train_batch_end(None, system)
-    inside = 0.5 + 0.25 + 2.0 + 2.0 + 3.0
-    wanted = 4 * outside / (4 * outside + inside)
+    inside = 2.0 + 2.0 + 3.0 + (0.5 + 0.25) * encodes
+    around = (4 if encodes else 2) * outside  # nothing goes back to the renderer without
+    wanted = around / (around + inside)
     assert watched.shares == pytest.approx([wanted] * 3)
     watched.batch = (1, 8)
-    assert watched.row()["step_s"] == pytest.approx(4 * outside + inside)
+    assert watched.row()["step_s"] == pytest.approx(around + inside)
