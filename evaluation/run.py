@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -387,22 +389,45 @@ def carry_out(run: Run, threads: int, commit: str, folder: Path) -> dict:
     return result
 
 
-def _end_with_input(folder: Path) -> None:
-    """Whoever started this process holds its input open: when it ends, so does this."""
-    # sys.stdin.read would hold a lock that Python wants when it exits
-    while os.read(sys.stdin.fileno(), 1 << 12):
-        pass
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
-
-
-def main(folder: Path) -> None:
-    job = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_input, args=(folder,), daemon=True).start()
+def _work(job: dict, folder: Path) -> None:
     torch.set_num_threads(job["threads"])
     result = carry_out(Run.of(job["run"]), job["threads"], job["commit"], folder)
     with whole_file(folder / "result.json") as tmp:
         tmp.write_text(json.dumps(result))
+
+
+def _end_with(starter: Callable[[], None], folder: Path) -> None:
+    """End this process as soon as ``starter`` returns: then who started it has ended."""
+
+    def watch() -> None:
+        starter()
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _input_ends() -> None:
+    # sys.stdin.read would hold a lock that Python wants when it exits
+    while os.read(sys.stdin.fileno(), 1 << 12):
+        pass
+
+
+def main(folder: Path) -> None:
+    job = json.loads(sys.stdin.readline())
+    _end_with(_input_ends, folder)
+    _work(job, folder)
+
+
+def forked(job: dict, folder: Path, log: Path) -> None:
+    """The process of a run, as a fork of one that has imported everything."""
+    os.setsid()  # Ctrl-C is for the process that started the runs
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    _end_with(multiprocessing.parent_process().join, folder)
+    _work(job, folder)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the seconds that the run's process took.
 """
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from evaluation.grid import Run
 from evaluation.machine import ROOT
@@ -26,6 +29,7 @@ from threestudio.utils.typing import *
 
 WORK = ROOT / "build" / "evaluation"
 LOG = 20_000  # characters of a run's output that are kept, if it fails
+LOG_FILE = "log.txt"
 # of the copy of this project that Ray takes to other machines
 NOT_FOR_OTHERS = [".git", ".venv*", "build", "outputs", "docs", ".threestudio_cache"]
 
@@ -40,6 +44,11 @@ def failure(job: Dict[str, Any], status: str, log: str = "") -> Dict[str, Any]:
     return {"row": row, "curves": [], "sheet": None, "log": log, "wall": 0.0}
 
 
+def _environment(threads: int) -> Dict[str, str]:
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+    return dict.fromkeys(names, str(threads))
+
+
 class Process:
     """A run in a process of its own, which ends when this one does."""
 
@@ -47,13 +56,14 @@ class Process:
         WORK.mkdir(parents=True, exist_ok=True)
         self.job, self._start = job, time.monotonic()
         self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=WORK))
-        threads = str(job["threads"])
-        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-        env = os.environ | dict.fromkeys(names, threads)
+        self._begin(device)
+
+    def _begin(self, device: Optional[str]) -> None:
+        env = os.environ | _environment(self.job["threads"])
         if device is not None:
             env["CUDA_VISIBLE_DEVICES"] = device
-        with (self.folder / "log.txt").open("w") as log:
-            self.popen = subprocess.Popen(
+        with (self.folder / LOG_FILE).open("w") as log:
+            self._popen = subprocess.Popen(
                 [sys.executable, "-m", "evaluation.run", str(self.folder)],
                 cwd=ROOT,
                 env=env,
@@ -63,16 +73,28 @@ class Process:
                 text=True,
                 start_new_session=True,  # Ctrl-C is for the process that started the runs
             )
+        self.pid = self._popen.pid
         with suppress(BrokenPipeError):
-            self.popen.stdin.write(json.dumps(job) + "\n")
-            self.popen.stdin.flush()
+            self._popen.stdin.write(json.dumps(self.job) + "\n")
+            self._popen.stdin.flush()
+
+    def status(self) -> Optional[int]:
+        """The exit status, -N after signal N; None while it runs."""
+        return self._popen.poll()
+
+    def _release(self) -> None:
+        """Wait for a process that was killed or has ended, and let go of it."""
+        with suppress(BrokenPipeError):
+            self._popen.stdin.close()
+        self._popen.wait()
 
     def result(self) -> Optional[Dict[str, Any]]:
         """What came of it; None while it runs."""
-        status = self.popen.poll()
+        status = self.status()
         if status is None:
             return None
-        log = (self.folder / "log.txt").read_text(errors="replace")[-LOG:]
+        file = self.folder / LOG_FILE
+        log = file.read_text(errors="replace")[-LOG:] if file.exists() else ""
         try:
             result = json.loads((self.folder / "result.json").read_text()) | {"log": log}
         except (OSError, ValueError):
@@ -84,13 +106,52 @@ class Process:
 
     def end(self) -> None:
         """Kill it and what it has started, and remove its files."""
-        if self.popen.poll() is None:
+        if self.status() is None:
             with suppress(ProcessLookupError):
-                os.killpg(self.popen.pid, signal.SIGKILL)
-        with suppress(BrokenPipeError):
-            self.popen.stdin.close()
-        self.popen.wait()
+                os.kill(self.pid, signal.SIGKILL)  # it may not have a group of its own yet
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+        self._release()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Forked(Process):
+    """The same, as a fork of a server that has imported everything: the imports would be ten
+    seconds of each run. The server has the threads of the first job, and ends when this process
+    does. Not where CUDA is, which does not live through a fork."""
+
+    def _begin(self, device: Optional[str]) -> None:
+        from evaluation import run
+
+        forks = multiprocessing.get_context("forkserver")
+        forks.set_forkserver_preload(["evaluation.preload"])
+        env = _environment(self.job["threads"]) | {"PYTHONPATH": str(ROOT)}
+        with _variables(env):  # for the server, which the first start starts
+            arguments = (self.job, self.folder, self.folder / LOG_FILE)
+            self._process = forks.Process(target=run.forked, args=arguments)
+            self._process.start()
+        self.pid = self._process.pid
+
+    def status(self) -> Optional[int]:
+        return self._process.exitcode
+
+    def _release(self) -> None:
+        self._process.join()
+
+
+@contextmanager
+def _variables(values: Dict[str, str]):
+    """These environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class Local:
@@ -103,7 +164,8 @@ class Local:
 
     def submit(self, job: Dict[str, Any]) -> Process:
         slot = next(i for i in range(self.slots) if i not in self._going)
-        self._going[slot] = Process(job, self._devices[slot % len(self._devices)])
+        kind = Process if torch.cuda.is_available() else Forked
+        self._going[slot] = kind(job, self._devices[slot % len(self._devices)])
         return self._going[slot]
 
     def wait(self) -> List[Tuple[Process, Dict[str, Any]]]:
@@ -134,7 +196,7 @@ def run_elsewhere(job: Dict[str, Any]) -> Dict[str, Any]:
                 return result
             time.sleep(0.1)
     finally:
-        if process.popen.poll() is None:
+        if process.status() is None:
             process.end()
 
 

@@ -314,7 +314,7 @@ def test_shipped_grids():
         labels = [asked(p) for p in dict.fromkeys(r.prompt for r in grid.runs)]
         colored = sum(color >= 0 for _, color in labels)
         fronts = sum(KINDS[kind].front for kind, _ in labels)
-        assert 2 * colored == 2 * fronts == len(labels)
+        assert 2 * colored == len(labels) <= 2 * fronts
     kinds = [{asked(r.prompt)[0] for r in grid.runs} for grid in (pocket, tuning)]
     assert len(kinds[0]) == 12 and not kinds[0] & kinds[1]
     # one budget for all

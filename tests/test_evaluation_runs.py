@@ -303,11 +303,14 @@ def test_bad_arguments_are_refused(arguments, capsys):
 # --- processes ------------------------------------------------------------------------------------
 
 
-def test_a_run_has_a_process_of_its_own(grid, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [workers.Process, workers.Forked])
+def test_a_run_has_a_process_of_its_own(kind, grid, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "WORK", tmp_path / "work")
+    monkeypatch.setattr(workers, "Forked", kind)
     run = pick(grid(), "2d", "lods")
     backend = Local(2)
     handle = backend.submit(make_job(run, 1, "abc"))
+    assert type(handle) is kind
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -322,40 +325,52 @@ def test_a_run_has_a_process_of_its_own(grid, tmp_path, monkeypatch):
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_a_process_that_dies_is_a_row(tmp_path, monkeypatch, grid):
+@pytest.mark.parametrize("kind", [workers.Process, workers.Forked])
+def test_a_process_that_dies_is_a_row(kind, tmp_path, monkeypatch, grid):
     monkeypatch.setattr(workers, "WORK", tmp_path / "work")
-    job = make_job(pick(grid(), "2d", "lods"), 1, "abc")
-    process = workers.Process(job)
-    os.kill(process.popen.pid, signal.SIGKILL)
-    process.popen.wait()
+    job = make_job(pick(grid("steps: 25", "steps: 1000000"), "2d", "lods"), 1, "abc")
+    process = kind(job)
+    os.kill(process.pid, signal.SIGKILL)
+    while process.status() is None:
+        time.sleep(0.01)
     result = json.loads(json.dumps(process.result()))
     assert result["row"]["status"] == "the process ended with signal 9: "
     assert result["row"]["prior"] == "lods" and result["row"]["commit"] == "abc"
+    monkeypatch.setattr(workers, "Forked", kind)
     backend = Local(1)
-    child = backend.submit(job).popen
+    child = backend.submit(job)
+    assert child.status() is None
     backend.close()
-    assert child.poll() is not None and list((tmp_path / "work").iterdir()) == []
+    assert child.status() == -9 and not psutil.pid_exists(child.pid)
+    assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_kill_9_leaves_no_process_and_no_claim(grid, tmp_path):
+@pytest.mark.parametrize(
+    "kind", [workers.Forked, pytest.param(workers.Process, marks=pytest.mark.slow)]
+)
+def test_kill_9_leaves_no_process_and_no_claim(kind, grid, tmp_path):
     path = grid("steps: 25", "steps: 1000000")
-    argv = [sys.executable, str(ROOT / "evaluate.py"), str(path), "--out", str(tmp_path / "out")]
+    argv = [str(path), "--out", str(tmp_path / "out"), "--only", "prior=sds", "canvas=2d"]
+    code = (
+        "import sys, evaluation.workers as w, evaluate\n"
+        f"w.WORK = w.Path({str(tmp_path / 'work')!r})\n"
+        f"w.Forked = w.{kind.__name__}\n"
+        "sys.exit(evaluate.main(sys.argv[1:]))"
+    )
     with (tmp_path / "log").open("w") as log:
-        driver = subprocess.Popen(
-            [*argv, "--only", "prior=sds", "canvas=2d"], stdout=log, stderr=log
-        )
-    children, start = [], time.time()
-    while not children and driver.poll() is None and time.time() - start < 60:
-        children = [c for c in psutil.Process(driver.pid).children() if "-m" in c.cmdline()]
+        driver = subprocess.Popen([sys.executable, "-c", code, *argv], cwd=ROOT, stderr=log)
+    logs, start = [], time.time()
+    while not any("Prompt [" in f.read_text() for f in logs):  # it is under way
+        assert driver.poll() is None and time.time() - start < 60, (tmp_path / "log").read_text()
         time.sleep(0.05)
-    assert children, (tmp_path / "log").read_text()
-    folder = Path(children[0].cmdline()[-1])
+        logs = list((tmp_path / "work").glob("run-*/log.txt"))
+    children = psutil.Process(driver.pid).children(recursive=True)
     table = Table(tmp_path / "out")
     assert table.claim(pick(path, "2d", "sds")) is None
     driver.kill()
     driver.wait()
     gone, alive = psutil.wait_procs(children, timeout=60)
-    assert gone and not alive and not folder.exists()
+    assert gone and not alive and not any((tmp_path / "work").glob("run-*"))
     assert table.claim(pick(path, "2d", "sds")) is not None and table.rows() == []
 
 
