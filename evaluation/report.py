@@ -262,23 +262,23 @@ def by_prompt(section: Section) -> list:
 
 
 def summary(found: list[Section]) -> list:
-    """Whether a LODS prior leads SDS, CSD and VSD, canvas by canvas."""
+    """Whether a LODS prior leads SDS, CSD and VSD, canvas by canvas; studies that lack one of these
+    say nothing of it."""
     alone, items, won = len({s.grid for s in found}) == 1, [], []
-    for s in found:
+    contests = [s for s in found if all(s.of(r) for r in RIVALS)]
+    for s in contests:
         where, rivals = title_of(s, alone), s.of(*RIVALS)
-        leading, told = [], []
+        leading = []
         for name in s.lods:
             said = {m: [comparison(s, name, r, m)[0] for r in rivals] for m in HEADLINE}
-            everywhere = all(words == VERDICTS[1] for group in said.values() for words in group)
-            if everywhere and all(s.of(r) for r in RIVALS):
+            if all(words == VERDICTS[1] for group in said.values() for words in group):
                 leading.append(name)
             for m, group in said.items():
                 parts = [
                     f"{words} {listed(r for r, w in zip(rivals, group) if w == words)}"
                     for words in dict.fromkeys(group)
                 ]
-                told.append(f"{name}, {named(m)}: {'; '.join(parts) or 'no rival was run'}")
-        items += [f"{where}, {text}." for text in told]
+                items.append(f"{where}, {name}, {named(m)}: {'; '.join(parts)}.")
         if not s.lods:
             items.append(f"{where}: no LODS prior was run.")
         if leading:
@@ -288,7 +288,12 @@ def summary(found: list[Section]) -> list:
         f"accuracy and Frechet distance than {listed(RIVALS)}. All these differences of a LODS "
         "prior exclude zero in its favour on "
     )
-    head += f"{len(won)} of {len(found)} canvases: {listed(won)}." if won else "no canvas."
+    head += f"{len(won)} of {len(contests)} canvases: {listed(won)}." if won else "no canvas."
+    others = [title_of(s, alone) for s in found if s not in contests]
+    if others:
+        items.append(
+            f"Without all of {listed(RIVALS)}, and no test of the claim: {listed(others)}."
+        )
     return [Heading(2, "In short"), Text(head), Bullets(items)]
 
 

@@ -247,6 +247,11 @@ def test_sentences_say_what_the_numbers_say(tmp_path):
     assert "favour on 1 of 1 canvases: gaussians (lods-embedding)." in page.text
     page, _ = made(tmp_path, [r for r in rows if r["prior"] != "vsd"])
     assert "Not run on this canvas: vsd." in page.text and "on no canvas." in page.text
+    assert "Without all of sds, csd and vsd, and no test of the claim: gaussians." in page.text
+    study = [{**r, "grid": "study"} for r in rows if r["prior"] in ("sds", "lods-embedding")]
+    page, _ = made(tmp_path, [*rows, *study])
+    claim = "favour on 1 of 1 canvases: gaussians (grid pocket) (lods-embedding)."
+    assert claim in page.text and "no test of the claim: gaussians (grid study)." in page.text
     up_and_down = itertools.cycle((0.1, -0.1))
     change(rows, "lods-embedding", "object_accuracy", lambda x: x + next(up_and_down))
     page, _ = made(tmp_path, rows)
