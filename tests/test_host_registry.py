@@ -64,6 +64,9 @@ def test_unknown_names_are_answered(registry, monkeypatch):
     assert "'lods-embeding-thing': did you mean 'lods-embedding-thing'?" in message
     assert "extension 'broken-extension' failed to load: ImportError: named x" in message
     assert isinstance(caught.value, UserError) and "\n" not in message
+    threestudio.register("lods-xyz-thing")(object)
+    with pytest.raises(KeyError, match="'xyz': did you mean 'lods-xyz-thing'"):
+        threestudio.find("xyz")
     with pytest.raises(KeyError, match="is empty"):
         threestudio.find("")
 
