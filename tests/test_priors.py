@@ -91,6 +91,27 @@ def test_csd_is_lods_at_infinity_with_a_frozen_null(make):
         close(g(make(short, guidance_scale=math.inf), random_prompt()), want)
 
 
+@pytest.mark.parametrize("short", ["embedding", "lora", "lora of another model"])
+def test_lods_towards_guided_samples(make, tiny_sd, short):
+    """``prompt_scale`` r: cfg_r(eps_c, eps_n) in place of eps_c, in the same calls."""
+    fields = {"guidance_scale": 5.0, "weighting_strategy": "uniform"}
+    if short.endswith("model"):
+        fields["pretrained_model_name_or_path_lora"] = tiny_sd(sample_size=4, seed=1)
+    prompt, kind = random_prompt(), short.split()[0]
+    published, guided = make(kind, **fields), make(kind, prompt_scale=3.0, **fields)
+    published.initialize(prompt)
+    shake(published.parameters())
+    guided.load_state_dict(published.state_dict())
+    texts = prompt.text_embeddings, prompt.uncond_text_embeddings
+    _, _, _, eps_c, eps_n = pieces(guided, prompt, *texts)
+    difference = g(guided, prompt) - g(published, prompt)
+    close(difference, eps_n + 3 * (eps_c - eps_n) - eps_c)
+    rows = []
+    guided.denoiser.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    g(guided, prompt)
+    assert rows == [4 if short.endswith("model") else 6]
+
+
 def test_a_bridge_from_the_null_is_csd(make):
     prompt = random_prompt()
     source = prompt.others["source"]
@@ -134,11 +155,10 @@ def test_vsd_rows_of_one_call(make):
         guidance, prompt, prompt.text_embeddings, prompt.uncond_text_embeddings
     )
     x_t = guidance.denoiser.add_noise(latents(), eps, t)
-    with torch.no_grad():
-        rows = [
-            guidance.predict_learnt(x_t[[i]], t[[i]], y[[i]], cameras[[i]].flatten(1))
-            for i in range(2)
-        ]
+    rows = []
+    for i in range(2):
+        with torch.no_grad(), guidance.camera.rows(cameras[[i]].flatten(1)):
+            rows.append(guidance.predict_learnt(x_t[[i]], t[[i]], y[[i]]))
     eps_lora = torch.cat(rows)
     assert (eps_lora - eps_c).abs().max() > 1e-2
     close(g(guidance, prompt, c2w=cameras), w * (eps_u + 7.5 * (eps_c - eps_u) - eps_lora))
@@ -165,9 +185,9 @@ def test_vsd_in_another_model(make, tiny_sd):
     w, eps, t, eps_c, eps_u = pieces(
         other, prompt, prompt.text_embeddings, prompt.uncond_text_embeddings
     )
-    with torch.no_grad():
+    with torch.no_grad(), same.camera.rows(cameras):
         x_t = other.denoiser.add_noise(latents(), eps, t)
-        eps_lora = same.predict_learnt(x_t, t, y, cameras)
+        eps_lora = same.predict_learnt(x_t, t, y)
     got = g(other, prompt, c2w=cameras.view(2, 4, 4))
     close(got, w * (eps_u + 7.5 * (eps_c - eps_u) - eps_lora))
 
@@ -175,9 +195,9 @@ def test_vsd_in_another_model(make, tiny_sd):
 @pytest.mark.parametrize("dropped", [True, False])
 def test_vsd_learns_without_a_camera_in_a_tenth_of_the_rows(make, monkeypatch, dropped):
     guidance, seen = make("vsd", lora_cfg_training=dropped, lora_n_timestamp_samples=400), []
-    monkeypatch.setattr(
-        guidance, "predict_learnt", lambda x, t, y, c: seen.append(c) or torch.zeros_like(x)
-    )
+    monkeypatch.setattr(guidance, "predict_learnt", lambda x, t, y: torch.zeros_like(x))
+    rows = guidance.camera.rows
+    monkeypatch.setattr(guidance.camera, "rows", lambda c: seen.append(c) or rows(c))
     guidance.look((), {"c2w": torch.arange(1.0, 33).view(2, 4, 4)})
     guidance.learn(latents(), *random_prompt().get_text_embeddings(*side_view(2)).chunk(2))
     none = (seen[0] == 0).all(1)

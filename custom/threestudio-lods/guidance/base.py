@@ -49,6 +49,9 @@ class BaseGuidance(BaseModule):
         pretrained_model_name_or_path: str = DEFAULT_MODEL
         # s of the formulas, above 0; .inf for the LODS priors
         guidance_scale: float = 7.5
+        # LODS priors: r of cfg_r(eps(x_t; y), eps(x_t; n)), which takes the place of eps(x_t; y) as
+        # in VSD: the renders then tend to samples with that guidance scale. 1: as published
+        prompt_scale: float = 1.0
         # t is drawn from int(T min) .. int(T max), both included; schedules allowed
         min_step_percent: Any = 0.02
         max_step_percent: Any = 0.98

@@ -90,7 +90,12 @@ class LODSEmbeddingGuidance(BaseGuidance):
         return {"loss_embedding": self.denoising_loss(latents, predict)}
 
     def gradient(self, x_t, t, eps, prompt, null) -> Float[Tensor, "B c h w"]:
-        eps_c, eps_u = self.predict_pair(x_t, t, prompt, self._null(len(x_t)))
+        learnt = self._null(len(x_t))
+        if self.cfg.prompt_scale == 1:
+            eps_c, eps_u = self.predict_pair(x_t, t, prompt, learnt)
+        else:
+            eps_c, eps_n, eps_u = self.predict_pair(x_t, t, prompt, null, learnt)
+            eps_c = formulas.cfg(eps_c, eps_n, self.cfg.prompt_scale)
         return formulas.lods(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))
 
     def save_learned(self, path) -> Path:

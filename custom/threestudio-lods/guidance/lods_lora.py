@@ -87,8 +87,20 @@ class LODSLoRAGuidance(BaseGuidance):
         with self.lora.strength(self.strengths(x_t, 1)):
             return super().predict_pair(x_t, t, prompt, null)
 
+    def predict_three(self, x_t, t, prompt, null, text) -> Tuple[Float[Tensor, "B c h w"], ...]:
+        """(eps under the prompt and under the null prompt, LoRA off; eps_lora under ``text``)."""
+        pair = super().predict_pair
+        if self.denoiser_lora is not self.denoiser:
+            return *pair(x_t, t, prompt, null), self.predict_learnt(x_t, t, text)
+        with self.lora.strength(self.strengths(x_t, 2)):
+            return pair(x_t, t, prompt, null, text)
+
     def gradient(self, x_t, t, eps, prompt, null) -> Float[Tensor, "B c h w"]:
-        eps_c, eps_u = self.predict_pair(x_t, t, prompt, null)
+        if self.cfg.prompt_scale == 1:
+            eps_c, eps_u = self.predict_pair(x_t, t, prompt, null)
+        else:
+            eps_c, eps_n, eps_u = self.predict_three(x_t, t, prompt, null, null)
+            eps_c = formulas.cfg(eps_c, eps_n, self.cfg.prompt_scale)
         return formulas.lods(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))
 
     @property

@@ -11,7 +11,7 @@ import threestudio
 from threestudio.utils.typing import *
 
 from . import formulas
-from .base import WITHOUT_EFFECT, BaseGuidance
+from .base import WITHOUT_EFFECT
 from .lods_lora import LODSLoRAGuidance
 
 CAMERAS = {"extrinsics": "c2w", "mvp": "mvp_mtx"}  # camera_condition_type -> key of the batch
@@ -108,22 +108,14 @@ class VSDGuidance(LODSLoRAGuidance):
             if self.cfg.lora_cfg_training:
                 kept = torch.rand(len(cameras), 1, device=cameras.device) >= DROPPED
                 cameras = cameras * kept
-            return self.predict_learnt(x_t, t, prompt.repeat(draws, 1, 1), cameras)
+            with self.camera.rows(cameras):
+                return self.predict_learnt(x_t, t, prompt.repeat(draws, 1, 1))
 
         return {"loss_lora": self.denoising_loss(latents, predict)}
 
-    def predict_learnt(self, x_t, t, text, cameras) -> Float[Tensor, "B c h w"]:
-        with self.camera.rows(cameras):
-            return super().predict_learnt(x_t, t, text)
-
     def gradient(self, x_t, t, eps, prompt, null) -> Float[Tensor, "B c h w"]:
-        cameras = self._cameras(x_t)
-        pair = BaseGuidance.predict_pair
-        if self.denoiser_lora is not self.denoiser:
-            eps_c, eps_u = pair(self, x_t, t, prompt, null)
-            eps_lora = self.predict_learnt(x_t, t, prompt, cameras)
-        else:
-            rows = self.camera.rows(cameras, 2 * len(x_t))
-            with self.lora.strength(self.strengths(x_t, 2)), rows:
-                eps_c, eps_u, eps_lora = pair(self, x_t, t, prompt, null, prompt)
+        # the rows of the LoRA are the last third of a common call, or a call of another model
+        start = 2 * len(x_t) if self.denoiser_lora is self.denoiser else 0
+        with self.camera.rows(self._cameras(x_t), start):
+            eps_c, eps_u, eps_lora = self.predict_three(x_t, t, prompt, null, prompt)
         return formulas.sds(eps_c, eps_u, eps_lora, self.cfg.guidance_scale, self.weight(t))
