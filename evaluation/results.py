@@ -10,7 +10,10 @@ from evaluation.statistics import Runs
 from threestudio.utils.errors import UserError
 
 # The order of priors in tables, and the one after which colours are given.
-PRIORS = ("sds", "csd", "vsd", "nfsd", "bridge", "sdi", "ism", "lods-embedding", "lods-lora")
+PRIORS = (
+    *("sds", "csd", "vsd", "nfsd", "bridge", "sdi", "ism"),
+    *("lods-embedding", "lods-lora", "lods-embedding-guided", "lods-lora-guided"),
+)
 CEILING = "true-renders"  # rows of this prior are of the true shapes: no contestant
 KEYS = ("grid", "canvas", "prior", "prompt", "seed")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation import plots, report
+from evaluation import document, plots, report, results
 from evaluation.statistics import interval
 
 COLUMNS = (
@@ -295,6 +295,11 @@ def test_what_is_absent_is_named(tmp_path):
     assert f"pocket / gaussians / sds / {gone['prompt']} / {gone['seed']}" in page.text
     assert page.table("failed", "missing")["gaussians"]["missing"] == "1"
     assert page.table("prior", "object accuracy, %", "seconds")["sds"]["runs (prompts)"] == "22 (8)"
+
+
+def test_every_prior_has_a_colour_in_light_and_dark():
+    for k in range(len(results.PRIORS) + 1):  # and one for others
+        assert document.STYLE.count(f"--c{k}:") == 2 and f".c{k} {{" in document.STYLE
 
 
 def test_text_of_others_is_no_markup(tmp_path):
