@@ -142,11 +142,15 @@ def _quieten(verbose: bool) -> None:
 # --- set-up -------------------------------------------------------------------------------------
 
 
+def _extension_folders() -> list:
+    return list(dict.fromkeys([HERE / "custom", Path.cwd() / "custom"]))
+
+
 def _load_extensions(verbose: bool) -> None:
     """Those that fail are named later, at the end of start-up or before the error that ends it."""
     from threestudio.utils.extensions import load_custom_modules
 
-    for root in dict.fromkeys([HERE / "custom", Path.cwd() / "custom"]):
+    for root in _extension_folders():
         for error in load_custom_modules(root).values():
             if error is not None and verbose:
                 traceback.print_exception(error)
@@ -167,9 +171,8 @@ def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
 
     from threestudio.utils import callbacks
     from threestudio.utils.checkpoint import LastCheckpoint
-    from threestudio.utils.extensions import ReportFailures
 
-    made: list = [ReportFailures()]  # first, so that it comes before the progress bar
+    made: list = [callbacks.ReportFailures()]  # first, so that it comes before the progress bar
     if args.gradio:
         made.append(callbacks.ProgressCallback(os.path.join(cfg.trial_dir, "progress")))
     elif trainer_args.get("enable_progress_bar", True):
@@ -205,24 +208,21 @@ def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
 _MODES = ("train", "validate", "test", "export")
 
 
+def _mode(args) -> str:
+    return next(mode for mode in _MODES if getattr(args, mode))
+
+
 def _load(args, overrides):
     """``(config, counters)``: the config, checked as far as it can be before anything is built,
     and ``(epoch, global_step)`` of the checkpoint in `resume`, or None."""
     import torch
 
     from threestudio.utils.checkpoint import find_checkpoint, read_checkpoint
-    from threestudio.utils.config import load_config
-    from threestudio.utils.errors import UserError
     from threestudio.utils.misc import find_last_path
+    from threestudio.utils.preflight import read_config
 
     n_gpus = len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) if torch.cuda.is_available() else 1
-    cfg = load_config(*args.config, cli_args=overrides, n_gpus=n_gpus)
-    mode = next(m for m in _MODES if getattr(args, m))
-    if not args.train and cfg.resume is None:
-        raise UserError(f"--{mode} needs a trained model: add resume=path/to/last.ckpt")
-    for key in ("data_type", "system_type"):
-        if not cfg[key]:
-            raise UserError(f"the config has no {key}: there is nothing to run")
+    cfg = read_config(args.config, overrides, _mode(args), n_gpus)
     if cfg.resume is None:
         return cfg, None
     cfg.resume = find_checkpoint(find_last_path(cfg.resume))
@@ -279,8 +279,7 @@ def _execute(args, cfg, counters, guard, trainer, system, data) -> None:
     if not args.train:
         system.set_resume_status(*counters)
         tasks = {"validate": trainer.validate, "test": trainer.test, "export": trainer.predict}
-        task = next(tasks[mode] for mode in tasks if getattr(args, mode))
-        task(system, datamodule=data, ckpt_path=cfg.resume)
+        tasks[_mode(args)](system, datamodule=data, ckpt_path=cfg.resume)
         return
     if counters and counters[1] >= trainer.max_steps >= 0:
         print(
@@ -297,6 +296,9 @@ def _execute(args, cfg, counters, guard, trainer, system, data) -> None:
 
 def run(args, overrides, argv) -> int:
     """Do what the command line says. Returns the exit status."""
+    from threestudio.utils.preflight import preflight
+
+    preflight(args.config, overrides, _mode(args), _extension_folders(), args.verbose)
     import pytorch_lightning as pl
 
     import threestudio
@@ -398,6 +400,10 @@ def _explain(error: BaseException) -> "str | None":
             f"the package {error.name} is not installed for {sys.executable}: activate the "
             "environment of `make demo` (. .venv/bin/activate), or pip install -r requirements.txt"
         )
+    from threestudio.utils.errors import UserError
+
+    if isinstance(error, UserError):  # told without the imports below, which take seconds
+        return " ".join(str(error).split())
     from threestudio.utils.explain import explain
 
     return explain(error, (HERE / "threestudio", HERE / "custom"))

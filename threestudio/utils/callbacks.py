@@ -13,9 +13,21 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 import threestudio
+from threestudio.utils import extensions
 from threestudio.utils.config import dump_config
 from threestudio.utils.files import disk_error, whole_file
 from threestudio.utils.typing import *
+
+
+class ReportFailures(Callback):
+    """:func:`.extensions.report_failures` when all is set up and the work begins: told while
+    loading, it would be scrolled away by what comes after it."""
+
+    def _report(self, trainer, pl_module) -> None:
+        extensions.report_failures()
+
+    on_sanity_check_start = on_train_start = _report
+    on_validation_start = on_test_start = on_predict_start = _report
 
 
 class VersionedCallback(Callback):

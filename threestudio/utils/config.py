@@ -7,10 +7,11 @@ import os
 import re
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any, Optional, Union
 from unicodedata import category
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,9 +19,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import threestudio
 from threestudio.utils.errors import UserError, nearest
-from threestudio.utils.misc import schedule_knots
 from threestudio.utils.safe_yaml import bounded_interpolation, check_yaml, read_limited
-from threestudio.utils.typing import *
+from threestudio.utils.schedules import schedule_knots
 
 # --- resolvers ----------------------------------------------------------------------------------
 
@@ -118,7 +118,9 @@ class ExperimentConfig:
     tag: str = ""
     seed: int = 0
     use_timestamp: bool = True
-    timestamp: Optional[str] = None  # set in a saved config, so that a relaunch finds its folder
+    # set in a saved config, so that a relaunch finds its folder; Optional, here and below, is what
+    # _takes_one_value looks for
+    timestamp: Optional[str] = None  # noqa: UP045
     exp_root_dir: str = "outputs"
 
     exp_dir: str = ""
@@ -126,7 +128,7 @@ class ExperimentConfig:
     trial_dir: str = ""
     n_gpus: int = 1
 
-    resume: Optional[str] = None
+    resume: Optional[str] = None  # noqa: UP045
 
     data_type: str = ""
     data: dict = field(default_factory=dict)
@@ -178,7 +180,7 @@ def _load_yaml(text_or_path: str, from_string: bool) -> DictConfig:
     return conf
 
 
-def _split_key(key: str, base: Any) -> List[str]:
+def _split_key(key: str, base: Any) -> list[str]:
     """The keys that a dotted `key` goes through. Where `base` has keys with dots in them, such as
     the optimizer's ``geometry.means``, the longest that fits is one step."""
     parts, path = key.split("."), []
@@ -192,7 +194,7 @@ def _split_key(key: str, base: Any) -> List[str]:
     return path
 
 
-def parse_overrides(cli_args: Iterable[str], base: Optional[DictConfig] = None) -> DictConfig:
+def parse_overrides(cli_args: Iterable[str], base: DictConfig | None = None) -> DictConfig:
     """``["a.b=1", ...]`` as a nested config. Values are read as YAML, except that a text stays the
     text that was typed (``prompt=a cat: asleep #1`` is one string). Keys of `base` that hold dots
     are recognised (``optimizer.params.geometry.means.lr=0.1``)."""
@@ -238,9 +240,9 @@ def parse_overrides(cli_args: Iterable[str], base: Optional[DictConfig] = None) 
     return conf
 
 
-def _missing(conf, prefix: str = "") -> List[str]:
+def _missing(conf, prefix: str = "") -> list[str]:
     """Full keys of all values that are literally ``???`` (an interpolation of one is not)."""
-    found: List[str] = []
+    found: list[str] = []
     for key in conf if isinstance(conf, DictConfig) else range(len(conf)):
         node = conf._get_node(key)
         full = f"{prefix}.{key}" if prefix else str(key)

@@ -3,10 +3,9 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-
-from pytorch_lightning.callbacks import Callback
 
 failed: dict = {}  # extension name -> the exception it failed to load with
 _to_report: dict = {}  # those of them that the user was not told of yet
@@ -27,17 +26,6 @@ def report_failures() -> None:
     for name, error in _to_report.items():
         threestudio.warn(f"extension {name!r} failed to load: {last_line(error)}")
     _to_report.clear()
-
-
-class ReportFailures(Callback):
-    """:func:`report_failures` when all is set up and the work begins: told while loading, it would
-    be scrolled away by what comes after it."""
-
-    def _report(self, trainer, pl_module) -> None:
-        report_failures()
-
-    on_sanity_check_start = on_train_start = _report
-    on_validation_start = on_test_start = on_predict_start = _report
 
 
 def _forget(name: str) -> None:
@@ -93,23 +81,30 @@ def load_extension(path, submodule: str | None = None) -> ModuleType:
         raise
 
 
-def load_custom_modules(root="custom") -> dict:
-    """Load every extension in the folder `root`, in sorted order.
+def find_extensions(root="custom") -> Iterator[tuple[str, Path]]:
+    """``(name, path)`` of every extension in the folder `root`, in sorted order.
 
     ``__pycache__``, hidden entries, names ending in ``_disabled`` and files that are not ``.py``
-    are skipped; a missing folder means no extensions. A failure does not stop the others: it is
-    kept in :data:`failed`, for :func:`threestudio.find` to mention, and for
-    :func:`report_failures`.
-
-    Returns ``{name: None, or the exception it failed with}``.
+    are skipped; a missing folder means no extensions.
     """
-    result: dict = {}
     root = Path(root)
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         name = path.stem if path.suffix == ".py" else path.name
         wanted = path.is_dir() or path.suffix == ".py"
-        if not wanted or name.startswith((".", "__")) or name.endswith("_disabled"):
-            continue
+        if wanted and not name.startswith((".", "__")) and not name.endswith("_disabled"):
+            yield name, path
+
+
+def load_custom_modules(root="custom") -> dict:
+    """Load every extension of :func:`find_extensions`.
+
+    A failure does not stop the others: it is kept in :data:`failed`, for
+    :func:`threestudio.find` to mention, and for :func:`report_failures`.
+
+    Returns ``{name: None, or the exception it failed with}``.
+    """
+    result: dict = {}
+    for name, path in find_extensions(root):
         try:
             load_extension(path)
             for errors in (failed, _to_report):

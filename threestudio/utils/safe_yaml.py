@@ -7,12 +7,12 @@ of interpolations, brackets in brackets (which end the process inside of libyaml
 
 import contextlib
 import re
+from typing import Any
 
 import yaml
 from omegaconf import Container, OmegaConf
 
 from threestudio.utils.errors import UserError
-from threestudio.utils.typing import *
 
 MAX_BYTES = 200_000  # of one file; those that are shipped have less than 10,000
 MAX_DEPTH = 40  # lists and mappings in each other
@@ -42,8 +42,8 @@ def check_yaml(text: str, where: str = "the config") -> None:
 
     Only the parser's events are looked at: nothing is built, and no function calls itself.
     """
-    sizes: Dict[str, int] = {}  # anchor -> nodes; an open anchor is absent
-    stack: List[Tuple[Optional[str], int]] = []  # (anchor, nodes before it) of what is open
+    sizes: dict[str, int] = {}  # anchor -> nodes; an open anchor is absent
+    stack: list[tuple[str | None, int]] = []  # (anchor, nodes before it) of what is open
     total = 0
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent):

@@ -184,6 +184,16 @@ def refuse_foreign_parts(index: Dict[str, Any]) -> None:
             raise ValueError(f"model_index.json takes {part} from {library!r}")
 
 
+def refuse_out_of_reach(name: str) -> None:
+    """Raise ConnectionError at once for a hub id that can be had from nowhere: diffusers would try
+    for half a minute."""
+    from ..guidance.cards import out_of_reach
+
+    why = out_of_reach(name) if name.count("/") == 1 and not Path(name).is_dir() else ""
+    if why:
+        raise ConnectionError(why)
+
+
 @contextlib.contextmanager
 def data_only():
     """Within this, ``torch.load`` reads tensors and never runs code, whoever calls it and whatever
@@ -254,6 +264,7 @@ class ShapEInit:
             from diffusers import ShapEPipeline
 
             name = self.pretrained_model_name_or_path
+            refuse_out_of_reach(name)
             refuse_foreign_parts(ShapEPipeline.load_config(name))
             with data_only():  # not all weights of Shap-E on the hub are safetensors
                 pipe = ShapEPipeline.from_pretrained(

@@ -1,4 +1,8 @@
-"""Model cards: one word for a diffusers model, and which of its repositories can be had."""
+"""Model cards: one word for a diffusers model, and which of its repositories can be had.
+
+``preflight.py`` executes this file alone, before torch is imported: it imports nothing of this
+package or of threestudio.
+"""
 
 import functools
 import os
@@ -7,11 +11,10 @@ import threading
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
-
-from threestudio.utils.typing import *
 
 CARDS = Path(__file__).resolve().parent.parent / "models" / "cards.yaml"
 POCKET = (
@@ -38,12 +41,12 @@ class Card:
     image_size: int
     memory_gb: float
     memory_measured: bool
-    revision: Optional[str] = None
-    ids: Tuple[str, ...] = ()
-    aliases: Tuple[str, ...] = ()
-    folder: Optional[str] = None
+    revision: str | None = None
+    ids: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    folder: str | None = None
 
-    def differences(self, found: Dict[str, Any]) -> str:
+    def differences(self, found: dict[str, Any]) -> str:
         """The fields of ``found`` that are not as the card says, in words; "" if there is none."""
         return ", ".join(
             f"{key} is {value} (card: {getattr(self, key)})"
@@ -66,12 +69,12 @@ class Model(NamedTuple):
     """A diffusers folder or hub id, the revision to load there, and the card that led to it."""
 
     path: str
-    revision: Optional[str] = None
-    card: Optional[Card] = None
+    revision: str | None = None
+    card: Card | None = None
 
 
 @functools.cache
-def all_cards() -> Dict[str, Card]:
+def all_cards() -> dict[str, Card]:
     """The cards of ``models/cards.yaml`` by name."""
     cards = {}
     for name, fields in OmegaConf.to_container(OmegaConf.load(CARDS)).items():
@@ -80,7 +83,7 @@ def all_cards() -> Dict[str, Card]:
     return cards
 
 
-def find_card(name: str) -> Optional[Card]:
+def find_card(name: str) -> Card | None:
     """The card of this name, or with this repository among its ids and aliases."""
     for card in all_cards().values():
         if name in (card.name, *card.ids, *card.aliases):
@@ -103,6 +106,25 @@ def resolve(name_or_path: str) -> Model:
     model cannot be had.
     """
     card = find_card(name_or_path)
+    model = _without_hub(name_or_path, card)
+    if model is not None:
+        return model
+    repo, why = _first_on_hub(card.ids, card.revision)
+    if repo is None:
+        raise ValueError(_missing_card(name_or_path, card, why))
+    return Model(repo, card.revision, card)
+
+
+def refuse_without_network(name_or_path: str) -> None:
+    """Raise the ``ValueError`` of :func:`resolve` if it is due to the lack of a network. The hub
+    is not asked: where a connection to it can be opened, nothing is said."""
+    card = find_card(name_or_path)
+    if _without_hub(name_or_path, card) is None and (why := _no_hub()):
+        raise ValueError(_missing_card(name_or_path, card, why))
+
+
+def _without_hub(name_or_path: str, card: Card | None) -> Model | None:
+    """The model that :func:`resolve` answers without the hub; None: the hub must be asked."""
     if card is None or _is_model_folder(name_or_path):
         return Model(name_or_path)
     if card.folder is not None:
@@ -112,10 +134,17 @@ def resolve(name_or_path: str) -> Model:
         revision = card.revision if repo in card.ids else None
         if _is_cached(repo, revision):
             return Model(repo, revision, card)
-    repo, why = _first_on_hub(card.ids, card.revision)
-    if repo is None:
-        raise ValueError(missing(name_or_path, f"{', '.join(card.ids)} is", why, card.ids[0]))
-    return Model(repo, card.revision, card)
+    return None
+
+
+def out_of_reach(repo: str) -> str:
+    """Why a repository of the hub can be had neither from the local cache nor from the hub; "" if
+    it is cached, or if a connection to the hub can be opened."""
+    return "" if _is_cached(repo, None) else _no_hub()
+
+
+def _missing_card(name: str, card: Card, why: str) -> str:
+    return missing(name, f"{', '.join(card.ids)} is", why, card.ids[0])
 
 
 def missing(name: str, what: str, why: str, repo: str) -> str:
@@ -139,7 +168,7 @@ def _is_model_folder(path: str) -> bool:
     return any(os.path.exists(os.path.join(path, part)) for part in parts)
 
 
-def _is_cached(repo: str, revision: Optional[str]) -> bool:
+def _is_cached(repo: str, revision: str | None) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return any(
@@ -147,14 +176,12 @@ def _is_cached(repo: str, revision: Optional[str]) -> bool:
     )
 
 
-def _first_on_hub(ids: Tuple[str, ...], revision: Optional[str]) -> Tuple[Optional[str], str]:
+def _first_on_hub(ids: tuple[str, ...], revision: str | None) -> tuple[str | None, str]:
     """(the first of these that the hub has, or None; why there is none)."""
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
     from huggingface_hub.utils import HfHubHTTPError
 
-    if constants.HF_HUB_OFFLINE:
-        return None, "not asked: HF_HUB_OFFLINE is set"
-    why = _no_connection(constants.ENDPOINT)
+    why = _no_hub()
     if why:
         return None, why
     for repo in ids:
@@ -168,6 +195,15 @@ def _first_on_hub(ids: Tuple[str, ...], revision: Optional[str]) -> Tuple[Option
     return None, why
 
 
+def _no_hub() -> str:
+    """Why the hub cannot be asked; "" if it can."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "not asked: HF_HUB_OFFLINE is set"
+    return _no_connection(constants.ENDPOINT)
+
+
 def _no_connection(url: str) -> str:
     """Why no connection to ``url`` (or to the proxy on the way) can be opened; "" if one can.
 
@@ -177,7 +213,7 @@ def _no_connection(url: str) -> str:
     if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
         target = urlsplit(proxy if "//" in proxy else f"//{proxy}")
     port = target.port or (443 if target.scheme == "https" else 80)
-    answers: List[str] = []
+    answers: list[str] = []
 
     def connect() -> None:
         try:
