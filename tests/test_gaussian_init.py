@@ -108,14 +108,19 @@ def test_shap_e_points(init, monkeypatch):
             init.ShapEInit(prompt=prompt).points(np.random.default_rng(0), torch.device("cpu"))
 
 
-def test_shap_e_without_weights_is_one_line(Gaussians, tmp_path):
-    cfg = {
-        "init_type": "shap-e",
-        "shap_e": {"prompt": "x", "pretrained_model_name_or_path": str(tmp_path / "none")},
-    }
+@pytest.mark.parametrize("name", ["a folder", "nobody/shap-e"])
+def test_shap_e_without_weights_is_one_line(Gaussians, tmp_path, monkeypatch, name):
+    if name != "a folder":  # diffusers would try again and again
+        refuse = staticmethod(lambda *args, **kwargs: pytest.fail("asked"))
+        monkeypatch.setattr("diffusers.ShapEPipeline.load_config", refuse)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
+    name = str(tmp_path / "none") if name == "a folder" else name
+    shap_e = {"prompt": "x", "pretrained_model_name_or_path": name}
     with pytest.raises(ValueError, match="init_type=ball") as error:
-        Gaussians(cfg)
+        Gaussians({"init_type": "shap-e", "shap_e": shap_e})
     assert "\n" not in str(error.value)
+    assert ("no network: " in str(error.value)) == (name == "nobody/shap-e")
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def register(name: str):
     """
 
     def decorator(cls):
-        if not cls.__module__.startswith(f"{__name__}."):
+        if not getattr(cls, "__module__", "").startswith(f"{__name__}."):
             _register_built_in()  # first, so that their names are taken
         modules = _modules()
         if name in modules:
