@@ -58,9 +58,10 @@ pocket: $(VENV)/.ready
 judge-report: $(VENV)/.ready
 	$(BIN)/python -m pocket.report
 
-# The page and the table of the comparison, from the tables in docs/evaluation.
+# The page and the table of the comparison, and the README's section, from docs/evaluation.
 report: $(VENV)/.ready
 	$(BIN)/python -m evaluation.report
+	$(BIN)/python -m evaluation.readme
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/rasterize.py

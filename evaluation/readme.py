@@ -1,0 +1,81 @@
+"""The README's section on the comparison: ``python -m evaluation.readme``.
+
+What stands between the two marks in README.md is written from ``docs/evaluation/results.csv``, so
+that its numbers are those of the table; ``make report`` does it together with the report.
+"""
+
+import sys
+from pathlib import Path
+
+from evaluation.document import Bold, Table, Text, markdown
+from evaluation.report import FOLDER, best_of, show, summary, title_of
+from evaluation.results import COSTS, HEADLINE, METRICS, Metric, Section, read, sections, values
+from evaluation.statistics import interval, paired
+from threestudio.utils.errors import UserError
+
+README = FOLDER.parent.parent / "README.md"
+MARKS = "<!-- results: written by make report -->", "<!-- end of the results -->"
+NOTHING = "**The full comparison has not been run yet.**"
+SHOWN = (METRICS[0], METRICS[2], METRICS[3], METRICS[4])
+
+
+def compact(section: Section) -> Table:
+    """A row a contestant: means with 95 % intervals, and the paired difference to SDS."""
+    shown = [m for m in SHOWN if values(section.all_runs, m.column)]
+    best = {m.column: best_of(section, m) for m in shown}
+    base = values(section.runs.get("sds", ()), HEADLINE[1].column)
+    rows = []
+    for name, runs in section.runs.items():
+        row = [name, str(len(runs))]
+        for m in shown:
+            cell = show(m, interval(values(runs, m.column)))
+            row.append(Bold(cell) if best[m.column] == name else cell)
+        row += [_to_sds(HEADLINE[1], values(runs, HEADLINE[1].column), base, name)]
+        row.append(COSTS[0].show(interval(values(runs, COSTS[0].column), draws=1).mean))
+        rows.append(row)
+    if section.ceiling:
+        cells = [show(m, interval(values(section.ceiling, m.column))) for m in shown]
+        rows.append(["true renders", str(len(section.ceiling)), *cells, "", ""])
+    titles = [m.title for m in shown]
+    return Table(["prior", "runs", *titles, "Frechet distance − sds", "seconds"], rows)
+
+
+def _to_sds(metric: Metric, runs, base, name: str) -> str:
+    if name == "sds" or not base or not runs:
+        return ""
+    difference = paired(runs, base)
+    cell = show(metric, difference, "+")
+    return Bold(cell) if difference.sign == metric.better else cell
+
+
+def results(folder: Path = FOLDER) -> str:
+    """The section's text, from the tables in ``folder``."""
+    rows = read(folder / "results.csv", ("grid", "canvas", "prior", "prompt", "seed", "status"))
+    found = sections(rows or ())
+    if not found:
+        return NOTHING + "\n"
+    alone = len({s.grid for s in found}) == 1
+    blocks: list = [summary(found)[1]]
+    for section in found:
+        done = f"{len(section.prompts())} prompts, {len(section.seeds())} seeds"
+        blocks += [Text(f"{title_of(section, alone)}, {done}:"), compact(section)]
+    return markdown(blocks)
+
+
+def update(readme: Path = README, folder: Path = FOLDER) -> None:
+    """Put the section where it belongs. Raises :class:`UserError` if the marks are not there."""
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not begin or not end:
+        raise UserError(f"{readme} has no marks {' ... '.join(MARKS)}: put them where results go")
+    section = f"{begin}\n\n{results(folder)}\n{end}"
+    readme.write_text(f"{before}{section}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        update()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote the results into {README}")
