@@ -1,9 +1,11 @@
 """The evaluation harness without a training: metrics, true pictures, grids, tables."""
 
+import csv
 import math
 import multiprocessing
 import os
 import signal
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -309,7 +311,7 @@ def test_shipped_grids():
     pocket, tuning, quick = (load_grid(GRIDS / f"{n}.yaml") for n in ("pocket", "tuning", "quick"))
     real = [r for r in pocket.runs if r.prior != TRUE]
     cells = {(r.canvas, r.prior, r.prompt, r.seed) for r in real}
-    assert len(cells) == len(real) == 2 * 8 * 12 * 3 + 4 * 6 * 2 and not pocket.tuning
+    assert len(cells) == len(real) == 2 * 10 * 12 * 3 + 4 * 6 * 2 and not pocket.tuning
     for grid in (pocket, tuning):
         labels = [asked(p) for p in dict.fromkeys(r.prompt for r in grid.runs)]
         colored = sum(color >= 0 for _, color in labels)
@@ -331,6 +333,23 @@ def test_shipped_grids():
     assert bench.gpus == 1 and all(r.clip and not r.judge and r.prior != TRUE for r in bench.runs)
     for grid in (pocket, tuning, quick, bench):
         assert all((ROOT / name).is_file() for r in grid.runs for name in r.configs)
+
+
+def test_reported_settings_are_the_best_of_the_tuning():
+    """The lowest mean Frechet distance over the prompts, for each canvas that was tuned."""
+    found = {}
+    with (ROOT / "docs/evaluation/tuning.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            settings = found.setdefault((row["canvas"], row["prior"]), {})
+            settings.setdefault(row["settings"], []).append(float(row["frechet"] or "inf"))
+    assert found
+    runs = load_grid(GRIDS / "pocket.yaml").runs
+    tuned = {canvas for canvas, _ in found}
+    chosen = {(r.canvas, r.prior): r.settings for r in runs if r.prior != TRUE}
+    assert {key for key in chosen if key[0] in tuned} == set(found)
+    for key, settings in found.items():
+        best = min(settings, key=lambda s: statistics.fmean(settings[s]))
+        assert set(best.split()) <= set(chosen[key].split()), key
 
 
 # --- tables ---------------------------------------------------------------------------------------
