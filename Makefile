@@ -4,7 +4,7 @@ VENV ?= .venv
 PROMPT ?= a DSLR image of a hamburger
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-compat test-faults format pocket judge-report report bench clean
+.PHONY: demo test test-slow test-compat test-faults format pocket judge-report report bench clean
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ test: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
+# What make test leaves out, to stay below ten minutes.
+test-slow: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m slow
+
 # The extension with the packages that upstream threestudio 0.2.3 pins, in an environment of its own.
 # PYTHON must be 3.11: its tokenizers has no builds for later ones.
 COMPAT := .venv-compat
@@ -40,7 +44,7 @@ $(COMPAT)/.ready: requirements-compat.txt
 
 test-compat: $(COMPAT)/.ready
 	@$(COMPAT)/bin/python -c "import sys; from importlib.metadata import version; print('python', sys.version.split()[0]); [print(name, version(name)) for name in '$(SHOWN)'.split()]"
-	$(COMPAT)/bin/python -m pytest $(COMPAT_TESTS)
+	$(COMPAT)/bin/python -m pytest -m '' $(COMPAT_TESTS)
 
 # Kills, full disks, damaged and hostile files; about a quarter of an hour on two free cores.
 test-faults: $(VENV)/.ready-dev

@@ -1,6 +1,7 @@
 """Model cards: which repository a name leads to, offline too, and models shaped like each card."""
 
 import importlib
+import itertools
 import os
 import socket
 import threading
@@ -442,9 +443,17 @@ SHAPES = {"sd15": (16, 24), "sd21-base": (16, 32), "sd21": (16, 32), "sdxl": (17
 KEYS = ("state_dict", "optimizer_states", "rng_state", "global_step")
 
 
-@pytest.mark.parametrize("learnt", ["embedding", "lora"])
-@pytest.mark.parametrize("backbone", SCALES)
-@pytest.mark.parametrize("kind", KINDS)
+# each kind with both guidances and both backbones; all combinations, with the slow ones
+QUICK = {("gs", "embedding"), ("ngp", "lora")}
+
+
+@pytest.mark.parametrize(
+    "kind, backbone, learnt",
+    [
+        pytest.param(*how, marks=[] if how[1:] in QUICK else pytest.mark.slow)
+        for how in itertools.product(KINDS, SCALES, ("embedding", "lora"))
+    ],
+)
 def test_each_kind_trains_resumes_and_exports(
     tiny_sd, tmp_path, monkeypatch, kind, backbone, learnt
 ):

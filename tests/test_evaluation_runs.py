@@ -303,7 +303,10 @@ def test_bad_arguments_are_refused(arguments, capsys):
 # --- processes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [workers.Process, workers.Forked])
+BOTH = [workers.Forked, pytest.param(workers.Process, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("kind", BOTH)
 def test_a_run_has_a_process_of_its_own(kind, grid, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "WORK", tmp_path / "work")
     monkeypatch.setattr(workers, "Forked", kind)
@@ -345,9 +348,7 @@ def test_a_process_that_dies_is_a_row(kind, tmp_path, monkeypatch, grid):
     assert list((tmp_path / "work").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "kind", [workers.Forked, pytest.param(workers.Process, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", BOTH)
 def test_kill_9_leaves_no_process_and_no_claim(kind, grid, tmp_path):
     path = grid("steps: 25", "steps: 1000000")
     argv = [str(path), "--out", str(tmp_path / "out"), "--only", "prior=sds", "canvas=2d"]

@@ -311,6 +311,7 @@ def test_a_signal_before_anything_is_built(cli, monkeypatch, name):  # noqa: F81
 # --- kill -9 ---
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(cli):  # noqa: F811
     flags = ["system.prompt=p", "trainer.max_steps=200", "checkpoint.every_n_train_steps=20"]
     command = [sys.executable, str(ROOT / "launch.py"), "--config", "toy.yaml", "--train", *flags]

@@ -67,7 +67,8 @@ KEYS = ("state_dict", "optimizer_states", "lods_densifier", "rng_state", "global
     "guidance, strategy",
     [("embedding", s) for s in STRATEGIES]
     + [("lora", "default"), ("sds", "mcmc")]
-    + [(p, "none") for p in ("csd", "nfsd", "vsd", "bridge", "sdi", "ism", "inner", "perp-neg")],
+    + [(p, "none") for p in ("csd", "nfsd", "vsd", "bridge", "ism", "inner", "perp-neg")]
+    + [pytest.param("sdi", "none", marks=pytest.mark.slow)],
 )
 def test_four_steps_are_two_and_two(small, guidance, strategy):
     """A checkpoint of step 2, written by a callback inside of the loop, continues to the same

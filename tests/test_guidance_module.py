@@ -207,13 +207,16 @@ def test_embedding_starts_as_the_negative_prompt_once(make):
     assert torch.equal(fresh.learnable_embedding, other.uncond_text_embeddings[0])
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "prediction_type", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", [*ALL, "inner"])
 def test_two_and_two_steps_are_four(make, name, prediction_type):
     def start():
         torch.manual_seed(4)
         fields = {"prior_inner_steps": 2} if name == "inner" else {}
-        guidance = make(VSD if fields else name, prediction_type, **fields)
+        fields["inversion_steps"] = 3
+        guidance = make(VSD if name == "inner" else name, prediction_type, **fields)
         particle = torch.rand(2, 12, 12, 3).requires_grad_()
         groups = [{"params": [particle], "lr": 0.1}]
         if learnt := list(guidance.parameters()):

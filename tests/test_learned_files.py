@@ -78,6 +78,7 @@ def prediction(guidance, strength):
         return model.predict_noise(x, torch.tensor([10, 900]), e)
 
 
+@pytest.mark.slow
 def test_stock_pipelines_take_a_trained_lora(make, tiny_sd, tmp_path):
     folders = {
         "StableDiffusionPipeline": tiny_sd(),

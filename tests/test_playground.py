@@ -171,6 +171,7 @@ def test_choice_of_the_model(playground, monkeypatch):
     assert choose(pocket, missing, "sd/sd")[1] == "pocket"
 
 
+@pytest.mark.slow
 def test_commands_import_no_3d_code(tiny_sd, tmp_path):
     """Both scripts in a process of their own, and what that process has imported at its end."""
     flags = ["--model", tiny_sd(sample_size=4), "--steps", "1", "--particles", "1", "--gpu", "-1"]

@@ -127,6 +127,7 @@ def test_a_turn_is_one_object_from_three_sides():
     assert (said["kind"] == labels[:, :, 0].ravel()).mean() >= 0.85
 
 
+@pytest.mark.slow
 def test_the_phase_of_view_words_goes_on_from_the_average(tmp_path, monkeypatch):
     """Two steps at once, and one step, a stop, and another, end in the same weights."""
     from pocket import diffusion, views
@@ -245,6 +246,7 @@ def test_the_prior_is_small_and_loads_like_any_other(pipeline):
     assert pipeline.tokenizer.model_max_length == 16
 
 
+@pytest.mark.slow
 def test_the_prior_obeys_words(pipeline):
     judge = load()
     words = ["a hamburger", "a blue car, front view", "a red mushroom", "a snowman, front view"]
