@@ -399,6 +399,7 @@ def test_fields_without_effect_are_warned_about_once(make, monkeypatch):
     said = []
     monkeypatch.setattr(threestudio, "warn", said.append)
     make(LORA, guidance_scale_lora=7.5, lora_cfg_training=True, camera_condition_type="extrinsics")
+    make(EMBEDDING, prompt_scale=2.0)
     assert said == []
     make(
         EMBEDDING,
@@ -409,6 +410,9 @@ def test_fields_without_effect_are_warned_about_once(make, monkeypatch):
     )
     assert len(said) == 4 and all("has no effect" in line for line in said)
     said.clear()
+    for name in (SDS, VSD):
+        make(name, prompt_scale=2.0)
+        assert said.pop() == "guidance: prompt_scale=2.0 has no effect" and not said
     make(VSD, lora_cfg_training=False, camera_condition_type="mvp")
     assert said == []  # there they have one
 

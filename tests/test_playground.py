@@ -115,7 +115,7 @@ def test_prompts_make_harmless_folders(play, tmp_path, prompt):
 @pytest.mark.parametrize(
     "flags, text",
     [
-        (["--model", "/nowhere/at/all"], "there is no model folder '/nowhere/at/all'"),
+        (["--model", "/nowhere/at/all"], "there is no model folder and no card '/nowhere/at/all'"),
         (["--model", "nobody/no-such-model"], "the model 'nobody/no-such-model' cannot be had"),
         (["--prompt", " "], "the prompt is empty"),
     ],

@@ -115,7 +115,13 @@ def test_what_fails_in_a_preflight_is_left_to_the_run(custom, tmp_path, capfd):
     custom("h-z_disabled", refusal)
     custom("h-y", refusal, root="other")  # of two extensions with one name the first is loaded
     check(tmp_path, roots=("custom", "other", "nowhere"))
-    assert (tmp_path / "told").read_text() == "3" and capfd.readouterr() == ("", "")
+    assert (tmp_path / "told").read_text() == "3"
+    out, err = capfd.readouterr()
+    told = err.splitlines()
+    assert out == "" and len(told) == len(broken)
+    for i, line in enumerate(told):
+        assert line.startswith(f"{tmp_path}/custom/h-{i}/preflight.py was left out: ")
+    assert told[4].endswith("left out: ZeroDivisionError: division by zero")
     check(tmp_path, verbose=True)
     err = capfd.readouterr().err
     assert err.count("Traceback") >= len(broken) and "UnsupportedValueType" in err
@@ -133,10 +139,12 @@ def test_the_run_goes_on_after_a_broken_preflight(custom, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     assert launch(["run.yaml"], ["use_timestamp=false", "tag=t"]) == 2
     err = capfd.readouterr().err
-    assert "no module is registered as 'd'" in err and "ZeroDivisionError" not in err
+    left_out, error = err.splitlines()
+    assert "h-broken/preflight.py was left out: ZeroDivisionError" in left_out
+    assert "no module is registered as 'd'" in error
     custom("h-refuses", "def preflight(cfg, mode): raise ValueError(mode)")
     assert launch(["run.yaml"], ["resume=x"], "--test") == 2
-    assert capfd.readouterr().err == "error: test\n"
+    assert capfd.readouterr().err.endswith("ZeroDivisionError: division by zero\nerror: test\n")
 
 
 # --- this extension's ---
@@ -177,8 +185,20 @@ def test_cards_that_cannot_be_had_are_refused(asked):
             asked("sd15", lora="sd21", guidance_type=f"lods-{kind}-guidance")
 
 
+def test_names_of_nothing_and_hub_ids_out_of_reach_are_refused(asked):
+    for model in ("SD15", "sd1.5", "sd-15"):
+        with pytest.raises(ValueError, match=f"no card '{model}' .did you mean 'sd15'"):
+            asked(model)
+    for model in ("./nowhere", "/data/sd/", "nowhere"):
+        with pytest.raises(ValueError, match=f"no card '{model}', seen from .* one of sd15, "):
+            asked(model)
+    with pytest.raises(ValueError, match=r"'nobody/model' cannot be had: nobody/model is .*OFFL"):
+        asked("nobody/model")
+
+
 def test_what_can_be_had_or_is_not_known_is_left_to_the_run(asked):
-    for model in ("pocket", "sd15", SD15, "nobody/model", "./nowhere", "", None, 3):
+    os.makedirs("folder/that_may_be_a_model")
+    for model in ("pocket", "sd15", SD15, "folder/that_may_be_a_model", "folder", "", None, 3):
         asked(model, lora="sdxl")  # which this guidance does not load
     asked("sdxl", system_type="dreamfusion-system")
     others = {"guidance_type": "stable-diffusion-guidance"}

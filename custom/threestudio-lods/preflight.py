@@ -13,11 +13,11 @@ SYSTEMS = ("lods-gs-system", "lods-ngp-system")  # both load their models in eve
 
 
 def preflight(cfg: Any, mode: str) -> None:
-    """Raise ``ValueError``, one line, for a card (``models/cards.yaml``) whose model is not on
-    this machine while there is no network.
+    """Raise ``ValueError``, one line, for a model that is no folder, card or hub id, and for a card
+    (``models/cards.yaml``) or hub id that is not on this machine while there is no network.
 
-    What is not certain is left to the run: systems of others, names that are no cards, and
-    everything where a connection to the hub can be opened.
+    What is not certain is left to the run: systems of others, and everything of the hub where a
+    connection to it can be opened.
     """
     if cfg.system_type not in SYSTEMS:
         return
@@ -25,7 +25,7 @@ def preflight(cfg: Any, mode: str) -> None:
     if names:
         cards = _load(HERE / "guidance" / "cards.py")
         for name in names:
-            cards.refuse_without_network(name)
+            cards.refuse_early(name)
 
 
 def model_names(system: Any) -> list[str]:

@@ -26,6 +26,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     found = difflib.get_close_matches(word, choices, n=1, cutoff=0.55)
     if not found:  # 'embedding-guidance' for 'lods-embedding-guidance', which a ratio can miss
         found = [c for c in choices if len(word) >= 4 and (word in c or c in word)][:1]
-    if not found:  # 'sds' for 'lods-sds-guidance'
-        found = [c for c in choices if word in c.split("-")][:1]
+    if not found:  # 'sds' or 'sdss' for 'lods-sds-guidance'
+        parts = {part: c for c in reversed(choices) for part in c.split("-")}
+        near = difflib.get_close_matches(word, parts, n=1, cutoff=0.7)
+        found = [parts[part] for part in near]
     return f": did you mean {found[0]!r}?" if found else ""

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError
-from threestudio.utils.extensions import find_extensions
+from threestudio.utils.extensions import find_extensions, last_line
 
 HOOK = "preflight.py"
 
@@ -47,8 +47,8 @@ def preflight(
     verbose: bool = False,
 ) -> None:
     """Raise :class:`UserError` if the config cannot be run, or if an extension in one of the
-    folders `roots` refuses it. Anything else that fails in an extension's file is left to the run
-    (`verbose` shows it)."""
+    folders `roots` refuses it. Anything else that fails in an extension's file costs a line, and
+    the run goes on (`verbose` shows where)."""
     if any(Path(file).exists() and not Path(file).is_file() for file in files):
         return  # a pipe can be read once: by the run
     try:
@@ -62,9 +62,10 @@ def preflight(
             _run(file, copy.deepcopy(cfg), mode)
         except UserError:
             raise
-        except Exception:
+        except Exception as error:
             if verbose:
                 traceback.print_exc()
+            print(f"{file} was left out: {last_line(error)}", file=sys.stderr)
 
 
 def _hooks(roots: Iterable[Path]) -> Iterator[Path]:

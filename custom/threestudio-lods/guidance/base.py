@@ -17,10 +17,11 @@ from .cards import canonical
 from .denoiser import DEFAULT_MODEL, Denoiser
 from .inner import InnerAdam
 
-# Fields of the original configurations that nothing reads (there neither): a note is logged if
-# they are set to anything but these values.
+# Fields that a prior does not read (those of the original configurations, nor did the original): a
+# note is logged if they are set to anything but these values.
 WITHOUT_EFFECT = {
     "guidance_scale_lora": (1.0, 7.5),
+    "prompt_scale": (1.0,),
     "lora_cfg_training": (True,),
     "camera_condition_type": ("extrinsics",),
 }

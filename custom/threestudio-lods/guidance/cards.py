@@ -4,6 +4,7 @@
 package or of threestudio.
 """
 
+import difflib
 import functools
 import os
 import socket
@@ -115,12 +116,36 @@ def resolve(name_or_path: str) -> Model:
     return Model(repo, card.revision, card)
 
 
-def refuse_without_network(name_or_path: str) -> None:
-    """Raise the ``ValueError`` of :func:`resolve` if it is due to the lack of a network. The hub
-    is not asked: where a connection to it can be opened, nothing is said."""
+def refuse_early(name_or_path: str) -> None:
+    """Raise ``ValueError``, one line, for a name that stands for nothing, or for a model of the hub
+    that is not in its local cache while there is no network. The hub is not asked: where a
+    connection to it can be opened, nothing is said."""
     card = find_card(name_or_path)
-    if _without_hub(name_or_path, card) is None and (why := _no_hub()):
-        raise ValueError(_missing_card(name_or_path, card, why))
+    if os.path.isdir(name_or_path) or (card and _without_hub(name_or_path, card)):
+        return
+    if card is None and not is_hub_id(name_or_path):
+        raise ValueError(no_such_model(name_or_path))
+    if card:
+        if why := _no_hub():
+            raise ValueError(_missing_card(name_or_path, card, why))
+    elif why := out_of_reach(name_or_path):
+        raise ValueError(missing(name_or_path, f"{name_or_path} is", why, name_or_path))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it looks like owner/name, and not like the path of a folder."""
+    return name.count("/") == 1 and name[0] not in "./~"
+
+
+def no_such_model(name: str) -> str:
+    """One line for a name that is no folder, no card and no hub id."""
+    near = difflib.get_close_matches(name.lower(), all_cards(), n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return (
+        f"there is no model folder and no card {name!r}{hint}, seen from {os.getcwd()}: set "
+        "pretrained_model_name_or_path to a diffusers folder, to a hub id 'owner/name' or to one "
+        f"of {', '.join(all_cards())}"
+    )
 
 
 def _without_hub(name_or_path: str, card: Card | None) -> Model | None:

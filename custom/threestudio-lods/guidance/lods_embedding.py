@@ -9,7 +9,7 @@ import threestudio
 from threestudio.utils.typing import *
 
 from . import formulas
-from .base import BaseGuidance
+from .base import WITHOUT_EFFECT, BaseGuidance
 from .cards import resolve
 from .denoiser import load_model_config
 from .learned_file import read_safetensors, write_safetensors
@@ -33,6 +33,7 @@ class LODSEmbeddingGuidance(BaseGuidance):
         pass
 
     cfg: Config
+    without_effect = {k: v for k, v in WITHOUT_EFFECT.items() if k != "prompt_scale"}
 
     def check(self) -> None:
         super().check()

@@ -9,7 +9,7 @@ import threestudio
 from threestudio.utils.typing import *
 
 from . import formulas
-from .base import BaseGuidance
+from .base import WITHOUT_EFFECT, BaseGuidance
 from .cards import canonical
 from .lora import RowLora
 
@@ -31,6 +31,7 @@ class LODSLoRAGuidance(BaseGuidance):
         pass
 
     cfg: Config
+    without_effect = {k: v for k, v in WITHOUT_EFFECT.items() if k != "prompt_scale"}
 
     def create_learned(self) -> None:
         other = self.cfg.pretrained_model_name_or_path_lora

@@ -78,7 +78,7 @@ class VSDGuidance(LODSLoRAGuidance):
 
     cfg: Config
     finite_scale = True
-    without_effect = {"guidance_scale_lora": WITHOUT_EFFECT["guidance_scale_lora"]}
+    without_effect = {k: WITHOUT_EFFECT[k] for k in ("guidance_scale_lora", "prompt_scale")}
 
     def check(self) -> None:
         super().check()
