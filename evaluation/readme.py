@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 from evaluation.document import Bold, Table, Text, markdown
+from evaluation.grid import load_grid
 from evaluation.report import FOLDER, best_of, show, summary, title_of
 from evaluation.results import COSTS, HEADLINE, METRICS, Metric, Section, read, sections, values
 from evaluation.statistics import interval, paired
 from threestudio.utils.errors import UserError
 
 README = FOLDER.parent.parent / "README.md"
+GRID = FOLDER.parent.parent / "evaluation/grids/pocket.yaml"
 MARKS = "<!-- results: written by make report -->", "<!-- end of the results -->"
 NOTHING = "**The full comparison has not been run yet.**"
 SHOWN = (METRICS[0], METRICS[2], METRICS[3], METRICS[4])
@@ -48,6 +50,19 @@ def _to_sds(metric: Metric, runs, base, name: str) -> str:
     return Bold(cell) if difference.sign == metric.better else cell
 
 
+def progress(rows) -> str:
+    """What is said as long as the table lacks runs of the grid; "" afterwards."""
+    wanted = [run.identity for run in load_grid(GRID).runs]
+    there = {tuple(row.get(key, "") for key in wanted[0]) for row in rows}
+    done = sum(tuple(identity.values()) in there for identity in wanted)
+    if done == len(wanted):
+        return ""
+    return (
+        f"The grid is not finished: {done} of its {len(wanted)} runs are in the table, and nothing "
+        "below is final."
+    )
+
+
 def results(folder: Path = FOLDER) -> str:
     """The section's text, from the tables in ``folder``."""
     rows = read(folder / "results.csv", ("grid", "canvas", "prior", "prompt", "seed", "status"))
@@ -55,7 +70,9 @@ def results(folder: Path = FOLDER) -> str:
     if not found:
         return NOTHING + "\n"
     alone = len({s.grid for s in found}) == 1
-    blocks: list = [summary(found)[1]]
+    unfinished = progress(rows)
+    blocks: list = [Text(unfinished)] if unfinished else []
+    blocks.append(summary(found)[1])
     for section in found:
         done = f"{len(section.prompts())} prompts, {len(section.seeds())} seeds"
         blocks += [Text(f"{title_of(section, alone)}, {done}:"), compact(section)]

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from evaluation import document, plots, readme, report, results
+from evaluation.grid import load_grid
 from evaluation.statistics import interval
 from threestudio.utils.errors import UserError
 
@@ -316,6 +317,11 @@ def test_the_readme_says_what_the_table_says(tmp_path):
     want = nested(rows, "object_accuracy", "vsd")
     mean = 100 * fmean(fmean(seeds.values()) for seeds in want.values())
     assert number(cells[2]) == pytest.approx(mean, abs=0.051)
+    assert "nothing below is final" in copy.read_text()
+    whole = [run.identity for run in load_grid(readme.GRID).runs]
+    assert readme.progress(whole) == "" and f" 1 of its {len(whole)} runs" in readme.progress(
+        [*rows, whole[7]]
+    )
     copy.write_text("no marks")
     with pytest.raises(UserError, match="put them where results go"):
         readme.update(copy, tmp_path)
