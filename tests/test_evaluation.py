@@ -13,7 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from evaluation import metrics, truth
+from evaluation import document, metrics, results, truth
 from evaluation.grid import TRUE, Run, load_grid, written
 from evaluation.table import CURVES, RESULTS, Table, begun
 from evaluation.truth import Orbit
@@ -350,6 +350,11 @@ def test_reported_settings_are_the_best_of_the_tuning():
     for key, settings in found.items():
         best = min(settings, key=lambda s: statistics.fmean(settings[s]))
         assert set(best.split()) <= set(chosen[key].split()), key
+
+
+def test_every_prior_has_a_colour_in_light_and_dark():
+    for k in range(len(results.PRIORS) + 1):  # and one for others
+        assert document.STYLE.count(f"--c{k}:") == 2 and f".c{k} {{" in document.STYLE
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation import document, plots, readme, report, results
-from evaluation.grid import load_grid
+from evaluation import plots, report
 from evaluation.statistics import interval
-from threestudio.utils.errors import UserError
 
 COLUMNS = (
     *("grid", "canvas", "prior", "prompt", "kind", "color", "seed", "settings", "steps", "status"),
@@ -297,39 +295,6 @@ def test_what_is_absent_is_named(tmp_path):
     assert f"pocket / gaussians / sds / {gone['prompt']} / {gone['seed']}" in page.text
     assert page.table("failed", "missing")["gaussians"]["missing"] == "1"
     assert page.table("prior", "object accuracy, %", "seconds")["sds"]["runs (prompts)"] == "22 (8)"
-
-
-def test_the_readme_says_what_the_table_says(tmp_path):
-    text = readme.README.read_text()
-    written = text.split(readme.MARKS[0])[1].split(readme.MARKS[1])[0]
-    assert written.strip() == readme.results().strip()  # else: make report
-    copy = tmp_path / "README.md"
-    copy.write_text(text)
-    rows = make_rows((*PRIORS, "true-renders"))
-    change(rows, "vsd", "frechet", lambda x: x - 7)
-    made(tmp_path, rows)
-    readme.update(copy, tmp_path)
-    before, after = (t.split(readme.MARKS[0])[0] for t in (text, copy.read_text()))
-    assert before == after and copy.read_text().endswith(text.split(readme.MARKS[1])[1])
-    vsd = next(line for line in copy.read_text().splitlines() if line.startswith("| vsd |"))
-    cells = [cell.strip() for cell in vsd.split("|")[1:-1]]
-    assert cells[:2] == ["vsd", "24"] and cells[-2] == f"**{MINUS}7.0 [{MINUS}7.0, {MINUS}7.0]**"
-    want = nested(rows, "object_accuracy", "vsd")
-    mean = 100 * fmean(fmean(seeds.values()) for seeds in want.values())
-    assert number(cells[2]) == pytest.approx(mean, abs=0.051)
-    assert "nothing below is final" in copy.read_text()
-    whole = [run.identity for run in load_grid(readme.GRID).runs]
-    assert readme.progress(whole) == "" and f" 1 of its {len(whole)} runs" in readme.progress(
-        [*rows, whole[7]]
-    )
-    copy.write_text("no marks")
-    with pytest.raises(UserError, match="put them where results go"):
-        readme.update(copy, tmp_path)
-
-
-def test_every_prior_has_a_colour_in_light_and_dark():
-    for k in range(len(results.PRIORS) + 1):  # and one for others
-        assert document.STYLE.count(f"--c{k}:") == 2 and f".c{k} {{" in document.STYLE
 
 
 def test_text_of_others_is_no_markup(tmp_path):

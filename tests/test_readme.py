@@ -1,0 +1,38 @@
+"""The README's section on the comparison, from small tables and from the committed one."""
+
+from statistics import fmean
+
+import pytest
+
+from evaluation import readme
+from evaluation.grid import load_grid
+from tests.test_report import MINUS, PRIORS, change, made, make_rows, nested, number
+from threestudio.utils.errors import UserError
+
+
+def test_the_readme_says_what_the_table_says(tmp_path):
+    text = readme.README.read_text()
+    written = text.split(readme.MARKS[0])[1].split(readme.MARKS[1])[0]
+    assert written.strip() == readme.results().strip()  # else: make report
+    copy = tmp_path / "README.md"
+    copy.write_text(text)
+    rows = make_rows((*PRIORS, "true-renders"))
+    change(rows, "vsd", "frechet", lambda x: x - 7)
+    made(tmp_path, rows)
+    readme.update(copy, tmp_path)
+    before, after = (t.split(readme.MARKS[0])[0] for t in (text, copy.read_text()))
+    assert before == after and copy.read_text().endswith(text.split(readme.MARKS[1])[1])
+    vsd = next(line for line in copy.read_text().splitlines() if line.startswith("| vsd |"))
+    cells = [cell.strip() for cell in vsd.split("|")[1:-1]]
+    assert cells[:2] == ["vsd", "24"] and cells[-2] == f"**{MINUS}7.0 [{MINUS}7.0, {MINUS}7.0]**"
+    want = nested(rows, "object_accuracy", "vsd")
+    mean = 100 * fmean(fmean(seeds.values()) for seeds in want.values())
+    assert number(cells[2]) == pytest.approx(mean, abs=0.051)
+    assert "nothing below is final" in copy.read_text()
+    whole = [run.identity for run in load_grid(readme.GRID).runs]
+    assert readme.progress(whole) == "" and f" 1 of its {len(whole)} runs" in readme.progress(
+        [*rows, whole[7]]
+    )
+    copy.write_text("no marks")
+    with pytest.raises(UserError, match="put them where results go"):
+        readme.update(copy, tmp_path)
