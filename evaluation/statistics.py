@@ -24,21 +24,22 @@ Runs = Mapping[tuple[str, str], float]  # (prompt, seed) -> value
 @dataclass(frozen=True)
 class Interval:
     """A mean over ``runs`` runs of ``prompts`` prompts; ``low`` and ``high`` are its 95 % interval,
-    not a number with fewer than two prompts."""
+    not a number with fewer than two prompts. ``neutral`` is the value that says "no difference"."""
 
     mean: float
     low: float
     high: float
     runs: int
     prompts: int
+    neutral: float = 0.0
 
     @property
     def sign(self) -> int:
-        """1 or -1 if the whole interval is above or below zero and there are enough prompts to
-        say so, else 0."""
+        """1 or -1 if the whole interval is above or below ``neutral`` and there are enough prompts
+        to say so, else 0."""
         if self.prompts < ENOUGH_PROMPTS:
             return 0
-        return int(self.low > 0) - int(self.high < 0)
+        return int(self.low > self.neutral) - int(self.high < self.neutral)
 
 
 def interval(runs: Runs, draws: int = DRAWS, seed: int = 0) -> Interval:
@@ -70,3 +71,16 @@ def paired(runs: Runs, reference: Runs, **options) -> Interval:
     """``interval`` of ``runs - reference`` over the (prompt, seed) that both have, in which what a
     prompt does to both cancels."""
     return interval({k: runs[k] - reference[k] for k in runs if k in reference}, **options)
+
+
+def ratio(runs: Runs, reference: Runs, **options) -> Interval:
+    """Geometric mean of ``runs / reference`` over the (prompt, seed) at which both are positive,
+    exp(mean(log(runs / reference))) as ``interval`` takes means. Where prompts differ by factors, a
+    mean difference is that of the few hardest; here all count alike."""
+    logs = {
+        k: math.log(runs[k] / reference[k])
+        for k in runs
+        if runs[k] > 0 and reference.get(k, 0.0) > 0
+    }
+    i = interval(logs, **options)
+    return Interval(*(math.exp(x) for x in (i.mean, i.low, i.high)), i.runs, i.prompts, 1.0)

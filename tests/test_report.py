@@ -204,6 +204,8 @@ def test_numbers_are_those_of_the_table(tmp_path):
             wide = scale * slow_bootstrap(differences)
             tolerance = 0.15 * (wide[1] - wide[0]) + 0.1
             assert ends(found[prior][title]) == pytest.approx(wide, abs=tolerance)
+        mean = math.exp(fmean(math.log(mine[p][s] / base[p][s]) for p in base for s in base[p]))
+        assert number(found[prior]["Frechet distance / sds"]) == pytest.approx(mean, abs=0.0051)
 
 
 def test_the_best_is_bold_only_if_it_is_told_apart(tmp_path):

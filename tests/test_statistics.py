@@ -7,7 +7,7 @@ import pytest
 from scipy.linalg import sqrtm
 
 from evaluation.frechet import frechet
-from evaluation.statistics import ENOUGH_PROMPTS, interval, paired
+from evaluation.statistics import ENOUGH_PROMPTS, interval, paired, ratio
 
 
 def table(values):
@@ -54,6 +54,24 @@ def test_pairing_removes_what_a_prompt_does_to_both():
     i = paired(better, worse)
     assert i.sign == 1 and i.mean == pytest.approx(0.5, abs=0.1) and i.high - i.low < 0.3
     assert paired(worse, better).sign == -1
+
+
+def test_a_ratio_weighs_easy_and_hard_prompts_alike():
+    """Twice as good on seven easy prompts and somewhat worse on a hard one: the mean difference is
+    the hard prompt's, the ratio is not."""
+    worse = table([[1.0]] * 7 + [[1000.0]])
+    better = table([[0.5]] * 7 + [[1100.0]])
+    assert paired(better, worse).mean > 0
+    i = ratio(better, worse)
+    assert i.mean == pytest.approx((0.5**7 * 1.1) ** (1 / 8)) and i.sign == -1
+    back = ratio(worse, better)
+    assert back.mean == pytest.approx(1 / i.mean) and back.sign == 1
+    assert [back.low, back.high] == pytest.approx([1 / i.high, 1 / i.low])
+    same = ratio(worse, worse)
+    assert (same.mean, same.low, same.high, same.sign) == (1.0, 1.0, 1.0, 0)
+    # a distance of zero has no logarithm, and what has no pair no ratio
+    assert ratio({**worse, ("p8", "0"): 0.0}, {**worse, ("p8", "0"): 1.0}).runs == 8
+    assert math.isnan(ratio(worse, {}).mean)
 
 
 def test_pairs_are_the_runs_that_both_have():
