@@ -103,6 +103,19 @@ def test_loading_is_harmless_when_repeated():
     assert len([n for n, c in before.items() if c.__module__.startswith("threestudio-splats")]) == 7
 
 
+def test_a_name_of_an_extension_before_one_is_loaded(monkeypatch):
+    load_custom_modules(EXTENSIONS)
+    with pytest.raises(KeyError, match="no module is registered as 'noise-scores'") as error:
+        threestudio.find("noise-scores")
+    assert "no extension is loaded" not in str(error.value)
+    every = threestudio.__modules__
+    own = {n: c for n, c in every.items() if c.__module__.startswith("threestudio.")}
+    monkeypatch.setattr(threestudio, "__modules__", own)
+    with pytest.raises(KeyError, match="no extension is loaded: .*load_custom_modules"):
+        threestudio.find("noise-score-system")
+    assert threestudio.find("mesh-exporter") is every["mesh-exporter"]
+
+
 def test_a_system_composed_of_mixins():
     load_custom_modules(EXTENSIONS)
     composed = threestudio.find("noise-score-system:smooth-depth,smooth-picture")

@@ -107,6 +107,11 @@ def find(name: str):
         message = f"no module is registered as {name!r}{nearest(name, modules)}"
         for extension, error in extensions.failed.items():
             message += f" (extension {extension!r} failed to load: {extensions.last_line(error)})"
+        if all(cls.__module__.startswith(f"{__name__}.") for cls in modules.values()):
+            message += (
+                " (no extension is loaded: threestudio.utils.extensions.load_custom_modules('custom')"
+                " loads those in custom/)"
+            )
         raise UnknownNameError(message)
     return modules[name]
 
