@@ -111,7 +111,7 @@ def test_a_name_of_an_extension_before_one_is_loaded(monkeypatch):
     every = threestudio.__modules__
     own = {n: c for n, c in every.items() if c.__module__.startswith("threestudio.")}
     monkeypatch.setattr(threestudio, "__modules__", own)
-    with pytest.raises(KeyError, match="no extension is loaded: .*load_custom_modules"):
+    with pytest.raises(KeyError, match=r"no extension is loaded; .*load_custom_modules"):
         threestudio.find("noise-score-system")
     assert threestudio.find("mesh-exporter") is every["mesh-exporter"]
 

@@ -109,8 +109,8 @@ def find(name: str):
             message += f" (extension {extension!r} failed to load: {extensions.last_line(error)})"
         if all(cls.__module__.startswith(f"{__name__}.") for cls in modules.values()):
             message += (
-                " (no extension is loaded: threestudio.utils.extensions.load_custom_modules('custom')"
-                " loads those in custom/)"
+                " (no extension is loaded; those in custom/ are by "
+                "threestudio.utils.extensions.load_custom_modules('custom'))"
             )
         raise UnknownNameError(message)
     return modules[name]
