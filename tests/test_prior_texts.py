@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import threestudio
+from tests.guidance_oracles import random_prompt
 from threestudio import find
 
 
@@ -81,3 +82,18 @@ def test_another_prompt_processor_is_not_enough(processor, tiny_sd, short):
     utils = processor("stable-diffusion-prompt-processor")
     with pytest.raises(ValueError, match="prompt_processor_type=lods-prompt-processor"):
         guidance.initialize(utils)
+
+
+def test_embedding_may_start_as_the_source(lods, tiny_sd):
+    prompt, model = random_prompt(), tiny_sd(sample_size=4)
+    for start, want in (
+        ("negative", prompt.uncond_text_embeddings[0]),
+        ("source", prompt.others["source"]),
+    ):
+        guidance = find("lods-embedding-guidance")(
+            {"pretrained_model_name_or_path": model, "embedding_start": start}
+        )
+        guidance.initialize(prompt)
+        assert torch.equal(guidance.learnable_embedding, want)
+    with pytest.raises(ValueError, match="embedding_start must be one of negative, source"):
+        find("lods-embedding-guidance")({"embedding_start": "null"})

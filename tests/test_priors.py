@@ -124,15 +124,25 @@ def test_a_bridge_from_the_null_is_csd(make):
     close(other, w * (eps_c - eps_s))
 
 
-def test_a_bridge_starts_as_sds_over_its_scale(make):
-    prompt = random_prompt()
-    guidance = make("bridge", bridge_start=3, bridge_sds_scale=20.0)
-    sds = g(make("sds", guidance_scale=20.0), prompt) / 20
-    bridge = g(make("bridge"), prompt)
-    for step, want in ((0, sds), (2, sds), (3, bridge), (9, bridge)):
+@pytest.mark.parametrize("short", SHORT)
+def test_a_prior_may_start_as_sds_over_its_scale(make, short):
+    """Before ``sds_steps`` every prior has SDS' gradient, whatever it has learnt, and learns."""
+    first = {"sds_steps": 3, "sds_scale": 20.0}
+    if short == "bridge":
+        first = {"bridge_start": 3, "bridge_sds_scale": 20.0}
+    prompt, plain = random_prompt(), make(short)
+    plain.initialize(prompt)
+    shake(plain.parameters())
+    guidance = make(short, **first)
+    guidance.load_state_dict(plain.state_dict())
+    sds, own = g(make("sds", guidance_scale=20.0), prompt) / 20, g(plain, prompt)
+    assert (sds - own).abs().max() > 1e-2
+    for step, want in ((0, sds), (2, sds), (3, own), (9, own)):
         guidance.do_update_step(0, step)
         close(g(guidance, prompt), want)
-    assert (sds - bridge).abs().max() > 1e-2
+    guidance.do_update_step(0, 0)
+    losses = {name for name in call(guidance, prompt) if name.startswith("loss_")}
+    assert losses == {name for name in call(plain, prompt) if name.startswith("loss_")}
 
 
 def test_vsd_starts_at_the_model_itself(make):
@@ -467,19 +477,6 @@ def test_inner_steps_make_a_better_prior(make):
     assert losses[8] < losses[1]
 
 
-def test_embedding_may_start_as_the_source(make):
-    prompt = random_prompt()
-    for start, want in (
-        ("negative", prompt.uncond_text_embeddings[0]),
-        ("source", prompt.others["source"]),
-    ):
-        guidance = make("embedding", embedding_start=start)
-        guidance.initialize(prompt)
-        assert torch.equal(guidance.learnable_embedding, want)
-    with pytest.raises(ValueError, match="embedding_start must be one of negative, source"):
-        make("embedding", embedding_start="null")
-
-
 @pytest.mark.parametrize(
     "short, field, value, text",
     [
@@ -487,6 +484,7 @@ def test_embedding_may_start_as_the_source(make):
         ("nfsd", "nfsd_threshold", 200, "part of all timesteps, 0 to 1, not 200"),
         ("bridge", "bridge_start", -1, "0 or more, not -1"),
         ("bridge", "bridge_sds_scale", 0, "must be above 0"),
+        ("lora", "sds_steps", -2, "0 or more, not -2"),
         ("sdi", "inversion_steps", 0, "inversion_steps must be 1 or more"),
         ("sdi", "inversion_eta", 2.0, "inversion_eta must be 0 to 1"),
         ("ism", "ism_delta_s", 0, "ism_delta_s is a number of timesteps, 1 or more"),

@@ -53,6 +53,10 @@ class BaseGuidance(BaseModule):
         # LODS priors: r of cfg_r(eps(x_t; y), eps(x_t; n)), which takes the place of eps(x_t; y) as
         # in VSD: the renders then tend to samples with that guidance scale. 1: as published
         prompt_scale: float = 1.0
+        # so many first steps follow SDS over its scale, SDS(sds_scale) / sds_scale, and what is
+        # learnt is learnt from the first on: the layout is then SDS', the rest the prior's
+        sds_steps: int = 0
+        sds_scale: float = 100.0
         # t is drawn from int(T min) .. int(T max), both included; schedules allowed
         min_step_percent: Any = 0.02
         max_step_percent: Any = 0.98
@@ -154,6 +158,10 @@ class BaseGuidance(BaseModule):
         """Refuse, with one line, fields that make no sense; before anything is loaded."""
         formulas.check_scale(self.cfg.guidance_scale, self.finite_scale)
         formulas.weight(torch.zeros(()), self.cfg.weighting_strategy)  # refuses an unknown name
+        steps, scale = self.sds_stage()
+        formulas.check_scale(scale, finite=True)
+        if steps < 0:
+            raise ValueError(f"so many steps of SDS come first: 0 or more, not {steps}")
         if self.cfg.lora_n_timestamp_samples < 1:
             raise ValueError("lora_n_timestamp_samples must be at least 1")
         if self.cfg.timestep_schedule not in TIMESTEP_SCHEDULES:
@@ -307,6 +315,10 @@ class BaseGuidance(BaseModule):
         """``eps_c``, or with negatives the composition of Perp-Neg."""
         return formulas.perp_neg(eps_c, eps_u, negatives, self._weights) if negatives else eps_c
 
+    def sds_stage(self) -> Tuple[int, float]:
+        """(steps, scale) of the SDS that comes before the prior's own gradient."""
+        return self.cfg.sds_steps, self.cfg.sds_scale
+
     def gradient(
         self,
         x_t: Float[Tensor, "B c h w"],
@@ -394,8 +406,14 @@ class BaseGuidance(BaseModule):
     ) -> Float[Tensor, "B c h w"]:
         """The gradient for one draw of (t, eps): not-finite elements become 0, then clamped."""
         t = self.timesteps(len(latents), latents.device)
-        x_t, eps = self.diffuse(latents, t, prompt, null)
-        raw = self.gradient(x_t, t, eps, prompt, null)
+        steps, scale = self.sds_stage()
+        if self.step < steps:  # with the frozen model's own two predictions, and new noise
+            x_t, eps = BaseGuidance.diffuse(self, latents, t, prompt, null)
+            eps_c, eps_u = BaseGuidance.predict_pair(self, x_t, t, prompt, null)
+            raw = formulas.lods(eps_c, eps_u, eps, scale, self.weight(t))
+        else:
+            x_t, eps = self.diffuse(latents, t, prompt, null)
+            raw = self.gradient(x_t, t, eps, prompt, null)
         self._warn_of_lost()
         self._lost = (~torch.isfinite(raw)).float().mean()
         grad = torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0)

@@ -6,7 +6,7 @@ import threestudio
 from threestudio.utils.typing import *
 
 from . import formulas
-from .base import BaseGuidance
+from .base import WITHOUT_EFFECT, BaseGuidance
 
 
 @threestudio.register("lods-bridge-guidance")
@@ -26,12 +26,10 @@ class BridgeGuidance(BaseGuidance):
         pass
 
     cfg: Config
+    without_effect = WITHOUT_EFFECT | {"sds_steps": (0,), "sds_scale": (100.0,)}
 
-    def check(self) -> None:
-        super().check()
-        formulas.check_scale(self.cfg.bridge_sds_scale, finite=True)
-        if self.cfg.bridge_start < 0:
-            raise ValueError(f"bridge_start is a step, 0 or more, not {self.cfg.bridge_start}")
+    def sds_stage(self) -> Tuple[int, float]:
+        return self.cfg.bridge_start, self.cfg.bridge_sds_scale
 
     def start_from(self, prompt_utils) -> None:
         self._texts = self.other_text(prompt_utils, "source")
@@ -42,8 +40,5 @@ class BridgeGuidance(BaseGuidance):
         ).chunk(2)[0]
 
     def gradient(self, x_t, t, eps, prompt, null) -> Float[Tensor, "B c h w"]:
-        if self.step < self.cfg.bridge_start:
-            eps_c, eps_u = self.predict_pair(x_t, t, prompt, null)
-            return formulas.lods(eps_c, eps_u, eps, self.cfg.bridge_sds_scale, self.weight(t))
         eps_c, eps_source = self.predict_pair(x_t, t, prompt, self._source)
         return formulas.csd(eps_c, eps_source, self.weight(t))
