@@ -1,5 +1,7 @@
 """The report's sections on the judge and on the tuning."""
 
+import math
+import shlex
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -20,6 +22,12 @@ SHARES = (
 DAMAGES = ("blurred", "noise", "half-transparent", "patches shuffled")
 # How much more often than chance the commonest answer may come before it is called fixed.
 FIXED = 4
+# Settings whose effect is shown prior by prior.
+VARIED = {
+    "system.guidance.guidance_scale": "guidance scale",
+    "system.optimizer.params.guidance.lr": "learning rate of the learnt prior",
+    "scene_lr": "learning rate of what is optimised, as a multiple of the configuration's",
+}
 
 
 def percent(row: dict, column: str) -> str:
@@ -177,7 +185,34 @@ def tuning_blocks(rows: Sequence[dict] | None, found: Sequence[Section]) -> list
             if not chosen:
                 table.append([prior, "none of these is what the results use", "", "", "", ""])
         blocks += [Heading(3, f"Canvas {canvas}"), Table(header, table)]
+        here = {prior: tried for (where, prior), tried in groups.items() if where == canvas}
+        for key, what in VARIED.items():
+            blocks += _by_value(here, key, what)
     return blocks
+
+
+def _by_value(tried: dict[str, dict[str, list[dict]]], key: str, what: str) -> list:
+    """For the priors that ``key`` was varied for, the lowest mean distance at each of its values,
+    the other settings being the best there."""
+    metric = HEADLINE[1]
+    found: dict[str, dict[float, float]] = {}
+    for prior, settings in tried.items():
+        for text, rows in settings.items():
+            value = dict(t.split("=", 1) for t in shlex.split(text)).get(key)
+            i = interval(values((r for r in rows if r["status"] == "ok"), metric.column), draws=1)
+            if value is not None and i.runs:
+                of = found.setdefault(prior, {})
+                of[float(value)] = min(i.mean, of.get(float(value), math.inf))
+    found = {prior: of for prior, of in found.items() if len(of) > 1}
+    if not found:
+        return []
+    columns = sorted({value for of in found.values() for value in of})
+    table = [
+        [prior, *(metric.show(found[prior][v]) if v in found[prior] else "" for v in columns)]
+        for prior in sorted(found, key=rank)
+    ]
+    text = f"{metric.title} by {what}, each with the best of the other settings:"
+    return [Text(text), Table(["prior", *(f"{v:g}" for v in columns)], table)]
 
 
 def _chosen(prior: str, canvas: str, tried, found: Sequence[Section]) -> set[str]:

@@ -451,29 +451,6 @@ def test_the_judge_is_reported(tmp_path):
     )
 
 
-def test_tuning_says_what_was_tried_and_chosen(tmp_path):
-    rows = make_rows(("sds", "csd"))
-    for r in rows:
-        r["settings"] = {"sds": "scale=7 lr=0.1", "csd": "scale=3"}[r["prior"]]
-    tried = []
-    for prior, settings in (("sds", "scale=7"), ("sds", "scale=20"), ("csd", "scale=1")):
-        base = make_rows((prior,), prompts=["a tree", "a donut"], seeds="0")
-        tried += [{**r, "grid": "tuning", "settings": settings} for r in base]
-    page, _ = made(tmp_path, rows, tuning=tried)
-    table = next(t for t in page.tables if "in the results" in t[0])
-    told = {tuple(r[:2]): r[-1] for r in table[1:]}
-    assert told["sds", "scale=7"] == "chosen" and told["sds", "scale=20"] == ""
-    assert ("csd", "none of these is what the results use") in told
-    scores = [float(r["object_accuracy"]) for r in tried if r["settings"] == "scale=20"]
-    shown = next(r for r in table if r[1] == "scale=20")
-    assert number(shown[3]) == pytest.approx(100 * fmean(scores), abs=0.051)
-    assert "budgets differ: csd 1 setting in 2 runs, sds 2 settings in 4 runs" in page.text
-    assert "that the results use too: none." in page.text
-    tried += [{**r, "settings": "scale=2", "prompt": PROMPTS[0]} for r in tried[-2:]]
-    page, _ = made(tmp_path, rows, tuning=tried)
-    assert f"that the results use too: {PROMPTS[0]}." in page.text
-
-
 def test_the_pareto_front_is_what_nothing_beats():
     points = {"a": (1, 5), "b": (2, 4), "c": (3, 7), "d": (3, 6), "e": (9, 7)}
     assert plots.pareto(points, 1) == ["a", "c"]

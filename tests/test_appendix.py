@@ -1,0 +1,63 @@
+"""The report's section on the tuning, from small tables."""
+
+from statistics import fmean
+
+import pytest
+
+from tests.test_report import PROMPTS, made, make_rows, number
+
+
+def test_tuning_says_what_was_tried_and_chosen(tmp_path):
+    rows = make_rows(("sds", "csd"))
+    for r in rows:
+        r["settings"] = {"sds": "scale=7 lr=0.1", "csd": "scale=3"}[r["prior"]]
+    tried = []
+    for prior, settings in (("sds", "scale=7"), ("sds", "scale=20"), ("csd", "scale=1")):
+        base = make_rows((prior,), prompts=["a tree", "a donut"], seeds="0")
+        tried += [{**r, "grid": "tuning", "settings": settings} for r in base]
+    page, _ = made(tmp_path, rows, tuning=tried)
+    table = next(t for t in page.tables if "in the results" in t[0])
+    told = {tuple(r[:2]): r[-1] for r in table[1:]}
+    assert told["sds", "scale=7"] == "chosen" and told["sds", "scale=20"] == ""
+    assert ("csd", "none of these is what the results use") in told
+    scores = [float(r["object_accuracy"]) for r in tried if r["settings"] == "scale=20"]
+    shown = next(r for r in table if r[1] == "scale=20")
+    assert number(shown[3]) == pytest.approx(100 * fmean(scores), abs=0.051)
+    assert "budgets differ: csd 1 setting in 2 runs, sds 2 settings in 4 runs" in page.text
+    assert "that the results use too: none." in page.text
+    tried += [{**r, "settings": "scale=2", "prompt": PROMPTS[0]} for r in tried[-2:]]
+    page, _ = made(tmp_path, rows, tuning=tried)
+    assert f"that the results use too: {PROMPTS[0]}." in page.text
+
+
+def test_what_a_setting_does_is_shown_at_its_best(tmp_path):
+    """The lowest mean over prompts at each value; a run that failed counts for nothing."""
+    distances = {
+        ("sds", 5, 0.5): (30.0, 50.0),
+        ("sds", 5, 1): (10.0, 20.0),
+        ("sds", 100, 1): (60.0, 80.0),
+        ("vsd", 5, 1): (7.0, 9.0),
+        ("vsd", 5, 2): (1.0, 1.0),
+        ("csd", None, 1): (2.0, 4.0),
+        ("csd", None, 2): (3.0, 5.0),
+    }
+    tried = []
+    for (prior, scale, rate), values in distances.items():
+        rows = make_rows((prior,), prompts=["a tree", "a donut"], seeds="0")
+        guidance = f" system.guidance.guidance_scale={scale:.1f}" if scale else ""
+        weight = " 'system.loss.lambda_sds=${div:1,${system.guidance.guidance_scale}}'"
+        for row, value in zip(rows, values):
+            row |= {"grid": "tuning", "settings": f"scene_lr={rate:.1f}{guidance}{weight}"}
+            row |= {"frechet": str(value), "status": "RuntimeError" if value == 1.0 else "ok"}
+        tried += rows
+    page, _ = made(tmp_path, make_rows(), tuning=tried)
+    by_scale, by_rate = (t for t in page.tables if t[0][0] == "prior" and t[0][1] in ("5", "0.5"))
+    # vsd was tried at one scale, csd has none
+    assert by_scale == [["prior", "5", "100"], ["sds", "15.0", "70.0"]]
+    assert by_rate == [
+        ["prior", "0.5", "1", "2"],
+        ["sds", "40.0", "15.0", ""],
+        ["csd", "", "3.0", "4.0"],
+    ]
+    assert "Frechet distance by guidance scale" in page.text
+    assert "learning rate of the learnt prior" not in page.text  # none was given
