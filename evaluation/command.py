@@ -219,7 +219,10 @@ def main(argv=None) -> int:
         again = set(bad)
         runs = [run for run, row in zip(chosen, rows) if row is None or run in again]
     if args.dry_run:
-        print("\n".join(run.title for run in runs))
+        try:
+            print("\n".join(run.title for run in runs), flush=True)
+        except BrokenPipeError:  # head has seen enough; what is flushed at the end goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     if not runs:
         return 1 if bad else 0

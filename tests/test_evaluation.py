@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -331,8 +333,23 @@ def test_shipped_grids():
     assert len([r for r in quick.runs if r.prior != TRUE]) == 2 * 2 * 2
     bench = load_grid(GRIDS / "t3bench.yaml")
     assert bench.gpus == 1 and all(r.clip and not r.judge and r.prior != TRUE for r in bench.runs)
-    for grid in (pocket, tuning, quick, bench):
+    improve, long = (load_grid(GRIDS / f"{n}.yaml") for n in ("improve", "long"))
+    assert not {r.prompt for r in improve.runs} & {r.prompt for r in pocket.runs}
+    # the same settings and prompts, only longer
+    chosen = {(r.prior, r.prompt, r.settings) for r in pocket.runs if r.canvas == "gaussians"}
+    assert {(r.prior, r.prompt, r.settings) for r in long.runs} < chosen
+    for grid in (pocket, tuning, quick, bench, improve, long):
         assert all((ROOT / name).is_file() for r in grid.runs for name in r.configs)
+
+
+def test_a_list_of_runs_may_be_cut_short():
+    """``evaluate.py ... --dry-run | head -1``: more than a pipe holds is left unread."""
+    command = [sys.executable, "evaluate.py", GRIDS / "pocket.yaml", "--dry-run", "--out", "none"]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    with subprocess.Popen(command, **pipe) as process:
+        assert process.stdout.readline().startswith("pocket: ")
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 0)
 
 
 def test_reported_settings_are_the_best_of_the_tuning():
