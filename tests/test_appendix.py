@@ -36,6 +36,7 @@ def test_what_a_setting_does_is_shown_at_its_best(tmp_path):
         ("sds", 5, 0.5): (30.0, 50.0),
         ("sds", 5, 1): (10.0, 20.0),
         ("sds", 100, 1): (60.0, 80.0),
+        ("sds", 100, 2): (90.0, 90.0),
         ("vsd", 5, 1): (7.0, 9.0),
         ("vsd", 5, 2): (1.0, 1.0),
         ("csd", None, 1): (2.0, 4.0),
@@ -56,7 +57,7 @@ def test_what_a_setting_does_is_shown_at_its_best(tmp_path):
     assert by_scale == [["prior", "5", "100"], ["sds", "15.0", "70.0"]]
     assert by_rate == [
         ["prior", "0.5", "1", "2"],
-        ["sds", "40.0", "15.0", ""],
+        ["sds", "40.0", "15.0", "90.0"],
         ["csd", "", "3.0", "4.0"],
     ]
     assert "Frechet distance by guidance scale" in page.text
