@@ -156,7 +156,7 @@ def method() -> list:
                 "again. A difference is paired: over the prompts and seeds that both have. Bold is "
                 "the best mean if the interval of its difference to the second excludes zero.",
                 "The last column of the paired differences is a ratio: the geometric mean over the "
-                "same pairs. Distances of prompts differ by up to a factor of five, so a mean "
+                "same pairs. Distances of prompts differ by factors, so a mean "
                 "difference is mostly that of the hardest prompts; in the ratio all count alike. "
                 "It was added when three quarters of the runs in 2D were in; what is said in words "
                 "goes by the differences.",

@@ -161,7 +161,9 @@ class BaseGuidance(BaseModule):
         steps, scale = self.sds_stage()
         formulas.check_scale(scale, finite=True)
         if steps < 0:
-            raise ValueError(f"so many steps of SDS come first: 0 or more, not {steps}")
+            raise ValueError(
+                f"sds_steps (of the bridge, bridge_start) must be 0 or more, not {steps}"
+            )
         if self.cfg.lora_n_timestamp_samples < 1:
             raise ValueError("lora_n_timestamp_samples must be at least 1")
         if self.cfg.timestep_schedule not in TIMESTEP_SCHEDULES:
