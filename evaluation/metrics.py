@@ -68,13 +68,16 @@ def judged(
     for; ``azimuth`` None: not views of one object. What does not apply is NaN.
 
     ``frechet`` compares the V views with M true pictures. Few pictures bias it upward, for all
-    priors alike where V is: the rows of true renders are the floor that can be reached.
+    priors alike where V is: the rows of true renders are the floor that can be reached. It does not
+    apply to views of one object whose kind has colours of which none was asked for: true objects of
+    several colours are as far from each other as from wrong ones.
     """
     front = azimuth is not None and KINDS[kind].front
+    any_color = azimuth is not None and KINDS[kind].natural is not None and color < 0
     return {
         "object_accuracy": accuracy(said["kind"], kind),
         "color_accuracy": accuracy(said["color"], color) if color >= 0 else float("nan"),
-        "frechet": frechet(true_features, said["features"]),
+        "frechet": float("nan") if any_color else frechet(true_features, said["features"]),
         "janus_rate": janus_rate(said["view"], azimuth) if front else float("nan"),
     }
 
