@@ -275,7 +275,7 @@ def by_prompt(section: Section) -> list:
 def summary(found: list[Section]) -> list:
     """Whether a LODS prior leads SDS, CSD and VSD, canvas by canvas; studies that lack one of these
     say nothing of it."""
-    alone, items, won = len({s.grid for s in found}) == 1, [], []
+    alone, rows, items, won = len({s.grid for s in found}) == 1, [], [], []
     contests = [s for s in found if all(s.of(r) for r in RIVALS)]
     for s in contests:
         where, rivals = title_of(s, alone), s.of(*RIVALS)
@@ -284,12 +284,14 @@ def summary(found: list[Section]) -> list:
             said = {m: [comparison(s, name, r, m)[0] for r in rivals] for m in HEADLINE}
             if all(words == VERDICTS[1] for group in said.values() for words in group):
                 leading.append(name)
-            for m, group in said.items():
+            cells = []
+            for group in said.values():
                 parts = [
                     f"{words} {listed(r for r, w in zip(rivals, group) if w == words)}"
                     for words in dict.fromkeys(group)
                 ]
-                items.append(f"{where}, {name}, {named(m)}: {'; '.join(parts)}.")
+                cells.append("; ".join(parts))
+            rows.append([where, name, *cells])
         if not s.lods:
             items.append(f"{where}: no LODS prior was run.")
         if leading:
@@ -305,7 +307,10 @@ def summary(found: list[Section]) -> list:
         items.append(
             f"Without all of {listed(RIVALS)}, and no test of the claim: {listed(others)}."
         )
-    return [Heading(2, "In short"), Text(head), Bullets(items)]
+    blocks = [Heading(2, "In short"), Text(head)]
+    if rows:
+        blocks.append(Table(["canvas", "prior", *(named(m) for m in HEADLINE)], rows))
+    return [*blocks, Bullets(items)] if items else blocks
 
 
 def color_of(prior: str) -> int:
@@ -361,6 +366,11 @@ def learning(section: Section, curves) -> list:
     if rows:
         header = ["prior", "loss, first tenth of the steps", "last tenth", "change", "verdict"]
         blocks.append(Table(header, rows))
+        # noise is harder to tell from a picture the less of it there is
+        annealed = (
+            "The loss is larger at small timesteps: where they are annealed, it rises by that."
+        )
+        blocks.append(Text(annealed))
     else:
         blocks.append(Text("No prior here has a denoising loss of its own in results.csv."))
     if curves is None:

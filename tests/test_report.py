@@ -243,6 +243,10 @@ def test_sentences_say_what_the_numbers_say(tmp_path):
     # Less distance is better.
     assert re.search(r"lods-embedding, Frechet distance: leads sds \(−9\.0 \[", page.text)
     assert "favour on no canvas." in page.text
+    short = page.table("prior", "object accuracy", "Frechet distance")["gaussians"]
+    assert short["prior"] == "lods-embedding"
+    assert short["object accuracy"] == "leads sds and vsd; is behind csd"
+    assert short["Frechet distance"] == "leads sds, csd and vsd"
     for prior in ("csd", "vsd"):
         change(rows, prior, "object_accuracy", lambda x: x)
     page, _ = made(tmp_path, rows)
