@@ -159,7 +159,7 @@ class BaseGuidance(BaseModule):
         formulas.check_scale(self.cfg.guidance_scale, self.finite_scale)
         formulas.weight(torch.zeros(()), self.cfg.weighting_strategy)  # refuses an unknown name
         steps, scale = self.sds_stage()
-        formulas.check_scale(scale, finite=True)
+        formulas.check_scale(scale, finite=True, name="sds_scale (of the bridge, bridge_sds_scale)")
         if steps < 0:
             raise ValueError(
                 f"sds_steps (of the bridge, bridge_start) must be 0 or more, not {steps}"

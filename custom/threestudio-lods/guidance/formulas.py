@@ -23,18 +23,16 @@ def rows(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(-1, *[1] * (like.ndim - 1)).to(like)
 
 
-def check_scale(scale: float, finite: bool = False) -> float:
-    """Return ``scale`` if it is a usable guidance scale, else raise ``ValueError``.
+def check_scale(scale: float, finite: bool = False, name: str = "guidance_scale") -> float:
+    """Return ``scale`` if it is a usable guidance scale, else raise ``ValueError`` with ``name``.
 
     It has to be above 0 (LODS divides by it, and with 0 the prompt has no effect); ``inf`` is
     allowed unless ``finite``.
     """
     if not scale > 0:
-        raise ValueError(
-            f"guidance_scale must be above 0, not {scale}: with 0 the prompt has no effect"
-        )
+        raise ValueError(f"{name} must be above 0, not {scale}: with 0 the prompt has no effect")
     if finite and math.isinf(scale):
-        raise ValueError("guidance_scale must be finite here: only the LODS priors take .inf")
+        raise ValueError(f"{name} must be finite here: only the LODS priors take .inf")
     return scale
 
 
