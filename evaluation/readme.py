@@ -7,10 +7,21 @@ that its numbers are those of the table; ``make report`` does it together with t
 import sys
 from pathlib import Path
 
-from evaluation.document import Bold, Table, Text, markdown
+from evaluation.document import Bold, Table, Text, markdown, plural
 from evaluation.grid import load_grid
-from evaluation.report import FOLDER, best_of, show, summary, title_of
-from evaluation.results import COSTS, HEADLINE, METRICS, Metric, Section, read, sections, values
+from evaluation.montage import montage
+from evaluation.report import FOLDER, best_of, sheet_of, show, summary, title_of
+from evaluation.results import (
+    CEILING,
+    COSTS,
+    HEADLINE,
+    METRICS,
+    Metric,
+    Section,
+    read,
+    sections,
+    values,
+)
 from evaluation.statistics import interval, paired
 from threestudio.utils.errors import UserError
 
@@ -18,6 +29,9 @@ README = FOLDER.parent.parent / "README.md"
 GRID = FOLDER.parent.parent / "evaluation/grids/pocket.yaml"
 MARKS = "<!-- results: written by make report -->", "<!-- end of the results -->"
 NOTHING = "**The full comparison has not been run yet.**"
+# a picture of the study at a high guidance scale, and whom it shows
+STUDY, PICTURE = ("improve", "2d"), "scale-100.webp"
+PICTURED = ("sds", "csd", "lods-embedding", "lods-lora", "lods-lora-4", CEILING)
 SHOWN = (METRICS[0], METRICS[2], METRICS[3], METRICS[4])
 
 
@@ -71,12 +85,29 @@ def results(folder: Path = FOLDER) -> str:
         return NOTHING + "\n"
     alone = len({s.grid for s in found}) == 1
     unfinished = progress(rows)
-    blocks: list = [Text(unfinished)] if unfinished else []
-    blocks.append(summary(found)[1])
-    for section in found:
-        done = f"{len(section.prompts())} prompts, {len(section.seeds())} seeds"
-        blocks += [Text(f"{title_of(section, alone)}, {done}:"), compact(section)]
-    return markdown(blocks)
+    text = markdown([*([Text(unfinished)] if unfinished else []), summary(found)[1]])
+    for section in sorted(found, key=lambda s: s.grid != GRID.stem):
+        counts = (len(section.prompts()), "prompt"), (len(section.seeds()), "seed")
+        done = ", ".join(plural(*count) for count in counts)
+        title, table = f"{title_of(section, alone)}, {done}", compact(section)
+        if section.grid == GRID.stem:
+            text += "\n" + markdown([Text(f"{title}:"), table])
+            continue
+        if (section.grid, section.canvas) == STUDY:
+            text += f"\n![Objects at a guidance scale of 100](docs/evaluation/{PICTURE})\n"
+        folded = markdown([table])
+        text += f"\n<details><summary>{title}</summary>\n\n{folded}\n</details>\n"
+    return text
+
+
+def picture(folder: Path = FOLDER) -> None:
+    """Draw PICTURE into ``folder`` where the tables have its study."""
+    rows = read(folder / "results.csv", ("grid", "canvas", "prior", "prompt", "seed", "status"))
+    for section in sections(rows or ()):
+        if (section.grid, section.canvas) == STUDY:
+            prompts, seed = section.prompts(), section.seeds()[0]
+            sheets = [[sheet_of(folder, STUDY[1], c, p, seed) for p in prompts] for c in PICTURED]
+            montage(folder / PICTURE, sheets, PICTURED, prompts)
 
 
 def update(readme: Path = README, folder: Path = FOLDER) -> None:
@@ -92,6 +123,7 @@ def update(readme: Path = README, folder: Path = FOLDER) -> None:
 
 if __name__ == "__main__":
     try:
+        picture()
         update()
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -401,6 +401,10 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80]
 
 
+def sheet_of(folder: Path, canvas: str, prior: str, prompt: str, seed: str) -> Path:
+    return folder / "sheets" / f"{canvas}-{prior}-{slug(prompt)}-{seed}.webp"
+
+
 def sheets(section: Section, folder: Path) -> list:
     """Contact sheets of the first seed, prompts down and priors across."""
     shown = list(dict.fromkeys(section.priors.values())) + [CEILING]
@@ -408,10 +412,7 @@ def sheets(section: Section, folder: Path) -> list:
     for prompt in section.prompts():
         files = []
         for prior in shown:
-            names = (
-                folder / "sheets" / f"{section.canvas}-{prior}-{slug(prompt)}-{seed}.webp"
-                for seed in section.seeds()
-            )
+            names = (sheet_of(folder, section.canvas, prior, prompt, s) for s in section.seeds())
             files.append(next((f for f in names if f.exists()), None))
             seen |= {prior} if files[-1] else set()
         rows.append((prompt, files))

@@ -2,10 +2,13 @@
 
 from statistics import fmean
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from evaluation import readme
 from evaluation.grid import load_grid
+from evaluation.montage import GAP, LABEL, LINE
 from tests.test_report import MINUS, PRIORS, change, made, make_rows, nested, number
 from threestudio.utils.errors import UserError
 
@@ -36,3 +39,28 @@ def test_the_readme_says_what_the_table_says(tmp_path):
     copy.write_text("no marks")
     with pytest.raises(UserError, match="put them where results go"):
         readme.update(copy, tmp_path)
+
+
+def test_a_study_has_a_picture_and_is_folded(tmp_path):
+    grid, canvas = readme.STUDY
+    rows = [{**r, "grid": grid} for r in make_rows(("sds", "csd", "lods-lora"), (canvas,))]
+    made(tmp_path, rows)
+    (tmp_path / "sheets").mkdir()
+    prompt = sorted({r["prompt"] for r in rows})[1]
+    colors = {"sds": (250, 0, 0), "lods-lora": (0, 0, 250)}  # there is no sheet of csd
+    for prior, color in colors.items():
+        file = readme.sheet_of(tmp_path, canvas, prior, prompt, "0")
+        Image.new("RGB", (128, 32), color).save(file, lossless=True)
+    readme.picture(tmp_path)
+    with Image.open(tmp_path / readme.PICTURE) as image:
+        page = np.asarray(image.convert("RGB")).astype(int)
+    for prior in ("sds", "csd", "lods-lora"):
+        row, column = readme.PICTURED.index(prior), 1
+        y, x = LINE + row * (32 + GAP), LABEL + column * (64 + GAP)
+        inside, beside = page[y + 2 : y + 30, x + 2 : x + 62], page[y : y + 32, x - GAP : x - 1]
+        assert np.abs(inside - np.array(colors.get(prior, (255, 255, 255)))).max() < 12
+        assert beside.min() > 240
+    text = readme.results(tmp_path)
+    folded = text.split("<details>")[1].split("</details>")[0]
+    assert "8 prompts, 3 seeds" in folded and "| lods-lora | 24 |" in folded
+    assert f"(docs/evaluation/{readme.PICTURE})" in text.split("<details>")[0]
