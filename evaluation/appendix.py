@@ -2,11 +2,11 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from evaluation.document import Bold, Bullets, Heading, Table, Text, plural
-from evaluation.results import HEADLINE, Section, latest, number, rank, values
+from evaluation.results import HEADLINE, Metric, Section, latest, number, rank, values
 from evaluation.statistics import interval
 
 SHARES = (
@@ -133,18 +133,23 @@ def _ladders(by_test: dict[str, list[dict]]) -> list[str]:
     return told
 
 
+def tried_settings(rows: Iterable[dict]) -> dict[tuple[str, str], dict[str, list[dict]]]:
+    """(canvas, prior) -> settings -> rows of a tuning."""
+    groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    for row in latest(rows):
+        tried = groups.setdefault((row["canvas"], row["prior"]), {})
+        tried.setdefault(row["settings"], []).append(row)
+    return groups
+
+
 def tuning_blocks(rows: Sequence[dict] | None, found: Sequence[Section]) -> list:
     """Which settings were tried for every prior, how they did, and which the results use."""
     blocks = [Heading(2, "Tuning")]
     if not rows:
         return [*blocks, Text("tuning.csv is absent: what was tried for each prior is not known.")]
-    groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
-    rows = latest(rows)
-    for row in rows:
-        tried = groups.setdefault((row["canvas"], row["prior"]), {})
-        tried.setdefault(row["settings"], []).append(row)
-    reported = {r["prompt"] for s in found for r in s.all_runs}
-    shared = sorted({r["prompt"] for r in rows} & reported)
+    groups = tried_settings(rows)
+    used = {r["prompt"] for s in found for r in s.all_runs}
+    shared = sorted({r["prompt"] for r in rows} & used)
     items = [
         f"Prompts of the tuning that the results use too: {'; '.join(shared) or 'none'}.",
     ]
@@ -191,10 +196,11 @@ def tuning_blocks(rows: Sequence[dict] | None, found: Sequence[Section]) -> list
     return blocks
 
 
-def _by_value(tried: dict[str, dict[str, list[dict]]], key: str, what: str) -> list:
-    """For the priors that ``key`` was varied for, the lowest mean distance at each of its values,
-    the other settings being the best there."""
-    metric = HEADLINE[1]
+def by_value(
+    tried: dict[str, dict[str, list[dict]]], key: str, metric: Metric = HEADLINE[1]
+) -> dict[str, dict[float, float]]:
+    """Of each prior that ``key`` was varied for, the lowest mean distance at each of its values,
+    the other settings being the best there. ``tried`` has the rows of prior and settings."""
     found: dict[str, dict[float, float]] = {}
     for prior, settings in tried.items():
         for text, rows in settings.items():
@@ -203,7 +209,11 @@ def _by_value(tried: dict[str, dict[str, list[dict]]], key: str, what: str) -> l
             if value is not None and i.runs:
                 of = found.setdefault(prior, {})
                 of[float(value)] = min(i.mean, of.get(float(value), math.inf))
-    found = {prior: of for prior, of in found.items() if len(of) > 1}
+    return {prior: of for prior, of in found.items() if len(of) > 1}
+
+
+def _by_value(tried: dict[str, dict[str, list[dict]]], key: str, what: str) -> list:
+    metric, found = HEADLINE[1], by_value(tried, key)
     if not found:
         return []
     columns = sorted({value for of in found.values() for value in of})

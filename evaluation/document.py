@@ -160,11 +160,11 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --soft: #66666c; --line: #d9d9de;
   --paper: #ffffff; --band: #f4f4f6; --c0: #4e79a7; --c1: #d1701b; --c2: #c23b3d; --c3: #3f8f88;
   --c4: #4a8f3c; --c5: #a8861b; --c6: #96608f; --c7: #1f4fe0; --c8: #c2188b; --c9: #0b7f9c;
-  --c10: #7b3fd1; --c11: #6e6e73; }
+  --c10: #7b3fd1; --c11: #8a5a2b; --c12: #2f7d32; --c13: #6e6e73; }
 @media (prefers-color-scheme: dark) { :root { --ink: #ececf0; --soft: #a0a0a8; --line: #3a3a40;
   --paper: #151518; --band: #1f1f24; --c0: #8fb4dc; --c1: #f6a35c; --c2: #f07f80; --c3: #7fccc4;
   --c4: #8fd07f; --c5: #e6c760; --c6: #d3a3cb; --c7: #86a6ff; --c8: #ff86d2; --c9: #6fd3ea;
-  --c10: #c2a1ff; --c11: #b4b4ba; } }
+  --c10: #c2a1ff; --c11: #d3a57a; --c12: #86cf8a; --c13: #b4b4ba; } }
 body { margin: 0 auto; max-width: 76rem; padding: 1.2rem 1rem 4rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1, h2, h3 { line-height: 1.2; text-wrap: balance; } h2 { margin-top: 2.6rem; }
@@ -184,7 +184,7 @@ svg .mid { text-anchor: middle; fill: var(--soft); } svg .end { text-anchor: end
 svg .axis { stroke: var(--soft); } svg .front { stroke: var(--soft); stroke-dasharray: 4 4; }
 svg .line { stroke: currentColor; stroke-width: 1.8; } svg .dot { fill: currentColor; }
 .sheets img { display: block; max-width: none; border-radius: 3px; background: #fff; }
-""" + "".join(f".c{k} {{ color: var(--c{k}); }}\n" for k in range(12))
+""" + "".join(f".c{k} {{ color: var(--c{k}); }}\n" for k in range(14))
 
 
 def markdown(blocks: Sequence) -> str:

@@ -26,6 +26,7 @@ from evaluation.document import (
     plural,
 )
 from evaluation.plots import lines, pareto, scatter
+from evaluation.reasons import reasons
 from evaluation.results import (
     CEILING,
     COSTS,
@@ -33,6 +34,7 @@ from evaluation.results import (
     KEYS,
     METRICS,
     PRIORS,
+    RIVALS,
     Metric,
     Section,
     by_seed,
@@ -40,6 +42,7 @@ from evaluation.results import (
     number,
     rank,
     read,
+    reported,
     sections,
     values,
 )
@@ -49,7 +52,7 @@ from threestudio.utils.errors import UserError
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "evaluation"
 TITLE = "Which prior distils best on the pocket world"
 MACHINE = ("device", "cpu", "threads", "python", "torch", "diffusers", "peft", "commit")
-RIVALS = ("sds", "csd", "vsd")
+MORE_RIVALS = ("vsd-fast",)  # where they were run, the claim is against them too
 VERDICTS = {1: "leads", 0: "does not differ measurably from", -1: "is behind"}
 RATIO = Metric("frechet", "Frechet distance", -1, 1, 2)
 LISTED = 40  # at most so many failed or missing runs are named one by one
@@ -242,7 +245,7 @@ def differences(section: Section) -> list:
             ]
     if not blocks:
         blocks.append(Text("There are no differences to sds: it, or all others, were not run."))
-    rivals = section.of(*RIVALS)
+    rivals = section.of(*RIVALS, *MORE_RIVALS)
     sentences = []
     for name in section.lods if rivals else ():
         for metric in measured(section, HEADLINE):
@@ -278,7 +281,7 @@ def summary(found: list[Section]) -> list:
     alone, rows, items, won = len({s.grid for s in found}) == 1, [], [], []
     contests = [s for s in found if all(s.of(r) for r in RIVALS)]
     for s in contests:
-        where, rivals = title_of(s, alone), s.of(*RIVALS)
+        where, rivals = title_of(s, alone), s.of(*RIVALS, *MORE_RIVALS)
         leading = []
         for name in s.lods:
             said = {m: [comparison(s, name, r, m)[0] for r in rivals] for m in HEADLINE}
@@ -433,6 +436,7 @@ def blocks_of(folder: Path) -> list:
     """The whole report as blocks of ``evaluation.document``."""
     results = read(folder / "results.csv", (*KEYS, "status"))
     curves = read(folder / "curves.csv", (*KEYS, "step", "prior_loss"))
+    tuning = read(folder / "tuning.csv", (*KEYS, "settings", "status"))
     found = sections(results or ())
     replaced = len(results or ()) - len(latest(results or ()))
     blocks = [
@@ -443,7 +447,7 @@ def blocks_of(folder: Path) -> list:
         ),
     ]
     if found:
-        blocks += [*summary(found), *overview(found, replaced), *method()]
+        blocks += [*summary(found), *reasons(found, tuning), *overview(found, replaced), *method()]
     else:
         blocks.append(Text("results.csv is absent or empty: no prior was measured."))
     alone = len({s.grid for s in found}) == 1
@@ -452,7 +456,7 @@ def blocks_of(folder: Path) -> list:
         blocks += [*table(section), *differences(section), *by_prompt(section)]
         blocks += [*trade_offs(section), *learning(section, curves), *sheets(section, folder)]
     blocks += judge_blocks(read(folder / "judge.csv", ("test", "level", "n")))
-    return blocks + tuning_blocks(read(folder / "tuning.csv", (*KEYS, "settings", "status")), found)
+    return blocks + tuning_blocks(tuning, reported(found))
 
 
 def write(folder: Path):

@@ -11,9 +11,11 @@ from threestudio.utils.errors import UserError
 
 # The order of priors in tables, and the one after which colours are given.
 PRIORS = (
-    *("sds", "csd", "vsd", "nfsd", "bridge", "sdi", "ism"),
-    *("lods-embedding", "lods-lora", "lods-embedding-guided", "lods-lora-guided"),
+    *("sds", "csd", "vsd", "vsd-fast", "nfsd", "bridge", "sdi", "ism"),
+    *("lods-embedding", "lods-lora", "lods-lora-fast"),
+    *("lods-embedding-guided", "lods-lora-guided"),
 )
+RIVALS = ("sds", "csd", "vsd")  # whom the claim is against
 CEILING = "true-renders"  # rows of this prior are of the true shapes: no contestant
 KEYS = ("grid", "canvas", "prior", "prompt", "seed")
 
@@ -169,3 +171,11 @@ def _section(grid: str, canvas: str, rows: list[dict]) -> Section:
             done = {(r["prompt"], r["seed"]) for r in mine}
             section.missing += [(name, *key) for key in sorted(tried - done)]
     return section
+
+
+def reported(found: Iterable[Section]) -> list[Section]:
+    """The sections of the grids that have all of RIVALS on some canvas, or all sections where no
+    grid has. The others are studies."""
+    found = list(found)
+    grids = {s.grid for s in found if all(s.of(r) for r in RIVALS)}
+    return [s for s in found if s.grid in grids or not grids]

@@ -25,6 +25,13 @@ def test_tuning_says_what_was_tried_and_chosen(tmp_path):
     assert number(shown[3]) == pytest.approx(100 * fmean(scores), abs=0.051)
     assert "budgets differ: csd 1 setting in 2 runs, sds 2 settings in 4 runs" in page.text
     assert "that the results use too: none." in page.text
+    # a study of another grid may use them: only grids with sds, csd and vsd are the results
+    vsd = make_rows(("vsd",))
+    study = [{**r, "grid": "study", "prompt": "a tree", "settings": "scale=20"} for r in rows[:3]]
+    page, _ = made(tmp_path, [*rows, *vsd, *study], tuning=tried)
+    assert "that the results use too: none." in page.text
+    table = next(t for t in page.tables if "in the results" in t[0])
+    assert {tuple(r[:2]): r[-1] for r in table[1:]}["sds", "scale=20"] == ""
     tried += [{**r, "settings": "scale=2", "prompt": PROMPTS[0]} for r in tried[-2:]]
     page, _ = made(tmp_path, rows, tuning=tried)
     assert f"that the results use too: {PROMPTS[0]}." in page.text

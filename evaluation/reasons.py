@@ -1,0 +1,77 @@
+"""Why the comparison comes out as it does, as far as the tables say."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from evaluation.appendix import by_value, tried_settings
+from evaluation.document import Bullets, Heading, listed
+from evaluation.results import HEADLINE, Section, rank, reported, values
+from evaluation.statistics import ENOUGH_PROMPTS, interval, rank_correlation
+
+DISTANCE = HEADLINE[1]
+SCALE = "system.guidance.guidance_scale"
+# settings that make denoising losses another thing: the last hangs on the timesteps drawn
+OTHERWISE = (SCALE, "timestep_schedule", "max_step_percent")
+ENOUGH = 5  # contestants, to speak of a correlation
+CLEAR = 0.6  # a rank correlation that is called one
+
+
+def reasons(found: Sequence[Section], tuning: Sequence[dict] | None) -> list:
+    """The section's blocks; none where the tables say nothing of it."""
+    items = [*_scales(tuning or ()), *_learning(found)]
+    return [Heading(2, "Why"), Bullets(items)] if items else []
+
+
+def _scales(tuning: Iterable[dict]) -> list[str]:
+    """What a high guidance scale does to SDS, and to the LODS priors."""
+    told, groups = [], tried_settings(tuning)
+    for canvas in sorted({canvas for canvas, _ in groups}):
+        tried = {prior: of for (where, prior), of in groups.items() if where == canvas}
+        parts, low = [], False
+        for prior, of in sorted(by_value(tried, SCALE).items(), key=lambda item: rank(item[0])):
+            if prior != "sds" and not prior.startswith("lods-"):
+                continue
+            best, last = min(of, key=of.get), max(of)
+            low |= prior == "sds" and best < last
+            text = f"{prior} is best at {best:g} ({DISTANCE.show(of[best])})"
+            if best < last:
+                text += f" and has {of[last] / of[best]:.2f} times that at {last:g}"
+            parts.append(text)
+        if parts:
+            text = f"{canvas}, {DISTANCE.title} by guidance scale in the tuning: {listed(parts)}."
+            if low:
+                text += " What a low scale does right need not be learnt."
+            told.append(text)
+    return told
+
+
+def _learning(found: Sequence[Section]) -> list[str]:
+    """Whether those that learn better are better, in studies of one guidance scale."""
+    told, alike = [], reported(found)
+    for section in found:
+        if section in alike or len(section.prompts()) < ENOUGH_PROMPTS:
+            continue
+        pairs = []
+        for name in section.lods:
+            runs = [
+                r
+                for r in section.runs[name]
+                if not any(k in r.get("settings", "") for k in OTHERWISE)
+            ]
+            ends = [values(runs, column) for column in ("prior_loss_last", DISTANCE.column)]
+            # over the same prompts, or else their difficulty is compared
+            if all({prompt for prompt, _ in e} == set(section.prompts()) for e in ends):
+                pairs.append([interval(e, draws=1).mean for e in ends])
+        if len(pairs) < ENOUGH:
+            continue
+        r = rank_correlation(*zip(*pairs))
+        if math.isnan(r):
+            continue
+        said = "is the better" if r > 0 else "is the worse"
+        said = said if abs(r) >= CLEAR else "is neither clearly better nor worse"
+        told.append(
+            f"{section.canvas} (grid {section.grid}): of {len(pairs)} ways to learn at one "
+            f"guidance scale, the one that ends with less denoising loss {said} in "
+            f"{DISTANCE.title} (rank correlation {r:+.2f})."
+        )
+    return told

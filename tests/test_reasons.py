@@ -1,0 +1,68 @@
+"""What the report gives as reasons, from small tables."""
+
+import pytest
+
+from evaluation.reasons import reasons
+from evaluation.results import sections
+from tests.test_report import PROMPTS, make_rows
+
+RIVALS = make_rows(("sds", "csd", "vsd"), seeds="0")
+
+
+def told(rows, tuning=None) -> list[str]:
+    return [item for block in reasons(sections(rows), tuning)[1:] for item in block.items]
+
+
+def study(distances, prompts=PROMPTS, settings=None):
+    """Contestants of a grid of its own that end with a loss of 0.1, 0.2, ..."""
+    rows = []
+    for k, (name, distance) in enumerate(distances.items(), 1):
+        for row in make_rows((name,), prompts=prompts, seeds="0"):
+            row |= {"grid": "study", "settings": (settings or {}).get(name, f"rate={k}")}
+            rows.append(row | {"prior_loss_last": f"0.{k}", "frechet": str(distance)})
+    return rows
+
+
+def test_scales_are_compared_each_at_its_best():
+    tuning = []
+    for prior, scale, distance in (
+        *(("sds", 5, 40), ("sds", 100, 60), ("sds", 5, 90)),
+        *(("lods-lora", 5, 50), ("lods-lora", 100, 44), ("nfsd", 5, 1), ("nfsd", 100, 1)),
+    ):
+        setting = f"scene_lr={distance} system.guidance.guidance_scale={scale}"
+        rows = make_rows((prior,), prompts=["a tree", "a donut"], seeds="0")
+        tuning += [{**r, "settings": setting, "frechet": str(distance)} for r in rows]
+    (text,) = told(RIVALS, tuning)
+    assert "sds is best at 5 (40.0) and has 1.50 times that at 100" in text
+    assert "lods-lora is best at 100 (44.0)." in text and "nfsd" not in text
+    assert text.endswith("need not be learnt.")
+    (text,) = told(RIVALS, [r for r in tuning if r["frechet"] != "40"])
+    assert "sds is best at 100 (60.0)" in text and not text.endswith("need not be learnt.")
+    assert told(RIVALS) == []
+
+
+@pytest.mark.parametrize(
+    "distances, said",
+    [
+        ((10, 20, 30, 40, 50), "is the better in Frechet distance (rank correlation +1.00)"),
+        ((50, 40, 30, 20, 10), "is the worse in Frechet distance (rank correlation -1.00)"),
+        ((30, 10, 50, 20, 40), "is neither clearly better nor worse"),
+    ],
+)
+def test_learning_is_compared_with_quality(distances, said):
+    rows = study({f"lods-{k}": d for k, d in enumerate(distances)})
+    (text,) = told([*RIVALS, *rows])
+    assert said in text and "of 5 ways to learn" in text and "(grid study)" in text
+    # none of these counts: another scale, another schedule, not all prompts, no LODS
+    others = {"lods-a": 1, "lods-b": 2, "lods-c": 3, "vsd": 4}
+    settings = {
+        "lods-a": "system.guidance.guidance_scale=5.0",
+        "lods-b": "system.guidance.timestep_schedule=monotone",
+    }
+    more = study(others, settings=settings)
+    more = [r for r in more if r["prior"] != "lods-c" or r["prompt"] != PROMPTS[0]]
+    assert told([*RIVALS, *rows, *more]) == [text]
+    # nor are four enough, or five prompts, or a grid with all the rivals, which is no study
+    assert told([*RIVALS, *[r for r in rows if r["prior"] != "lods-4"]]) == []
+    assert told([*RIVALS, *[r for r in rows if r["prompt"] in PROMPTS[:5]]]) == []
+    assert told([*RIVALS, *[{**r, "grid": "pocket"} for r in rows]]) == []
