@@ -10,6 +10,7 @@ from pathlib import Path
 from evaluation.document import Bold, Table, Text, markdown, plural
 from evaluation.grid import load_grid
 from evaluation.montage import montage
+from evaluation.reasons import learning
 from evaluation.report import FOLDER, best_of, sheet_of, show, summary, title_of
 from evaluation.results import (
     CEILING,
@@ -94,6 +95,12 @@ def results(folder: Path = FOLDER) -> str:
             text += "\n" + markdown([Text(f"{title}:"), table])
             continue
         if (section.grid, section.canvas) == STUDY:
+            why = [
+                Text(item)
+                for item in learning(found)
+                if item.startswith(f"{STUDY[1]} (grid {STUDY[0]})")
+            ]
+            text += f"\n{markdown(why)}" if why else ""
             text += f"\n![Objects at a guidance scale of 100](docs/evaluation/{PICTURE})\n"
         folded = markdown([table])
         text += f"\n<details><summary>{title}</summary>\n\n{folded}\n</details>\n"

@@ -18,7 +18,7 @@ CLEAR = 0.6  # a rank correlation that is called one
 
 def reasons(found: Sequence[Section], tuning: Sequence[dict] | None) -> list:
     """The section's blocks; none where the tables say nothing of it."""
-    items = [*_scales(tuning or ()), *_learning(found)]
+    items = [*_scales(tuning or ()), *learning(found)]
     return [Heading(2, "Why"), Bullets(items)] if items else []
 
 
@@ -45,7 +45,7 @@ def _scales(tuning: Iterable[dict]) -> list[str]:
     return told
 
 
-def _learning(found: Sequence[Section]) -> list[str]:
+def learning(found: Sequence[Section]) -> list[str]:
     """Whether those that learn better are better, in studies of one guidance scale."""
     told, alike = [], reported(found)
     for section in found:
