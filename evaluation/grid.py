@@ -7,7 +7,8 @@ A grid is a YAML file:
         guidance_type: lods-csd-guidance
         overrides: {key: value}   # on all canvases
         tune: {key: [value, ...]} # every combination is a run of its own
-        canvases: {nerf: {overrides: ..., tune: ...}}  # in addition, on this canvas
+        settings: [{key: value}]  # and so is each of these
+        canvases: {nerf: {overrides: ..., tune: ..., settings: ...}}  # in addition, on this canvas
     canvases:
       nerf:
         configs: [configs/lods-ngp-embedding.yaml, configs/pocket-ngp.yaml]
@@ -26,7 +27,7 @@ A grid is a YAML file:
 
 Keys of overrides are those of launch.py's command line, ``${...}`` included, and ``scene_lr``: a
 factor on all learning rates but that of what the prior learns. Later ones win: grid, canvas, prior,
-prior on the canvas, tune.
+prior on the canvas, tune, settings.
 """
 
 import io
@@ -81,6 +82,7 @@ class CanvasConfig:
 class OnCanvasConfig:
     overrides: dict = field(default_factory=dict)
     tune: dict = field(default_factory=dict)
+    settings: List[Dict[str, Any]] = field(default_factory=lambda: [{}])
 
 
 @dataclass
@@ -274,8 +276,11 @@ def _cells(grid, name, canvas, prior_name, prior, where) -> Iterable[Dict[str, A
     """What sets apart the runs of a prior on a canvas: one for each combination of ``tune``."""
     here = f"{where}, prior {prior_name} on {name}"
     more = _parse(OnCanvasConfig, prior.canvases.get(name) or {}, here)
-    for chosen in _combinations(canvas.tune | prior.tune | more.tune, here):
-        own = prior.overrides | more.overrides | chosen
+    if not prior.settings or not more.settings:
+        raise UserError(f"{here}: settings is an empty list: leave it out, or give a mapping")
+    tuned = _combinations(canvas.tune | prior.tune | more.tune, here)
+    for chosen, *settings in itertools.product(tuned, prior.settings, more.settings):
+        own = prior.overrides | more.overrides | chosen | settings[0] | settings[1]
         every = grid.overrides | canvas.overrides | own
         yield {
             "settings": _settings(own),
