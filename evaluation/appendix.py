@@ -2,10 +2,11 @@
 
 import math
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from evaluation.document import Bold, Bullets, Heading, Table, Text, plural
+from evaluation.document import Bold, Bullets, Heading, Table, Text, listed, plural
 from evaluation.results import HEADLINE, Metric, Section, latest, number, rank, values
 from evaluation.statistics import interval
 
@@ -172,28 +173,63 @@ def tuning_blocks(rows: Sequence[dict] | None, found: Sequence[Section]) -> list
             )
             items.append(f"{canvas}: budgets differ: {each}.")
     blocks.append(Bullets(items))
-    header = ["prior", "settings", "finished runs", *(m.title for m in HEADLINE), "in the results"]
     for canvas in sorted({canvas for canvas, _ in groups}):
+        here = {prior: tried for (where, prior), tried in groups.items() if where == canvas}
+        common = shared_prompts(here)
+        every = sorted({r["prompt"] for of in here.values() for rs in of.values() for r in rs})
+        blocks.append(Heading(3, f"Canvas {canvas}"))
+        header = ["prior", "settings", "finished runs", *(m.title for m in HEADLINE)]
+        if len(every) > len(common):
+            blocks.append(
+                Text(
+                    f"All settings were run with {listed(sorted(common))}, and the means are over "
+                    "these; the best two of each prior then with the others, and the last mean is "
+                    "over all."
+                )
+            )
+            header.append(f"{HEADLINE[1].title}, {len(every)} prompts")
         table = []
-        for prior in sorted({p for where, p in groups if where == canvas}, key=rank):
-            tried = groups[canvas, prior]
-            chosen = _chosen(prior, canvas, tried, found)
-            for settings in sorted(tried):
-                done = [r for r in tried[settings] if r["status"] == "ok"]
-                cells = []
-                for m in HEADLINE:
-                    i = interval(values(done, m.column), draws=1)
-                    cells.append(m.show(i.mean) if i.runs else "none")
-                row = [prior, settings or "as shipped", f"{len(done)} of {len(tried[settings])}"]
-                row += [*cells, "chosen" if settings in chosen else ""]
+        for prior in sorted(here, key=rank):
+            chosen = _chosen(prior, canvas, here[prior], found)
+            for settings, rows in sorted(here[prior].items()):
+                done = [r for r in rows if r["status"] == "ok"]
+                cells = [_mean(m, (r for r in done if r["prompt"] in common)) for m in HEADLINE]
+                if len(every) > len(common):
+                    whole = {r["prompt"] for r in rows} == set(every)
+                    cells.append(_mean(HEADLINE[1], done) if whole else "")
+                row = [prior, settings or "as shipped", f"{len(done)} of {len(rows)}", *cells]
+                row.append("chosen" if settings in chosen else "")
                 table.append([Bold(c) for c in row] if settings in chosen else row)
             if not chosen:
-                table.append([prior, "none of these is what the results use", "", "", "", ""])
-        blocks += [Heading(3, f"Canvas {canvas}"), Table(header, table)]
-        here = {prior: tried for (where, prior), tried in groups.items() if where == canvas}
+                blank = [""] * (len(header) - 2 + 1)
+                table.append([prior, "none of these is what the results use", *blank])
+        blocks.append(Table([*header, "in the results"], table))
+        first = {prior: only(tried, common) for prior, tried in here.items()}
         for key, what in VARIED.items():
-            blocks += _by_value(here, key, what)
+            blocks += _by_value(first, key, what)
     return blocks
+
+
+def _mean(metric: Metric, rows: Iterable[dict]) -> str:
+    i = interval(values(rows, metric.column), draws=1)
+    return metric.show(i.mean) if i.runs else "none"
+
+
+def shared_prompts(here: dict[str, dict[str, list[dict]]]) -> set[str]:
+    """Of the settings of a canvas, by prior, the prompts that most were run with: those of the
+    first round, which all have, where the best had a second."""
+    counts = Counter(
+        prompt
+        for tried in here.values()
+        for rows in tried.values()
+        for prompt in {r["prompt"] for r in rows}
+    )
+    return {prompt for prompt, n in counts.items() if n == max(counts.values())}
+
+
+def only(tried: dict[str, list[dict]], prompts: set[str]) -> dict[str, list[dict]]:
+    """The rows of these prompts."""
+    return {s: [r for r in rows if r["prompt"] in prompts] for s, rows in tried.items()}
 
 
 def by_value(

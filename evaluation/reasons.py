@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from evaluation.appendix import by_value, tried_settings
+from evaluation.appendix import by_value, only, shared_prompts, tried_settings
 from evaluation.document import Bullets, Heading, listed
 from evaluation.results import HEADLINE, Section, rank, reported, values
 from evaluation.statistics import ENOUGH_PROMPTS, interval, rank_correlation
@@ -27,6 +27,8 @@ def _scales(tuning: Iterable[dict]) -> list[str]:
     told, groups = [], tried_settings(tuning)
     for canvas in sorted({canvas for canvas, _ in groups}):
         tried = {prior: of for (where, prior), of in groups.items() if where == canvas}
+        common = shared_prompts(tried)
+        tried = {prior: only(of, common) for prior, of in tried.items()}
         parts, low = [], False
         for prior, of in sorted(by_value(tried, SCALE).items(), key=lambda item: rank(item[0])):
             if prior != "sds" and not prior.startswith("lods-"):

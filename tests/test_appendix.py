@@ -69,3 +69,27 @@ def test_what_a_setting_does_is_shown_at_its_best(tmp_path):
     ]
     assert "Frechet distance by guidance scale" in page.text
     assert "learning rate of the learnt prior" not in page.text  # none was given
+
+
+def test_a_second_round_is_shown_beside_the_first(tmp_path):
+    """Means over the prompts that all settings have, and over all of those that went on."""
+    tried = []
+    for setting, distances in (("a=1", (10, 20, 60)), ("a=2", (20, 30)), ("a=3", (12, 22, 5))):
+        rows = make_rows(("sds",), prompts=["a tree", "a donut", "a lamp"], seeds="0")
+        for row, distance in zip(rows, distances):
+            row |= {"grid": "tuning", "settings": f"scene_lr={setting[2:]}"}
+            tried.append(row | {"frechet": str(distance)})
+    rows = [{**r, "settings": "scene_lr=3"} for r in make_rows(("sds",))]
+    page, markdown = made(tmp_path, rows, tuning=tried)
+    table = next(t for t in page.tables if "in the results" in t[0])
+    assert table[0][-2:] == ["Frechet distance, 3 prompts", "in the results"]
+    told = {r[1]: (r[2], r[4], r[5], r[6]) for r in table[1:]}
+    assert told == {
+        "scene_lr=1": ("3 of 3", "15.0", "30.0", ""),
+        "scene_lr=2": ("2 of 2", "25.0", "", ""),
+        "scene_lr=3": ("3 of 3", "17.0", "13.0", "chosen"),
+    }
+    assert "All settings were run with a donut and a tree" in markdown
+    # what a rate does is compared on the prompts that all have
+    rates = next(t for t in page.tables if t[0] == ["prior", "1", "2", "3"])
+    assert rates[1] == ["sds", "15.0", "25.0", "17.0"]

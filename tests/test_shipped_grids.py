@@ -1,0 +1,84 @@
+"""The grids in evaluation/grids, beside each other and beside the table of the tuning."""
+
+import csv
+import statistics
+
+from evaluation.grid import TRUE, load_grid
+from evaluation.machine import ROOT
+from pocket.data import asked
+from pocket.scenes import KINDS
+
+GRIDS = ROOT / "evaluation/grids"
+
+
+def test_shipped_grids():
+    pocket, tuning, quick = (load_grid(GRIDS / f"{n}.yaml") for n in ("pocket", "tuning", "quick"))
+    real = [r for r in pocket.runs if r.prior != TRUE]
+    cells = {(r.canvas, r.prior, r.prompt, r.seed) for r in real}
+    assert len(cells) == len(real) == 2 * 10 * 12 * 3 + 4 * 6 * 2 and not pocket.tuning
+    for grid in (pocket, tuning):
+        labels = [asked(p) for p in dict.fromkeys(r.prompt for r in grid.runs)]
+        colored = sum(color >= 0 for _, color in labels)
+        fronts = sum(KINDS[kind].front for kind, _ in labels)
+        assert len(labels) <= 2 * min(colored, fronts)
+    kinds = [{asked(r.prompt)[0] for r in grid.runs} for grid in (pocket, tuning)]
+    assert len(kinds[0]) == 12 and not kinds[0] & kinds[1]
+    # one budget for all, but for the lower scales that were added in 2D
+    tried = {}
+    for r in tuning.runs:
+        tried.setdefault((r.canvas, r.prior), set()).add(r.settings)
+    assert tuning.tuning and all(
+        len(settings) == 8 or (canvas == "2d" and 8 < len(settings) <= 12)
+        for (canvas, _), settings in tried.items()
+    )
+    assert {r.prior for r in real} == {r.prior for r in tuning.runs}
+    assert len([r for r in quick.runs if r.prior != TRUE]) == 2 * 2 * 2
+    bench = load_grid(GRIDS / "t3bench.yaml")
+    assert bench.gpus == 1 and all(r.clip and not r.judge and r.prior != TRUE for r in bench.runs)
+    improve, long = (load_grid(GRIDS / f"{n}.yaml") for n in ("improve", "long"))
+    for grid in (improve,):
+        assert not {r.prompt for r in grid.runs} & {r.prompt for r in pocket.runs}
+    # the same settings and prompts, only longer
+    chosen = {(r.prior, r.prompt, r.settings) for r in pocket.runs if r.canvas == "gaussians"}
+    assert {(r.prior, r.prompt, r.settings) for r in long.runs} < chosen
+    for grid in (
+        pocket,
+        tuning,
+        quick,
+        improve,
+        long,
+        finals,
+    ):  # or there is no Frechet distance in 3D
+        labels = [asked(r.prompt) for r in grid.runs]
+        assert all(color >= 0 for kind, color in labels if KINDS[kind].natural)
+    for grid in (pocket, tuning, quick, bench, improve, long):
+        assert all((ROOT / name).is_file() for r in grid.runs for name in r.configs)
+
+
+def tuned(grid=None) -> dict:
+    """(canvas, prior) -> settings -> Frechet distances, of a grid or of all in tuning.csv."""
+    found = {}
+    with (ROOT / "docs/evaluation/tuning.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if grid in (None, row["grid"]):
+                settings = found.setdefault((row["canvas"], row["prior"]), {})
+                settings.setdefault(row["settings"], []).append(float(row["frechet"] or "inf"))
+    return found
+
+
+def test_reported_settings_are_the_best_of_the_tuning():
+    """The lowest mean Frechet distance over the prompts of those that came to the last round, for
+    each canvas that was tuned."""
+    found = tuned()
+    assert found
+    runs = load_grid(GRIDS / "pocket.yaml").runs
+    canvases = {canvas for canvas, _ in found}
+    chosen = {(r.canvas, r.prior): r.settings for r in runs if r.prior != TRUE}
+    assert {key for key in chosen if key[0] in canvases} == set(found)
+    for key, settings in found.items():
+        last = max(map(len, settings.values()))
+        best = min(
+            (s for s, distances in settings.items() if len(distances) == last),
+            key=lambda s: statistics.fmean(settings[s]),
+        )
+        assert set(best.split()) <= set(chosen[key].split()), key
