@@ -36,7 +36,7 @@ def test_shipped_grids():
     bench = load_grid(GRIDS / "t3bench.yaml")
     assert bench.gpus == 1 and all(r.clip and not r.judge and r.prior != TRUE for r in bench.runs)
     improve, long = (load_grid(GRIDS / f"{n}.yaml") for n in ("improve", "long"))
-    for grid in (improve,):
+    for grid in [improve]:
         assert not {r.prompt for r in grid.runs} & {r.prompt for r in pocket.runs}
     # the same settings and prompts, only longer
     chosen = {(r.prior, r.prompt, r.settings) for r in pocket.runs if r.canvas == "gaussians"}
@@ -47,7 +47,6 @@ def test_shipped_grids():
         quick,
         improve,
         long,
-        finals,
     ):  # or there is no Frechet distance in 3D
         labels = [asked(r.prompt) for r in grid.runs]
         assert all(color >= 0 for kind, color in labels if KINDS[kind].natural)
