@@ -15,7 +15,7 @@ def test_shipped_grids():
     pocket, tuning, quick = (load_grid(GRIDS / f"{n}.yaml") for n in ("pocket", "tuning", "quick"))
     real = [r for r in pocket.runs if r.prior != TRUE]
     cells = {(r.canvas, r.prior, r.prompt, r.seed) for r in real}
-    assert len(cells) == len(real) == 2 * 10 * 12 * 3 + 4 * 6 * 2 and not pocket.tuning
+    assert len(cells) == len(real) == 2 * 12 * 12 * 3 + 4 * 6 * 2 and not pocket.tuning
     for grid in (pocket, tuning):
         labels = [asked(p) for p in dict.fromkeys(r.prompt for r in grid.runs)]
         colored = sum(color >= 0 for _, color in labels)
