@@ -1,5 +1,6 @@
 """The README's section on the comparison, from small tables and from the committed one."""
 
+import re
 from statistics import fmean
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from evaluation import readme
 from evaluation.grid import load_grid
 from evaluation.montage import GAP, LABEL, LINE
+from evaluation.results import read, sections, values
 from tests.test_report import MINUS, PRIORS, change, made, make_rows, nested, number
 from threestudio.utils.errors import UserError
 
@@ -64,3 +66,21 @@ def test_a_study_has_a_picture_and_is_folded(tmp_path):
     folded = text.split("<details>")[1].split("</details>")[0]
     assert "8 prompts, 3 seeds" in folded and "| lods-lora | 24 |" in folded
     assert f"(docs/evaluation/{readme.PICTURE})" in text.split("<details>")[0]
+
+
+def test_what_carries_over_says_what_the_table_says():
+    """The mean distances of docs/carry-over.md, of the contestants of the study."""
+    text = (readme.README.parent / "docs/carry-over.md").read_text()
+    found = {
+        s.canvas: s for s in sections(read(readme.FOLDER / "results.csv")) if s.grid == "improve"
+    }
+    told = {
+        "2d": "sds csd lods-embedding lods-embedding-4 lods-embedding-4-fast lods-lora lods-lora-4 "
+        "lods-lora-fast lods-lora-draws lods-lora-monotone lods-lora-after-sds lods-lora-4-fast "
+        "lods-lora-fast-guided sds-5 vsd-2.5-fast lods-lora-10-fast",
+        "gaussians": "sds lods-lora-fast lods-lora-fast-guided",
+    }
+    for canvas, names in told.items():
+        for name in names.split():
+            mean = fmean(values(found[canvas].runs[name], "frechet").values())
+            assert re.search(rf"(?<![\d.]){round(mean)}(?![\d.]*\d)", text), (canvas, name, mean)
