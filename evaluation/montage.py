@@ -15,8 +15,10 @@ def montage(
     file: Path, sheets: Sequence[Sequence[Path]], priors: Sequence[str], prompts: Sequence[str]
 ) -> None:
     """Write ``file``: a row a prior and a column a prompt, the first two pictures of each sheet
-    ``sheets[prior][prompt]``, which may be absent."""
+    ``sheets[prior][prompt]``, which may be absent; nothing where all are."""
     found = [path for row in sheets for path in row if path.exists()]
+    if not found:
+        return
     with Image.open(found[0]) as first:
         side = first.height
     width = 2 * side

@@ -47,6 +47,8 @@ def test_a_study_has_a_picture_and_is_folded(tmp_path):
     grid, canvas = readme.STUDY
     rows = [{**r, "grid": grid} for r in make_rows(("sds", "csd", "lods-lora"), (canvas,))]
     made(tmp_path, rows)
+    readme.picture(tmp_path)
+    assert not (tmp_path / readme.PICTURE).exists()  # there are no sheets yet
     (tmp_path / "sheets").mkdir()
     prompt = sorted({r["prompt"] for r in rows})[1]
     colors = {"sds": (250, 0, 0), "lods-lora": (0, 0, 250)}  # there is no sheet of csd

@@ -32,7 +32,9 @@ def check_scale(scale: float, finite: bool = False, name: str = "guidance_scale"
     if not scale > 0:
         raise ValueError(f"{name} must be above 0, not {scale}: with 0 the prompt has no effect")
     if finite and math.isinf(scale):
-        raise ValueError(f"{name} must be finite here: only the LODS priors take .inf")
+        raise ValueError(
+            f"{name} must be finite here: only the guidance_scale of the LODS priors may be .inf"
+        )
     return scale
 
 
