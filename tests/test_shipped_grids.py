@@ -35,8 +35,8 @@ def test_shipped_grids():
     assert len([r for r in quick.runs if r.prior != TRUE]) == 2 * 2 * 2
     bench = load_grid(GRIDS / "t3bench.yaml")
     assert bench.gpus == 1 and all(r.clip and not r.judge and r.prior != TRUE for r in bench.runs)
-    improve, long = (load_grid(GRIDS / f"{n}.yaml") for n in ("improve", "long"))
-    for grid in [improve]:
+    improve, long, finals = (load_grid(GRIDS / f"{n}.yaml") for n in ("improve", "long", "finals"))
+    for grid in (improve, finals):
         assert not {r.prompt for r in grid.runs} & {r.prompt for r in pocket.runs}
     # the same settings and prompts, only longer
     chosen = {(r.prior, r.prompt, r.settings) for r in pocket.runs if r.canvas == "gaussians"}
@@ -47,10 +47,11 @@ def test_shipped_grids():
         quick,
         improve,
         long,
+        finals,
     ):  # or there is no Frechet distance in 3D
         labels = [asked(r.prompt) for r in grid.runs]
         assert all(color >= 0 for kind, color in labels if KINDS[kind].natural)
-    for grid in (pocket, tuning, quick, bench, improve, long):
+    for grid in (pocket, tuning, quick, bench, improve, long, finals):
         assert all((ROOT / name).is_file() for r in grid.runs for name in r.configs)
 
 
@@ -81,3 +82,19 @@ def test_reported_settings_are_the_best_of_the_tuning():
             key=lambda s: statistics.fmean(settings[s]),
         )
         assert set(best.split()) <= set(chosen[key].split()), key
+
+
+def test_the_two_best_of_each_prior_come_to_the_second_round():
+    first = tuned("tuning")
+    runs = load_grid(GRIDS / "finals.yaml").runs
+    for canvas in {r.canvas for r in runs}:
+        went_on = {}
+        for r in runs:
+            if r.canvas == canvas:
+                went_on.setdefault(r.prior, set()).add(r.settings)
+        assert went_on == {
+            prior: set(sorted(of, key=lambda s: statistics.fmean(of[s]))[:2])
+            for (where, prior), of in first.items()
+            if where == canvas
+        }
+    assert not {r.prompt for r in runs} & {r.prompt for r in load_grid(GRIDS / "tuning.yaml").runs}
