@@ -10,7 +10,7 @@ from pathlib import Path
 from evaluation.document import Bold, Table, Text, markdown, plural
 from evaluation.grid import load_grid
 from evaluation.montage import montage
-from evaluation.reasons import learning
+from evaluation.reasons import learning_pays
 from evaluation.report import FOLDER, best_of, sheet_of, show, summary, title_of
 from evaluation.results import (
     CEILING,
@@ -68,13 +68,16 @@ def _to_sds(metric: Metric, runs, base, name: str) -> str:
 def progress(rows) -> str:
     """What is said as long as the table lacks runs of the grid; "" afterwards."""
     wanted = [run.identity for run in load_grid(GRID).runs]
-    there = {tuple(row.get(key, "") for key in wanted[0]) for row in rows}
-    done = sum(tuple(identity.values()) in there for identity in wanted)
+    keys = [tuple(row.get(key, "") for key in wanted[0]) for row in rows]
+    known = {tuple(identity.values()) for identity in wanted}
+    done = len(known & set(keys))
     if done == len(wanted):
         return ""
+    old = sum(key not in known for key, row in zip(keys, rows) if row["grid"] == GRID.stem)
     return (
-        f"The grid is not finished: {done} of its {len(wanted)} runs are in the table, and nothing "
-        "below is final."
+        f"The grid is not finished: {done} of its {len(wanted)} runs are in the table, "
+        + (f"{plural(old, 'row')} there of settings that it has no longer, " if old else "")
+        + "and nothing below is final."
     )
 
 
@@ -95,12 +98,8 @@ def results(folder: Path = FOLDER) -> str:
             text += "\n" + markdown([Text(f"{title}:"), table])
             continue
         if (section.grid, section.canvas) == STUDY:
-            why = [
-                Text(item)
-                for item in learning(found)
-                if item.startswith(f"{STUDY[1]} (grid {STUDY[0]})")
-            ]
-            text += f"\n{markdown(why)}" if why else ""
+            why = learning_pays(section)
+            text += "\n" + markdown([Text(why)]) if why else ""
             text += f"\n![Objects at a guidance scale of 100](docs/evaluation/{PICTURE})\n"
         folded = markdown([table])
         text += f"\n<details><summary>{title}</summary>\n\n{folded}\n</details>\n"

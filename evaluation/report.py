@@ -33,6 +33,7 @@ from evaluation.results import (
     HEADLINE,
     KEYS,
     METRICS,
+    MORE_RIVALS,
     PRIORS,
     RIVALS,
     Metric,
@@ -52,7 +53,6 @@ from threestudio.utils.errors import UserError
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "evaluation"
 TITLE = "Which prior distils best on the pocket world"
 MACHINE = ("device", "cpu", "threads", "python", "torch", "diffusers", "peft", "commit")
-MORE_RIVALS = ("vsd-fast",)  # where they were run, the claim is against them too
 VERDICTS = {1: "leads", 0: "does not differ measurably from", -1: "is behind"}
 RATIO = Metric("frechet", "Frechet distance", -1, 1, 2)
 LISTED = 40  # at most so many failed or missing runs are named one by one

@@ -16,6 +16,7 @@ PRIORS = (
     *("lods-embedding-guided", "lods-lora-guided"),
 )
 RIVALS = ("sds", "csd", "vsd")  # whom the claim is against
+MORE_RIVALS = ("vsd-fast",)  # where they were run, against them too
 CEILING = "true-renders"  # rows of this prior are of the true shapes: no contestant
 KEYS = ("grid", "canvas", "prior", "prompt", "seed")
 

@@ -8,7 +8,7 @@ are somewhat narrower than Student's.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,14 +84,3 @@ def ratio(runs: Runs, reference: Runs, **options) -> Interval:
     }
     i = interval(logs, **options)
     return Interval(*(math.exp(x) for x in (i.mean, i.low, i.high)), i.runs, i.prompts, 1.0)
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's: the correlation of the ranks, of which equal values share the mean; NaN with
-    fewer than two values or where all values of one side are equal."""
-    ranks = []
-    for values in (np.asarray(x, float), np.asarray(y, float)):
-        below = (values[:, None] > values).sum(1)
-        ranks.append(below + ((values[:, None] == values).sum(1) - 1) / 2)
-    spread = [float(np.std(r)) if len(r) else 0.0 for r in ranks]
-    return float(np.corrcoef(*ranks)[0, 1]) if all(spread) else math.nan

@@ -38,6 +38,8 @@ def test_the_readme_says_what_the_table_says(tmp_path):
     assert readme.progress(whole) == "" and f" 1 of its {len(whole)} runs" in readme.progress(
         [*rows, whole[7]]
     )
+    stale = [{**whole[7], "settings": "scene_lr=9"}, {**whole[7], "grid": "study"}]
+    assert " 1 of its " in (told := readme.progress([whole[7], *stale])) and ", 1 row there" in told
     copy.write_text("no marks")
     with pytest.raises(UserError, match="put them where results go"):
         readme.update(copy, tmp_path)

@@ -251,6 +251,10 @@ def test_sentences_say_what_the_numbers_say(tmp_path):
         change(rows, prior, "object_accuracy", lambda x: x)
     page, _ = made(tmp_path, rows)
     assert "favour on 1 of 1 canvases: gaussians (lods-embedding)." in page.text
+    # a faster vsd is a rival too, where it was run
+    fast = [{**r, "prior": "vsd-fast"} for r in rows if r["prior"] == "lods-embedding"]
+    page, _ = made(tmp_path, [*rows, *fast])
+    assert "favour on no canvas." in page.text
     page, _ = made(tmp_path, [r for r in rows if r["prior"] != "vsd"])
     assert "Not run on this canvas: vsd." in page.text and "on no canvas." in page.text
     assert "Without all of sds, csd and vsd, and no test of the claim: gaussians." in page.text

@@ -41,14 +41,8 @@ def test_shipped_grids():
     # the same settings and prompts, only longer
     chosen = {(r.prior, r.prompt, r.settings) for r in pocket.runs if r.canvas == "gaussians"}
     assert {(r.prior, r.prompt, r.settings) for r in long.runs} < chosen
-    for grid in (
-        pocket,
-        tuning,
-        quick,
-        improve,
-        long,
-        finals,
-    ):  # or there is no Frechet distance in 3D
+    # or there is no Frechet distance in 3D
+    for grid in (pocket, tuning, quick, improve, long, finals):
         labels = [asked(r.prompt) for r in grid.runs]
         assert all(color >= 0 for kind, color in labels if KINDS[kind].natural)
     for grid in (pocket, tuning, quick, bench, improve, long, finals):

@@ -5,10 +5,9 @@ import math
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
-from scipy.stats import spearmanr
 
 from evaluation.frechet import frechet
-from evaluation.statistics import ENOUGH_PROMPTS, interval, paired, rank_correlation, ratio
+from evaluation.statistics import ENOUGH_PROMPTS, interval, paired, ratio
 
 
 def table(values):
@@ -144,11 +143,3 @@ def test_frechet_distance_of_fewer_vectors_than_dimensions():
 def test_sets_without_a_covariance_are_refused(shapes):
     with pytest.raises(ValueError, match="two sets"):
         frechet(*(np.ones(s) for s in shapes))
-
-
-def test_rank_correlation_is_spearmans():
-    rng = np.random.default_rng(0)
-    for x, y in ((rng.normal(size=9), rng.normal(size=9)), rng.integers(0, 4, (2, 12))):
-        assert rank_correlation(x, y) == pytest.approx(spearmanr(x, y).statistic)
-    assert rank_correlation([1, 5, 7], [0, 1, 100]) == pytest.approx(1)
-    assert math.isnan(rank_correlation([1, 1], [1, 2])) and math.isnan(rank_correlation([], []))
