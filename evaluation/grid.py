@@ -82,7 +82,7 @@ class CanvasConfig:
 class OnCanvasConfig:
     overrides: dict = field(default_factory=dict)
     tune: dict = field(default_factory=dict)
-    settings: List[Dict[str, Any]] = field(default_factory=lambda: [{}])
+    settings: list = field(default_factory=lambda: [{}])
 
 
 @dataclass
@@ -276,8 +276,9 @@ def _cells(grid, name, canvas, prior_name, prior, where) -> Iterable[Dict[str, A
     """What sets apart the runs of a prior on a canvas: one for each combination of ``tune``."""
     here = f"{where}, prior {prior_name} on {name}"
     more = _parse(OnCanvasConfig, prior.canvases.get(name) or {}, here)
-    if not prior.settings or not more.settings:
-        raise UserError(f"{here}: settings is an empty list: leave it out, or give a mapping")
+    for settings in (prior.settings, more.settings):
+        if not settings or not all(isinstance(s, dict) for s in settings):
+            raise UserError(f"{here}: settings must be a list of mappings, not {settings!r}")
     tuned = _combinations(canvas.tune | prior.tune | more.tune, here)
     for chosen, *settings in itertools.product(tuned, prior.settings, more.settings):
         own = prior.overrides | more.overrides | chosen | settings[0] | settings[1]

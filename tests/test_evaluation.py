@@ -281,6 +281,10 @@ def test_a_grid_is_the_product_of_its_axes(write):
     guidance = "system.guidance.guidance_scale=7"
     want = {f"data.x=1 scene_lr=2.0 {guidance}": 2.0, f"data.x=4 scene_lr=0.5 {guidance}": 0.5}
     assert grid.tuning and cells == want
+    more = "  lods: {settings: [{data.y: 1}, {data.y: 2}], "  # of a prior: on every canvas
+    grid = load_grid(write(GRID.replace("  lods: {", more)))
+    cells = {(r.canvas, r.settings) for r in grid.runs if r.prior == "lods"}
+    assert cells == {(canvas, f"data.y={y}") for canvas in "ab" for y in (1, 2)}
 
 
 @pytest.mark.parametrize(
@@ -293,8 +297,8 @@ def test_a_grid_is_the_product_of_its_axes(write):
         ("seeds: [1]", "seeds: [3]", "canvas b: seeds has no 3: there are 0, 1"),
         ("      a: {over", "      c: {over", "prior csd: canvases has no 'c'"),
         ("tune: {data.x: [1, 2]}", "tune: {data.x: 1}", "tune.data.x must be a list"),
-        ("tune: {data.x: [1, 2]}", "settings: []", "on a: settings is an empty list"),
-        ("tune: {data.x: [1, 2]}", "settings: [data.x=1]", "on a, field '0': Cannot assign str"),
+        ("tune: {data.x: [1, 2]}", "settings: []", "on a: settings must be a list of mappings"),
+        ("tune: {data.x: [1, 2]}", "settings: [data.x=1]", "mappings, not ['data.x=1']"),
         ("scene_lr: 0.5", "scene_lr: -1", "scene_lr must be a number above 0"),
         ("a penguin", "a dragon", "'a dragon' must name exactly one of"),
         ("  lods: {", f"  {TRUE}: {{", "is not a prior"),

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from evaluation import readme
-from evaluation.grid import load_grid
+from evaluation.grid import TRUE, load_grid
 from evaluation.montage import GAP, LABEL, LINE
 from evaluation.results import read, sections, values
 from tests.test_report import MINUS, PRIORS, change, made, make_rows, nested, number
@@ -78,13 +78,28 @@ def test_what_carries_over_says_what_the_table_says():
     found = {
         s.canvas: s for s in sections(read(readme.FOLDER / "results.csv")) if s.grid == "improve"
     }
+    # numbers of a line in their order -> whose means they are
     told = {
-        "2d": "sds csd lods-embedding lods-embedding-4 lods-embedding-4-fast lods-lora lods-lora-4 "
-        "lods-lora-fast lods-lora-draws lods-lora-monotone lods-lora-after-sds lods-lora-4-fast "
-        "lods-lora-fast-guided sds-5 vsd-2.5-fast lods-lora-10-fast",
-        "gaussians": "sds lods-lora-fast lods-lora-fast-guided",
+        "2d": {
+            "| learn faster": "lods-lora lods-lora-fast sds csd",
+            "| learn more often": "lods-lora lods-lora-4",
+            "| four draws": "lods-lora lods-lora-draws",
+            "| four times as often": "lods-lora-4-fast",
+            "| timesteps that fall": "lods-lora lods-lora-monotone",
+            "| the first half as SDS": "lods-lora lods-lora-after-sds",
+            "| towards guided samples": "lods-lora-fast-guided lods-lora-fast",
+            "| the embedding in place": "lods-embedding lods-embedding-4 lods-embedding-4-fast",
+            "| a low scale": "sds-5 vsd-2.5-fast lods-lora-10-fast",
+        },
+        "gaussians": {
+            "after the 200 steps": f"lods-lora-fast sds {TRUE}",
+            "(`prompt_scale=2`) it has": "lods-lora-fast-guided",
+        },
     }
-    for canvas, names in told.items():
-        for name in names.split():
-            mean = fmean(values(found[canvas].runs[name], "frechet").values())
-            assert re.search(rf"(?<![\d.]){round(mean)}(?![\d.]*\d)", text), (canvas, name, mean)
+    for canvas, lines in told.items():
+        runs = found[canvas].runs | {TRUE: found[canvas].ceiling}
+        for start, names in lines.items():
+            (rest,) = text.split(start)[1:]
+            said = re.findall(r"(?<![\w.-])\d+(?!\w|\.\d)", rest.split("| ", 1)[-1])
+            means = [fmean(values(runs[n], "frechet").values()) for n in names.split()]
+            assert list(map(int, said[: len(means)])) == list(map(round, means)), (canvas, start)
