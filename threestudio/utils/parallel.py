@@ -19,9 +19,13 @@ def worker_count(work: int, serial_work: int) -> int:
 
 
 def run_kernel(kernel: Callable, workers: int, *args) -> Any:
-    """``kernel(*args)`` with that many threads; numba's setting is left as it was."""
+    """``kernel(*args)`` with that many threads; numba's and torch's settings are left as they
+    were."""
     with _LOCK:
-        before = numba.get_num_threads()
+        threads = torch.get_num_threads()
+        before = numba.get_num_threads()  # the first time, starts them and tells OpenMP so, ...
+        if torch.get_num_threads() != threads:  # ... which torch shares
+            torch.set_num_threads(threads)
         numba.set_num_threads(workers)
         try:
             return kernel(*args)

@@ -39,7 +39,7 @@ from .raster_simd import (
 
 # Numba's cache notices a change of this file only. This is the digest of the helpers compiled into
 # these kernels (raster_simd.py, raster_lists.py); a test demands it, and so a new compilation.
-HELPERS = "424445155fda"
+HELPERS = "581b96e4482e"
 SLOT = 12  # floats of the sums that unblend leaves per (Gaussian, tile)
 CHECK = 32  # Gaussians between two looks where a tile is opaque already
 

@@ -39,9 +39,13 @@ def workers_for(work: int) -> int:
 
 
 def run(kernel, workers: int, *args):
-    """Calls a kernel with the given number of threads, and leaves numba's setting as it was."""
+    """Calls a kernel with the given number of threads, and leaves the settings of numba and torch
+    as they were."""
     with _LOCK:
-        before = numba.get_num_threads()
+        threads = torch.get_num_threads()
+        before = numba.get_num_threads()  # at first this starts them, and sets OpenMP's number: ...
+        if torch.get_num_threads() != threads:  # ... torch's, too
+            torch.set_num_threads(threads)
         numba.set_num_threads(workers)
         try:
             return kernel(*args)
