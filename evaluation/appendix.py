@@ -1,13 +1,14 @@
 """The report's sections on the judge and on the tuning."""
 
 import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from evaluation.document import Bold, Bullets, Heading, Table, Text, listed, plural
-from evaluation.results import HEADLINE, Metric, Section, latest, number, rank, values
+from evaluation.results import HEADLINE, Metric, Section, latest, number, rank, reported, values
 from evaluation.statistics import interval
 
 SHARES = (
@@ -143,8 +144,14 @@ def tried_settings(rows: Iterable[dict]) -> dict[tuple[str, str], dict[str, list
     return groups
 
 
-def tuning_blocks(rows: Sequence[dict] | None, found: Sequence[Section]) -> list:
+def brief(settings: str) -> str:
+    """Settings without what their names have in common."""
+    return re.sub(r"system\.(guidance\.|loss\.|optimizer\.params\.)?", "", settings)
+
+
+def tuning_blocks(rows: Sequence[dict] | None, every_section: Sequence[Section]) -> list:
     """Which settings were tried for every prior, how they did, and which the results use."""
+    found = reported(every_section)
     blocks = [Heading(2, "Tuning")]
     if not rows:
         return [*blocks, Text("tuning.csv is absent: what was tried for each prior is not known.")]
@@ -153,7 +160,18 @@ def tuning_blocks(rows: Sequence[dict] | None, found: Sequence[Section]) -> list
     shared = sorted({r["prompt"] for r in rows} & used)
     items = [
         f"Prompts of the tuning that the results use too: {'; '.join(shared) or 'none'}.",
+        "Names are brief: guidance_scale is system.guidance.guidance_scale, lambda_sds "
+        "system.loss.lambda_sds, guidance.lr system.optimizer.params.guidance.lr; scene_lr is a "
+        "factor on the configuration's rates of what is optimised.",
     ]
+    asked = {r["prompt"] for r in rows}
+    for grid in dict.fromkeys(s.grid for s in every_section if s not in found):
+        own = {r["prompt"] for s in every_section if s.grid == grid for r in s.all_runs}
+        if own & asked:
+            items.append(
+                f"The study {grid} has {len(own & asked)} of its {plural(len(own), 'prompt')} from "
+                "the tuning: it explores, and tests nothing."
+            )
     for canvas in sorted({canvas for canvas, _ in groups}):
         budgets = {
             prior: (len(tried), sum(map(len, tried.values())))
@@ -197,7 +215,12 @@ def tuning_blocks(rows: Sequence[dict] | None, found: Sequence[Section]) -> list
                 if len(every) > len(common):
                     whole = {r["prompt"] for r in rows} == set(every)
                     cells.append(_mean(HEADLINE[1], done) if whole else "")
-                row = [prior, settings or "as shipped", f"{len(done)} of {len(rows)}", *cells]
+                row = [
+                    prior,
+                    brief(settings) or "as shipped",
+                    f"{len(done)} of {len(rows)}",
+                    *cells,
+                ]
                 row.append("chosen" if settings in chosen else "")
                 table.append([Bold(c) for c in row] if settings in chosen else row)
             if not chosen:
@@ -206,7 +229,7 @@ def tuning_blocks(rows: Sequence[dict] | None, found: Sequence[Section]) -> list
         blocks.append(Table([*header, "in the results"], table))
         first = {prior: only(tried, common) for prior, tried in here.items()}
         for key, what in VARIED.items():
-            blocks += _by_value(first, key, what)
+            blocks += _by_value(first, key, what, common)
     return blocks
 
 
@@ -248,7 +271,7 @@ def by_value(
     return {prior: of for prior, of in found.items() if len(of) > 1}
 
 
-def _by_value(tried: dict[str, dict[str, list[dict]]], key: str, what: str) -> list:
+def _by_value(tried: dict[str, dict[str, list[dict]]], key: str, what: str, prompts) -> list:
     metric, found = HEADLINE[1], by_value(tried, key)
     if not found:
         return []
@@ -257,7 +280,8 @@ def _by_value(tried: dict[str, dict[str, list[dict]]], key: str, what: str) -> l
         [prior, *(metric.show(found[prior][v]) if v in found[prior] else "" for v in columns)]
         for prior in sorted(found, key=rank)
     ]
-    text = f"{metric.title} by {what}, each with the best of the other settings:"
+    text = f"{metric.title} by {what}, each with the best of the other settings, means over "
+    text += f"{listed(sorted(prompts))}:"
     return [Text(text), Table(["prior", *(f"{v:g}" for v in columns)], table)]
 
 

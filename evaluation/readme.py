@@ -8,10 +8,18 @@ import sys
 from pathlib import Path
 
 from evaluation.document import Bold, Table, Text, markdown, plural
-from evaluation.grid import load_grid
 from evaluation.montage import montage
+from evaluation.overview import progress
 from evaluation.reasons import learning_pays
-from evaluation.report import FOLDER, best_of, sheet_of, show, summary, title_of
+from evaluation.report import (
+    FOLDER,
+    best_of,
+    full_marks,
+    sheet_of,
+    show,
+    standing,
+    summary,
+)
 from evaluation.results import (
     CEILING,
     COSTS,
@@ -20,14 +28,15 @@ from evaluation.results import (
     Metric,
     Section,
     read,
+    reported,
     sections,
+    title_of,
     values,
 )
 from evaluation.statistics import interval, paired
 from threestudio.utils.errors import UserError
 
 README = FOLDER.parent.parent / "README.md"
-GRID = FOLDER.parent.parent / "evaluation/grids/pocket.yaml"
 MARKS = "<!-- results: written by make report -->", "<!-- end of the results -->"
 NOTHING = "**The full comparison has not been run yet.**"
 # a picture of the study at a high guidance scale, and whom it shows
@@ -65,22 +74,6 @@ def _to_sds(metric: Metric, runs, base, name: str) -> str:
     return Bold(cell) if difference.sign == metric.better else cell
 
 
-def progress(rows) -> str:
-    """What is said as long as the table lacks runs of the grid; "" afterwards."""
-    wanted = [run.identity for run in load_grid(GRID).runs]
-    keys = [tuple(row.get(key, "") for key in wanted[0]) for row in rows]
-    known = {tuple(identity.values()) for identity in wanted}
-    done = len(known & set(keys))
-    if done == len(wanted):
-        return ""
-    old = sum(key not in known for key, row in zip(keys, rows) if row["grid"] == GRID.stem)
-    return (
-        f"The grid is not finished: {done} of its {len(wanted)} runs are in the table, "
-        + (f"{plural(old, 'row')} there of settings that it has no longer, " if old else "")
-        + "and nothing below is final."
-    )
-
-
 def results(folder: Path = FOLDER) -> str:
     """The section's text, from the tables in ``folder``."""
     rows = read(folder / "results.csv", ("grid", "canvas", "prior", "prompt", "seed", "status"))
@@ -88,21 +81,18 @@ def results(folder: Path = FOLDER) -> str:
     if not found:
         return NOTHING + "\n"
     alone = len({s.grid for s in found}) == 1
-    unfinished = progress(rows)
+    unfinished, main = progress(rows), reported(found)
     text = markdown([*([Text(unfinished)] if unfinished else []), summary(found)[1]])
-    for section in sorted(found, key=lambda s: s.grid != GRID.stem):
+    for section in main:
         counts = (len(section.prompts()), "prompt"), (len(section.seeds()), "seed")
-        done = ", ".join(plural(*count) for count in counts)
-        title, table = f"{title_of(section, alone)}, {done}", compact(section)
-        if section.grid == GRID.stem:
-            text += "\n" + markdown([Text(f"{title}:"), table])
-            continue
-        if (section.grid, section.canvas) == STUDY:
+        title = ", ".join([title_of(section, alone), *(plural(*count) for count in counts)])
+        said = [*standing(section), *full_marks(section)]
+        text += "\n" + markdown([Text(f"{title}:"), compact(section), *map(Text, said)])
+    for section in found:
+        if (section.grid, section.canvas) == STUDY and section not in main:
             why = learning_pays(section)
             text += "\n" + markdown([Text(why)]) if why else ""
             text += f"\n![Objects at a guidance scale of 100](docs/evaluation/{PICTURE})\n"
-        folded = markdown([table])
-        text += f"\n<details><summary>{title}</summary>\n\n{folded}\n</details>\n"
     return text
 
 

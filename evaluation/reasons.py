@@ -43,9 +43,15 @@ def _scales(tuning: Iterable[dict]) -> list[str]:
                 text += f" and has {of[last] / of[best]:.2f} times that at {last:g}"
             parts.append(text)
         if parts:
-            text = f"{canvas}, {DISTANCE.title} by guidance scale in the tuning: {listed(parts)}."
+            text = (
+                f"{canvas}, {DISTANCE.title} by guidance scale in the tuning with "
+                f"{listed(sorted(common))}: {listed(parts)}."
+            )
             if low:
-                text += " SDS does best at a low scale: what a high one does wrong is not at stake."
+                text += (
+                    " SDS does best at a low scale, and each prior has its own here: so the "
+                    "comparison says little of high scales, at which SDS saturates."
+                )
             told.append(text)
     return told
 

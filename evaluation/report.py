@@ -8,7 +8,6 @@ file. The same tables give the same bytes. What is absent is said to be absent.
 import argparse
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 from evaluation.appendix import judge_blocks, tuning_blocks
@@ -25,6 +24,7 @@ from evaluation.document import (
     markdown,
     plural,
 )
+from evaluation.overview import method, overview, progress
 from evaluation.plots import lines, pareto, scatter
 from evaluation.reasons import reasons
 from evaluation.results import (
@@ -38,13 +38,12 @@ from evaluation.results import (
     RIVALS,
     Metric,
     Section,
-    by_seed,
     latest,
     number,
     rank,
     read,
-    reported,
     sections,
+    title_of,
     values,
 )
 from evaluation.statistics import ENOUGH_PROMPTS, Interval, interval, paired, ratio
@@ -52,10 +51,8 @@ from threestudio.utils.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "evaluation"
 TITLE = "Which prior distils best on the pocket world"
-MACHINE = ("device", "cpu", "threads", "python", "torch", "diffusers", "peft", "commit")
 VERDICTS = {1: "leads", 0: "does not differ measurably from", -1: "is behind"}
 RATIO = Metric("frechet", "Frechet distance", -1, 1, 2)
-LISTED = 40  # at most so many failed or missing runs are named one by one
 
 
 def show(metric: Metric, i: Interval, sign: str = "") -> str:
@@ -75,10 +72,6 @@ def measured(section: Section, metrics) -> list[Metric]:
     return [m for m in metrics if values(section.all_runs, m.column)]
 
 
-def title_of(section: Section, alone: bool) -> str:
-    return section.canvas if alone else f"{section.canvas} (grid {section.grid})"
-
-
 def best_of(section: Section, metric: Metric) -> str | None:
     """The contestant with the best mean, if the interval of its paired difference to the second
     excludes zero."""
@@ -88,87 +81,6 @@ def best_of(section: Section, metric: Metric) -> str | None:
     if len(first) < 2 or paired(*(runs[c] for c in first)).sign != metric.better:
         return None
     return first[0]
-
-
-def overview(found: list[Section], replaced: int) -> list:
-    """What was measured, on what, and what failed or is missing."""
-    alone = len({s.grid for s in found}) == 1
-    rows = []
-    for s in found:
-        steps = sorted({r.get("steps", "") for r in s.all_runs}, key=by_seed)
-        rows.append(
-            [
-                title_of(s, alone),
-                ", ".join(s.runs),
-                str(len(s.prompts())),
-                str(len(s.seeds())),
-                ", ".join(steps) or "none",
-                str(len(s.all_runs)),
-                str(len(s.failed)),
-                str(len(s.missing)),
-            ]
-        )
-    header = ["canvas", "priors", "prompts", "seeds", "steps", "finished runs", "failed", "missing"]
-    blocks = [Heading(2, "What was measured"), Table(header, rows)]
-    prompts = sorted({p for s in found for p in s.prompts()})
-    items = [f"Prompts: {'; '.join(prompts)}."]
-    runs = [r for s in found for r in s.all_runs]
-    for column in MACHINE:
-        counts = Counter(r.get(column, "") or "not recorded" for r in runs)
-        several = len(counts) > 1
-        told = [f"{k} ({plural(n, 'run')})" if several else k for k, n in sorted(counts.items())]
-        items.append(f"{column}: {', '.join(told) or 'no run'}.")
-    if len({tuple(r.get(c, "") for c in ("device", "cpu", "threads")) for r in runs}) > 1:
-        items.append("Runs were made on different machines: seconds compare within one only.")
-    if replaced:
-        items.append(f"{plural(replaced, 'row')} replaced by a later row of the same run.")
-    blocks.append(Bullets(items))
-    for what, rows in (
-        (
-            "failed (left out of the means)",
-            [(*(r[k] for k in KEYS), r["status"]) for s in found for r in s.failed],
-        ),
-        (
-            "missing (other priors of the canvas have them)",
-            [(s.grid, s.canvas, *m) for s in found for m in s.missing],
-        ),
-    ):
-        if rows:
-            told = [f"{' / '.join(r[:5])}{': ' + r[5] if r[5:] else ''}" for r in rows[:LISTED]]
-            more = [f"and {len(rows) - LISTED} more"] if len(rows) > LISTED else []
-            blocks += [Text(f"{plural(len(rows), 'run')} {what}:"), Bullets(told + more)]
-    return blocks
-
-
-def method() -> list:
-    return [
-        Heading(2, "How"),
-        Bullets(
-            [
-                "Object and colour accuracy: the share of views that the judge, a classifier that "
-                "shares nothing with the prior, takes for the object and the colour of the prompt.",
-                "Frechet distance: in the judge's features, between the views and true renders of "
-                "the prompt. Small sets bias it upward, for all priors alike; the row of true "
-                "renders is its floor.",
-                "Janus rate: of kinds with a front, the share of views from behind in which the "
-                "judge sees the front. What shows no object has a low rate too: read it beside "
-                "object accuracy.",
-                "Silhouette IoU: of the opacity against the true shape's, after the best turn "
-                "about the vertical.",
-                "Brackets are 95 % bootstrap intervals that draw prompts, and seeds within them, "
-                "again. A difference is paired: over the prompts and seeds that both have. Bold is "
-                "the best mean if the interval of its difference to the second excludes zero.",
-                "The last column of the paired differences is a ratio: the geometric mean over the "
-                "same pairs. Distances of prompts differ by factors, so a mean "
-                "difference is mostly that of the hardest prompts; in the ratio all count alike. "
-                "It was added when three quarters of the runs in 2D were in; what is said in words "
-                "goes by the differences.",
-                f"Fewer than {ENOUGH_PROMPTS} prompts are not taken to show a difference. "
-                "Intervals are not corrected for being many: of twenty differences that are "
-                "nothing, one is expected to exclude zero.",
-            ]
-        ),
-    ]
 
 
 def table(section: Section) -> list:
@@ -218,7 +130,7 @@ def comparison(section: Section, name: str, rival: str, metric: Metric) -> tuple
 
 
 def differences(section: Section) -> list:
-    """Paired differences of all to SDS, and sentences on LODS against SDS, CSD and VSD."""
+    """Paired differences of all to SDS, and of LODS to SDS, CSD and VSD where all were run."""
     shown = measured(section, METRICS)
     blocks = []
     for base in section.of("sds"):
@@ -245,21 +157,20 @@ def differences(section: Section) -> list:
             ]
     if not blocks:
         blocks.append(Text("There are no differences to sds: it, or all others, were not run."))
+    if not (section.contest and section.lods):
+        return blocks
     rivals = section.of(*RIVALS, *MORE_RIVALS)
-    sentences = []
-    for name in section.lods if rivals else ():
+    rows = []
+    for name in section.lods:
         for metric in measured(section, HEADLINE):
-            parts = []
+            row = [name, metric.title]
             for rival in rivals:
                 words, i = comparison(section, name, rival, metric)
-                counts = f"{plural(i.runs, 'pair')}, {plural(i.prompts, 'prompt')}"
-                detail = f" ({show(metric, i, '+')}; {counts})" if i.runs else ""
-                parts.append(f"{words} {rival}{detail}")
-            sentences.append(f"{name}, {named(metric)}: {', '.join(parts)}.")
-    absent = [r for r in RIVALS if not section.of(r)]
-    if absent:
-        sentences.append(f"Not run on this canvas: {listed(absent)}.")
-    return [*blocks, Heading(3, f"LODS against {listed(RIVALS)}"), Bullets(sentences)]
+                cell = f"{show(metric, i, '+')}, {plural(i.runs, 'pair')}" if i.runs else "none"
+                row.append(Bold(cell) if words == VERDICTS[1] else cell)
+            rows.append(row)
+    header = ["prior", "metric", *(f"− {rival}" for rival in rivals)]
+    return [*blocks, Heading(3, f"LODS against {listed(RIVALS)}"), Table(header, rows)]
 
 
 def by_prompt(section: Section) -> list:
@@ -276,10 +187,10 @@ def by_prompt(section: Section) -> list:
 
 
 def summary(found: list[Section]) -> list:
-    """Whether a LODS prior leads SDS, CSD and VSD, canvas by canvas; studies that lack one of these
-    say nothing of it."""
+    """Whether a LODS prior leads SDS, CSD and VSD, canvas by canvas, and who is best; studies that
+    lack one of these say nothing of it."""
     alone, rows, items, won = len({s.grid for s in found}) == 1, [], [], []
-    contests = [s for s in found if all(s.of(r) for r in RIVALS)]
+    contests = [s for s in found if s.contest]
     for s in contests:
         where, rivals = title_of(s, alone), s.of(*RIVALS, *MORE_RIVALS)
         leading = []
@@ -299,10 +210,11 @@ def summary(found: list[Section]) -> list:
             items.append(f"{where}: no LODS prior was run.")
         if leading:
             won.append(f"{where} ({listed(leading)})")
+        items += [f"{where}: {text}" for text in (*standing(s), *full_marks(s)) if text]
     head = (
         "The claim under test: learning the second score, as LODS does, leads to better object "
-        f"accuracy and Frechet distance than {listed(RIVALS)}. All these differences of a LODS "
-        "prior exclude zero in its favour on "
+        f"accuracy and Frechet distance than {listed(RIVALS)}. A LODS prior is measurably better "
+        "than all of them in both on "
     )
     head += f"{len(won)} of {len(contests)} canvases: {listed(won)}." if won else "no canvas."
     others = [title_of(s, alone) for s in found if s not in contests]
@@ -314,6 +226,47 @@ def summary(found: list[Section]) -> list:
     if rows:
         blocks.append(Table(["canvas", "prior", *(named(m) for m in HEADLINE)], rows))
     return [*blocks, Bullets(items)] if items else blocks
+
+
+def standing(section: Section) -> list[str]:
+    """Who has the lowest mean distance over the runs that all have, who cannot be told apart from
+    it, and the fastest of them; of those with enough prompts."""
+    metric, cost = HEADLINE[1], COSTS[0]
+    runs = {c: values(section.runs[c], metric.column) for c in section.runs}
+    runs = {c: r for c, r in runs.items() if interval(r, draws=1).prompts >= ENOUGH_PROMPTS}
+    common = set.intersection(*map(set, runs.values())) if runs else set()
+    runs = {c: {k: r[k] for k in common} for c, r in runs.items()}
+    means = {c: interval(r, draws=1) for c, r in runs.items()}
+    if len(means) < 2 or min(i.prompts for i in means.values()) < ENOUGH_PROMPTS:
+        return []
+    best = min(means, key=lambda c: (means[c].mean, c))
+    near = [c for c in means if c != best and paired(runs[c], runs[best]).sign == 0]
+    text = f"{best} has the lowest mean {metric.title}, {metric.show(means[best].mean)}"
+    if len(common) < max(len(r) for r in section.runs.values()):
+        text += f" over the {plural(len(common), 'run')} that all have"
+    text += f"; not told apart from it: {listed(near)}" if near else ", and all others are worse"
+    spent = {c: values(section.runs[c], cost.column) for c in (best, *near)}
+    spent = {c: interval(r, draws=1).mean for c, r in spent.items() if r}
+    if near and len(spent) > 1:
+        fastest = min(spent, key=lambda c: (spent[c], c))
+        text += f". Of these {fastest} is the fastest ({cost.show(spent[fastest])} s a run)"
+    return [text + "."]
+
+
+def full_marks(section: Section) -> list[str]:
+    """Rivals that are right in every view: nobody can be better there."""
+    metric, full = HEADLINE[0], []
+    for rival in section.of(*RIVALS, *MORE_RIVALS):
+        runs = values(section.runs[rival], metric.column)
+        if interval(runs, draws=1).prompts >= ENOUGH_PROMPTS and min(runs.values()) == 1:
+            full.append(rival)
+    if not full:
+        return []
+    has = "has" if len(full) == 1 else "have"
+    return [
+        f"{listed(full)} {has} an {named(metric)} of 100 % in every run: in that, no prior can be "
+        f"better, and the {HEADLINE[1].title} decides."
+    ]
 
 
 def color_of(prior: str) -> int:
@@ -347,7 +300,7 @@ def trade_offs(section: Section) -> list:
         title = f"{section.canvas}: {named(metric)} against seconds of training"
         palette = {name: color_of(prior) for name, prior in section.priors.items()}
         svg = scatter(scaled, palette, metric.better, title, ("seconds a run", label))
-        caption = f"{title}. Not beaten in both (dashed): {', '.join(front)}."
+        caption = f"{title}. No other is better and faster (dashed): {', '.join(front)}."
         blocks.append(Figure(svg, caption))
     return [Heading(3, "Quality against time"), *blocks]
 
@@ -371,7 +324,8 @@ def learning(section: Section, curves) -> list:
         blocks.append(Table(header, rows))
         # noise is harder to tell from a picture the less of it there is
         annealed = (
-            "The loss is larger at small timesteps: where they are annealed, it rises by that."
+            "Later steps draw smaller timesteps, at which the loss is larger: one that rises does "
+            "not mean that nothing was learnt."
         )
         blocks.append(Text(annealed))
     else:
@@ -423,7 +377,7 @@ def sheets(section: Section, folder: Path) -> list:
     if not seen:
         return [*blocks, Text("There are no contact sheets of this canvas.")]
     kept = [k for k, prior in enumerate(shown) if prior in seen or prior != CEILING]
-    text = "The first four particles of the first seed."
+    text = "The pictures of the first seed."
     if section.canvas != "2d":
         text = "The first seed at azimuths of 0, 90, 180 and 270 degrees."
     gallery = Gallery(
@@ -446,8 +400,11 @@ def blocks_of(folder: Path) -> list:
             "results.csv, curves.csv, judge.csv and tuning.csv."
         ),
     ]
+    judge = read(folder / "judge.csv", ("test", "level", "n"))
     if found:
-        blocks += [*summary(found), *reasons(found, tuning), *overview(found, replaced), *method()]
+        unfinished = progress(results)
+        blocks += [Text(unfinished)] if unfinished else []
+        blocks += [*summary(found), *method(found, judge), *reasons(found, tuning)]
     else:
         blocks.append(Text("results.csv is absent or empty: no prior was measured."))
     alone = len({s.grid for s in found}) == 1
@@ -455,8 +412,8 @@ def blocks_of(folder: Path) -> list:
         blocks.append(Heading(2, f"Canvas {title_of(section, alone)}"))
         blocks += [*table(section), *differences(section), *by_prompt(section)]
         blocks += [*trade_offs(section), *learning(section, curves), *sheets(section, folder)]
-    blocks += judge_blocks(read(folder / "judge.csv", ("test", "level", "n")))
-    return blocks + tuning_blocks(tuning, reported(found))
+    blocks += overview(found, replaced) if found else []
+    return [*blocks, *judge_blocks(judge), *tuning_blocks(tuning, found)]
 
 
 def write(folder: Path):

@@ -120,6 +120,11 @@ class Section:
     ceiling: list[dict] = field(default_factory=list)
     missing: list[tuple[str, str, str]] = field(default_factory=list)  # contestant, prompt, seed
 
+    @property
+    def contest(self) -> bool:
+        """Whether all of RIVALS were run; else it says nothing of the claim."""
+        return all(self.of(rival) for rival in RIVALS)
+
     def of(self, *priors: str) -> list[str]:
         """Contestants of these priors."""
         return [c for c in self.runs if self.priors[c] in priors]
@@ -146,11 +151,14 @@ def latest(rows: Iterable[dict]) -> list[dict]:
 
 
 def sections(rows: Iterable[dict]) -> list[Section]:
-    """The runs of a table by grid and canvas; of a run that was repeated, the last row."""
-    found: dict[tuple[str, str], list[dict]] = {}
+    """The runs of a table by grid and canvas, studies last; of a run that was repeated, the last
+    row."""
+    groups: dict[tuple[str, str], list[dict]] = {}
     for row in latest(rows):
-        found.setdefault((row["grid"], row["canvas"]), []).append(row)
-    return [_section(*key, rows) for key, rows in found.items()]
+        groups.setdefault((row["grid"], row["canvas"]), []).append(row)
+    found = [_section(*key, rows) for key, rows in groups.items()]
+    first = {(s.grid, s.canvas) for s in reported(found)}
+    return sorted(found, key=lambda s: (s.grid, s.canvas) not in first)
 
 
 def _section(grid: str, canvas: str, rows: list[dict]) -> Section:
@@ -178,5 +186,10 @@ def reported(found: Iterable[Section]) -> list[Section]:
     """The sections of the grids that have all of RIVALS on some canvas, or all sections where no
     grid has. The others are studies."""
     found = list(found)
-    grids = {s.grid for s in found if all(s.of(r) for r in RIVALS)}
+    grids = {s.grid for s in found if s.contest}
     return [s for s in found if s.grid in grids or not grids]
+
+
+def title_of(section: Section, alone: bool) -> str:
+    """``alone``: there is one grid only."""
+    return section.canvas if alone else f"{section.canvas} (grid {section.grid})"

@@ -1,10 +1,13 @@
 """Means and paired differences over runs, with 95 % bootstrap intervals that respect clusters.
 
-Runs of one prompt are alike, so more seeds do not stand for more prompts. A bootstrap sample takes
-as many prompts as there are, with replacement, and from each as many of its runs as it has, with
-replacement; the interval lies between the 2.5th and 97.5th percentile of the samples' means. Every
-prompt has the same weight, however many of its runs failed. With a dozen prompts such intervals
-are somewhat narrower than Student's.
+Runs of one prompt are alike, so more seeds do not stand for more prompts: a bootstrap sample takes
+as many prompts as there are, with replacement, each with the mean of its runs, so that every prompt
+has the same weight, however many of its runs failed. (Drawing runs again too would count the seeds'
+noise, which is in these means, twice.) The percentiles are those of Hesterberg (arXiv:1411.5279,
+"expanded percentile"), Phi(-sqrt(n / (n - 1)) t) and its complement with t the 97.5 % quantile of
+Student's distribution with n - 1 degrees of freedom: plain ones are too narrow for few prompts.
+Differences that are nothing then exclude zero in 5 to 7 % of normal samples of 12 to 6 prompts, in
+more of skewed ones.
 """
 
 import math
@@ -12,8 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
-DRAWS = 4000
+DRAWS = 10_000
 # With fewer prompts even differences of one sign throughout are no evidence at the level of 5 %:
 # the sign test of n prompts cannot go below 2 / 2^n.
 ENOUGH_PROMPTS = 6
@@ -48,23 +52,16 @@ def interval(runs: Runs, draws: int = DRAWS, seed: int = 0) -> Interval:
     groups: dict[str, list[float]] = {}
     for key in sorted(runs):
         groups.setdefault(key[0], []).append(runs[key])
-    if not groups:
+    n = len(groups)
+    if not n:
         return Interval(math.nan, math.nan, math.nan, 0, 0)
-    counts = np.array([len(group) for group in groups.values()])
-    values = np.zeros((len(groups), counts.max()))
-    for row, group in zip(values, groups.values()):
-        row[: len(group)] = group
-    mean = float((values.sum(1) / counts).mean())
+    means = np.array([sum(group) / len(group) for group in groups.values()])
     low = high = math.nan
-    if len(groups) > 1:
-        rng = np.random.default_rng(seed)
-        prompts = rng.integers(len(groups), size=(draws, len(groups)))
-        which = rng.random((*prompts.shape, values.shape[1])) * counts[prompts][..., None]
-        drawn = values[prompts[..., None], which.astype(int)]
-        drawn *= (np.arange(values.shape[1]) < counts[:, None])[prompts]
-        means = (drawn.sum(-1) / counts[prompts]).mean(-1)
-        low, high = (float(x) for x in np.percentile(means, (2.5, 97.5)))
-    return Interval(mean, low, high, int(counts.sum()), len(groups))
+    if n > 1:
+        drawn = means[np.random.default_rng(seed).integers(n, size=(draws, n))].mean(1)
+        tail = 100 * ndtr(-math.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.975))
+        low, high = (float(x) for x in np.percentile(drawn, (tail, 100 - tail)))
+    return Interval(float(means.mean()), low, high, len(runs), n)
 
 
 def paired(runs: Runs, reference: Runs, **options) -> Interval:

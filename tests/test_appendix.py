@@ -30,6 +30,7 @@ def test_tuning_says_what_was_tried_and_chosen(tmp_path):
     study = [{**r, "grid": "study", "prompt": "a tree", "settings": "scale=20"} for r in rows[:3]]
     page, _ = made(tmp_path, [*rows, *vsd, *study], tuning=tried)
     assert "that the results use too: none." in page.text
+    assert "The study study has 1 of its 1 prompt from the tuning: it explores" in page.text
     table = next(t for t in page.tables if "in the results" in t[0])
     assert {tuple(r[:2]): r[-1] for r in table[1:]}["sds", "scale=20"] == ""
     tried += [{**r, "settings": "scale=2", "prompt": PROMPTS[0]} for r in tried[-2:]]

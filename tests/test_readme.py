@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation import readme
+from evaluation import overview, readme
 from evaluation.grid import TRUE, load_grid
 from evaluation.montage import GAP, LABEL, LINE
 from evaluation.results import read, sections, values
-from tests.test_report import MINUS, PRIORS, change, made, make_rows, nested, number
+from tests.test_report import MINUS, PRIORS, change, made, make_rows, nested, number, write_csv
 from threestudio.utils.errors import UserError
 
 
@@ -34,18 +34,21 @@ def test_the_readme_says_what_the_table_says(tmp_path):
     mean = 100 * fmean(fmean(seeds.values()) for seeds in want.values())
     assert number(cells[2]) == pytest.approx(mean, abs=0.051)
     assert "nothing below is final" in copy.read_text()
-    whole = [run.identity for run in load_grid(readme.GRID).runs]
-    assert readme.progress(whole) == "" and f" 1 of its {len(whole)} runs" in readme.progress(
+    whole = [run.identity for run in load_grid(overview.GRID).runs]
+    assert overview.progress(whole) == "" and f" 1 of its {len(whole)} runs" in overview.progress(
         [*rows, whole[7]]
     )
     stale = [{**whole[7], "settings": "scene_lr=9"}, {**whole[7], "grid": "study"}]
-    assert " 1 of its " in (told := readme.progress([whole[7], *stale])) and ", 1 row there" in told
+    assert (
+        " 1 of its " in (told := overview.progress([whole[7], *stale])) and ", 1 row there" in told
+    )
+    assert overview.progress(stale[1:]) == ""  # a table of other grids
     copy.write_text("no marks")
     with pytest.raises(UserError, match="put them where results go"):
         readme.update(copy, tmp_path)
 
 
-def test_a_study_has_a_picture_and_is_folded(tmp_path):
+def test_a_study_has_a_picture_and_no_table(tmp_path):
     grid, canvas = readme.STUDY
     rows = [{**r, "grid": grid} for r in make_rows(("sds", "csd", "lods-lora"), (canvas,))]
     made(tmp_path, rows)
@@ -66,10 +69,12 @@ def test_a_study_has_a_picture_and_is_folded(tmp_path):
         inside, beside = page[y + 2 : y + 30, x + 2 : x + 62], page[y : y + 32, x - GAP : x - 1]
         assert np.abs(inside - np.array(colors.get(prior, (255, 255, 255)))).max() < 12
         assert beside.min() > 240
-    text = readme.results(tmp_path)
-    folded = text.split("<details>")[1].split("</details>")[0]
-    assert "8 prompts, 3 seeds" in folded and "| lods-lora | 24 |" in folded
-    assert f"(docs/evaluation/{readme.PICTURE})" in text.split("<details>")[0]
+    others = make_rows()
+    write_csv(tmp_path / "results.csv", [*others, *rows])
+    before, after = readme.results(tmp_path).split(f"(docs/evaluation/{readme.PICTURE})")
+    assert "8 prompts, 3 seeds" in before and "| lods-embedding | 24 |" in before
+    assert "has the lowest mean Frechet distance" in before
+    assert "| lods-lora |" not in before + after  # which is in the study only
 
 
 def test_what_carries_over_says_what_the_table_says():

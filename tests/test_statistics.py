@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
+from scipy.special import stdtrit
 
 from evaluation.frechet import frechet
 from evaluation.statistics import ENOUGH_PROMPTS, interval, paired, ratio
@@ -37,12 +38,25 @@ def test_intervals_cover_the_truth_because_prompts_are_clusters():
     covered = alone = 0
     for _ in range(300):
         x = rng.normal(size=(12, 1)) + 0.2 * rng.normal(size=(12, 6))
-        i = interval(table(x), draws=400)
+        i = interval(table(x), draws=1000)
         covered += i.low <= 0 <= i.high
-        i = interval(table(x.reshape(-1, 1)), draws=400)
+        i = interval(table(x.reshape(-1, 1)), draws=1000)
         alone += i.low <= 0 <= i.high
-    assert 0.87 <= covered / 300 <= 0.98
+    assert 0.92 <= covered / 300 <= 0.98
     assert alone / 300 < 0.7
+
+
+@pytest.mark.parametrize("prompts, seeds", [(6, 1), (12, 1), (12, 3)])
+def test_intervals_are_nearly_as_wide_as_students(prompts, seeds):
+    """Also where all that varies are the seeds, whose noise is counted once."""
+    rng, widths = np.random.default_rng(4), []
+    for _ in range(100):
+        x = rng.normal(size=(prompts, seeds))
+        i = interval(table(x), draws=1000)
+        means = x.mean(1)
+        half = stdtrit(prompts - 1, 0.975) * means.std(ddof=1) / math.sqrt(prompts)
+        widths.append((i.high - i.low) / (2 * half))
+    assert 0.9 <= np.mean(widths) <= 1
 
 
 def test_pairing_removes_what_a_prompt_does_to_both():
