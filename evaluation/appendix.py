@@ -259,16 +259,27 @@ def by_value(
     tried: dict[str, dict[str, list[dict]]], key: str, metric: Metric = HEADLINE[1]
 ) -> dict[str, dict[float, float]]:
     """Of each prior that ``key`` was varied for, the lowest mean distance at each of its values,
-    the other settings being the best there. ``tried`` has the rows of prior and settings."""
+    the other settings being the best there, of settings of which no run failed. ``tried`` has the
+    rows of prior and settings."""
     found: dict[str, dict[float, float]] = {}
     for prior, settings in tried.items():
         for text, rows in settings.items():
-            value = dict(t.split("=", 1) for t in shlex.split(text)).get(key)
-            i = interval(values((r for r in rows if r["status"] == "ok"), metric.column), draws=1)
-            if value is not None and i.runs:
+            value = _number(dict(t.split("=", 1) for t in shlex.split(text)).get(key))
+            done = values((r for r in rows if r["status"] == "ok"), metric.column)
+            # what failed on a hard prompt would look better for it
+            if value is not None and done and len(done) == len(rows):
                 of = found.setdefault(prior, {})
-                of[float(value)] = min(i.mean, of.get(float(value), math.inf))
+                mean = interval(done, draws=1).mean
+                of[value] = min(mean, of.get(value, math.inf))
     return {prior: of for prior, of in found.items() if len(of) > 1}
+
+
+def _number(text: str | None) -> float | None:
+    """A setting as YAML has numbers; None for what is none."""
+    try:
+        return None if text is None else float(text.replace(".inf", "inf"))
+    except ValueError:
+        return None
 
 
 def _by_value(tried: dict[str, dict[str, list[dict]]], key: str, what: str, prompts) -> list:

@@ -51,8 +51,14 @@ def parse_args(argv) -> argparse.Namespace:
     only = "canvas=, prior=, prompt= or seed=, of which commas separate several (not of prompts)"
     add("--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=only)
     add("--workers", type=_count, help="runs at a time (default 1; on Ray: what fits)")
-    add("--threads", type=_count, help="of each run (default: cores / workers; on Ray 1)")
-    add("--ray", nargs="?", const="", metavar="ADDRESS", help="on Ray, here or there")
+    add("--threads", type=_count, help="CPU threads per run (default: cores / workers; on Ray 1)")
+    add(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="run on Ray: started here, or the cluster at ADDRESS",
+    )
     add("--out", type=Path, help="folder of the table (default docs/evaluation)")
     add("--retry", action="store_true", help="repeat runs whose row says that they failed")
     add("--dry-run", action="store_true", help="list the runs that are left, and do nothing")
@@ -135,16 +141,17 @@ def _summary(row: Dict[str, str]) -> str:
 class Session:
     """Hands runs to a backend and records what comes back."""
 
-    def __init__(self, table: Table, backend, threads: int, retry: bool = False):
+    def __init__(self, table: Table, backend, threads: int, retry=False, bad=None):
         self.table, self.backend = table, backend
-        self.threads, self.retry = threads, retry
-        self.commit = commit()  # once: the tree may be committed to during a long grid
+        self.threads, self.retry, self.bad = threads, retry, bad or {}
+        self.commit = commit()  # of what a run is forked from, and so of all
         self.pace = Pace()
         self.ok = self.failed = self.elsewhere = 0
 
     def due(self, run: Run) -> bool:
         row = self.table.find(run)
-        return row is None or (self.retry and row["status"] != "ok")
+        # one that failed is repeated once, by whichever evaluate.py comes first
+        return row is None or (self.retry and row["status"] != "ok" and row == self.bad.get(run))
 
     def carry_out(self, runs: List[Run]) -> None:
         total, waiting, going = len(runs), deque(runs), {}
@@ -156,7 +163,8 @@ class Session:
                     run, claim = going.pop(handle)
                     self._record(run, result)
                     claim.release()
-                    self.pace.add(run.canvas, run.prior, result["wall"])
+                    if result["row"]["status"] == "ok":
+                        self.pace.add(run.canvas, run.prior, result["wall"])
                     left = [*waiting, *(r for r, _ in going.values())]
                     self._tell(run, result, total, left)
         finally:
@@ -171,12 +179,20 @@ class Session:
             if claim is not None:
                 claim.release()
             return
-        handle = self.backend.submit(make_job(run, self.threads, self.commit))
+        now = commit()  # the configs that it will read are of now
+        mark = self.commit if now == self.commit else f"{self.commit}-changed"
+        handle = self.backend.submit(make_job(run, self.threads, mark))
         going[handle] = run, claim
 
     def _record(self, run: Run, result: dict) -> None:
-        sheet = result["sheet"] and (f"{run.slug}.webp", base64.b64decode(result["sheet"]))
-        self.table.record(result["row"], result["curves"], sheet)
+        sheet = result["sheet"] and base64.b64decode(result["sheet"])
+        try:
+            self.table.record(result["row"], result["curves"], sheet)
+        except OSError as error:
+            raise UserError(
+                f"{self.table.path} cannot be written ({error.strerror}): make room; the same "
+                "command goes on with what is left"
+            ) from None
 
     def _tell(self, run: Run, result: dict, total: int, left: List[Run]) -> None:
         if result["row"]["status"] == "ok":
@@ -184,7 +200,7 @@ class Session:
             text = f"{_summary(result['row'])}; {result['wall']:.0f} s"
         else:
             self.failed += 1
-            log = WORK / "logs" / f"{run.slug}.txt"
+            log = WORK / "logs" / run.grid / f"{run.slug}-{run.digest}.txt"
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(result["log"])
             text = f"FAILED: {result['row']['status']}; see {log}"
@@ -198,8 +214,8 @@ def _stop(signum, frame):
 
 
 def main(argv=None) -> int:
-    """Returns the exit status: 1 if a run failed, 130 after Ctrl-C or SIGTERM. Raises
-    :class:`UserError` for a mistake."""
+    """Returns the exit status: 1 if a chosen run has failed or, left to another evaluate.py, is not
+    done, 130 after Ctrl-C or SIGTERM. Raises :class:`UserError` for a mistake."""
     args = parse_args(argv)
     grid = load_grid(args.grid)
     chosen = select(grid, args.only)
@@ -207,7 +223,7 @@ def main(argv=None) -> int:
     table = Table(args.out, grid.tuning) if args.out.exists() or not args.dry_run else None
     index = table.index() if table else {}
     rows = [index.get(key_of(run)) for run in chosen]
-    bad = [run for run, row in zip(chosen, rows) if row and row["status"] != "ok"]
+    bad = {run: row for run, row in zip(chosen, rows) if row and row["status"] != "ok"}
     runs = [run for run, row in zip(chosen, rows) if row is None]
     print(
         f"{grid.name}: {len(chosen)} runs, {len(chosen) - len(bad) - len(runs)} done, "
@@ -216,8 +232,7 @@ def main(argv=None) -> int:
         flush=True,
     )
     if args.retry:
-        again = set(bad)
-        runs = [run for run, row in zip(chosen, rows) if row is None or run in again]
+        runs = [run for run, row in zip(chosen, rows) if row is None or run in bad]
     if args.dry_run:
         try:
             print("\n".join(run.title for run in runs), flush=True)
@@ -232,7 +247,7 @@ def main(argv=None) -> int:
     threads = args.threads or (1 if on_ray else max(1, (os.cpu_count() or 1) // workers))
     backend = OnRay(args.ray, threads, grid.gpus, workers) if on_ray else Local(workers)
     before = signal.signal(signal.SIGTERM, _stop)
-    session = Session(table, backend, threads, args.retry)
+    session = Session(table, backend, threads, args.retry, bad)
     for row in index.values():  # of earlier sessions
         if row["seconds"]:
             session.pace.add(row["canvas"], row["prior"], float(row["seconds"]))
@@ -248,4 +263,8 @@ def main(argv=None) -> int:
         backend.close()
     beside = f", {session.elsewhere} left to another evaluate.py" if session.elsewhere else ""
     print(f"{session.ok} ok, {session.failed} failed{beside}: {table.path}", flush=True)
-    return 1 if session.failed else 0
+    if not grid.tuning:
+        print(f"a report: python -m evaluation.report --folder {args.out}", flush=True)
+    index = table.index()
+    rows = [index.get(key_of(run)) for run in chosen]
+    return 0 if all(row and row["status"] == "ok" for row in rows) else 1

@@ -30,6 +30,7 @@ factor on all learning rates but that of what the prior learns. Later ones win: 
 prior on the canvas, tune, settings.
 """
 
+import hashlib
 import io
 import itertools
 import json
@@ -51,6 +52,14 @@ from threestudio.utils.typing import *
 
 TRUE = "true-renders"
 SCENE_LR = "scene_lr"
+# keys of launch.py that a grid has a place of its own for
+PLACES = {
+    "trainer.max_steps": "steps",
+    "seed": "seeds",
+    "data.n_test_views": "views",
+    "system.prompt_processor.prompt": "prompts",
+    "system.guidance_type": "guidance_type",
+}
 
 
 @dataclass
@@ -91,6 +100,12 @@ class PriorConfig(OnCanvasConfig):
     canvases: dict = field(default_factory=dict)
 
 
+def slug(*parts: Any) -> str:
+    """Letters, digits and dashes."""
+    clean = (re.sub(r"[^a-z0-9]+", "-", str(part).lower()).strip("-")[:80] for part in parts)
+    return "-".join(clean)
+
+
 @dataclass(frozen=True)
 class Run:
     """One cell of a grid. What sets it apart is ``identity``; the rest follows from the grid."""
@@ -116,9 +131,17 @@ class Run:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
     @property
+    def digest(self) -> str:
+        """Of all that the grid says beyond the other names: a changed grid has other runs. What is
+        in the configs is not in it; a table's column ``commit`` has that."""
+        says = (self.configs, sorted(self.overrides), self.guidance_type, self.scene_lr)
+        says = json.dumps((*says, self.views, self.judge, self.clip))
+        return hashlib.sha256(says.encode()).hexdigest()[:8]
+
+    @property
     def identity(self) -> Dict[str, str]:
         """As the cells of a table."""
-        names = ("grid", "canvas", "prior", "prompt", "seed", "settings", "steps")
+        names = ("grid", "canvas", "prior", "prompt", "seed", "settings", "steps", "digest")
         return {name: str(getattr(self, name)) for name in names}
 
     @property
@@ -128,9 +151,8 @@ class Run:
 
     @property
     def slug(self) -> str:
-        """The run as the name of a file: letters, digits and dashes."""
-        prompt = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:80]
-        return f"{self.canvas}-{self.prior}-{prompt}-{self.seed}"
+        """Its cell as the name of a file in the folder ``grid``."""
+        return slug(self.canvas, self.prior, self.prompt, self.seed)
 
 
 @dataclass(frozen=True)
@@ -283,6 +305,8 @@ def _cells(grid, name, canvas, prior_name, prior, where) -> Iterable[Dict[str, A
     for chosen, *settings in itertools.product(tuned, prior.settings, more.settings):
         own = prior.overrides | more.overrides | chosen | settings[0] | settings[1]
         every = grid.overrides | canvas.overrides | own
+        for key in every.keys() & PLACES.keys():
+            raise UserError(f"{here}: {key} is no override here, write {PLACES[key]} in the grid")
         yield {
             "settings": _settings(own),
             "scene_lr": _scene_lr(every, here),

@@ -3,6 +3,7 @@
 import platform
 import re
 import resource
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # what a result depends on; tables and grids may change while a grid runs
 CODE = (
     *("benchmarks/*.py", "configs", "custom", "evaluate.py", "evaluation/*.py", "launch.py"),
-    *("pocket/*.py", "threestudio"),
+    *(":(glob)evaluation/*.yaml", "pocket/*.py", "pocket/*.safetensors", "threestudio"),
 )
 
 
@@ -27,7 +28,10 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the code that runs, with ``-dirty`` if a file of it was changed since."""
+    """The commit of the code that runs, with ``-dirty`` if a file of it was changed since; empty
+    without git."""
+    if shutil.which("git") is None:
+        return ""
 
     def git(*args):
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout

@@ -32,9 +32,12 @@ def progress(rows: Sequence[dict]) -> str:
     wanted = [run.identity for run in load_grid(GRID).runs]
     keys = [tuple(row.get(key, "") for key in wanted[0]) for row in rows]
     known = {tuple(identity.values()) for identity in wanted}
-    done = len(known & set(keys))
+    failed = len({key for key, row in zip(keys, rows) if row["status"] != "ok"} & known)
+    done = len(known & set(keys)) - failed
     if done == len(wanted):
         return ""
+    if done + failed == len(wanted):
+        return f"{plural(failed, 'run')} of {len(wanted)} failed, and the means are without them."
     old = sum(key not in known for key, row in zip(keys, rows) if row["grid"] == GRID.stem)
     return (
         f"The grid {GRID.stem} is not finished: {done} of its {len(wanted)} runs are in the table, "

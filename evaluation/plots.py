@@ -1,6 +1,6 @@
 """Two plots as SVG: no library, so that the same numbers give the same bytes everywhere.
 
-Colours are the classes ``c0`` to ``c11`` of the page's style sheet, so the plots follow its light
+Colours are the classes ``c0`` and so on of the page's style sheet, so the plots follow its light
 and dark mode; points and lines carry their names, so they do not rest on colour.
 """
 

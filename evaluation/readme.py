@@ -15,7 +15,6 @@ from evaluation.report import (
     FOLDER,
     best_of,
     full_marks,
-    sheet_of,
     show,
     standing,
     summary,
@@ -34,6 +33,7 @@ from evaluation.results import (
     values,
 )
 from evaluation.statistics import interval, paired
+from evaluation.table import sheet_path
 from threestudio.utils.errors import UserError
 
 README = FOLDER.parent.parent / "README.md"
@@ -57,7 +57,8 @@ def compact(section: Section) -> Table:
             cell = show(m, interval(values(runs, m.column)))
             row.append(Bold(cell) if best[m.column] == name else cell)
         row += [_to_sds(HEADLINE[1], values(runs, HEADLINE[1].column), base, name)]
-        row.append(COSTS[0].show(interval(values(runs, COSTS[0].column), draws=1).mean))
+        seconds = values(runs, COSTS[0].column)
+        row.append(COSTS[0].show(interval(seconds, draws=1).mean) if seconds else "none")
         rows.append(row)
     if section.ceiling:
         cells = [show(m, interval(values(section.ceiling, m.column))) for m in shown]
@@ -101,8 +102,11 @@ def picture(folder: Path = FOLDER) -> None:
     rows = read(folder / "results.csv", ("grid", "canvas", "prior", "prompt", "seed", "status"))
     for section in sections(rows or ()):
         if (section.grid, section.canvas) == STUDY:
-            prompts, seed = section.prompts(), section.seeds()[0]
-            sheets = [[sheet_of(folder, STUDY[1], c, p, seed) for p in prompts] for c in PICTURED]
+            prompts, seeds = section.prompts(), section.seeds()[:1]
+            sheets = [
+                [sheet_path(folder, *STUDY, c, p, seed) for p in prompts for seed in seeds]
+                for c in PICTURED
+            ]
             montage(folder / PICTURE, sheets, PICTURED, prompts)
 
 

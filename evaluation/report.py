@@ -6,7 +6,6 @@ file. The same tables give the same bytes. What is absent is said to be absent.
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -47,6 +46,7 @@ from evaluation.results import (
     values,
 )
 from evaluation.statistics import ENOUGH_PROMPTS, Interval, interval, paired, ratio
+from evaluation.table import sheet_path
 from threestudio.utils.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "evaluation"
@@ -354,32 +354,22 @@ def learning(section: Section, curves) -> list:
     return [*blocks, Figure(lines(series, palette, title, ("step", "loss")), caption)]
 
 
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80]
-
-
-def sheet_of(folder: Path, canvas: str, prior: str, prompt: str, seed: str) -> Path:
-    return folder / "sheets" / f"{canvas}-{prior}-{slug(prompt)}-{seed}.webp"
-
-
 def sheets(section: Section, folder: Path) -> list:
     """Contact sheets of the first seed, prompts down and priors across."""
     shown = list(dict.fromkeys(section.priors.values())) + [CEILING]
-    rows, seen = [], set()
+    seeds, rows, seen = section.seeds(), [], set()
     for prompt in section.prompts():
-        files = []
-        for prior in shown:
-            names = (sheet_of(folder, section.canvas, prior, prompt, s) for s in section.seeds())
-            files.append(next((f for f in names if f.exists()), None))
-            seen |= {prior} if files[-1] else set()
+        keys = ((section.grid, section.canvas, prior, prompt, seeds[0]) for prior in shown)
+        files = [f if (f := sheet_path(folder, *key)).exists() else None for key in keys]
+        seen |= {prior for prior, file in zip(shown, files) if file}
         rows.append((prompt, files))
     blocks = [Heading(3, "Contact sheets")]
     if not seen:
         return [*blocks, Text("There are no contact sheets of this canvas.")]
     kept = [k for k, prior in enumerate(shown) if prior in seen or prior != CEILING]
-    text = "The pictures of the first seed."
+    text = f"The pictures of seed {seeds[0]}."
     if section.canvas != "2d":
-        text = "The first seed at azimuths of 0, 90, 180 and 270 degrees."
+        text = f"Seed {seeds[0]} at azimuths of 0, 90, 180 and 270 degrees."
     gallery = Gallery(
         [shown[k] for k in kept], [(p, [files[k] for k in kept]) for p, files in rows], folder
     )

@@ -110,7 +110,8 @@ def values(rows: Iterable[dict], column: str) -> Runs:
 @dataclass
 class Section:
     """The runs of one canvas of one grid. ``runs`` has the finished ones of each contestant, which
-    is a prior or, where a prior was run with several settings, ``prior: settings``."""
+    is a prior or, where a prior was run with several settings or numbers of steps, ``prior:
+    settings, steps``."""
 
     grid: str
     canvas: str
@@ -146,7 +147,9 @@ class Section:
 
 def latest(rows: Iterable[dict]) -> list[dict]:
     """The last row of every run, sorted."""
-    last = {tuple(r[k] for k in KEYS) + (r.get("settings", ""),): r for r in rows}
+    last = {
+        tuple(r[k] for k in KEYS) + (r.get("settings", ""), r.get("steps", "")): r for r in rows
+    }
     return [last[key] for key in sorted(last)]
 
 
@@ -164,16 +167,19 @@ def sections(rows: Iterable[dict]) -> list[Section]:
 def _section(grid: str, canvas: str, rows: list[dict]) -> Section:
     section = Section(grid, canvas)
     section.ceiling = [r for r in rows if r["prior"] == CEILING and r["status"] == "ok"]
-    groups: dict[str, dict[str, list[dict]]] = {}
+    groups: dict[str, dict[tuple[str, str], list[dict]]] = {}
     for row in rows:
         if row["prior"] != CEILING:
             by_setting = groups.setdefault(row["prior"], {})
-            by_setting.setdefault(row.get("settings", ""), []).append(row)
+            key = row.get("settings", ""), row.get("steps", "")
+            by_setting.setdefault(key, []).append(row)
     tried = {(r["prompt"], r["seed"]) for r in rows if r["prior"] != CEILING}
     for prior in sorted(groups, key=rank):
-        for setting, mine in sorted(groups[prior].items()):
+        lengths = {steps for _, steps in groups[prior]}
+        for (setting, steps), mine in sorted(groups[prior].items()):
             several = len(groups[prior]) > 1
             name = f"{prior}: {setting or 'as shipped'}" if several else prior
+            name += f", {steps} steps" if len(lengths) > 1 else ""
             section.priors[name] = prior
             section.runs[name] = [r for r in mine if r["status"] == "ok"]
             section.failed += [r for r in mine if r["status"] != "ok"]

@@ -291,8 +291,9 @@ def small(images: Float[torch.Tensor, "V C H W"]) -> Float[torch.Tensor, "V C 64
     return F.interpolate(images, (SIZE, SIZE), mode="area")
 
 
-def score(run: Run, cfg, made: Pictures) -> dict[str, float]:
-    """All metrics that apply; those that need the pocket world where the grid says ``judge``."""
+def score(run: Run, cfg, made: Pictures, clip=None) -> dict[str, float]:
+    """All metrics that apply; those that need the pocket world where the grid says ``judge``, and
+    the CLIP score with what ``load_clip`` gives."""
     scores = {}
     if run.judge:
         kind, color = asked(run.prompt)
@@ -302,8 +303,8 @@ def score(run: Run, cfg, made: Pictures) -> dict[str, float]:
         if made.opacity is not None:
             mask = small(made.opacity[:, None])[:, 0] > 0.5
             scores["silhouette_iou"] = metrics.silhouette_iou(mask.numpy(), true.masks)
-    if run.clip:
-        scores["clip_score"] = metrics.clip_score(*load_clip(run.clip), made.rgb, run.prompt)
+    if clip:
+        scores["clip_score"] = metrics.clip_score(*clip, made.rgb, run.prompt)
     return scores
 
 
@@ -362,6 +363,7 @@ def carry_out(run: Run, threads: int, commit: str, folder: Path) -> dict:
         load_custom_modules(ROOT / "custom")
         cfg = load_run(run, folder)
         flat = cfg.system_type == LATENTS
+        clip = load_clip(run.clip) if run.clip else None  # or it fails after all the work
         if run.prior == TRUE:
             kind, color = asked(run.prompt)
             count = latents_data(cfg).n_particles if flat else run.views
@@ -379,12 +381,12 @@ def carry_out(run: Run, threads: int, commit: str, folder: Path) -> dict:
             "peak_mib": cell(made.peak_mib),
             "device": made.device,
         }
-        row |= {name: cell(value) for name, value in score(run, cfg, made.pictures).items()}
         result["sheet"] = base64.b64encode(sheet(made.pictures)).decode()
+        row |= {k: cell(value) for k, value in score(run, cfg, made.pictures, clip).items()}
         row["status"] = "ok"
     except Exception as error:
         traceback.print_exc()  # for the log
-        row["status"] = reason(error)
+        row["status"], result["curves"] = reason(error), []
     assert set(row) == set(RESULTS) and all(set(r) == set(CURVES) for r in result["curves"])
     return result
 

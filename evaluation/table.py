@@ -8,19 +8,20 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from evaluation.grid import Run
+from evaluation.grid import Run, slug
 from pocket.data import asked
 from pocket.scenes import COLOR_NAMES, KIND_NAMES
 from threestudio.utils.errors import UserError
 from threestudio.utils.files import whole_file
 
 CELL = ("grid", "canvas", "prior", "prompt", "seed")
-IDENTITY = (*CELL, "settings", "steps")
+IDENTITY = (*CELL, "settings", "steps", "digest")
 RESULTS = (
-    *("grid", "canvas", "prior", "prompt", "kind", "color", "seed", "settings", "steps", "status"),
-    *("object_accuracy", "color_accuracy", "frechet", "janus_rate", "silhouette_iou"),
-    *("clip_score", "prior_loss_first", "prior_loss_last", "seconds", "seconds_per_step"),
-    *("peak_mib", "threads", "device", "cpu", "python", "torch", "diffusers", "peft", "commit"),
+    *("grid", "canvas", "prior", "prompt", "kind", "color", "seed", "settings", "steps", "digest"),
+    *("status", "object_accuracy", "color_accuracy", "frechet", "janus_rate"),
+    *("silhouette_iou", "clip_score", "prior_loss_first", "prior_loss_last", "seconds"),
+    *("seconds_per_step", "peak_mib", "threads", "device", "cpu", "python", "torch", "diffusers"),
+    *("peft", "commit"),
 )
 CURVES = (*CELL, "step", "loss_sds", "prior_loss", "grad_norm")
 
@@ -38,28 +39,36 @@ class Table:
         self.folder, self.tuning = Path(folder), tuning
         self.path = self.folder / ("tuning.csv" if tuning else "results.csv")
         self.key = (*CELL, "settings") if tuning else CELL
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the folder {folder} cannot be made ({error.strerror}): give another with --out"
+            ) from None
 
     def rows(self) -> list[dict[str, str]]:
         """The rows that are there, as texts."""
         return _read(self.path, RESULTS)
 
     def find(self, run: Run) -> dict[str, str] | None:
-        """The row of this very run: of the same settings and number of steps too."""
+        """The row of this very run: of the same settings, steps and grid too."""
         return self.index().get(key_of(run))
 
     def index(self) -> dict[tuple, dict[str, str]]:
         """The rows by what sets their runs apart; see :func:`key_of`."""
         return {_key(row, IDENTITY): row for row in self.rows()}
 
-    def record(self, row: dict, curves: list[dict], sheet: tuple[str, bytes] | None) -> None:
-        """Add what a run has given; ``sheet`` is the name of a file and its bytes."""
+    def record(self, row: dict, curves: list[dict], sheet: bytes | None) -> None:
+        """Add what a run has given; ``sheet`` are the bytes of a webp."""
         with self._lock():
             if not self.tuning:
-                if sheet is not None:
-                    (self.folder / "sheets").mkdir(exist_ok=True)
-                    with whole_file(self.folder / "sheets" / sheet[0]) as tmp:
-                        tmp.write_bytes(sheet[1])
+                path = sheet_path(self.folder, *(row[k] for k in CELL))
+                if sheet is None:
+                    path.unlink(missing_ok=True)  # of a run before
+                else:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with whole_file(path) as tmp:
+                        tmp.write_bytes(sheet)
                 self._replace(self.folder / "curves.csv", CURVES, CELL, row, curves)
             # last: a run whose row is there is done
             self._replace(self.path, RESULTS, self.key, row, [row])
@@ -110,6 +119,11 @@ class Claim:
     def release(self) -> None:
         self._path.unlink(missing_ok=True)
         os.close(self._handle)
+
+
+def sheet_path(folder: Path, grid: str, canvas: str, prior: str, prompt: str, seed) -> Path:
+    """Where the contact sheet of a cell is."""
+    return Path(folder) / "sheets" / slug(grid) / f"{slug(canvas, prior, prompt, seed)}.webp"
 
 
 def key_of(run: Run) -> tuple:

@@ -3,7 +3,7 @@
 Both backends have ``slots``, ``submit(job) -> handle``, ``wait() -> [(handle, result), ...]`` and
 ``close()``, which ends what is going on. A job is ``{"run", "threads", "commit"}``, a result
 ``{"row", "curves", "sheet", "log", "wall"}``: plain values, that cross to other machines; wall are
-the seconds that the run's process took.
+the seconds that the run's process took, 0 where they are not known.
 """
 
 import json
@@ -159,7 +159,8 @@ class Local:
 
     def __init__(self, workers: int):
         self.slots = workers
-        self._devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+        every = ",".join(map(str, range(max(1, torch.cuda.device_count()))))
+        self._devices = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
         self._going: Dict[int, Process] = {}  # by slot
 
     def submit(self, job: Dict[str, Any]) -> Process:

@@ -1,9 +1,11 @@
 """The report's section on the tuning, from small tables."""
 
+import math
 from statistics import fmean
 
 import pytest
 
+from evaluation.grid import written
 from tests.test_report import PROMPTS, made, make_rows, number
 
 
@@ -49,11 +51,14 @@ def test_what_a_setting_does_is_shown_at_its_best(tmp_path):
         ("vsd", 5, 2): (1.0, 1.0),
         ("csd", None, 1): (2.0, 4.0),
         ("csd", None, 2): (3.0, 5.0),
+        ("nfsd", math.inf, 1): (6.0, 8.0),
+        ("nfsd", 5, 1): (7.0, 7.0),
+        ("nfsd", 5, 2): (0.5, 1.0),  # no mean of the one that did not fail
     }
     tried = []
     for (prior, scale, rate), values in distances.items():
         rows = make_rows((prior,), prompts=["a tree", "a donut"], seeds="0")
-        guidance = f" system.guidance.guidance_scale={scale:.1f}" if scale else ""
+        guidance = f" system.guidance.guidance_scale={written(float(scale))}" if scale else ""
         weight = " 'system.loss.lambda_sds=${div:1,${system.guidance.guidance_scale}}'"
         for row, value in zip(rows, values):
             row |= {"grid": "tuning", "settings": f"scene_lr={rate:.1f}{guidance}{weight}"}
@@ -62,7 +67,8 @@ def test_what_a_setting_does_is_shown_at_its_best(tmp_path):
     page, _ = made(tmp_path, make_rows(), tuning=tried)
     by_scale, by_rate = (t for t in page.tables if t[0][0] == "prior" and t[0][1] in ("5", "0.5"))
     # vsd was tried at one scale, csd has none
-    assert by_scale == [["prior", "5", "100"], ["sds", "15.0", "70.0"]]
+    told = ["sds", "15.0", "70.0", ""], ["nfsd", "7.0", "", "7.0"]
+    assert by_scale == [["prior", "5", "100", "inf"], *told]
     assert by_rate == [
         ["prior", "0.5", "1", "2"],
         ["sds", "40.0", "15.0", "90.0"],

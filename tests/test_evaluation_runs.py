@@ -151,6 +151,13 @@ def test_what_goes_wrong_is_the_status(grid, tmp_path):
         assert result["curves"] == [] and result["sheet"] is None
 
 
+def test_a_clip_that_is_not_there_costs_no_training(grid, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.run.latents", lambda *_: pytest.fail("it was trained"))
+    path = grid("seeds: [0]\n", "seeds: [0]\njudge: false\nclip: no/folder\n")
+    row = carry_out(pick(path, "2d", "sds"), 1, "", tmp_path)["row"]
+    assert "the CLIP 'no/folder' cannot be had" in row["status"]
+
+
 def test_scene_lr_scales_what_is_optimised_and_not_what_is_learnt(grid, tmp_path):
     path = grid()
     for canvas in ("2d", "gaussians"):
@@ -240,7 +247,8 @@ def test_what_is_done_is_not_repeated(many, tmp_path, capsys):
     assert many(fails=[5])[0] == 1
     said = capsys.readouterr().out
     assert "seed 5: FAILED: broken" in said
-    assert (tmp_path / "work/logs/2d-sds-a-red-car-5.txt").read_text() == "what it said"
+    (log,) = (tmp_path / "work/logs/try").glob("2d-sds-a-red-car-5-*.txt")
+    assert log.read_text() == "what it said"
     status, fake = many()
     assert (status, fake.did) == (1, [])
     assert "7 done, 1 failed (--retry repeats them), 0 left" in capsys.readouterr().out
@@ -249,6 +257,32 @@ def test_what_is_done_is_not_repeated(many, tmp_path, capsys):
     rows = Table(tmp_path / "out").rows()
     assert sorted(int(r["seed"]) for r in rows) == list(range(8))
     assert {r["status"] for r in rows} == {"ok"}
+
+
+def test_rows_tell_of_code_that_changes_under_a_grid(many, tmp_path, monkeypatch):
+    now = iter(["abc", "abc", "def"])  # when it starts, and at each run
+    monkeypatch.setattr(command, "commit", lambda: next(now))
+    many("--only", "seed=0,1")
+    assert [r["commit"] for r in Table(tmp_path / "out").rows()] == ["abc", "abc-changed"]
+
+
+def test_a_failure_is_repeated_by_one(many, tmp_path):
+    many("--only", "seed=2", fails=[2])
+    table, runs = Table(tmp_path / "out"), load_grid(tmp_path / "try.yaml").runs
+    (run,) = (r for r in runs if (r.canvas, r.prior, r.seed) == ("2d", "sds", 2))
+    session = command.Session(table, Fake(), 1, True, {run: table.find(run)})
+    assert session.due(run)
+    table.record(table.find(run) | {"status": "broken again"}, [], None)
+    assert not session.due(run)
+
+
+def test_a_full_disk_is_one_line(many, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Table, "record", full)
+    assert many()[0] == 2
+    assert "results.csv cannot be written (No space left" in capsys.readouterr().err
 
 
 def test_an_interrupt_loses_what_was_in_progress(many, tmp_path, capsys):
@@ -265,7 +299,7 @@ def test_two_at_one_table_share_the_runs(many, tmp_path):
     claims = [table.claim(r) for r in runs if (r.canvas, r.prior) == ("2d", "sds")]
     assert len(claims) == 2 and all(claims)
     status, fake = many()
-    assert status == 0 and fake.did == [0, 3, 4, 5, 6, 7]
+    assert status == 1 and fake.did == [0, 3, 4, 5, 6, 7]  # two are not done yet
     for claim in claims:
         claim.release()
     assert many()[1].did == [1, 2]

@@ -11,6 +11,7 @@ from evaluation import overview, readme
 from evaluation.grid import TRUE, load_grid
 from evaluation.montage import GAP, LABEL, LINE
 from evaluation.results import read, sections, values
+from evaluation.table import sheet_path
 from tests.test_report import MINUS, PRIORS, change, made, make_rows, nested, number, write_csv
 from threestudio.utils.errors import UserError
 
@@ -34,7 +35,7 @@ def test_the_readme_says_what_the_table_says(tmp_path):
     mean = 100 * fmean(fmean(seeds.values()) for seeds in want.values())
     assert number(cells[2]) == pytest.approx(mean, abs=0.051)
     assert "nothing below is final" in copy.read_text()
-    whole = [run.identity for run in load_grid(overview.GRID).runs]
+    whole = [run.identity | {"status": "ok"} for run in load_grid(overview.GRID).runs]
     assert overview.progress(whole) == "" and f" 1 of its {len(whole)} runs" in overview.progress(
         [*rows, whole[7]]
     )
@@ -42,6 +43,8 @@ def test_the_readme_says_what_the_table_says(tmp_path):
     assert (
         " 1 of its " in (told := overview.progress([whole[7], *stale])) and ", 1 row there" in told
     )
+    whole[3] |= {"status": "broken"}
+    assert overview.progress(whole).startswith(f"1 run of {len(whole)} failed")
     assert overview.progress(stale[1:]) == ""  # a table of other grids
     copy.write_text("no marks")
     with pytest.raises(UserError, match="put them where results go"):
@@ -54,11 +57,11 @@ def test_a_study_has_a_picture_and_no_table(tmp_path):
     made(tmp_path, rows)
     readme.picture(tmp_path)
     assert not (tmp_path / readme.PICTURE).exists()  # there are no sheets yet
-    (tmp_path / "sheets").mkdir()
+    (tmp_path / "sheets" / grid).mkdir(parents=True)
     prompt = sorted({r["prompt"] for r in rows})[1]
     colors = {"sds": (250, 0, 0), "lods-lora": (0, 0, 250)}  # there is no sheet of csd
     for prior, color in colors.items():
-        file = readme.sheet_of(tmp_path, canvas, prior, prompt, "0")
+        file = sheet_path(tmp_path, grid, canvas, prior, prompt, "0")
         Image.new("RGB", (128, 32), color).save(file, lossless=True)
     readme.picture(tmp_path)
     with Image.open(tmp_path / readme.PICTURE) as image:
