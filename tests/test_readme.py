@@ -104,6 +104,12 @@ def test_what_carries_over_says_what_the_table_says():
             "(`prompt_scale=2`) it has": "lods-lora-fast-guided",
         },
     }
+    prompts = {"chair": "a red chair", "table": "a blue table"}
+    runs = found["gaussians"].runs
+    for kind, prompt in prompts.items():
+        pair = (runs["lods-lora-fast"], runs["lods-lora-fast-guided"])
+        before, after = (values(of, "frechet")[prompt, "0"] for of in pair)
+        assert f"{kind} {before:.0f} becomes {after:.0f}" in text
     for canvas, lines in told.items():
         runs = found[canvas].runs | {TRUE: found[canvas].ceiling}
         for start, names in lines.items():
@@ -111,3 +117,19 @@ def test_what_carries_over_says_what_the_table_says():
             said = re.findall(r"(?<![\w.-])\d+(?!\w|\.\d)", rest.split("| ", 1)[-1])
             means = [fmean(values(runs[n], "frechet").values()) for n in names.split()]
             assert list(map(int, said[: len(means)])) == list(map(round, means)), (canvas, start)
+    better = {
+        "| learn faster": "lods-lora-fast",
+        "| learn more often": "lods-lora-4",
+        "| four draws": "lods-lora-draws",
+        "| four times as often": "lods-lora-4-fast",
+        "| timesteps that fall": "lods-lora-monotone",
+        "| the first half as SDS": "lods-lora-after-sds",
+        "| towards guided samples": "lods-lora-fast-guided",
+        "| the embedding in place": "lods-embedding-4 lods-embedding-4-fast",
+    }
+    runs = {name: values(rows, "frechet") for name, rows in found["2d"].runs.items()}
+    for start, names in better.items():
+        base = runs["lods-embedding" if "embedding" in start else "lods-lora"]
+        counts = [sum(runs[n][key] < base[key] for key in base) for n in names.split()]
+        (line,) = (x for x in text.splitlines() if x.startswith(start))
+        assert re.findall(r"(\d) of 6", line) == list(map(str, counts)), start
