@@ -59,6 +59,11 @@ class Prompt:
             ]
         )
 
+    def get_text_embeddings_perp_neg(self, *views):
+        n, (tokens, width) = len(views[0]), self.text_embeddings.shape[1:]
+        rows = [self.get_text_embeddings(*views), torch.zeros(2 * n, tokens, width)]
+        return torch.cat(rows), torch.zeros(n, 2)
+
 
 def as_embedding(*means, tokens: int = 16, width: int = 32):
     """Means (c, h, w) as one embedding (tokens, width), zeros after them."""

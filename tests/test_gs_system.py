@@ -195,6 +195,23 @@ def test_sheet_takes_the_nearest_of_the_frames(small):
     assert shown == [round(255 * i / 29) for i in nearest] + [255, 255]
 
 
+def test_no_sheet_and_no_weights_are_no_end(small, tmp_path):
+    """Without a sheet the files at the end are written; what a run started from may be gone when it
+    is tested."""
+    assert launch(*small("lora+pocket")) == 0
+    learnt = trial("lora") / "save/it2-export/prior.safetensors"
+    weights = learnt.rename(tmp_path / "start.safetensors")
+    (sheet := trial("lora") / "save/it2-test-sheet.png").unlink()
+    more = ["system.sheet_views=0", f"system.guidance.weights={weights}"]
+    assert launch(*small("lora+pocket", *more)) == 0
+    assert learnt.exists() and not sheet.exists()
+    weights.unlink()
+    parsed, resume = trial("lora") / "configs/parsed.yaml", trial("lora") / "ckpts/last.ckpt"
+    assert launch([str(parsed)], [f"resume={resume}"], "--test") == 0
+    with pytest.raises(ValueError, match="sheet_columns 1 or more"):
+        fit(*small("embedding+pocket", "system.sheet_columns=0"))
+
+
 def test_lora_configuration_differs_in_the_prior_only():
     one, two = (
         OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / f"lods-gs-{name}.yaml"))

@@ -415,7 +415,33 @@ def test_fields_without_effect_are_warned_about_once(make, monkeypatch):
         make(name, prompt_scale=2.0)
         assert said.pop() == "guidance: prompt_scale=2.0 has no effect" and not said
     make(VSD, lora_cfg_training=False, camera_condition_type="mvp")
+    make(VSD, lora_scale=0.5, lora_rank=2, lora_n_timestamp_samples=2)
+    make(EMBEDDING, embedding_start="source", lora_n_timestamp_samples=2)
     assert said == []  # there they have one
+    for name, field in ((EMBEDDING, "lora_rank"), (SDS, "lora_n_timestamp_samples")):
+        make(name, **{field: 2})
+        assert said.pop() == f"guidance: {field}=2 has no effect" and not said
+    make(LORA, embedding_start="source")
+    assert said.pop().endswith("embedding_start=source has no effect") and not said
+    for field, other in (
+        ("timestep_schedule_steps", "timestep_schedule=random"),
+        ("sds_scale", "sds_steps=0"),
+        ("prior_inner_lr", "prior_inner_steps=0"),
+    ):
+        make(LORA, **{field: 7})
+        assert f"{field}=7" in said[0] and said.pop().endswith(f"no effect with {other}")
+    make(LORA, sds_scale=5.0, sds_steps=2)
+    assert said == []
+
+
+def test_the_scale_of_lods_is_told_of_where_it_multiplies(make, monkeypatch):
+    said = []
+    monkeypatch.setattr(threestudio, "warn", said.append)
+    make(LORA, guidance_scale=1000.0)
+    make(SDS, guidance_scale=100.0)
+    assert said == []
+    make(VSD, guidance_scale=1000.0)
+    assert len(said) == 1 and "guidance_scale=1000 is of the configurations of LODS" in said[0]
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -97,3 +97,28 @@ def test_embedding_may_start_as_the_source(lods, tiny_sd):
         assert torch.equal(guidance.learnable_embedding, want)
     with pytest.raises(ValueError, match="embedding_start must be one of negative, source"):
         find("lods-embedding-guidance")({"embedding_start": "null"})
+
+
+@pytest.fixture
+def bridge(tiny_sd, processor):
+    return find("lods-bridge-guidance")(
+        {"pretrained_model_name_or_path": tiny_sd(tokens=24), "half_precision_weights": False}
+    )
+
+
+def test_with_perp_neg_the_source_is_between_the_views_as_the_prompt_is(bridge, processor):
+    utils = processor(use_perp_neg=True, source_prompt="a blue horse")
+    bridge.initialize(utils)
+    views = torch.zeros(2), torch.tensor([60.0, 60.0]), torch.ones(2)
+    bridge.look(views, {})  # before texts(), without: the nearest view's
+    side = utils.other_text("source").text_embeddings_vd[utils.direction2idx["side"]]
+    assert torch.equal(bridge._source, side.expand(2, -1, -1))
+    bridge.texts(utils, *views)
+    bridge.look(views, {})
+    front = utils.other_text("source").text_embeddings_vd[utils.direction2idx["front"]]
+    torch.testing.assert_close(bridge._source, (front / 3 + 2 * side / 3).expand(2, -1, -1))
+
+
+def test_a_bridge_needs_two_texts(bridge, processor):
+    with pytest.raises(ValueError, match="source is the prompt itself"):
+        bridge.initialize(processor(source_suffix=""))

@@ -257,9 +257,9 @@ def _schedule(ends, steps: int):
 def main(kind: str, argv=None) -> int:
     """Entry point of the script for one kind of prior; returns the exit status."""
     args = parse_arguments(kind, argv)
-    # Before CUDA starts: this process then sees that GPU only (-1: none).
-    os.environ["CUDA_VISIBLE_DEVICES"] = _visible(args.gpu)
     try:
+        # Before CUDA starts: this process then sees that GPU only (-1: none).
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible(args.gpu)
         run(kind, args)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -274,5 +274,13 @@ def _visible(gpu: int) -> str:
     if gpu < 0:
         return "-1"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    listed = visible.split(",") if visible else []
-    return listed[gpu] if gpu < len(listed) else visible or str(gpu)
+    if visible is None:
+        return str(gpu)
+    listed = [name for name in visible.split(",") if name.strip()]
+    if not listed:  # all are hidden
+        return "-1"
+    if gpu >= len(listed):
+        raise ValueError(
+            f"--gpu {gpu}: CUDA_VISIBLE_DEVICES={visible} leaves {len(listed)}, counted from 0"
+        )
+    return listed[gpu]

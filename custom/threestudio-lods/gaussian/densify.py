@@ -80,7 +80,8 @@ def torch_operators():
 
 
 def _default_strategy():
-    """gsplat's DefaultStrategy, with its opacity reset and its pruning by size set right."""
+    """gsplat's DefaultStrategy, with its opacity reset, its pruning by size and its radii set
+    right."""
     from gsplat.strategy import DefaultStrategy
     from gsplat.strategy.ops import remove, reset_opa
 
@@ -99,6 +100,11 @@ def _default_strategy():
         def step_post_backward(self, params, optimizers, state, step, info, packed=False):
             if step >= self.refine_stop_iter:
                 return
+            if not packed:  # gsplat keeps the radius of the camera that is written last
+                radii = info["radii"]
+                seen = (radii > 0).all(-1, keepdim=True)
+                largest = (radii * seen).amax(0, keepdim=True)
+                info = {**info, "radii": largest * seen}
             self._update_state(params, state, info, packed=packed)
             since_reset = step % self.reset_every if self.reset_every > 0 else step
             if (

@@ -12,19 +12,11 @@ from threestudio.utils.base import BaseModule
 from threestudio.utils.misc import C
 from threestudio.utils.typing import *
 
-from . import formulas, memory
+from . import formulas, memory, options
 from .cards import canonical
 from .denoiser import DEFAULT_MODEL, Denoiser
 from .inner import InnerAdam
 
-# Fields that a prior does not read (those of the original configurations, nor did the original): a
-# note is logged if they are set to anything but these values.
-WITHOUT_EFFECT = {
-    "guidance_scale_lora": (1.0, 7.5),
-    "prompt_scale": (1.0,),
-    "lora_cfg_training": (True,),
-    "camera_condition_type": ("extrinsics",),
-}
 TIMESTEP_SCHEDULES = ("random", "monotone")
 
 
@@ -53,8 +45,9 @@ class BaseGuidance(BaseModule):
         # LODS priors: r of cfg_r(eps(x_t; y), eps(x_t; n)), which takes the place of eps(x_t; y) as
         # in VSD: the renders then tend to samples with that guidance scale. 1: as published
         prompt_scale: float = 1.0
-        # so many first steps follow SDS over its scale, SDS(sds_scale) / sds_scale, and what is
-        # learnt is learnt from the first on: the layout is then SDS', the rest the prior's
+        # so many first steps follow SDS over its scale, SDS(sds_scale) / sds_scale, times s for the
+        # priors whose gradient grows with s; what is learnt is learnt from the first on: the layout
+        # is then SDS', the rest the prior's
         sds_steps: int = 0
         sds_scale: float = 100.0
         # t is drawn from int(T min) .. int(T max), both included; schedules allowed
@@ -121,19 +114,17 @@ class BaseGuidance(BaseModule):
         enable_attention_slicing: bool = False
         enable_sequential_cpu_offload: bool = False
         enable_memory_efficient_attention: bool = False
-        # accepted for existing configurations, see WITHOUT_EFFECT
+        # accepted for existing configurations, see options.py
         guidance_scale_lora: float = 1.0
 
     cfg: Config
 
-    finite_scale = False  # a prior whose formula has no limit for s = inf says True
-    without_effect = WITHOUT_EFFECT
+    finite_scale = False  # a prior whose gradient grows with s, without a limit, says True
+    without_effect = options.WITHOUT_EFFECT
 
     def configure(self) -> None:
         self.check()
-        for field, values in self.without_effect.items():
-            if self.cfg[field] not in values:
-                threestudio.warn(f"guidance: {field}={self.cfg[field]} has no effect")
+        options.tell(self.cfg, self.without_effect, self.finite_scale)
         memory.check(self.cfg, self.device)
         self._loaded: List[Denoiser] = []
         self.denoiser = self.load_denoiser(self.cfg.pretrained_model_name_or_path)
@@ -158,6 +149,8 @@ class BaseGuidance(BaseModule):
         """Refuse, with one line, fields that make no sense; before anything is loaded."""
         formulas.check_scale(self.cfg.guidance_scale, self.finite_scale)
         formulas.weight(torch.zeros(()), self.cfg.weighting_strategy)  # refuses an unknown name
+        options.check_prompt_scale(self.cfg.prompt_scale)
+        options.check_schedules(self.cfg)
         steps, scale = self.sds_stage()
         formulas.check_scale(scale, finite=True, name="sds_scale (of the bridge, bridge_sds_scale)")
         if steps < 0:
@@ -216,7 +209,7 @@ class BaseGuidance(BaseModule):
         T = self.denoiser.num_train_timesteps
         low = C(self.cfg.min_step_percent, epoch, global_step)
         high = C(self.cfg.max_step_percent, epoch, global_step)
-        if not 0 <= low <= high <= 1:
+        if not 0 <= low <= high <= 1:  # a schedule in epochs, which check_schedules does not see
             raise ValueError(
                 f"0 <= min_step_percent <= max_step_percent <= 1 is needed, not {low} and {high} "
                 f"(at step {global_step})"
@@ -413,6 +406,8 @@ class BaseGuidance(BaseModule):
             x_t, eps = BaseGuidance.diffuse(self, latents, t, prompt, null)
             eps_c, eps_u = BaseGuidance.predict_pair(self, x_t, t, prompt, null)
             raw = formulas.lods(eps_c, eps_u, eps, scale, self.weight(t))
+            if self.finite_scale:  # so that the next stage's is not s times as large
+                raw = raw * self.cfg.guidance_scale
         else:
             x_t, eps = self.diffuse(latents, t, prompt, null)
             raw = self.gradient(x_t, t, eps, prompt, null)

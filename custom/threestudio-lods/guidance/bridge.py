@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
+
 import threestudio
 from threestudio.utils.typing import *
 
 from . import formulas
-from .base import WITHOUT_EFFECT, BaseGuidance
+from .base import BaseGuidance
+from .options import WITHOUT_EFFECT
 
 
 @threestudio.register("lods-bridge-guidance")
@@ -33,11 +36,19 @@ class BridgeGuidance(BaseGuidance):
 
     def start_from(self, prompt_utils) -> None:
         self._texts = self.other_text(prompt_utils, "source")
+        if torch.equal(self._texts.text_embeddings, prompt_utils.text_embeddings):
+            raise ValueError(
+                "the bridge's source is the prompt itself, and there is nothing to distil: set "
+                "system.prompt_processor.source_prompt or source_suffix"
+            )
 
     def look(self, views, batch) -> None:
-        self._source = self._texts.get_text_embeddings(
-            *views, self.cfg.view_dependent_prompting
-        ).chunk(2)[0]
+        if self._negatives:  # Perp-Neg's prompt is between the views', so the source too
+            rows, weights = self._texts.get_text_embeddings_perp_neg(*views, True)
+            self._source = rows[: len(weights)]
+        else:
+            dependent = self.cfg.view_dependent_prompting
+            self._source = self._texts.get_text_embeddings(*views, dependent).chunk(2)[0]
 
     def gradient(self, x_t, t, eps, prompt, null) -> Float[Tensor, "B c h w"]:
         eps_c, eps_source = self.predict_pair(x_t, t, prompt, self._source)

@@ -93,9 +93,17 @@ def find_card(name: str) -> Card | None:
 
 
 def canonical(name_or_path: str) -> str:
-    """One name for all ways to name a card: its first id; anything else unchanged."""
+    """One name for all ways to name a card: its first id, or its own name if it is a folder beside
+    this extension; anything else unchanged."""
     card = find_card(name_or_path)
-    return card.ids[0] if card and card.ids else name_or_path
+    if card is None and os.path.isdir(name_or_path):
+        here = os.path.realpath(name_or_path)
+        for each in all_cards().values():
+            if each.folder and os.path.realpath(CARDS.parent / each.folder) == here:
+                card = each
+    if card is None:
+        return name_or_path
+    return card.ids[0] if card.ids else card.name
 
 
 def resolve(name_or_path: str) -> Model:

@@ -18,8 +18,10 @@ class ISMGuidance(SDSGuidance):
 
     x_s by DDIM inversion of the latents under the negative prompt n (empty in the paper), in steps
     of ``ism_delta_s`` timesteps of which the last may be shorter, and x_t by one more step, from
-    x_s. Nothing is drawn but t, and nothing is learnt. A step costs up to T / ``ism_delta_s`` + 1
-    more calls of the UNet, of half the rows.
+    x_s, and s no less than 0. Nothing is drawn but t, and nothing is learnt. A step costs up to
+    T / ``ism_delta_s`` + 1 more calls of the UNet, of half the rows. The published code weighs by
+    sqrt((1 - abar) / abar), lets ``ism_delta_t`` fall over the first steps, and may invert under
+    another text than the negative prompt.
     """
 
     @dataclass

@@ -9,10 +9,11 @@ import threestudio
 from threestudio.utils.typing import *
 
 from . import formulas
-from .base import WITHOUT_EFFECT, BaseGuidance
+from .base import BaseGuidance
 from .cards import resolve
 from .denoiser import load_model_config
 from .learned_file import read_safetensors, write_safetensors
+from .options import unread
 
 STARTS = ("negative", "source")
 
@@ -33,7 +34,7 @@ class LODSEmbeddingGuidance(BaseGuidance):
         pass
 
     cfg: Config
-    without_effect = {k: v for k, v in WITHOUT_EFFECT.items() if k != "prompt_scale"}
+    without_effect = unread("prompt_scale", "lora_n_timestamp_samples", "embedding_start")
 
     def check(self) -> None:
         super().check()

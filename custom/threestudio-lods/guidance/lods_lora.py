@@ -9,9 +9,10 @@ import threestudio
 from threestudio.utils.typing import *
 
 from . import formulas
-from .base import WITHOUT_EFFECT, BaseGuidance
+from .base import BaseGuidance
 from .cards import canonical
 from .lora import RowLora
+from .options import LORA_FIELDS, check_lora_scale, unread
 
 # what a model for the learnt prediction must share with the other
 ALIKE = ("latent_channels", "latent_size", "text_width", "pooled_width", "num_train_timesteps")
@@ -31,11 +32,15 @@ class LODSLoRAGuidance(BaseGuidance):
         pass
 
     cfg: Config
-    without_effect = {k: v for k, v in WITHOUT_EFFECT.items() if k != "prompt_scale"}
+    without_effect = unread("prompt_scale", "lora_n_timestamp_samples", *LORA_FIELDS)
+
+    def check(self) -> None:
+        super().check()
+        check_lora_scale(self.cfg.lora_scale)
 
     def create_learned(self) -> None:
         other = self.cfg.pretrained_model_name_or_path_lora
-        if other in (None, "", self.cfg.pretrained_model_name_or_path):
+        if not other or canonical(other) == canonical(self.cfg.pretrained_model_name_or_path):
             self.denoiser_lora = self.denoiser
         else:
             self.denoiser_lora = self.load_denoiser(other, vae=self.denoiser.vae)
@@ -114,6 +119,4 @@ class LODSLoRAGuidance(BaseGuidance):
         return self.lora.save(path, self.cfg.lora_scale, {"model": self.learnt_on})
 
     def load_learned(self, path) -> Dict[str, str]:
-        if not self.cfg.lora_scale:
-            raise ValueError("with lora_scale=0 a LoRA has no effect: system.guidance.weights")
         return self.lora.load(path, self.cfg.lora_scale)

@@ -1,5 +1,6 @@
 """Score distillation via inversion (SDI, arXiv:2405.15891)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,8 @@ class SDIGuidance(SDSGuidance):
             raise ValueError(f"inversion_steps must be 1 or more, not {self.cfg.inversion_steps}")
         if not 0 <= self.cfg.inversion_eta <= 1:
             raise ValueError(f"inversion_eta must be 0 to 1, not {self.cfg.inversion_eta}")
+        if not math.isfinite(self.cfg.inversion_scale):
+            raise ValueError(f"inversion_scale must be finite, not {self.cfg.inversion_scale}")
 
     def diffuse(
         self, latents, t, prompt, null

@@ -11,8 +11,8 @@ import threestudio
 from threestudio.utils.typing import *
 
 from . import formulas
-from .base import WITHOUT_EFFECT
 from .lods_lora import LODSLoRAGuidance
+from .options import WITHOUT_EFFECT
 
 CAMERAS = {"extrinsics": "c2w", "mvp": "mvp_mtx"}  # camera_condition_type -> key of the batch
 DROPPED = 0.1  # part of the rows that learn without a camera
@@ -78,7 +78,9 @@ class VSDGuidance(LODSLoRAGuidance):
 
     cfg: Config
     finite_scale = True
-    without_effect = {k: WITHOUT_EFFECT[k] for k in ("guidance_scale_lora", "prompt_scale")}
+    without_effect = {
+        k: WITHOUT_EFFECT[k] for k in ("guidance_scale_lora", "prompt_scale", "embedding_start")
+    }
 
     def check(self) -> None:
         super().check()

@@ -32,7 +32,7 @@ class LODSSystem(BaseLift3DSystem):
     @dataclass
     class Config(BaseLift3DSystem.Config):
         prompt_processor_type: str = "lods-prompt-processor"
-        sheet_views: int = 12  # views of the contact sheet, evenly around the object
+        sheet_views: int = 12  # views of the contact sheet, evenly around the object; 0: no sheet
         sheet_columns: int = 4
         video_fps: int = 30
 
@@ -40,6 +40,14 @@ class LODSSystem(BaseLift3DSystem):
 
     def configure(self) -> None:
         super().configure()
+        if self.cfg.sheet_views < 0 or self.cfg.sheet_columns < 1:
+            raise ValueError(
+                "system.sheet_views must be 0 (no contact sheet) or more and system.sheet_columns "
+                f"1 or more, not {self.cfg.sheet_views} and {self.cfg.sheet_columns}"
+            )
+        if self.resumed and "weights" in self.cfg.guidance:
+            # the checkpoint brings what was learnt, and the file may be gone
+            self.cfg.guidance["weights"] = None
         self.guidance = threestudio.find(self.cfg.guidance_type)(self.cfg.guidance)
         self.prompt_processor = threestudio.find(self.cfg.prompt_processor_type)(
             self.cfg.prompt_processor
@@ -170,6 +178,8 @@ class LODSSystem(BaseLift3DSystem):
         # with fewer frames than views, each frame stands on the sheet once
         frames = {index: image for _, index, image in self._sheet.values()}
         self._sheet = {}
+        if not frames:
+            return
         cells = [rgb_cell(image) for image in frames.values()]
         columns = min(self.cfg.sheet_columns, len(cells))
         blank = rgb_cell(torch.ones_like(cells[0]["img"]))

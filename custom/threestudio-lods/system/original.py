@@ -1,7 +1,10 @@
 """What the original's Gaussian YAML leaves to its code.
 
-That YAML has no geometry, densification or renderer, and its ``optimizer`` block is not read: all
-of it is constants in the code. Here they are values, filled in only where the YAML has none.
+That YAML has no geometry, densification or renderer: all of it is constants in the code. Here they
+are values, filled in only where the YAML has none. Two things that it does say the original does
+not heed, and here they hold: its ``optimizer`` (betas 0.9 and 0.99 for all, where the original has
+0.9 and 0.999 for the Gaussians), and ``max_step_percent`` after step 500, where the original forces
+0.55. ``configs/lods-gs-*.yaml`` have what the original does.
 """
 
 from omegaconf import OmegaConf
@@ -79,5 +82,7 @@ def complete(cfg) -> None:
     cfg.optimizer = OmegaConf.merge(optimizer, {"params": {**groups, **given}})
     threestudio.info(
         "system.radius marks the original's YAML: its constants (Shap-E, densification, learning "
-        "rates of the Gaussians) stand where the YAML says nothing"
+        "rates of the Gaussians) stand where the YAML says nothing. Its optimizer and "
+        "max_step_percent hold, which the original does not heed: configs/lods-gs-*.yaml have what "
+        "it does"
     )
