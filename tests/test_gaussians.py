@@ -195,7 +195,7 @@ def test_strategies_keep_module_and_optimizer_together(make, name, args, whole):
     assert geometry.count == n
 
 
-def test_default_strategy_clones_splits_and_prunes(make):
+def test_default_strategy_clones_splits_and_prunes(make, monkeypatch):
     """Which ones: those with a large gradient; small ones are cloned, large ones split."""
     torch.manual_seed(0)
     geometry = make(20)
@@ -204,7 +204,7 @@ def test_default_strategy_clones_splits_and_prunes(make):
         geometry.scales[19] = math.log(0.9)
         geometry.opacities[5] = -8.0
     args = {**GROW, "refine_every": 1, "grow_grad2d": 1.0, "grow_scale3d": 0.05}
-    args |= {"prune_opa": 0.005, "prune_scale3d": 0.5}
+    args |= {"prune_opa": 0.005, "prune_scale3d": 0.5, "verbose": True}
     densifier = module("densify").Densifier("default", args, scene_scale=1.0)
     optimizer = optimizer_for(geometry)
     for p in geometry.gaussians().values():
@@ -222,7 +222,10 @@ def test_default_strategy_clones_splits_and_prunes(make):
     radii[1, 4] = 0
     info = {"means2d": means2d, "radii": radii, "width": 16, "height": 16, "n_cameras": 2}
     info["gaussian_ids"] = None
+    said = []
+    monkeypatch.setattr("threestudio.info", said.append)
     assert densifier.after_step(geometry, optimizer, 1, info)
+    assert said == ["step 1: 2 Gaussians cloned, 1 split, 2 pruned, 21 now"]
     # 20 + clones of 3 and 4 + one more from splitting 12 - 5 (faint) - 19 (big)
     assert geometry.count == 20 + 2 + 1 - 2
     check_consistent(geometry, optimizer)

@@ -19,7 +19,8 @@ import torch
 POCKET = Path(__file__).resolve().parent / "models" / "pocket"
 
 # Per model and prior: the published settings for Stable Diffusion
-# (original implementation of arXiv:2312.04820), and what suits the pocket prior.
+# (original implementation of arXiv:2312.04820; but the negative prompt is empty, where it has a new
+# token for its LoRA), and what suits the pocket prior.
 #   batch      particles in one UNet call (all particles are seen once in every step)
 #   t_max      max_step_percent, from the first step to the last (linear)
 #   samples    draws of (t, noise) per particle for the prior's own loss

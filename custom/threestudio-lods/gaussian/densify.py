@@ -112,9 +112,15 @@ def _default_strategy():
                 and step % self.refine_every == 0
                 and since_reset >= self.pause_refine_after_reset
             ):
+                cloned = split = 0
                 if not self.cap_max or len(params["means"]) < self.cap_max:
-                    self._grow_gs(params, optimizers, state, step)
-                self._prune_gs(params, optimizers, state, step)
+                    cloned, split = self._grow_gs(params, optimizers, state, step)
+                pruned = self._prune_gs(params, optimizers, state, step)
+                if self.verbose:
+                    threestudio.info(
+                        f"step {step}: {cloned} Gaussians cloned, {split} split, {pruned} pruned, "
+                        f"{len(params['means'])} now"
+                    )
                 for value in state.values():
                     if isinstance(value, torch.Tensor):
                         value.zero_()
