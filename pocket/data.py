@@ -49,15 +49,22 @@ def caption(rng, kind: int, color: int, view: int, template: str | None = None) 
 
 
 def asked(prompt: str) -> tuple[int, int]:
-    """(kind, color) that a prompt names, as indices; -1 for no colour.
+    """(kind, color) that a prompt names, as indices; -1 for no colour. Capitals do not matter, as
+    to the tokenizer.
 
-    Raises ``ValueError`` for a prompt that does not name exactly one kind.
+    Raises ``ValueError`` for a prompt that does not name exactly one kind, or several colours, or
+    one for a kind that has no choice of them.
     """
-    kinds = [i for i, k in enumerate(KINDS) if re.search(rf"\b{k.name}\b", prompt)]
+    text = prompt.lower()
+    kinds = [i for i, k in enumerate(KINDS) if re.search(rf"\b{k.name}\b", text)]
     if len(kinds) != 1:
         names = ", ".join(k.name for k in KINDS)
         raise ValueError(f"{prompt!r} must name exactly one of: {names}")
-    colors = [i for i, name in enumerate(COLOR_NAMES) if re.search(rf"\b{name}\b", prompt)]
+    colors = [i for i, name in enumerate(COLOR_NAMES) if re.search(rf"\b{name}\b", text)]
+    if len(colors) > 1:
+        raise ValueError(f"{prompt!r} must name one colour at most, for the whole object")
+    if colors and KINDS[kinds[0]].natural is None:
+        raise ValueError(f"{prompt!r}: a {KINDS[kinds[0]].name} comes in its own colours only")
     return kinds[0], colors[0] if colors else -1
 
 

@@ -16,6 +16,7 @@ from pocket.autoencoder import cosine, save_state, to_tensor
 from pocket.data import TEMPLATES, VIEWS, caption
 from pocket.scenes import COLOR_NAMES, KIND_NAMES
 from pocket.tokenizer import save_tokenizer
+from threestudio.utils.files import whole_file
 
 LENGTH, WIDTH = 16, 96
 EVERY = 500  # steps between two states on disk
@@ -113,7 +114,8 @@ def encode_all(work: Path, pictures="train.npz", name="latents.pt") -> torch.Ten
                 vae.encode(to_tensor(images[i : i + 100])).latent_dist.mean.half()
                 for i in range(0, len(images), 100)
             ]
-        torch.save(torch.cat(parts), file)
+        with whole_file(file) as tmp:
+            torch.save(torch.cat(parts), tmp)
     return torch.load(file, weights_only=True)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from pocket.autoencoder import cosine, save_state
 from pocket.data import VIEWS
 from pocket.scenes import COLOR_NAMES, KIND_NAMES, KINDS
+from threestudio.utils.files import whole_file
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 
@@ -112,7 +113,8 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 48, peak: float = 
     file, state_file = work / "judge.npz", work / "judge_state.pt"
     if not file.exists():
         images, masks, labels = make(20000, seed=seed + 7001, workers=torch.get_num_threads())
-        np.savez(file, images=images, masks=masks, labels=labels)
+        with whole_file(file) as tmp, tmp.open("wb") as stream:
+            np.savez(stream, images=images, masks=masks, labels=labels)
     data = np.load(file)
     images, masks, labels = data["images"], data["masks"], data["labels"].astype(np.int64)
     front = np.array([k.front for k in KINDS])

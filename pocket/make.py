@@ -6,16 +6,46 @@ folder, train the judge, report.
 """
 
 import argparse
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
+
+from threestudio.utils.files import whole_file
+
+OUT = Path("custom/threestudio-lods/models/pocket")
+STAGES = ("data", "vae", "latents", "unet", "views", "save", "judge", "report")
+# what the pictures are made with
+WORLD = ("data.py", "raycast.py", "scenes.py")
+
+
+def check_work(work: Path, **options) -> None:
+    """Raise ``ValueError`` if the files in ``work`` were made with other options or another world;
+    each stage takes those that are there."""
+    digest = hashlib.sha256()
+    for name in WORLD:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    now = {**options, "world": digest.hexdigest()[:12]}
+    file = work / "made_with.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        other = [f"{k} {before.get(k)}, not {v}" for k, v in now.items() if before.get(k) != v]
+        if other:
+            raise ValueError(f"{work} was made with {', '.join(other)}: give another --work")
+    with whole_file(file) as tmp:
+        tmp.write_text(json.dumps(now))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/pocket"))
-    parser.add_argument("--out", type=Path, default=Path("custom/threestudio-lods/models/pocket"))
-    parser.add_argument("--stages", default="data,vae,latents,unet,views,save,judge,report")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument(
+        "--stages",
+        help=f"of {','.join(STAGES)}; with another --out all but the last two, which replace the "
+        "judge of this repository and its tables",
+    )
     parser.add_argument("--pictures", type=int, default=48000)
     parser.add_argument("--vae-steps", type=int, default=6200)
     parser.add_argument("--unet-steps", type=int, default=12000)
@@ -26,7 +56,17 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    stages = args.stages.split(",")
+    shipped = args.out.resolve() == OUT.resolve()
+    stages = args.stages.split(",") if args.stages else STAGES if shipped else STAGES[:-2]
+    if unknown := set(stages) - set(STAGES):
+        parser.error(f"--stages: {', '.join(sorted(unknown))} is not of {', '.join(STAGES)}")
+    try:
+        check_work(
+            args.work, seed=args.seed, pictures=args.pictures, turns=args.turns,
+            vae_steps=args.vae_steps,
+        )  # fmt: skip
+    except ValueError as error:
+        parser.error(str(error))
 
     import torch
 
@@ -36,7 +76,8 @@ def main():
         from pocket.data import make
 
         images, _, labels = make(args.pictures, args.seed, workers=args.threads)
-        np.savez(data_file, images=images, labels=labels)
+        with whole_file(data_file) as tmp, tmp.open("wb") as file:
+            np.savez(file, images=images, labels=labels)
         print(f"{len(images)} pictures in {data_file}", flush=True)
     if "vae" in stages:
         from pocket.autoencoder import train

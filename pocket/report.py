@@ -147,7 +147,7 @@ def noise_table(pipeline, count: int, bins: int = 10):
     latents = pipeline.vae.encode(to_tensor(images)).latent_dist.mean
     rng = np.random.default_rng(9003)
     right = [caption(rng, int(k), int(c), int(v)) for k, _, c, v in labels]
-    # Wrong: another kind, another colour, the opposite view.
+    # Wrong: another kind, no colour, and another view (side for front and the reverse).
     wrong = [
         caption(
             rng, int(k + 1 + rng.integers(len(KINDS) - 1)) % len(KINDS), -1, int((1, 0, 1, 0)[v])

@@ -23,6 +23,7 @@ from pocket.diffusion import (
     stratified,
 )
 from pocket.tokenizer import save_tokenizer
+from threestudio.utils.files import whole_file
 
 
 def pictures(work: Path, count: int, seed: int, workers: int):
@@ -30,7 +31,9 @@ def pictures(work: Path, count: int, seed: int, workers: int):
     file = work / "turns.npz"
     if not file.exists():
         images, _, labels = make(count, seed, workers=workers, one=turn)
-        np.savez(file, images=images.reshape(-1, *images.shape[2:]), labels=labels.reshape(-1, 4))
+        images, labels = images.reshape(-1, *images.shape[2:]), labels.reshape(-1, 4)
+        with whole_file(file) as tmp, tmp.open("wb") as stream:
+            np.savez(stream, images=images, labels=labels)
 
 
 def train(

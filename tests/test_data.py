@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 import threestudio
+from tests.runs import ROOT
 from threestudio.data.cameras import (
     camera_batch,
     look_at,
@@ -19,6 +21,7 @@ from threestudio.data.cameras import (
     sample_lights,
     spherical_to_cartesian,
 )
+from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError
 
 RANGES = {
@@ -312,7 +315,7 @@ def test_eval_batch_size_groups_the_same_views():
     [
         ({"elevation_range": [50, 10]}, "elevation_range"),
         ({"light_sample_strategy": "sun"}, "light_sample_strategy"),
-        ({"height": [8, 16]}, "same length"),
+        ({"height": [8, 16], "width": [8, 16, 32]}, "same length"),
         ({"height": [8, 16], "width": [8, 16], "batch_size": [1, 1]}, "resolution_milestones"),
         ({"n_test_views": 0}, "n_test_views"),
     ],
@@ -464,3 +467,32 @@ def test_resume_in_the_middle(tmp_path, stop, at, accumulate):
         fit(tmp_path, 6, accumulate_grad_batches=accumulate, callbacks=[stop(path, at)])
     rest, _ = fit(tmp_path, 6, resume=path, accumulate_grad_batches=accumulate)
     assert rest.seen == whole.seen[at:]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("lods-*.yaml")), ids=lambda p: p.stem
+)
+@pytest.mark.parametrize(
+    "overrides", [[], ["data.batch_size=2"], ["data.width=128", "data.height=128"]], ids=str
+)
+def test_shipped_configurations_make_data_as_they_are(path, overrides):
+    """Without the overlay, and with what docs/memory.md overrides."""
+    if "data.width=128" in overrides:
+        overrides = [*overrides, "data.resolution_milestones=[]"]
+    cfg = load_config(path, cli_args=["system.prompt_processor.prompt=a", *overrides])
+    data = threestudio.find(cfg.data_type)(cfg.data)
+    data.setup("fit")
+    batch = data.train_dataset.collate(None)
+    want = OmegaConf.to_container(cfg.data, resolve=True)
+    first = [v[0] if isinstance(v, list) else v for v in map(want.get, ("batch_size", "height"))]
+    assert [len(batch["c2w"]), batch["height"]] == first
+
+
+def test_one_value_is_for_all_resolutions():
+    data = module(height=[8, 16], width=16, batch_size=3, resolution_milestones=[5])
+    dataset = data.train_dataset
+    assert dataset.widths == [16, 16] and dataset.batch_sizes == [3, 3]
+    assert module(height=8, width=8, batch_size=[2, 2]).train_dataset.batch_sizes == [2]
+    assert module(
+        height=8, width=8, batch_size=[2, 4], resolution_milestones=[5]
+    ).train_dataset.heights == [8, 8]

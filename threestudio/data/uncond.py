@@ -99,10 +99,14 @@ class RandomCameraIterableDataset(IterableDataset, Updateable):
         self.cfg: RandomCameraDataModuleConfig = cfg
         _check_ranges(cfg)
         sizes = [_as_list(v) for v in (cfg.height, cfg.width, cfg.batch_size)]
+        # one value is for all resolutions, and one batch size however often it stands there
+        n = max(len(v) for v in sizes[:2] + [v for v in sizes[2:] if len(set(v)) > 1])
+        sizes = [v[:1] * n if len(set(v)) == 1 else v for v in sizes]
         self.heights, self.widths, self.batch_sizes = sizes
-        n = len(self.heights)
-        if not n == len(self.widths) == len(self.batch_sizes):
-            raise UserError("data.height, data.width and data.batch_size need the same length")
+        if any(len(v) != n for v in sizes):
+            raise UserError(
+                "data.height, data.width and data.batch_size need the same length, or one value"
+            )
         if n == 1:
             if cfg.resolution_milestones:
                 threestudio.warn("data.resolution_milestones has no effect with one resolution")

@@ -51,7 +51,13 @@ class GaussianExporter(Exporter):
             if fmt == "ply":
                 params = self.geometry.export()
             elif fmt == "glb":
-                mesh = surface(self.geometry, self.cfg.mesh_resolution, self.cfg.mesh_threshold)
+                try:
+                    mesh = surface(self.geometry, self.cfg.mesh_resolution, self.cfg.mesh_threshold)
+                except ValueError as error:
+                    if len(self.formats) == 1:
+                        raise
+                    threestudio.warn(f"no glb beside the other formats: {error}")
+                    continue
                 params = {"mesh": mesh}
             else:
                 params = {"xyz": self.geometry.means, "rgb": self.geometry.base_colors()}

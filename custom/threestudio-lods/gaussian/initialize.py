@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 
+import threestudio
 from threestudio.utils.config import parse_structured
 from threestudio.utils.typing import *
 
@@ -149,6 +150,27 @@ class FileInit:
         return Points(xyz, points.rgb)
 
 
+def colors_of(mesh, path: Path) -> Float[np.ndarray, "V 3"]:
+    """Colours 0..1 of a mesh's vertices: its own, its texture's, or its material's one colour; mid
+    grey without any, and, with a warning, where they cannot be read."""
+    grey = np.full((len(mesh.vertices), 3), 0.5)
+    if not mesh.visual.defined:
+        return grey
+    try:
+        if mesh.visual.kind != "texture":
+            colors = mesh.visual.vertex_colors
+        else:
+            material = mesh.visual.material
+            images = (getattr(material, name, None) for name in ("image", "baseColorTexture"))
+            pictured = mesh.visual.uv is not None and any(image is not None for image in images)
+            colors = mesh.visual.to_color().vertex_colors if pictured else material.main_color
+        colors = np.atleast_2d(np.asarray(colors, dtype=np.float64))[:, :3] / 255.0
+        return np.broadcast_to(colors, grey.shape).copy()
+    except Exception as error:  # of many kinds: a material has what its file says
+        threestudio.warn(f"the colours of '{path}' cannot be read ({error}): it is grey")
+        return grey
+
+
 def sample_mesh(path: Path, n_points: int, rng: np.random.Generator) -> Points:
     """``n_points`` uniform on the surface of a mesh, with its interpolated vertex colours (mid
     grey if it has none)."""
@@ -161,10 +183,7 @@ def sample_mesh(path: Path, n_points: int, rng: np.random.Generator) -> Points:
         raise ValueError(f"'{path}' has vertices that are not finite, or too far away")
     if n_points < 4:
         raise ValueError(f"system.geometry.file.n_points={n_points} must be at least 4")
-    vertex_rgb = np.full((len(mesh.vertices), 3), 0.5)
-    if mesh.visual.defined:
-        visual = mesh.visual if mesh.visual.kind != "texture" else mesh.visual.to_color()
-        vertex_rgb = np.asarray(visual.vertex_colors)[:, :3] / 255.0
+    vertex_rgb = colors_of(mesh, path)
     faces = mesh.faces[rng.choice(len(mesh.faces), n_points, p=mesh.area_faces / mesh.area)]
     # uniform barycentric coordinates: fold the unit square onto the triangle
     ab = rng.random((n_points, 2))

@@ -110,7 +110,11 @@ class Gaussians(BaseGeometry):
         for name, param in self.gaussians().items():
             value = stored.get(name)
             if value is None:
-                continue  # torch itself reports missing keys
+                if name == "shN" and stored:  # of degree 0 then, which is zeros of a higher one
+                    n = next(iter(counts.values()))
+                    state_dict[prefix + name] = param.data.new_zeros(n, *param.shape[1:])
+                    param.data = param.data.new_empty(n, *param.shape[1:])
+                continue  # torch itself reports other missing keys, where it is asked to
             if value.shape[1:] != param.shape[1:]:
                 raise ValueError(
                     f"the checkpoint's {prefix}{name} has shape {tuple(value.shape)} and does not "

@@ -166,8 +166,10 @@ def read_ply(path: Union[str, Path]) -> Dict[str, Any]:
         return result
 
     n_rest = sum(name.startswith("f_rest_") for name in names)
-    if n_rest // 3 + 1 not in (1, 4, 9, 16, 25) or n_rest % 3:
-        raise ValueError(f"'{path}' has {n_rest} f_rest properties: no whole degree of harmonics")
+    if n_rest // 3 + 1 not in (1, 4, 9, 16) or n_rest % 3:
+        raise ValueError(
+            f"'{path}' has {n_rest} f_rest properties: not those of harmonics of degree 0 to 3"
+        )
     layout = gaussian_properties(n_rest)
     # normals carry nothing here, and some writers leave them out
     table = torch.from_numpy(stack(layout[:3] + layout[6:], "f").astype(np.float32))

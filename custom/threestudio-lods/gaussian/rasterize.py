@@ -160,6 +160,8 @@ def rasterization(
             raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, expected {shape}")
     if render_mode not in RENDER_MODES:
         raise ValueError(f"render_mode {render_mode!r} is unknown; choose from {RENDER_MODES}")
+    if render_mode == "RGB" and not colors.shape[-1]:
+        raise ValueError("colors has no channels: give some, or draw depth with render_mode='D'")
     if near_plane <= 0 or width <= 0 or height <= 0:
         raise ValueError("near_plane, width and height must be greater than 0")
 
@@ -173,6 +175,13 @@ def rasterization(
     options = {}
     if backend == "cpu":
         from .raster_cpu import composite, project
+
+        channels = colors.shape[-1] * render_mode.startswith("RGB") + (render_mode != "RGB")
+        if absgrad and channels > 4:
+            raise ValueError(
+                f"absgrad of the 'cpu' rasteriser is for 4 channels at most, not {channels}: depth "
+                "counts as one"
+            )
     else:
         from .raster_torch import composite, project
 

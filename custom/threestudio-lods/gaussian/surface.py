@@ -91,6 +91,8 @@ def surface(geometry, resolution: int, threshold: float) -> Mesh:
     """The coloured mesh where the Gaussians' density is ``threshold``, without pieces of less than
     a hundredth of the faces. Raises ValueError if there is none."""
     kept = geometry.opacities.detach().sigmoid() > FAINT
+    for parameter in (geometry.means, geometry.scales, geometry.quats):
+        kept &= torch.isfinite(parameter.detach()).all(-1)
     if not kept.any():
         raise ValueError("there are no Gaussians to mesh: none is opaque enough")
     means, scales, quats = (

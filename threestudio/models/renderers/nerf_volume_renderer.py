@@ -88,6 +88,8 @@ class NeRFVolumeRenderer(VolumeRenderer):
             self.estimator = OccupancyGrid(self.bbox.view(-1), resolution=32)
             if not cfg.grid_prune:
                 self.estimator.fill()
+                # and again after a checkpoint, which may be of a run that pruned
+                self.estimator.register_load_state_dict_post_hook(lambda grid, _: grid.fill())
         self._warned = False
         self._wants_jitter: bool = cfg.randomized
 
