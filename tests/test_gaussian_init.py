@@ -214,7 +214,9 @@ def test_bad_ply_files(ply, tmp_path):
     whole = {name: 1.0 for name in ply.gaussian_properties(0)}
     cases.append(("lacks the properties rot_3", {k: v for k, v in whole.items() if k != "rot_3"}))
     cases.append(("1 of 4 points are not finite", {**whole, "scale_1": [1, 2, np.nan, 3]}))
-    cases.append(("no whole degree", {**whole, "f_rest_0": 0.0}))
+    cases.append(("not those of harmonics", {**whole, "f_rest_0": 0.0}))
+    fourth = {f"f_rest_{i}": 0.0 for i in range(72)}
+    cases.append(("degree 0 to 3", {**whole, **fourth}))
     cases.append(("quaternions of length 0", {**whole, **{f"rot_{i}": 0.0 for i in range(4)}}))
     cases.append(("lacks the properties z", {"x": 0.0, "y": 0.0}))
     for message, columns in cases:
@@ -291,3 +293,38 @@ def test_start_from_a_mesh(Gaussians, tmp_path, suffix):
     # uniform in area: the two ends have 2 of the 28 area units each
     ends = (geometry.means[:, 0].abs() > 2 - 1e-4).float().mean()
     assert abs(ends.item() - 4 / 28) < 0.03
+
+
+@pytest.mark.parametrize("uv", [False, True])
+@pytest.mark.parametrize("suffix", ["glb", "obj"])
+def test_a_mesh_of_one_material_has_its_colour(Gaussians, tmp_path, suffix, uv):
+    """Without a picture; as exporters write plain materials, with and without UVs."""
+    import trimesh
+
+    mesh = trimesh.creation.box()
+    if suffix == "glb":
+        material = trimesh.visual.material.PBRMaterial(baseColorFactor=[0, 255, 0, 255])
+    else:
+        material = trimesh.visual.material.SimpleMaterial(diffuse=[0, 255, 0, 255])
+    coordinates = np.zeros((len(mesh.vertices), 2)) if uv else None
+    mesh.visual = trimesh.visual.TextureVisuals(uv=coordinates, material=material)
+    path = tmp_path / f"box.{suffix}"
+    mesh.export(path)
+    geometry = Gaussians({"init_type": "file", "file": {"path": str(path), "n_points": 50}})
+    colors = geometry.base_colors()
+    torch.testing.assert_close(
+        colors, torch.tensor([0.0, 1.0, 0.0]).expand(50, 3), atol=0.01, rtol=0
+    )
+
+
+def test_colours_that_cannot_be_read_are_grey(init, tmp_path, monkeypatch):
+    import trimesh
+
+    said = []
+    monkeypatch.setattr("threestudio.warn", said.append)
+    mesh = trimesh.creation.box()
+    material = trimesh.visual.material.PBRMaterial(metallicFactor=0.5)
+    mesh.visual = trimesh.visual.TextureVisuals(material=material)
+    monkeypatch.setattr(type(material), "main_color", property(lambda self: 1 / 0))
+    assert np.array_equal(init.colors_of(mesh, "box.glb"), np.full((8, 3), 0.5))
+    assert len(said) == 1 and "the colours of 'box.glb' cannot be read" in said[0]

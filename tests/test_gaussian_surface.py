@@ -7,6 +7,8 @@ import pytest
 import torch
 import trimesh
 
+import threestudio
+
 
 @pytest.fixture
 def surface():
@@ -94,3 +96,33 @@ def test_no_surface_is_one_clear_line(surface, gaussians, opacity, message):
     geometry = gaussians([[0.0, 0, 0]], [[0.3] * 3], [opacity], [[0.5] * 3])
     with pytest.raises(ValueError, match=message):
         surface.surface(geometry, resolution=32, threshold=0.5)
+
+
+def test_a_mesh_that_cannot_be_does_not_take_the_other_files_along(gaussians, monkeypatch):
+    said = []
+    monkeypatch.setattr("threestudio.warn", said.append)
+    geometry = gaussians([[0.0, 0, 0]], [[0.3] * 3], [0.001], [[0.5] * 3])
+
+    def export(*formats):
+        kind = threestudio.find("lods-gaussian-exporter")
+        return kind({"fmt": list(formats)}, geometry=geometry, material=None, background=None)()
+
+    assert [out.save_name for out in export("ply", "glb", "points")] == [
+        "gaussians.ply",
+        "gaussians-points.ply",
+    ]
+    assert len(said) == 1 and "no glb beside the other formats: there are no" in said[0]
+    with pytest.raises(ValueError, match="opaque enough"):
+        export("glb")
+
+
+def test_gaussians_that_are_not_finite_are_not_in_the_mesh(surface, gaussians):
+    values = [[0.0, 0, 0], [9.0, 0, 0]], [[0.3] * 3] * 2, [0.99] * 2, [[0.5] * 3] * 2
+    geometry = gaussians(*values)
+    with torch.no_grad():
+        geometry.means[1, 0] = float("nan")
+    whole = surface.surface(geometry, resolution=24, threshold=0.5)
+    alone = surface.surface(gaussians(*(v[:1] for v in values)), resolution=24, threshold=0.5)
+    assert torch.isfinite(whole.v_pos).all() and len(whole.v_pos) == pytest.approx(
+        len(alone.v_pos), rel=0.2
+    )

@@ -58,6 +58,13 @@ def test_state_dict_brings_its_own_count(make):
     assert optimizer.param_groups[0]["params"][0].shape == (80, 3)
 
 
+def test_a_checkpoint_without_view_dependence_starts_one_with_it(make):
+    stored, geometry = make(30, seed=3), make(50, sh_degree=2)
+    geometry.load_state_dict(stored.state_dict())
+    assert geometry.count == 30 and geometry.shN.shape == (30, 8, 3) and not geometry.shN.any()
+    assert torch.equal(geometry.means, stored.means)
+
+
 def test_state_dicts_that_do_not_fit(make):
     stored = make(20, sh_degree=2).state_dict()
     for degree in (0, 1):

@@ -75,6 +75,16 @@ def closed_form(impact, sigma=2.0):
     return opacity, first * opacity + (1 - torch.exp(-a) * (1 + a)) / sigma
 
 
+def test_what_was_pruned_is_not_where_nothing_is_to_be(monkeypatch):
+    """A checkpoint of a run that pruned, rendered with grid_prune=false."""
+    pruned = make(grid_prune=True)
+    pruned.estimator.binaries[:] = False
+    for prune in (True, False):
+        renderer = make(grid_prune=prune)
+        renderer.load_state_dict(pruned.state_dict())
+        assert bool(renderer.estimator.binaries.any()) != prune
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_a_ball_has_the_opacity_of_its_chords(backend):
     renderer = make(grid_prune=False, num_samples_per_ray=512, backend=backend).eval()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pocket import autoencoder, data, raycast, report, scenes
+from pocket import autoencoder, data, make, raycast, report, scenes
 from pocket.judge import load, verdict
 from pocket.tokenizer import save_tokenizer
 
@@ -274,3 +274,49 @@ def test_a_stock_pipeline_runs_as_it_is_loaded():
 
     pipeline = StableDiffusionPipeline.from_pretrained(MODEL)
     assert pipeline.text_encoder.dtype == pipeline.unet.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "prompt, want",
+    [
+        ("A DSLR image of a Red Car", ("car", "red")),
+        ("a car", ("car", None)),
+        ("a white house with a red roof", "one colour at most"),
+        ("a red hamburger", "comes in its own colours only"),
+        ("a car and a house", "exactly one of"),
+    ],
+)
+def test_what_a_prompt_asks_for(prompt, want):
+    if isinstance(want, str):
+        with pytest.raises(ValueError, match=want):
+            data.asked(prompt)
+    else:
+        kind, color = data.asked(prompt)
+        assert scenes.KIND_NAMES[kind] == want[0]
+        assert (scenes.COLOR_NAMES[color] if color >= 0 else None) == want[1]
+
+
+def test_a_folder_of_other_pictures_is_refused(tmp_path):
+    make.check_work(tmp_path, seed=0, pictures=10)
+    make.check_work(tmp_path, seed=0, pictures=10)
+    with pytest.raises(ValueError, match="made with seed 0, not 1: give another --work"):
+        make.check_work(tmp_path, seed=1, pictures=10)
+
+
+def test_another_prior_leaves_this_one_its_judge(tmp_path, monkeypatch):
+    done = []
+    for module, name in (("diffusion", "save_pipeline"), ("judge", "train"), ("report", "report")):
+        monkeypatch.setattr(f"pocket.{module}.{name}", lambda *a, n=module, **k: done.append(n))
+    for module in ("autoencoder", "views", "diffusion"):
+        monkeypatch.setattr(f"pocket.{module}.train", lambda *a, **k: None)
+    monkeypatch.setattr("pocket.diffusion.encode_all", lambda *a: None)
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "train.npz").touch()
+    monkeypatch.setattr("sys.argv", ["make", "--work", str(tmp_path), "--out", str(tmp_path / "p")])
+    threads = torch.get_num_threads()
+    make.main()
+    assert done == ["diffusion"]
+    monkeypatch.setattr("sys.argv", ["make", "--work", str(tmp_path)])
+    make.main()
+    torch.set_num_threads(threads)
+    assert done == ["diffusion", "diffusion", "judge", "report"]

@@ -476,3 +476,12 @@ def test_exp_is_exact_enough():
     exp2_all(x, out, kernels.new_states(1, 0, 16)[0], np.uint64(0))
     assert np.abs(out / np.exp2(x.astype(np.float64)) - 1).max() < 3e-7
     assert math.isclose(out[-1], 8, rel_tol=1e-6)
+
+
+def test_what_cannot_be_drawn_is_refused(raster):
+    scene = make_scene(0, channels=4)
+    with pytest.raises(ValueError, match="4 channels at most, not 5"):
+        raster.rasterization(**scene, absgrad=True, render_mode="RGB+D", backend="cpu")
+    scene["colors"] = scene["colors"][..., :0]
+    with pytest.raises(ValueError, match="colors has no channels"):
+        raster.rasterization(**scene | {"backgrounds": None}, backend="cpu")
