@@ -180,7 +180,9 @@ def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
     if not args.train:
         return made
     made += [
-        callbacks.CodeSnapshotCallback(os.path.join(cfg.trial_dir, "code"), use_version=False),
+        callbacks.CodeSnapshotCallback(
+            os.path.join(cfg.trial_dir, "code"), use_version=False, exclude=[cfg.exp_root_dir]
+        ),
         callbacks.ConfigSnapshotCallback(
             args.config, cfg, os.path.join(cfg.trial_dir, "configs"), use_version=False
         ),
@@ -240,7 +242,9 @@ def _last_path(cfg) -> str:
 
 def _make_trainer(args, cfg, guard, trainer_args: dict, system):
     import pytorch_lightning as pl
+    from pytorch_lightning.plugins.environments import SLURMEnvironment
 
+    from threestudio.systems.base import BaseLift3DSystem
     from threestudio.utils.checkpoint import AtomicCheckpointIO
     from threestudio.utils.config import config_to_primitive
     from threestudio.utils.errors import UserError
@@ -250,16 +254,25 @@ def _make_trainer(args, cfg, guard, trainer_args: dict, system):
     if args.train and trainer_args.get("logger", True):
         loggers = [*make_loggers(cfg.trial_dir), *system.get_loggers()]
     defaults = {
+        "default_root_dir": cfg.trial_dir,
         "inference_mode": False,  # a system may need gradients to render (normals)
         "enable_model_summary": False,
         "enable_checkpointing": args.train,
     }
-    if not config_to_primitive(cfg.system).get("exporter", {}).get("save_video"):
+    rendering = config_to_primitive(cfg.system).get("exporter", {}).get("save_video")
+    if not rendering and type(system).predict_step is BaseLift3DSystem.predict_step:
         defaults["limit_predict_batches"] = 1  # an export renders no views: do not make them all
+    if args.gradio:
+        # else Lightning draws a bar of its own
+        trainer_args = {**trainer_args, "enable_progress_bar": False}
+    plugins = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        # its files for requeueing would be loaded by whatever runs in that folder next
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     try:
         return pl.Trainer(
             callbacks=_make_callbacks(args, cfg, guard, trainer_args),
-            plugins=[AtomicCheckpointIO()],
+            plugins=plugins,
             **{
                 **defaults,
                 **trainer_args,
@@ -329,7 +342,7 @@ def run(args, overrides, argv) -> int:
             if new_folder:
                 _discard_trial(cfg)
             if isinstance(error, Interrupted):
-                return _report_interrupt(error, cfg)
+                return _report_interrupt(error, args, cfg)
             reason = why_stopped(error, cfg, _checkpoint_folder(cfg))
             if reason is None:
                 raise
@@ -375,13 +388,19 @@ def _report(args, cfg, system) -> None:
         print(f"  checkpoint: {_last_path(cfg)}")
 
 
-def _report_interrupt(stop, cfg) -> int:
+def _report_interrupt(stop, args, cfg) -> int:
+    from threestudio.utils.misc import get_rank
+
     last = _last_path(cfg)
+    if get_rank():  # the first process speaks for all
+        return stop.status
     if stop.step is not None:
+        more = "" if args.gpu == "0" else f" --gpu {shlex.quote(args.gpu)}"
+        more += " --gradio" * args.gradio
         parsed = shlex.quote(os.path.join(cfg.trial_dir, "configs", "parsed.yaml"))
         print(
             f"interrupted at step {stop.step}; resume with: "
-            f"python launch.py --config {parsed} --train {shlex.quote(f'resume={last}')}"
+            f"python launch.py --config {parsed} --train{more} {shlex.quote(f'resume={last}')}"
         )
     elif os.path.exists(last):
         print(f"interrupted; the last checkpoint is {last}")

@@ -195,6 +195,17 @@ def test_sheet_takes_the_nearest_of_the_frames(small):
     assert shown == [round(255 * i / 29) for i in nearest] + [255, 255]
 
 
+def test_a_video_is_of_the_frames_of_its_test(small):
+    """Not of those that an earlier test with more views has left."""
+    assert launch(*small("embedding+pocket")) == 0
+    folder = trial("embedding+pocket")
+    frames = folder / "save/it2-test"
+    (frames / "7.png").write_bytes((frames / "0.png").read_bytes())
+    parsed = [str(folder / "configs" / "parsed.yaml")]
+    assert launch(parsed, [f"resume={folder}/ckpts/last.ckpt"], "--test") == 0
+    assert sorted(p.name for p in frames.iterdir()) == [f"{i}.png" for i in range(5)]
+
+
 def test_no_sheet_and_no_weights_are_no_end(small, tmp_path):
     """Without a sheet the files at the end are written; what a run started from may be gone when it
     is tested."""

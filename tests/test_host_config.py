@@ -153,6 +153,10 @@ def test_timestamp():
     assert load().trial_name.startswith("a_red_car@20")
     assert load(n_gpus=2).trial_name == "a_red_car"
     assert load(timestamp="@then").trial_name == "a_red_car@then"
+    # it is the number of processes that counts
+    assert load(args=[PROMPT, "trainer.devices=1"], n_gpus=2).trial_name.startswith("a_red_car@20")
+    for more in ("trainer.devices=2", "trainer.num_nodes=2"):
+        assert load(args=[PROMPT, more]).trial_name == "a_red_car"
 
 
 # --- resolvers ---

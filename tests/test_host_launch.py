@@ -343,6 +343,12 @@ def test_code_snapshot(tmp_path, monkeypatch, caplog):
     callback.save_code_snapshot()  # does not copy its own copies
     copied = sorted(str(p.relative_to("run/code")) for p in Path("run").rglob("*") if p.is_file())
     assert copied == [".gitignore", "kept.py", "new.py", "sub dir/é.py"]
+    # nor those of the run before, where runs are in a folder of another name
+    callback = CodeSnapshotCallback("run/next/code", use_version=False, exclude=["run"])
+    assert callback.get_file_list() == copied
+    monkeypatch.setattr(callback, "get_file_list", lambda: ["kept.py", "gone.py"])
+    callback.save_code_snapshot()
+    assert [p.name for p in Path("run/next/code").iterdir()] == ["kept.py"]
 
     outside = tmp_path.parent / "no-repository"
     outside.mkdir(exist_ok=True)

@@ -326,6 +326,10 @@ def test_module_weights_come_from_a_part_of_a_checkpoint(tmp_path):
         Net({"weights": "nothing"})
     kept, _, _ = misc.load_module_weights(path, ignore_modules=["geometry"])
     assert list(kept) == ["other"]
+    kept, _, _ = misc.load_module_weights(path, ignore_modules=["other"])  # a parameter
+    assert "other" not in kept and len(kept) == len(state)
+    with pytest.raises(UserError, match=r"no weights called 'geometri'.*did you mean 'geometry"):
+        misc.load_module_weights(path, ignore_modules=["geometri"])
     with pytest.raises(ValueError, match="exclude each other"):
         misc.load_module_weights(path, module_name="a", ignore_modules=["b"])
 

@@ -78,12 +78,22 @@ def test_a_group_without_parameters_is_dropped_and_said(monkeypatch):
         ({"name": "lr_scheduler"}, "torch.optim has no 'lr_scheduler'"),
         ({}, "optimizer.name is missing"),
         ({"name": "Adam", "args": {"lrr": 1}}, "optimizer.args do not fit Adam"),
+        ({"name": "Adam", "parms": {"geometry": {}}}, "no option 'parms': did you mean 'params'"),
+        ({"name": "Adam", "lr": 0.1}, "optimizer has no option 'lr': it has name, args, params"),
     ],
 )
 def test_optimizer_mistakes(config, expected):
     with pytest.raises(UserError) as caught:
         parse_optimizer(OmegaConf.create(config), Net())
     assert expected in str(caught.value)
+
+
+def test_a_scheduler_may_hold_what_it_refers_to_but_no_typing_error():
+    optimizer = parse_optimizer({"name": "SGD", "args": {"lr": 1.0}}, Net())
+    config = {"name": "StepLR", "args": {"step_size": 2}, "interval": "step", "warmup_steps": 3}
+    assert parse_scheduler(config, optimizer)["interval"] == "step"
+    with pytest.raises(UserError, match="no option 'intervall': did you mean 'interval'"):
+        parse_scheduler({"name": "StepLR", "intervall": "step"}, optimizer)
 
 
 def test_get_parameters():

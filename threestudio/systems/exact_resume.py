@@ -51,6 +51,8 @@ class ExactResume(Callback):
             self._to_restore = None
             if trainer.global_rank:  # the file holds the first process's, and no two shall be alike
                 _seed(torch.initial_seed(), trainer.global_rank, pl_module.global_step)
+                if torch.cuda.is_available():
+                    torch.cuda.manual_seed(torch.initial_seed())
         self._steps.append(pl_module.global_step)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:

@@ -63,6 +63,7 @@ def parse_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimiz
     does not exist is an error.
     """
     config = _primitive(config)
+    _refuse_unknown(config, ("name", "args", "params"), "optimizer")
     cls = _optimizer_class(config.get("name"))
     if config.get("params"):
         groups = []
@@ -82,11 +83,21 @@ def parse_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimiz
         raise UserError(f"optimizer.args do not fit {config['name']}: {error}") from None
 
 
+def _refuse_unknown(keys: Iterable[str], known: Tuple[str, ...], where: str) -> None:
+    for key in keys:
+        if key not in known:
+            hint = nearest(key, known) or f": it has {', '.join(known)}, and all else is in args"
+            raise UserError(f"{where} has no option {key!r}{hint}")
+
+
 def parse_scheduler_to_instance(config: DictConfig, optimizer: torch.optim.Optimizer):
     """The learning-rate scheduler that `config` describes: ``name`` (a class of
     ``torch.optim.lr_scheduler``) and ``args``; or ``SequentialLR`` (``Sequential``) with
     ``schedulers`` and ``milestones``; or ``ChainedScheduler`` with ``schedulers``."""
     config = _primitive(config)
+    known = ("name", "args", "interval", "schedulers", "milestones")
+    # others may be there to be referred to, as warmup_steps in configurations of upstream
+    _refuse_unknown([key for key in config if nearest(key, known)], known, "scheduler")
     name, args = config.get("name"), config.get("args") or {}
     if name in ("SequentialLR", "Sequential", "ChainedScheduler"):
         if not config.get("schedulers"):

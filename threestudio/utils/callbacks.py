@@ -89,19 +89,26 @@ class ConfigSnapshotCallback(VersionedCallback):
 
 class CodeSnapshotCallback(VersionedCallback):
     """Copies the code of the current folder: files that git tracks or would track, except those in
-    ``load`` and ``outputs`` and those over 1 MB (weights, pictures). Without git or a repository
-    there is one warning and no snapshot."""
+    ``load``, ``outputs`` and the folders in `exclude` (of runs: their copies of the code would be
+    copied) and those over 1 MB (weights, pictures). What prevents a snapshot is one warning."""
 
     MAX_BYTES = 1_000_000
 
-    def __init__(self, save_root, version: Optional[int] = None, use_version: bool = True) -> None:
+    def __init__(
+        self,
+        save_root,
+        version: Optional[int] = None,
+        use_version: bool = True,
+        exclude: Iterable[str] = (),
+    ) -> None:
         super().__init__(save_root, version, use_version)
+        self.exclude = list(exclude)
 
     def get_file_list(self) -> List[str]:
         """Paths relative to the current folder. Raises ``OSError`` or ``CalledProcessError``."""
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         out = subprocess.run(command, check=True, capture_output=True).stdout
-        root = Path(self.save_root).resolve()
+        outside = {Path(folder).resolve() for folder in (self.save_root, *self.exclude)}
         return [
             name
             for name in sorted(set(os.fsdecode(out).split("\0")))
@@ -110,13 +117,15 @@ class CodeSnapshotCallback(VersionedCallback):
             and os.path.isfile(name)
             and os.access(name, os.R_OK)
             and os.path.getsize(name) <= self.MAX_BYTES
-            and root not in Path(name).resolve().parents
+            and not outside & set(Path(name).resolve().parents)
         ]
 
     @rank_zero_only
     def save_code_snapshot(self) -> None:
         """Copy the files."""
         for name in self.get_file_list():
+            if not os.path.exists(name):  # another run may have removed it since
+                continue
             target = os.path.join(self.savedir, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             with whole_file(target) as tmp:
@@ -128,7 +137,10 @@ class CodeSnapshotCallback(VersionedCallback):
         except (OSError, subprocess.CalledProcessError) as error:
             if disk_error(error):
                 raise
-            threestudio.warn("no snapshot of the code: it needs git, and a repository around here")
+            why = "it needs git, and a repository around here"
+            if isinstance(error, OSError) and error.filename not in (None, "git"):
+                why = f"{error.filename}: {error.strerror}"
+            threestudio.warn(f"no snapshot of the code: {why}")
 
 
 class CustomProgressBar(ProgressBar):

@@ -144,8 +144,8 @@ class ExperimentConfig:
             raise UserError("tag is empty and use_timestamp is false: set one, to name the run")
         if self.timestamp is None:
             self.timestamp = ""
-            if self.use_timestamp and self.n_gpus > 1:
-                threestudio.warn("with several GPUs no timestamp is added to the run's folder")
+            if self.use_timestamp and self._several_processes():
+                threestudio.warn("with several processes no timestamp is added to the run's folder")
             elif self.use_timestamp:
                 self.timestamp = datetime.now().strftime("@%Y%m%d-%H%M%S")
         parts = [safe_name(part) for part in str(self.name).split("/") if part] or ["default"]
@@ -155,6 +155,13 @@ class ExperimentConfig:
         _refuse_outside(self.checkpoint, self.exp_root_dir)
         self.exp_dir = os.path.join(self.exp_root_dir, *parts)
         self.trial_dir = os.path.join(self.exp_dir, self.trial_name)
+
+    def _several_processes(self) -> bool:
+        """Each would take a time of its own."""
+        devices = self.trainer.get("devices", -1)
+        devices = int(devices) if str(devices).lstrip("-").isdigit() else -1
+        here = self.n_gpus if devices < 0 else devices
+        return here > 1 or int(self.trainer.get("num_nodes", 1)) > 1
 
 
 def _load_yaml(text_or_path: str, from_string: bool) -> DictConfig:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from packaging import version
 
-from threestudio.utils.errors import UserError
+from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.schedules import C, schedule_knots  # noqa: F401 (extensions look here)
 from threestudio.utils.typing import *
 
@@ -45,7 +45,8 @@ def get_device() -> torch.device:
     """The device of this process: ``cuda:<local rank>`` where CUDA can be used, else the CPU."""
     kind = _device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", get_rank())))
+        local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", get_rank()))
+        return torch.device("cuda", int(local))
     return torch.device(kind)
 
 
@@ -53,6 +54,10 @@ def choose_device(trainer_args: Mapping[str, Any]) -> Dict[str, Any]:
     """The arguments of a Trainer with `accelerator` and `devices` (and a precision that the device
     has) filled in; fixes :func:`get_device`."""
     args = dict(trainer_args)
+    if not str(args.get("devices", 1)).lstrip("-").isdigit() and args["devices"] != "auto":
+        raise UserError(
+            f"trainer.devices={args['devices']} is not a number: choose GPUs with --gpu 0,2"
+        )
     accelerator = args.get("accelerator") or "auto"
     if accelerator in ("auto", "gpu", "cuda"):
         if torch.cuda.is_available():
@@ -136,8 +141,14 @@ def load_module_weights(
         if not state:
             raise UserError(f"{path} holds no weights of a module called {module_name!r}")
     if ignore_modules is not None:
-        prefixes = tuple(name + "." for name in ignore_modules)
-        state = {k: v for k, v in state.items() if not k.startswith(prefixes)}
+        for name in ignore_modules:
+            kept = {k: v for k, v in state.items() if k != name and not k.startswith(name + ".")}
+            if len(kept) == len(state):
+                raise UserError(
+                    f"{path} holds no weights called {name!r}, which are to be ignored"
+                    f"{nearest(name, {k.rsplit('.', 1)[0] for k in state})}"
+                )
+            state = kept
     return state, checkpoint["epoch"], checkpoint["global_step"]
 
 

@@ -1,6 +1,7 @@
 """What the systems of all backbones share: losses and their weights, pictures, files."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -58,6 +59,7 @@ class LODSSystem(BaseLift3DSystem):
         self.on_predict_start()  # a mistake in the exporter's settings shall not cost a training
         self._sheet: Dict[int, Tuple[float, int, Tensor]] = {}
         self._results: Dict[str, str] = {}
+        self.views = 0  # of a test, where its data tell
 
     def forward(self, batch: Dict[str, Any]) -> Dict[str, Any]:
         return self.renderer(**batch)
@@ -149,6 +151,10 @@ class LODSSystem(BaseLift3DSystem):
     def on_validation_epoch_end(self) -> None:
         pass
 
+    def on_test_epoch_start(self) -> None:
+        loaders = self.trainer.test_dataloaders
+        self.views = len(loaders.dataset) if hasattr(loaders, "dataset") else 0
+
     def test_step(self, batch: Dict[str, Any], batch_idx: int) -> None:
         out = self(batch)
         for i, index in enumerate(batch["index"].tolist()):
@@ -164,8 +170,16 @@ class LODSSystem(BaseLift3DSystem):
             if view not in self._sheet or gap < self._sheet[view][0]:
                 self._sheet[view] = (gap, index, image.detach().cpu())
 
+    def _remove_frames_from(self, count: int, folder: str) -> None:
+        """Those that an earlier test of the same step with more views has left."""
+        for path in Path(self.get_save_path(folder)).glob("*.png"):
+            if path.stem.isdigit() and int(path.stem) >= count:
+                path.unlink(missing_ok=True)
+
     def on_test_epoch_end(self) -> None:
         name = f"it{self.true_global_step}-test"
+        if self.global_rank == 0 and self.views:
+            self._remove_frames_from(self.views, name)
         self._results["video"] = self.save_img_sequence(
             name,
             name,

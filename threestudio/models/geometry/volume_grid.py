@@ -25,7 +25,7 @@ class VolumeGrid(DensityVolume):
 
     @dataclass
     class Config(DensityVolume.Config):
-        grid_size: Tuple[int, int, int] = (100, 100, 100)  # x, y, z as grid_sample orders: D, H, W
+        grid_size: Tuple[int, int, int] = (100, 100, 100)  # z, y, x: D, H, W of grid_sample
         density_bias: Any = "blob"
         density_blob_scale: float = 5.0
         isosurface_threshold: Any = "auto"
