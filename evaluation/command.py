@@ -15,7 +15,7 @@ from evaluation.machine import ROOT, commit
 from evaluation.table import Table, key_of
 from evaluation.workers import WORK, Local, OnRay, make_job
 from threestudio.utils.errors import UserError, nearest
-from threestudio.utils.extensions import load_custom_modules
+from threestudio.utils.extensions import load_custom_modules, report_failures
 from threestudio.utils.typing import *
 
 QUICK = ROOT / "evaluation/grids/quick.yaml"
@@ -89,6 +89,7 @@ def select(grid: Grid, only: List[str]) -> List[Run]:
 def check_priors(runs: List[Run]) -> None:
     """Refuse a guidance that is not registered before a process finds out for each run."""
     load_custom_modules(ROOT / "custom")
+    report_failures()
     for name, prior in {run.guidance_type: run.prior for run in runs if run.guidance_type}.items():
         if name not in threestudio.__modules__:
             hint = nearest(name, threestudio.__modules__)

@@ -157,6 +157,26 @@ def test_loading_twice_returns_the_same_module(custom, tmp_path, registry):
         extensions.load_extension(other)
 
 
+def test_extensions_may_import_one_another(custom):
+    """In whatever order they come; one that needs itself, or what is not there, fails."""
+    for name, needs in (
+        ("h-a", "h-b"),
+        ("h-b", "h-good-ext.part"),
+        ("h-c", "h-none"),
+        ("h-d", "h-d.part"),
+        ("h-e", "h-f"),
+        ("h-f", "h-e.part"),
+    ):
+        (custom / name).mkdir()
+        text = f"import importlib\nimportlib.import_module({needs!r})\n"
+        (custom / name / "__init__.py").write_text(text)
+    result = extensions.load_custom_modules(custom)
+    assert result["h-a"] is result["h-b"] is result["h-good-ext"] is None
+    assert set(result) >= {"h-a", "h-b", "h-c", "h-d", "h-e", "h-f"} and list(result)[0] == "h-a"
+    for name in ("h-c", "h-d", "h-e", "h-f"):
+        assert isinstance(result[name], ModuleNotFoundError), name
+
+
 def test_two_extensions_that_register_one_name_are_both_named(custom, registry):
     for name in ("h-first", "h-second"):
         (custom / name).mkdir()

@@ -98,18 +98,34 @@ def find_extensions(root="custom") -> Iterator[tuple[str, Path]]:
 def load_custom_modules(root="custom") -> dict:
     """Load every extension of :func:`find_extensions`.
 
-    A failure does not stop the others: it is kept in :data:`failed`, for
-    :func:`threestudio.find` to mention, and for :func:`report_failures`.
+    An extension may import another (``importlib.import_module("threestudio-lods.guidance.csd")``):
+    one that lacks another of the folder is loaded again after it. A failure does not stop the
+    others: it is kept in :data:`failed`, for :func:`threestudio.find` to mention, and for
+    :func:`report_failures`.
 
     Returns ``{name: None, or the exception it failed with}``.
     """
     result: dict = {}
-    for name, path in find_extensions(root):
-        try:
-            load_extension(path)
-            for errors in (failed, _to_report):
-                errors.pop(name, None)
-            result[name] = None
-        except Exception as error:
-            failed[name] = _to_report[name] = result[name] = error
+    every = waiting = dict(find_extensions(root))
+    while waiting:
+        later = {}
+        for name, path in waiting.items():
+            try:
+                load_extension(path)
+                for errors in (failed, _to_report):
+                    errors.pop(name, None)
+                result[name] = None
+            except Exception as error:
+                failed[name] = _to_report[name] = result[name] = error
+                if _lacks(error) in every:
+                    later[name] = path
+        # once more, as long as that brings something
+        waiting = later if len(later) < len(waiting) else {}
     return result
+
+
+def _lacks(error: Exception) -> str | None:
+    """The package that an import did not find."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return error.name.split(".")[0]
+    return None
