@@ -93,7 +93,7 @@ def overview(found: list[Section], replaced: int) -> list:
     return blocks
 
 
-def method(found: Iterable[Section], judge: Iterable[dict] | None) -> list:
+def method(found: Sequence[Section], judge: Iterable[dict] | None) -> list:
     """The words of the report, and what its numbers mean; damages are of the judge's table."""
     names = {name for s in found for name in s.priors.values()}
     parts = [f"-{k} {what}" for k, what in PARTS.items() if any(k in n.split("-") for n in names)]
@@ -121,12 +121,17 @@ def method(found: Iterable[Section], judge: Iterable[dict] | None) -> list:
         "zero.",
         "The last column of the paired differences is a ratio: the geometric mean over the "
         "same pairs. Distances of prompts differ by factors, so a mean difference is mostly that "
-        "of the hardest prompts; in the ratio all count alike. It was added when three quarters of "
-        "the runs in 2D were in; what is said in words goes by the differences.",
+        "of the hardest prompts; in the ratio all count alike. What is said in words goes by the "
+        "differences.",
         f"Fewer than {ENOUGH_PROMPTS} prompts are not taken to show a difference. "
         "Intervals are not corrected for being many: of twenty differences that are "
         "nothing, one is expected to exclude zero.",
     ]
+    if any(s.grid == GRID.stem for s in found):
+        items.append(
+            f"Of the grid {GRID.stem}, three quarters of the runs in 2D were in when the ratio was "
+            "added, and half of all when the intervals were widened."
+        )
     return [Heading(2, "How to read it"), Bullets(items)]
 
 

@@ -217,8 +217,11 @@ def summary(found: list[Section]) -> list:
         "than all of them in both on "
     )
     head += f"{len(won)} of {len(contests)} canvases: {listed(won)}." if won else "no canvas."
+    if not contests:
+        head = f"No canvas has all of {listed(RIVALS)}: the claim of LODS is not tested here."
+        items += [f"{title_of(s, alone)}: {text}" for s in found for text in standing(s)]
     others = [title_of(s, alone) for s in found if s not in contests]
-    if others:
+    if others and contests:
         items.append(
             f"Without all of {listed(RIVALS)}, and no test of the claim: {listed(others)}."
         )
