@@ -177,3 +177,15 @@ def test_wrapper_casts():
     assert ToDTypeWrapper(torch.nn.Linear(2, 2), torch.float64)(torch.ones(1, 2)).dtype is (
         torch.float64
     )
+
+
+def test_a_tinycudann_that_does_not_load_has_a_substitute(monkeypatch):
+    """As for the hash grid: built for another card, it raises OSError."""
+    said = []
+    monkeypatch.setattr("threestudio.info", said.append)
+    monkeypatch.setattr("threestudio.models.hashgrid.native.missing", lambda: "does not load")
+    config = {"otype": "FullyFusedMLP", "n_neurons": 4, "n_hidden_layers": 1}
+    assert type(get_mlp(3, 2, config)).__name__ == "VanillaMLP"
+    assert said == ["network FullyFusedMLP: VanillaMLP in its place (does not load)"]
+    with pytest.raises(UserError, match="sphere_init_radius is missing"):
+        get_mlp(3, 2, config | {"otype": "SphereInitVanillaMLP"})

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import threestudio
-from threestudio.models.hashgrid import HashGrid
+from threestudio.models.hashgrid import HashGrid, native
 from threestudio.models.spherical import SphericalHarmonics
 from threestudio.utils.base import Updateable
 from threestudio.utils.errors import UserError, nearest
@@ -234,6 +234,8 @@ class SphereInitVanillaMLP(VanillaMLP):
     """
 
     def __init__(self, dim_in: int, dim_out: int, config: dict) -> None:
+        if "sphere_init_radius" not in config:
+            raise UserError("network SphereInitVanillaMLP: sphere_init_radius is missing")
         self.sphere_init_radius = config["sphere_init_radius"]
         self.sphere_init_inside_out = bool(config.get("inside_out", False))
         super().__init__(dim_in, dim_out, config)
@@ -291,7 +293,7 @@ def get_mlp(n_input_dims: int, n_output_dims: int, config) -> nn.Module:
         if key not in config:
             raise UserError(f"network {otype} needs the option {key!r}")
     if otype in TCNN_NETWORKS:
-        why = _tinycudann_missing()
+        why = native.missing()
         if not why:
             return TCNNNetwork(n_input_dims, n_output_dims, config)
         threestudio.info(f"network {otype}: VanillaMLP in its place ({why})")
@@ -300,15 +302,6 @@ def get_mlp(n_input_dims: int, n_output_dims: int, config) -> nn.Module:
     if otype == "SphereInitVanillaMLP" or config.get("sphere_init", False):
         return SphereInitVanillaMLP(n_input_dims, n_output_dims, config)
     return VanillaMLP(n_input_dims, n_output_dims, config)
-
-
-def _tinycudann_missing() -> str:
-    """Why tiny-cuda-nn cannot be used; empty where it can."""
-    from importlib.util import find_spec
-
-    if find_spec("tinycudann") is None:
-        return "tinycudann is not installed"
-    return "" if torch.cuda.is_available() else "no CUDA device"
 
 
 class NetworkWithInputEncoding(nn.Module, Updateable):

@@ -12,7 +12,9 @@ them. Its conventions, which are turned into ours here:
 
 It differs from gsplat in that alpha is at most 0.99 (not 0.999), and in that a Gaussian is cut off
 at 3 standard deviations (not 3.33) where a tile of 16 pixels ends: it may lose 0.011 times its
-opacity there.
+opacity there. ``info["radii"]`` are its own too, 3 standard deviations of the longer axis whatever
+the opacity, where the other backends have the extent of what is drawn: ``prune_scale2d`` means
+somewhat more here.
 """
 
 import importlib
