@@ -3,6 +3,7 @@
 import pytest
 
 from evaluation.reasons import reasons
+from evaluation.report import full_marks, standing
 from evaluation.results import sections
 from tests.test_report import PROMPTS, make_rows
 
@@ -66,3 +67,21 @@ def test_learning_is_compared_with_quality(distances, said):
     assert told([*RIVALS, *[r for r in rows if r["prior"] != "lods-4"]]) == []
     assert told([*RIVALS, *[r for r in rows if r["prompt"] in PROMPTS[:5]]]) == []
     assert told([*RIVALS, *[{**r, "grid": "pocket"} for r in rows]]) == []
+
+
+def test_who_is_best_is_told_over_the_runs_that_all_have():
+    rows = [r | {"frechet": "10" if r["prompt"] in PROMPTS[:6] else "90"} for r in RIVALS]
+    change = {"csd": 1, "vsd": 2}
+    rows = [r | {"frechet": str(float(r["frechet"]) + change.get(r["prior"], 0))} for r in rows]
+    # csd lacks the two hard prompts: the mean over its own runs would be the lowest
+    rows = [r for r in rows if r["prior"] != "csd" or r["prompt"] in PROMPTS[:6]]
+    # and one with few prompts is not compared at all
+    few = [r | {"prior": "nfsd", "frechet": "1", "object_accuracy": "1"} for r in rows[:1]]
+    (section,) = sections([*rows, *few])
+    (text,) = standing(section)
+    assert text.startswith("sds has the lowest mean Frechet distance, 10.0 over the 6 runs that")
+    assert text.endswith("and all others are worse.")
+    vsd = [r | {"object_accuracy": "1"} for r in rows if r["prior"] == "vsd"]
+    rest = [r for r in rows if r["prior"] != "vsd"]
+    assert full_marks(sections([*rest, *vsd])[0])[0].startswith("vsd has an object accuracy of 100")
+    assert full_marks(sections([*rest, *vsd[:5]])[0]) == []
