@@ -1,4 +1,4 @@
-"""Random input, the same in every run, within a budget: it is read, or refused in one line."""
+"""Random input within a budget: it is read, or refused in one line."""
 
 import importlib
 import io
@@ -35,7 +35,7 @@ def budget(examples):
     return settings(
         max_examples=examples,
         deadline=None,
-        derandomize=True,
+        derandomize=True,  # yet hypothesis draws constants of the modules imported so far
         database=None,
         suppress_health_check=list(HealthCheck),
     )

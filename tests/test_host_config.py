@@ -149,6 +149,22 @@ def test_experiment_names_may_be_nested_but_not_climb():
     assert ExperimentConfig(name="../b", tag="t", use_timestamp=False).exp_dir == "outputs/__/b"
 
 
+@pytest.mark.parametrize(
+    "text", ["trainer", "trainer:", "system:", "checkpoint:", "n_gpus:", "seed:", "exp_root_dir:"]
+)
+def test_a_value_that_is_left_out(text):
+    with pytest.raises(
+        UserError, match=rf"the config: {text.strip(':')} is empty: give it a value"
+    ):
+        load_config(text, from_string=True)
+
+
+@pytest.mark.parametrize("value", ["3", "[1]", "all"])
+def test_a_mapping_is_one(value):
+    with pytest.raises(UserError, match="trainer takes a mapping, not "):
+        load_config(f"trainer: {value}", from_string=True)
+
+
 def test_timestamp():
     assert load().trial_name.startswith("a_red_car@20")
     assert load(n_gpus=2).trial_name == "a_red_car"
@@ -157,6 +173,10 @@ def test_timestamp():
     assert load(args=[PROMPT, "trainer.devices=1"], n_gpus=2).trial_name.startswith("a_red_car@20")
     for more in ("trainer.devices=2", "trainer.num_nodes=2"):
         assert load(args=[PROMPT, more]).trial_name == "a_red_car"
+    # what is no number of them is left to the Trainer's own refusal
+    for value in ("many", ".inf", "null", "[2]", "²", "--3"):
+        for key in ("devices", "num_nodes"):
+            assert load(args=[PROMPT, f"trainer.{key}={value}"]).trial_name.startswith("a_red_car@")
 
 
 # --- resolvers ---
@@ -285,7 +305,7 @@ def test_parse_structured_defaults():
         ({"zzz": 1}, "its fields are free, label"),
         ({"steps": 1.5}, "Fields, field 'steps'"),
         ({"percent": "half"}, "Fields, field 'percent'"),
-        ({"percent": None}, "Fields, field 'percent'"),
+        ({"percent": None}, "Fields: percent is empty: give it a value"),
         (OmegaConf.create({"label": "???"}), 'label is missing: add label="..."'),
     ],
 )

@@ -157,11 +157,12 @@ class ExperimentConfig:
         self.trial_dir = os.path.join(self.exp_dir, self.trial_name)
 
     def _several_processes(self) -> bool:
-        """Each would take a time of its own."""
-        devices = self.trainer.get("devices", -1)
-        devices = int(devices) if str(devices).lstrip("-").isdigit() else -1
-        here = self.n_gpus if devices < 0 else devices
-        return here > 1 or int(self.trainer.get("num_nodes", 1)) > 1
+        """Each would take a time of its own. The Trainer refuses what is no number."""
+        devices, nodes = (self.trainer.get(key) for key in ("devices", "num_nodes"))
+        numbers = re.compile(r"-?\d{1,9}", re.ASCII)
+        devices = int(devices) if numbers.fullmatch(str(devices)) else -1
+        nodes = int(nodes) if numbers.fullmatch(str(nodes)) else 1
+        return (self.n_gpus if devices < 0 else devices) > 1 or nodes > 1
 
 
 def _load_yaml(text_or_path: str, from_string: bool) -> DictConfig:
@@ -351,6 +352,10 @@ def _takes_one_value(annotation: Any) -> bool:
     )
 
 
+def _may_be_null(annotation: Any) -> bool:
+    return annotation in (Any, type(None)) or type(None) in typing.get_args(annotation)
+
+
 def parse_structured(fields, cfg=None, where: str = "") -> Any:
     """Build the dataclass `fields` from the mapping `cfg`, as an OmegaConf structured config.
 
@@ -374,6 +379,12 @@ def parse_structured(fields, cfg=None, where: str = "") -> Any:
             raise UserError(f'{full} is missing: add {full}="..."') from None
         except OmegaConfBaseException as error:
             raise UserError(f"{_full_key(cfg, key)}: {_first_line(error)}") from None
+        # before the dataclass sees it, whose __post_init__ relies on its types
+        if value is None and not _may_be_null(annotations[key]):
+            full = _full_key(cfg, key)
+            raise UserError(f"{where}: {full} is empty: give it a value, or leave the key out")
+        if annotations[key] is dict and not isinstance(value, Mapping | DictConfig):
+            raise UserError(f"{where}: {_full_key(cfg, key)} takes a mapping, not {value!r}")
         # a node of OmegaConf is not checked against the field: only schedules shall get through
         if OmegaConf.is_dict(value) and _takes_one_value(annotations.get(key)):
             raise UserError(f"{where}: {_full_key(cfg, key)} takes one value, not a mapping")
