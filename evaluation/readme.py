@@ -10,7 +10,7 @@ from pathlib import Path
 from evaluation.document import Bold, Table, Text, markdown, plural
 from evaluation.montage import montage
 from evaluation.overview import progress
-from evaluation.reasons import learning_pays
+from evaluation.reasons import at_one_scale, learning_pays
 from evaluation.report import (
     FOLDER,
     best_of,
@@ -91,8 +91,8 @@ def results(folder: Path = FOLDER) -> str:
         text += "\n" + markdown([Text(f"{title}:"), compact(section), *map(Text, said)])
     for section in found:
         if (section.grid, section.canvas) == STUDY and section not in main:
-            why = learning_pays(section)
-            text += "\n" + markdown([Text(why)]) if why else ""
+            for why in filter(None, (at_one_scale(section), learning_pays(section))):
+                text += "\n" + markdown([Text(why)])
             text += f"\n![Objects at a guidance scale of 100](docs/evaluation/{PICTURE})\n"
     return text
 

@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 from evaluation.appendix import by_value, only, shared_prompts, tried_settings
 from evaluation.document import Bullets, Heading, listed
 from evaluation.results import HEADLINE, Section, rank, reported, values
-from evaluation.statistics import ENOUGH_PROMPTS, interval
+from evaluation.statistics import ENOUGH_PROMPTS, interval, paired
 
 DISTANCE = HEADLINE[1]
 SCALE = "system.guidance.guidance_scale"
@@ -21,7 +21,8 @@ CLEAR = 0.6  # a rank correlation that is called one
 def reasons(found: Sequence[Section], tuning: Sequence[dict] | None) -> list:
     """The section's blocks; none where the tables say nothing of it."""
     studies = [s for s in found if s not in reported(found)]
-    items = [*_scales(tuning or ()), *filter(None, map(learning_pays, studies))]
+    told = (tell(study) for study in studies for tell in (at_one_scale, learning_pays))
+    items = [*_scales(tuning or ()), *filter(None, told)]
     return [Heading(2, "Why"), Bullets(items)] if items else []
 
 
@@ -54,6 +55,34 @@ def _scales(tuning: Iterable[dict]) -> list[str]:
                 )
             told.append(text)
     return told
+
+
+def at_one_scale(section: Section) -> str | None:
+    """Which LODS priors are better than all others in a study of one guidance scale; None where it
+    has no others, or too few prompts to say."""
+    runs = {
+        name: values(rows, DISTANCE.column)
+        for name, rows in section.runs.items()
+        if not any(SCALE in r.get("settings", "") for r in rows)
+    }
+    runs = {n: r for n, r in runs.items() if {prompt for prompt, _ in r} == set(section.prompts())}
+    others = {n: r for n, r in runs.items() if n not in section.lods}
+    learnt = {n: r for n, r in runs.items() if n in section.lods}
+    if not others or not learnt or len(section.prompts()) < ENOUGH_PROMPTS:
+        return None
+    means = {n: DISTANCE.show(interval(r, draws=1).mean) for n, r in runs.items()}
+    better = [
+        f"{n} ({means[n]})"
+        for n, r in learnt.items()
+        if all(paired(r, other).sign == DISTANCE.better for other in others.values())
+    ]
+    against = listed([f"{n} ({means[n]})" for n in others])
+    text = (
+        f"{section.canvas} (grid {section.grid}), {DISTANCE.title} at one guidance scale for all, "
+    )
+    if better:
+        return f"{text}measurably better than {against}: {listed(better)}."
+    return f"{text}no LODS prior is measurably better than all of {against}."
 
 
 def learning_pays(section: Section) -> str | None:

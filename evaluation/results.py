@@ -16,7 +16,9 @@ PRIORS = (
     *("lods-embedding-guided", "lods-lora-guided"),
 )
 RIVALS = ("sds", "csd", "vsd")  # whom the claim is against
-MORE_RIVALS = ("vsd-fast",)  # where they were run, against them too
+MORE_RIVALS = (
+    "vsd-fast",
+)  # where they were run, against them too; each can stand for its own kind
 CEILING = "true-renders"  # rows of this prior are of the true shapes: no contestant
 KEYS = ("grid", "canvas", "prior", "prompt", "seed")
 
@@ -123,8 +125,12 @@ class Section:
 
     @property
     def contest(self) -> bool:
-        """Whether all of RIVALS were run; else it says nothing of the claim."""
-        return all(self.of(rival) for rival in RIVALS)
+        """Whether all of RIVALS were run, be it as one of MORE_RIVALS; else it says nothing of the
+        claim."""
+        return all(
+            self.of(rival, *(more for more in MORE_RIVALS if more.startswith(f"{rival}-")))
+            for rival in RIVALS
+        )
 
     def of(self, *priors: str) -> list[str]:
         """Contestants of these priors."""

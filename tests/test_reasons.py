@@ -62,11 +62,44 @@ def test_learning_is_compared_with_quality(distances, said):
     }
     more = study(others, settings=settings)
     more = [r for r in more if r["prior"] != "lods-c" or r["prompt"] != PROMPTS[0]]
-    assert told([*RIVALS, *rows, *more]) == [text]
+    assert told([*RIVALS, *rows, *more])[-1] == text
     # nor are four enough, or five prompts, or a grid with all the rivals, which is no study
     assert told([*RIVALS, *[r for r in rows if r["prior"] != "lods-4"]]) == []
     assert told([*RIVALS, *[r for r in rows if r["prompt"] in PROMPTS[:5]]]) == []
     assert told([*RIVALS, *[{**r, "grid": "pocket"} for r in rows]]) == []
+
+
+def test_priors_are_compared_at_one_scale():
+    distances = {"sds": 50, "vsd-100": 40, "nfsd": 1, "lods-a": 30, "lods-b": 45, "lods-c": 2}
+    scale = "system.guidance.guidance_scale=5.0"
+    rows = study(distances, settings={"nfsd": scale, "lods-c": scale})
+    (text,) = told([*RIVALS, *rows])
+    assert text == (
+        "gaussians (grid study), Frechet distance at one guidance scale for all, measurably better than "
+        "sds (50.0) and vsd-100 (40.0): lods-a (30.0)."
+    )
+    # a prior that lacks a prompt is not compared, and a LODS prior that wins by its mean alone
+    few = [r for r in rows if r["prior"] != "vsd-100" or r["prompt"] != PROMPTS[0]]
+    assert told([*RIVALS, *few])[0].endswith("than sds (50.0): lods-a (30.0) and lods-b (45.0).")
+    lucky = [
+        r | {"frechet": "400" if r["prompt"] == PROMPTS[0] else "60"} if r["prior"] == "sds" else r
+        for r in study({"sds": 0, "lods-a": 55}, settings=None)
+    ]
+    hard = [
+        r | {"frechet": "90" if r["prompt"] in PROMPTS[:2] else "55"}
+        if r["prior"] == "lods-a"
+        else r
+        for r in lucky
+    ]
+    assert "no LODS prior is measurably better than all of sds" in told([*RIVALS, *hard])[0]
+    assert told([*RIVALS, *[r for r in rows if r["prompt"] in PROMPTS[:5]]]) == []
+    assert told([*RIVALS, *[r for r in rows if not r["prior"].startswith("lods-")]]) == []
+
+
+@pytest.mark.parametrize("third, contest", [("vsd", 1), ("vsd-fast", 1), ("nfsd", 0)])
+def test_a_fast_rival_stands_for_its_kind(third, contest):
+    (section,) = sections(make_rows(("sds", "csd", third, "lods-lora"), seeds="0"))
+    assert section.contest == contest
 
 
 def test_who_is_best_is_told_over_the_runs_that_all_have():
