@@ -190,6 +190,11 @@ def tuning_blocks(rows: Sequence[dict] | None, every_section: Sequence[Section])
                 for p, (n, runs) in budgets.items()
             )
             items.append(f"{canvas}: budgets differ: {each}.")
+        if edges := _edges(groups, canvas, found):
+            items.append(
+                f"{canvas}: chosen at the edge of what was tried, so that more of it may be better "
+                f"still: {'; '.join(edges)}."
+            )
     blocks.append(Bullets(items))
     for canvas in sorted({canvas for canvas, _ in groups}):
         here = {prior: tried for (where, prior), tried in groups.items() if where == canvas}
@@ -233,6 +238,22 @@ def tuning_blocks(rows: Sequence[dict] | None, every_section: Sequence[Section])
     return blocks
 
 
+def _edges(groups, canvas: str, found: Sequence[Section]) -> list[str]:
+    """Priors whose chosen value is the lowest or the highest of the several that were tried."""
+    told = []
+    for key, what in VARIED.items():
+        ends: dict[str, list[str]] = {"lowest": [], "highest": []}
+        for prior in sorted((p for c, p in groups if c == canvas), key=rank):
+            tried = {s: _value(s, key) for s in groups[canvas, prior]}
+            known = {value for value in tried.values() if value is not None}
+            chosen = {tried[s] for s in _chosen(prior, canvas, tried, found)}
+            if len(known) > 1:
+                ends["lowest"] += [prior] * (chosen == {min(known)})
+                ends["highest"] += [prior] * (chosen == {max(known)})
+        told += [f"{end} {what}: {', '.join(of)}" for end, of in ends.items() if of]
+    return told
+
+
 def _mean(metric: Metric, rows: Iterable[dict]) -> str:
     i = interval(values(rows, metric.column), draws=1)
     return metric.show(i.mean) if i.runs else "none"
@@ -264,7 +285,7 @@ def by_value(
     found: dict[str, dict[float, float]] = {}
     for prior, settings in tried.items():
         for text, rows in settings.items():
-            value = _number(dict(t.split("=", 1) for t in shlex.split(text)).get(key))
+            value = _value(text, key)
             done = values((r for r in rows if r["status"] == "ok"), metric.column)
             # what failed on a hard prompt would look better for it
             if value is not None and done and len(done) == len(rows):
@@ -274,8 +295,9 @@ def by_value(
     return {prior: of for prior, of in found.items() if len(of) > 1}
 
 
-def _number(text: str | None) -> float | None:
+def _value(settings: str, key: str) -> float | None:
     """A setting as YAML has numbers; None for what is none."""
+    text = dict(t.split("=", 1) for t in shlex.split(settings)).get(key)
     try:
         return None if text is None else float(text.replace(".inf", "inf"))
     except ValueError:

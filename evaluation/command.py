@@ -11,7 +11,7 @@ from pathlib import Path
 
 import threestudio
 from evaluation.grid import TRUE, Grid, Run, load_grid
-from evaluation.machine import ROOT, commit
+from evaluation.machine import ROOT, code, commit
 from evaluation.table import Table, key_of
 from evaluation.workers import WORK, Local, OnRay, make_job
 from threestudio.utils.errors import UserError, nearest
@@ -145,6 +145,7 @@ class Session:
     def __init__(self, table: Table, backend, threads: int, retry=False, bad=None):
         self.table, self.backend = table, backend
         self.threads, self.retry, self.bad = threads, retry, bad or {}
+        self.code = code()
         self.commit = commit()  # of what a run is forked from, and so of all
         self.pace = Pace()
         self.ok = self.failed = self.elsewhere = 0
@@ -180,8 +181,8 @@ class Session:
             if claim is not None:
                 claim.release()
             return
-        now = commit()  # the configs that it will read are of now
-        mark = self.commit if now == self.commit else f"{self.commit}-changed"
+        # the configs that it will read are of now
+        mark = self.commit if code() == self.code else f"{self.commit}-changed"
         handle = self.backend.submit(make_job(run, self.threads, mark))
         going[handle] = run, claim
 

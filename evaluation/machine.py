@@ -27,17 +27,27 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
+def _git(*args: str) -> str:
+    if shutil.which("git") is None:
+        return ""
+    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout
+
+
 def commit() -> str:
     """The commit of the code that runs, with ``-dirty`` if a file of it was changed since; empty
     without git."""
-    if shutil.which("git") is None:
-        return ""
+    changed = _git("status", "--porcelain", "--", *CODE).strip()
+    return _git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")
 
-    def git(*args):
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout
 
-    changed = git("status", "--porcelain", "--", *CODE).strip()
-    return git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")
+def code() -> tuple[str, str, str]:
+    """What the code is, whatever else was committed: its files as git has them, what differs from
+    these, and which are new."""
+    return (
+        _git("ls-files", "-s", "--", *CODE),
+        _git("diff", "HEAD", "--", *CODE),
+        _git("ls-files", "-o", "--exclude-standard", "--", *CODE),
+    )
 
 
 def versions(*packages: str) -> dict[str, str]:

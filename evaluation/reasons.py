@@ -16,6 +16,7 @@ SCALE = "system.guidance.guidance_scale"
 OTHERWISE = (SCALE, "timestep_schedule", "max_step_percent")
 ENOUGH = 5  # contestants, to speak of a correlation
 CLEAR = 0.6  # a rank correlation that is called one
+HIGH, WORSE = 25, 1.2  # a scale that is high, and by what factor SDS has to be worse at it
 
 
 def reasons(found: Sequence[Section], tuning: Sequence[dict] | None) -> list:
@@ -32,21 +33,31 @@ def _scales(tuning: Iterable[dict]) -> list[str]:
     for canvas in sorted({canvas for canvas, _ in groups}):
         tried = {prior: of for (where, prior), of in groups.items() if where == canvas}
         common = shared_prompts(tried)
+        every = {r["prompt"] for of in tried.values() for rows in of.values() for r in rows}
+        # settings that went on to a second round, of priors for which these have several scales
+        whole = {
+            prior: {s: rows for s, rows in of.items() if {r["prompt"] for r in rows} == every}
+            for prior, of in tried.items()
+        }
+        later = by_value(whole, SCALE) if every > common else {}
         tried = {prior: only(of, common) for prior, of in tried.items()}
         parts, low = [], False
         for prior, of in sorted(by_value(tried, SCALE).items(), key=lambda item: rank(item[0])):
             if prior != "sds" and not prior.startswith("lods-"):
                 continue
             best, last = min(of, key=of.get), max(of)
-            low |= prior == "sds" and best < last
+            low |= prior == "sds" and last >= HIGH and of[last] > WORSE * of[best]
             text = f"{prior} is best at {best:g} ({DISTANCE.show(of[best])})"
             if best < last:
                 text += f" and has {of[last] / of[best]:.2f} times that at {last:g}"
+            if prior in later:
+                ends = [f"{DISTANCE.show(d)} at {s:g}" for s, d in sorted(later[prior].items())]
+                text += f" (in the second round, over {len(every)} prompts, {listed(ends)})"
             parts.append(text)
         if parts:
             text = (
                 f"{canvas}, {DISTANCE.title} by guidance scale in the tuning with "
-                f"{listed(sorted(common))}: {listed(parts)}."
+                f"{listed(sorted(common))}: {'; '.join(parts)}."
             )
             if low:
                 text += (
@@ -80,9 +91,12 @@ def at_one_scale(section: Section) -> str | None:
     text = (
         f"{section.canvas} (grid {section.grid}), {DISTANCE.title} at one guidance scale for all, "
     )
+    if len(learnt) > 1:
+        best = min(learnt, key=lambda n: (interval(learnt[n], draws=1).mean, n))
+        text += f"{len(learnt)} LODS priors: the lowest mean has {best} ({means[best]}); "
     if better:
         return f"{text}measurably better than {against}: {listed(better)}."
-    return f"{text}no LODS prior is measurably better than all of {against}."
+    return f"{text}none is measurably better than all of {against}."
 
 
 def learning_pays(section: Section) -> str | None:

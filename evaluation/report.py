@@ -189,15 +189,17 @@ def by_prompt(section: Section) -> list:
 def summary(found: list[Section]) -> list:
     """Whether a LODS prior leads SDS, CSD and VSD, canvas by canvas, and who is best; studies that
     lack one of these say nothing of it."""
-    alone, rows, items, won = len({s.grid for s in found}) == 1, [], [], []
+    alone, rows, items = len({s.grid for s in found}) == 1, [], []
+    won: dict[str, list[str]] = {"both": [], "distance": []}
     contests = [s for s in found if s.contest]
     for s in contests:
         where, rivals = title_of(s, alone), s.of(*RIVALS, *MORE_RIVALS)
-        leading = []
+        leading: dict[str, list[str]] = {"both": [], "distance": []}
         for name in s.lods:
             said = {m: [comparison(s, name, r, m)[0] for r in rivals] for m in HEADLINE}
-            if all(words == VERDICTS[1] for group in said.values() for words in group):
-                leading.append(name)
+            leads = [all(words == VERDICTS[1] for words in group) for group in said.values()]
+            leading["both"] += [name] * all(leads)
+            leading["distance"] += [name] * leads[1]
             cells = []
             for group in said.values():
                 parts = [
@@ -208,15 +210,17 @@ def summary(found: list[Section]) -> list:
             rows.append([where, name, *cells])
         if not s.lods:
             items.append(f"{where}: no LODS prior was run.")
-        if leading:
-            won.append(f"{where} ({listed(leading)})")
+        for what, names in leading.items():
+            if names:
+                won[what].append(f"{where} ({listed(names)}, against {listed(rivals)})")
         items += [f"{where}: {text}" for text in (*standing(s), *full_marks(s)) if text]
     head = (
         "The claim under test: learning the second score, as LODS does, leads to better object "
-        f"accuracy and Frechet distance than {listed(RIVALS)}. A LODS prior is measurably better "
-        "than all of them in both on "
+        f"accuracy and Frechet distance than {listed(RIVALS)} (and {listed(MORE_RIVALS)}, where it "
+        "was run). A LODS prior is measurably better than all of them in both on "
+        f"{_canvases(won['both'], contests)}; in the distance alone, on "
+        f"{_canvases(won['distance'], contests)}."
     )
-    head += f"{len(won)} of {len(contests)} canvases: {listed(won)}." if won else "no canvas."
     if not contests:
         head = f"No canvas has all of {listed(RIVALS)}: the claim of LODS is not tested here."
         items += [f"{title_of(s, alone)}: {text}" for s in found for text in standing(s)]
@@ -231,23 +235,35 @@ def summary(found: list[Section]) -> list:
     return [*blocks, Bullets(items)] if items else blocks
 
 
+def _canvases(won: list[str], contests: list[Section]) -> str:
+    return f"{len(won)} of {len(contests)} canvases: {listed(won)}" if won else "no canvas"
+
+
 def standing(section: Section) -> list[str]:
-    """Who has the lowest mean distance over the runs that all have, who cannot be told apart from
-    it, and the fastest of them; of those with enough prompts."""
+    """Who has the lowest mean distance over the runs that all have, on how many prompts it is
+    better than SDS, who cannot be told apart from it, and the fastest of them; of those with enough
+    prompts."""
     metric, cost = HEADLINE[1], COSTS[0]
-    runs = {c: values(section.runs[c], metric.column) for c in section.runs}
-    runs = {c: r for c, r in runs.items() if interval(r, draws=1).prompts >= ENOUGH_PROMPTS}
+    every = {c: values(section.runs[c], metric.column) for c in section.runs}
+    runs = {c: r for c, r in every.items() if interval(r, draws=1).prompts >= ENOUGH_PROMPTS}
     common = set.intersection(*map(set, runs.values())) if runs else set()
     runs = {c: {k: r[k] for k in common} for c, r in runs.items()}
     means = {c: interval(r, draws=1) for c, r in runs.items()}
     if len(means) < 2 or min(i.prompts for i in means.values()) < ENOUGH_PROMPTS:
         return []
     best = min(means, key=lambda c: (means[c].mean, c))
+    prompts = [[k for k in common if k[0] == p] for p in sorted({p for p, _ in common})]
     near = [c for c in means if c != best and paired(runs[c], runs[best]).sign == 0]
     text = f"{best} has the lowest mean {metric.title}, {metric.show(means[best].mean)}"
     if len(common) < max(len(r) for r in section.runs.values()):
         text += f" over the {plural(len(common), 'run')} that all have"
-    text += f"; not told apart from it: {listed(near)}" if near else ", and all others are worse"
+    for sds in [c for c in section.of("sds") if c in means and c != best]:
+        gains = [paired({k: runs[best][k] for k in at}, runs[sds], draws=1).mean for at in prompts]
+        text += f", less than {sds} on {sum(g < 0 for g in gains)} of {len(gains)} prompts"
+    all_others = ", and all others are measurably worse"
+    text += f"; not told apart from it: {listed(near)}" if near else all_others
+    if few := [c for c, r in every.items() if r and c not in means]:
+        text += f" (left out, with fewer than {ENOUGH_PROMPTS} prompts: {listed(few)})"
     spent = {c: values(section.runs[c], cost.column) for c in (best, *near)}
     spent = {c: interval(r, draws=1).mean for c, r in spent.items() if r}
     if near and len(spent) > 1:

@@ -16,9 +16,7 @@ PRIORS = (
     *("lods-embedding-guided", "lods-lora-guided"),
 )
 RIVALS = ("sds", "csd", "vsd")  # whom the claim is against
-MORE_RIVALS = (
-    "vsd-fast",
-)  # where they were run, against them too; each can stand for its own kind
+MORE_RIVALS = ("vsd-fast",)  # where they were run, against them too, or in their kind's place
 CEILING = "true-renders"  # rows of this prior are of the true shapes: no contestant
 KEYS = ("grid", "canvas", "prior", "prompt", "seed")
 
@@ -125,9 +123,9 @@ class Section:
 
     @property
     def contest(self) -> bool:
-        """Whether all of RIVALS were run, be it as one of MORE_RIVALS; else it says nothing of the
-        claim."""
-        return all(
+        """Whether all of RIVALS were run, be it as one of MORE_RIVALS, and judged; else it says
+        nothing of the claim."""
+        return all(values(self.all_runs, metric.column) for metric in HEADLINE) and all(
             self.of(rival, *(more for more in MORE_RIVALS if more.startswith(f"{rival}-")))
             for rival in RIVALS
         )

@@ -40,6 +40,28 @@ def test_tuning_says_what_was_tried_and_chosen(tmp_path):
     assert f"that the results use too: {PROMPTS[0]}." in page.text
 
 
+def test_tuning_says_what_was_chosen_at_an_edge(tmp_path):
+    scale = "system.guidance.guidance_scale"
+    chosen = {"sds": f"{scale}=5 scene_lr=1", "csd": "scene_lr=2", "vsd": f"{scale}=7.5"}
+    rows = [r | {"settings": chosen[r["prior"]]} for r in make_rows(tuple(chosen), seeds="0")]
+    tried = [
+        *(("sds", f"{scale}={s} scene_lr={lr}") for s in (5, 10) for lr in (0.5, 1)),
+        *(("csd", f"scene_lr={lr}") for lr in (1, 2)),
+        *(("vsd", f"{scale}={s}") for s in (2.5, 7.5, 20)),
+    ]
+    tuning = [
+        r | {"grid": "tuning", "settings": settings}
+        for prior, settings in tried
+        for r in make_rows((prior,), prompts=["a tree"], seeds="0")
+    ]
+    page, _ = made(tmp_path, rows, tuning=tuning)
+    assert (
+        "gaussians: chosen at the edge of what was tried, so that more of it may be better still: "
+        "lowest guidance scale: sds; highest learning rate of what is optimised, as a multiple of "
+        "the configuration's: sds, csd."
+    ) in page.text
+
+
 def test_what_a_setting_does_is_shown_at_its_best(tmp_path):
     """The lowest mean over prompts at each value; a run that failed counts for nothing."""
     distances = {

@@ -260,8 +260,9 @@ def test_what_is_done_is_not_repeated(many, tmp_path, capsys):
 
 
 def test_rows_tell_of_code_that_changes_under_a_grid(many, tmp_path, monkeypatch):
-    now = iter(["abc", "abc", "def"])  # when it starts, and at each run
-    monkeypatch.setattr(command, "commit", lambda: next(now))
+    now = iter("aab")  # when it starts, and at each run
+    monkeypatch.setattr(command, "code", lambda: next(now))
+    monkeypatch.setattr(command, "commit", lambda: "abc")
     many("--only", "seed=0,1")
     assert [r["commit"] for r in Table(tmp_path / "out").rows()] == ["abc", "abc-changed"]
 
