@@ -181,7 +181,9 @@ def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
         return made
     made += [
         callbacks.CodeSnapshotCallback(
-            os.path.join(cfg.trial_dir, "code"), use_version=False, exclude=[cfg.exp_root_dir]
+            os.path.join(cfg.trial_dir, "code"),
+            use_version=False,
+            exclude=[cfg.exp_root_dir, cfg.exp_dir],
         ),
         callbacks.ConfigSnapshotCallback(
             args.config, cfg, os.path.join(cfg.trial_dir, "configs"), use_version=False
@@ -242,7 +244,7 @@ def _last_path(cfg) -> str:
 
 def _make_trainer(args, cfg, guard, trainer_args: dict, system):
     import pytorch_lightning as pl
-    from pytorch_lightning.plugins.environments import SLURMEnvironment
+    from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
     from threestudio.systems.base import BaseLift3DSystem
     from threestudio.utils.checkpoint import AtomicCheckpointIO
@@ -266,10 +268,11 @@ def _make_trainer(args, cfg, guard, trainer_args: dict, system):
         # else Lightning draws a bar of its own
         trainer_args = {**trainer_args, "enable_progress_bar": False}
     plugins = [AtomicCheckpointIO()]
-    if SLURMEnvironment.detect():
-        # its files for requeueing would be loaded by whatever runs in that folder next
-        plugins.append(SLURMEnvironment(auto_requeue=False))
     try:
+        # torchrun comes first, as in Lightning; SLURM's files for requeueing would be loaded by
+        # whatever runs in that folder next
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+            plugins.append(SLURMEnvironment(auto_requeue=False))
         return pl.Trainer(
             callbacks=_make_callbacks(args, cfg, guard, trainer_args),
             plugins=plugins,

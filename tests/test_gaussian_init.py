@@ -317,13 +317,28 @@ def test_a_mesh_of_one_material_has_its_colour(Gaussians, tmp_path, suffix, uv):
     )
 
 
+@pytest.mark.parametrize("factor, shown", [(51, 0.484), (0, 0.0), (2, 0.0849), (None, 1.0)])
+def test_a_factor_of_gltf_is_linear(init, factor, shown):
+    """0.2 is shown as 0.484 (IEC 61966-2-1), and no factor as white."""
+    import trimesh
+
+    mesh = trimesh.creation.box()
+    color = None if factor is None else [factor] * 3 + [255]
+    material = trimesh.visual.material.PBRMaterial(baseColorFactor=color)
+    mesh.visual = trimesh.visual.TextureVisuals(material=material)
+    assert np.allclose(init.colors_of(mesh, "box.glb"), shown, atol=1e-3)
+    material = trimesh.visual.material.SimpleMaterial(diffuse=[51, 51, 51, 255])
+    mesh.visual = trimesh.visual.TextureVisuals(material=material)
+    assert np.allclose(init.colors_of(mesh, "box.obj"), 0.2)
+
+
 def test_colours_that_cannot_be_read_are_grey(init, tmp_path, monkeypatch):
     import trimesh
 
     said = []
     monkeypatch.setattr("threestudio.warn", said.append)
     mesh = trimesh.creation.box()
-    material = trimesh.visual.material.PBRMaterial(metallicFactor=0.5)
+    material = trimesh.visual.material.SimpleMaterial()
     mesh.visual = trimesh.visual.TextureVisuals(material=material)
     monkeypatch.setattr(type(material), "main_color", property(lambda self: 1 / 0))
     assert np.array_equal(init.colors_of(mesh, "box.glb"), np.full((8, 3), 0.5))

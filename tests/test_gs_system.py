@@ -204,6 +204,10 @@ def test_a_video_is_of_the_frames_of_its_test(small):
     parsed = [str(folder / "configs" / "parsed.yaml")]
     assert launch(parsed, [f"resume={folder}/ckpts/last.ckpt"], "--test") == 0
     assert sorted(p.name for p in frames.iterdir()) == [f"{i}.png" for i in range(5)]
+    # nor an export that renders
+    fewer = ["data.n_test_views=3", "system.exporter.save_video=true"]
+    assert launch(parsed, [f"resume={folder}/ckpts/last.ckpt", *fewer], "--export") == 0
+    assert sorted(p.name for p in frames.iterdir()) == [f"{i}.png" for i in range(3)]
 
 
 def test_no_sheet_and_no_weights_are_no_end(small, tmp_path):
@@ -218,9 +222,27 @@ def test_no_sheet_and_no_weights_are_no_end(small, tmp_path):
     assert learnt.exists() and not sheet.exists()
     weights.unlink()
     parsed, resume = trial("lora") / "configs/parsed.yaml", trial("lora") / "ckpts/last.ckpt"
-    assert launch([str(parsed)], [f"resume={resume}"], "--test") == 0
+    gone = f"{tmp_path}/gone.ckpt"
+    more = [f"system.weights={gone}", f"system.geometry.weights={gone}:geometry"]
+    assert launch([str(parsed)], [f"resume={resume}", *more], "--test") == 0
     with pytest.raises(ValueError, match="sheet_columns 1 or more"):
         fit(*small("embedding+pocket", "system.sheet_columns=0"))
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        ("system.loss.lambda_sparsity=null", "system.loss.lambda_sparsity: a scheduled value"),
+        ("system.guidance.max_step_percent=null", "system.guidance.max_step_percent: a scheduled"),
+        ("data.height=null", "data.height must be a whole number or a list of them, not None"),
+        ("data.width=64.0", "data.width must be a whole number or a list of them, not 64.0"),
+        ("system.exporter.fmt=null", "system.exporter.fmt has 'None'"),
+    ],
+)
+def test_a_value_of_a_wrong_kind_is_named(small, option, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        fit(*small("embedding+pocket", option))
+    assert "\n" not in str(caught.value)
 
 
 def test_lora_configuration_differs_in_the_prior_only():

@@ -172,7 +172,11 @@ def test_timestamp():
     # it is the number of processes that counts
     assert load(args=[PROMPT, "trainer.devices=1"], n_gpus=2).trial_name.startswith("a_red_car@20")
     for more in ("trainer.devices=2", "trainer.num_nodes=2"):
-        assert load(args=[PROMPT, more]).trial_name == "a_red_car"
+        assert load(args=[PROMPT, more], n_gpus=2).trial_name == "a_red_car"
+    # of devices there are no more than are visible, but for processes on the CPU
+    two = [PROMPT, "trainer.devices=2"]
+    assert load(args=two).trial_name.startswith("a_red_car@20")
+    assert load(args=[*two, "trainer.accelerator=cpu"]).trial_name == "a_red_car"
     # what is no number of them is left to the Trainer's own refusal
     for value in ("many", ".inf", "null", "[2]", "²", "--3"):
         for key in ("devices", "num_nodes"):

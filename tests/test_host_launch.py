@@ -346,6 +346,10 @@ def test_code_snapshot(tmp_path, monkeypatch, caplog):
     # nor those of the run before, where runs are in a folder of another name
     callback = CodeSnapshotCallback("run/next/code", use_version=False, exclude=["run"])
     assert callback.get_file_list() == copied
+    # but all of it where the results lie in the repository's own folder, or around it
+    for root in (".", ".."):
+        callback = CodeSnapshotCallback("run/next/code", use_version=False, exclude=[root, "run"])
+        assert callback.get_file_list() == copied
     monkeypatch.setattr(callback, "get_file_list", lambda: ["kept.py", "gone.py"])
     callback.save_code_snapshot()
     assert [p.name for p in Path("run/next/code").iterdir()] == ["kept.py"]

@@ -141,6 +141,17 @@ def test_a_folder_of_extensions(custom):
     assert extensions.load_custom_modules(custom / "nowhere") == {}
 
 
+def test_a_folder_and_a_file_of_one_name(custom, monkeypatch):
+    """The folder is loaded, and the user is told of the other."""
+    (custom / "h-good-ext.py").write_text("raise SystemExit")
+    said = []
+    monkeypatch.setattr(threestudio, "warn", said.append)
+    assert extensions.load_custom_modules(custom)["h-good-ext"] is None
+    extensions.report_failures()
+    (line,) = [s for s in said if "h-good-ext" in s]
+    assert "h-good-ext.py is not loaded: " in line and "has the same name" in line
+
+
 def test_loading_twice_returns_the_same_module(custom, tmp_path, registry):
     module = extensions.load_extension(custom / "h-good-ext")
     assert module.LOADED and extensions.load_extension(custom / "h-good-ext") is module
@@ -348,6 +359,8 @@ def test_module_weights_come_from_a_part_of_a_checkpoint(tmp_path):
     assert list(kept) == ["other"]
     kept, _, _ = misc.load_module_weights(path, ignore_modules=["other"])  # a parameter
     assert "other" not in kept and len(kept) == len(state)
+    twice = ["geometry", "geometry.net", "geometry"]  # one within another
+    assert list(misc.load_module_weights(path, ignore_modules=twice)[0]) == ["other"]
     with pytest.raises(UserError, match=r"no weights called 'geometri'.*did you mean 'geometry"):
         misc.load_module_weights(path, ignore_modules=["geometri"])
     with pytest.raises(ValueError, match="exclude each other"):

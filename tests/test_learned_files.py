@@ -1,5 +1,6 @@
 """What a prior has learnt, as files: read by others, and taken back."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -218,6 +219,24 @@ def test_a_pickle_is_not_read(make, tmp_path, name):
         with pytest.raises(ValueError, match="cannot be read as safetensors") as caught:
             make(name, weights=str(path))
         assert one_line(caught) and not bomb.exploded()
+
+
+def test_one_model_has_one_name(make, tmp_path, monkeypatch):
+    """A file that names the folder of a card was learnt on that card's model."""
+    path = make(EMBEDDING).save_learned(tmp_path / "embedding.safetensors")
+    module = importlib.import_module("threestudio-lods.guidance.base")
+    names = {"a/folder": "a-card"}
+    monkeypatch.setattr(module, "canonical", lambda name: names.get(name, name))
+    said = []
+    monkeypatch.setattr(threestudio, "warn", said.append)
+    guidance = make(EMBEDDING)
+    monkeypatch.setattr(type(guidance), "learnt_on", "a-card")
+    monkeypatch.setattr(guidance, "load_learned", lambda path: {"model": "a/folder"})
+    guidance._start_from_file(path)
+    assert said == []
+    monkeypatch.setattr(guidance, "load_learned", lambda path: {"model": "another"})
+    guidance._start_from_file(path)
+    assert len(said) == 1
 
 
 def test_another_models_file_is_warned_about(make, tiny_sd, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from omegaconf import ListConfig
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 import threestudio
@@ -82,8 +83,11 @@ def _check_ranges(cfg: RandomCameraDataModuleConfig) -> None:
         )
 
 
-def _as_list(value: Any) -> List[int]:
-    return [value] if isinstance(value, int) else [int(v) for v in value]
+def _as_list(value: Any, name: str) -> List[int]:
+    values = list(value) if isinstance(value, (list, tuple, ListConfig)) else [value]
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise UserError(f"data.{name} must be a whole number or a list of them, not {value!r}")
+    return values
 
 
 class RandomCameraIterableDataset(IterableDataset, Updateable):
@@ -98,7 +102,7 @@ class RandomCameraIterableDataset(IterableDataset, Updateable):
         super().__init__()
         self.cfg: RandomCameraDataModuleConfig = cfg
         _check_ranges(cfg)
-        sizes = [_as_list(v) for v in (cfg.height, cfg.width, cfg.batch_size)]
+        sizes = [_as_list(cfg[name], name) for name in ("height", "width", "batch_size")]
         # one value is for all resolutions, and one batch size however often it stands there
         n = max(len(v) for v in sizes[:2] + [v for v in sizes[2:] if len(set(v)) > 1])
         sizes = [v[:1] * n if len(set(v)) == 1 else v for v in sizes]

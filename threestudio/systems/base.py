@@ -60,7 +60,7 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
         if cfg is not None and "loggers" in cfg:
             self.create_loggers(self.cfg.loggers)
         self.configure()
-        if self.cfg.weights is not None:
+        if self.cfg.weights is not None and not resumed:
             self.load_weights(self.cfg.weights, self.cfg.weights_ignore_modules)
         self.post_configure()
 
@@ -215,8 +215,12 @@ class BaseLift3DSystem(BaseSystem):
     cfg: Config
 
     def configure(self) -> None:
-        self.cfg.geometry_convert_from = find_last_path(self.cfg.geometry_convert_from)
-        self.cfg.weights = find_last_path(self.cfg.weights)
+        if self.resumed:  # the checkpoint brings all weights, and the files may be gone
+            for part in (self.cfg.geometry, self.cfg.material, self.cfg.background):
+                part.pop("weights", None)
+        else:
+            self.cfg.geometry_convert_from = find_last_path(self.cfg.geometry_convert_from)
+            self.cfg.weights = find_last_path(self.cfg.weights)
         # a run that has weights of its own must not start from another geometry again
         if self.cfg.geometry_convert_from and not self.cfg.weights and not self.resumed:
             self.geometry = self._converted_geometry(self.cfg.geometry_convert_from)

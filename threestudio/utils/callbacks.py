@@ -109,6 +109,8 @@ class CodeSnapshotCallback(VersionedCallback):
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         out = subprocess.run(command, check=True, capture_output=True).stdout
         outside = {Path(folder).resolve() for folder in (self.save_root, *self.exclude)}
+        here = Path.cwd().resolve()
+        outside -= {here, *here.parents}  # results in the repository's own folder, or around it
         return [
             name
             for name in sorted(set(os.fsdecode(out).split("\0")))

@@ -162,7 +162,9 @@ class ExperimentConfig:
         numbers = re.compile(r"-?\d{1,9}", re.ASCII)
         devices = int(devices) if numbers.fullmatch(str(devices)) else -1
         nodes = int(nodes) if numbers.fullmatch(str(nodes)) else 1
-        return (self.n_gpus if devices < 0 else devices) > 1 or nodes > 1
+        if self.trainer.get("accelerator") != "cpu":  # there are no more of them than are visible
+            devices = self.n_gpus if devices < 0 else min(devices, self.n_gpus)
+        return devices > 1 or nodes > 1
 
 
 def _load_yaml(text_or_path: str, from_string: bool) -> DictConfig:

@@ -106,7 +106,13 @@ def load_custom_modules(root="custom") -> dict:
     Returns ``{name: None, or the exception it failed with}``.
     """
     result: dict = {}
-    every = waiting = dict(find_extensions(root))
+    every: dict = {}
+    for name, path in find_extensions(root):
+        first = every.setdefault(name, path)
+        if first is not path:
+            error = ImportError(f"{path} is not loaded: {first} has the same name")
+            _to_report[f"{name} ({path.name})"] = error
+    waiting = every
     while waiting:
         later = {}
         for name, path in waiting.items():

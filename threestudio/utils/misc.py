@@ -141,14 +141,16 @@ def load_module_weights(
         if not state:
             raise UserError(f"{path} holds no weights of a module called {module_name!r}")
     if ignore_modules is not None:
+        ignored: set = set()
         for name in ignore_modules:
-            kept = {k: v for k, v in state.items() if k != name and not k.startswith(name + ".")}
-            if len(kept) == len(state):
+            named = {k for k in state if k == name or k.startswith(name + ".")}
+            if not named:
                 raise UserError(
                     f"{path} holds no weights called {name!r}, which are to be ignored"
                     f"{nearest(name, {k.rsplit('.', 1)[0] for k in state})}"
                 )
-            state = kept
+            ignored |= named
+        state = {k: v for k, v in state.items() if k not in ignored}
     return state, checkpoint["epoch"], checkpoint["global_step"]
 
 

@@ -4,6 +4,12 @@ import itertools
 
 from omegaconf import ListConfig
 
+from threestudio.utils.errors import UserError
+
+
+class NotScheduledError(UserError, TypeError):
+    """A value that is neither number nor list (a ``TypeError`` for code written against one)."""
+
 
 def schedule_knots(value) -> list[tuple[float, float]]:
     """The ``(step, value)`` knots of a scheduled value given as a list.
@@ -35,12 +41,14 @@ def C(value, epoch: int, global_step: int, interpolation: str = "linear") -> flo
     dataset never ends, so epochs do not advance there). Where two knots share a step, the value
     jumps at it.
 
-    Raises ``TypeError`` for anything else, ``ValueError`` for a malformed list.
+    Raises :class:`NotScheduledError` for anything else, ``ValueError`` for a malformed list.
     """
     if isinstance(value, (int, float)):
         return value
     if not isinstance(value, (list, tuple, ListConfig)) and not _is_tuple_config(value):
-        raise TypeError(f"a scheduled value must be a number or a list of numbers, not {value!r}")
+        raise NotScheduledError(
+            f"a scheduled value must be a number or a list of numbers, not {value!r}"
+        )
     knots = schedule_knots(value)
     now = global_step if isinstance(knots[-1][0], int) else epoch
     if now >= knots[-1][0]:

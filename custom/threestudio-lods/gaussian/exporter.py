@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from omegaconf import ListConfig
+
 import threestudio
 from threestudio.models.exporters.base import Exporter, ExporterOutput
 from threestudio.utils.typing import *
@@ -32,7 +34,8 @@ class GaussianExporter(Exporter):
 
     def configure(self, *args, **kwargs) -> None:
         super().configure(*args, **kwargs)
-        self.formats = [self.cfg.fmt] if isinstance(self.cfg.fmt, str) else list(self.cfg.fmt)
+        several = isinstance(self.cfg.fmt, (list, tuple, ListConfig))
+        self.formats = list(self.cfg.fmt) if several else [self.cfg.fmt]
         for fmt in self.formats:
             if fmt not in FORMATS:
                 raise ValueError(

@@ -150,6 +150,17 @@ class FileInit:
         return Points(xyz, points.rgb)
 
 
+def one_color(material) -> Float[np.ndarray, "4"]:
+    """The colour 0..255 of a material without a picture. glTF's ``baseColorFactor`` is linear, and
+    white if it is not there (its specification, 3.9.2); colours of other formats are as shown."""
+    if not hasattr(material, "baseColorFactor"):
+        return np.asarray(material.main_color)
+    factor = material.baseColorFactor
+    linear = np.ones(4) if factor is None else np.asarray(factor, float) / 255
+    curve = 1.055 * linear ** (1 / 2.4) - 0.055
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, curve)
+
+
 def colors_of(mesh, path: Path) -> Float[np.ndarray, "V 3"]:
     """Colours 0..1 of a mesh's vertices: its own, its texture's, or its material's one colour; mid
     grey without any, and, with a warning, where they cannot be read."""
@@ -163,7 +174,7 @@ def colors_of(mesh, path: Path) -> Float[np.ndarray, "V 3"]:
             material = mesh.visual.material
             images = (getattr(material, name, None) for name in ("image", "baseColorTexture"))
             pictured = mesh.visual.uv is not None and any(image is not None for image in images)
-            colors = mesh.visual.to_color().vertex_colors if pictured else material.main_color
+            colors = mesh.visual.to_color().vertex_colors if pictured else one_color(material)
         colors = np.atleast_2d(np.asarray(colors, dtype=np.float64))[:, :3] / 255.0
         return np.broadcast_to(colors, grey.shape).copy()
     except Exception as error:  # of many kinds: a material has what its file says

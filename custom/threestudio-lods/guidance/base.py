@@ -183,7 +183,7 @@ class BaseGuidance(BaseModule):
 
     def _start_from_file(self, path) -> None:
         model = self.load_learned(path).get("model")
-        if model not in (None, self.learnt_on):
+        if model is not None and canonical(model) != self.learnt_on:
             threestudio.warn(f"guidance: {path} was learnt on {model!r}, not {self.learnt_on!r}")
         threestudio.info(f"guidance: what is learnt starts from {path}")
 

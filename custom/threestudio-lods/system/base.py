@@ -40,12 +40,12 @@ class LODSSystem(BaseLift3DSystem):
     cfg: Config
 
     def configure(self) -> None:
-        super().configure()
         if self.cfg.sheet_views < 0 or self.cfg.sheet_columns < 1:
             raise ValueError(
                 "system.sheet_views must be 0 (no contact sheet) or more and system.sheet_columns "
                 f"1 or more, not {self.cfg.sheet_views} and {self.cfg.sheet_columns}"
             )
+        super().configure()
         if self.resumed and "weights" in self.cfg.guidance:
             # the checkpoint brings what was learnt, and the file may be gone
             self.cfg.guidance["weights"] = None
@@ -127,10 +127,16 @@ class LODSSystem(BaseLift3DSystem):
                     f"add system.loss.{key}=1.0 to the configuration"
                 )
             self.note(f"train/loss_{name}", value)
-            total = total + value * self.C(self.cfg.loss[key])
-        for key, value in self.cfg.loss.items():
-            self.note(f"train_params/{key}", self.C(value))
+            total = total + value * self._weight(key)
+        for key in self.cfg.loss:
+            self.note(f"train_params/{key}", self._weight(key))
         return total
+
+    def _weight(self, key: str) -> float:
+        try:
+            return self.C(self.cfg.loss[key])
+        except TypeError as error:
+            raise ValueError(f"system.loss.{key}: {error} (0 for none)") from None
 
     # -- pictures ------------------------------------------------------------------------------
 
@@ -152,7 +158,12 @@ class LODSSystem(BaseLift3DSystem):
         pass
 
     def on_test_epoch_start(self) -> None:
-        loaders = self.trainer.test_dataloaders
+        self._count_views(self.trainer.test_dataloaders)
+
+    def on_predict_epoch_start(self) -> None:
+        self._count_views(self.trainer.predict_dataloaders)
+
+    def _count_views(self, loaders) -> None:
         self.views = len(loaders.dataset) if hasattr(loaders, "dataset") else 0
 
     def test_step(self, batch: Dict[str, Any], batch_idx: int) -> None:
