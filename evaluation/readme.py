@@ -6,6 +6,7 @@ that its numbers are those of the table; ``make report`` does it together with t
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from evaluation.document import Bold, Table, Text, markdown, plural
 from evaluation.montage import montage
@@ -39,9 +40,29 @@ from threestudio.utils.errors import UserError
 README = FOLDER.parent.parent / "README.md"
 MARKS = "<!-- results: written by make report -->", "<!-- end of the results -->"
 NOTHING = "**The full comparison has not been run yet.**"
-# a picture of the study at a high guidance scale, and whom it shows
-STUDY, PICTURE = ("improve", "2d"), "scale-100.webp"
-PICTURED = ("sds", "csd", "lods-embedding", "lods-lora", "lods-lora-4", CEILING)
+
+
+class Picture(NamedTuple):
+    """Of a section's first seed, with all of its prompts, which are not chosen for it."""
+
+    file: str
+    caption: str
+    priors: tuple[str, ...]
+
+
+STUDY = ("improve", "2d")  # at a high guidance scale
+PICTURES = {
+    ("pocket", "gaussians"): Picture(
+        "gaussians.webp",
+        "Gaussians of all prompts, front and side",
+        ("sds", "csd", "vsd-fast", "lods-embedding", "lods-lora", "lods-lora-fast", CEILING),
+    ),
+    STUDY: Picture(
+        "scale-100.webp",
+        "Objects at a guidance scale of 100",
+        ("sds", "csd", "lods-embedding", "lods-lora", "lods-lora-4", CEILING),
+    ),
+}
 SHOWN = (METRICS[0], METRICS[2], METRICS[3], METRICS[4])
 
 
@@ -89,25 +110,32 @@ def results(folder: Path = FOLDER) -> str:
         title = ", ".join([title_of(section, alone), *(plural(*count) for count in counts)])
         said = [*standing(section), *full_marks(section)]
         text += "\n" + markdown([Text(f"{title}:"), compact(section), *map(Text, said)])
+        text += _shown(section, folder)
     for section in found:
         if (section.grid, section.canvas) == STUDY and section not in main:
             for why in filter(None, (at_one_scale(section), learning_pays(section))):
                 text += "\n" + markdown([Text(why)])
-            text += f"\n![Objects at a guidance scale of 100](docs/evaluation/{PICTURE})\n"
+            text += _shown(section, folder)
     return text
 
 
-def picture(folder: Path = FOLDER) -> None:
-    """Draw PICTURE into ``folder`` where the tables have its study."""
+def _shown(section: Section, folder: Path) -> str:
+    picture = PICTURES.get((section.grid, section.canvas))
+    if picture is None or not (folder / picture.file).exists():
+        return ""
+    return f"\n![{picture.caption}](docs/evaluation/{picture.file})\n"
+
+
+def draw(folder: Path = FOLDER) -> None:
+    """Draw those of PICTURES into ``folder`` whose sections the tables have."""
     rows = read(folder / "results.csv", ("grid", "canvas", "prior", "prompt", "seed", "status"))
     for section in sections(rows or ()):
-        if (section.grid, section.canvas) == STUDY:
-            prompts, seeds = section.prompts(), section.seeds()[:1]
-            sheets = [
-                [sheet_path(folder, *STUDY, c, p, seed) for p in prompts for seed in seeds]
-                for c in PICTURED
-            ]
-            montage(folder / PICTURE, sheets, PICTURED, prompts)
+        key = section.grid, section.canvas
+        if key in PICTURES and section.seeds():
+            file, _, priors = PICTURES[key]
+            prompts, seed = section.prompts(), section.seeds()[0]
+            sheets = [[sheet_path(folder, *key, c, p, seed) for p in prompts] for c in priors]
+            montage(folder / file, sheets, priors, prompts)
 
 
 def update(readme: Path = README, folder: Path = FOLDER) -> None:
@@ -123,7 +151,7 @@ def update(readme: Path = README, folder: Path = FOLDER) -> None:
 
 if __name__ == "__main__":
     try:
-        picture()
+        draw()
         update()
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -55,26 +55,28 @@ def test_a_study_has_a_picture_and_no_table(tmp_path):
     grid, canvas = readme.STUDY
     rows = [{**r, "grid": grid} for r in make_rows(("sds", "csd", "lods-lora"), (canvas,))]
     made(tmp_path, rows)
-    readme.picture(tmp_path)
-    assert not (tmp_path / readme.PICTURE).exists()  # there are no sheets yet
+    picture = readme.PICTURES[readme.STUDY]
+    readme.draw(tmp_path)
+    assert not (tmp_path / picture.file).exists()  # there are no sheets yet
+    assert picture.file not in readme.results(tmp_path)
     (tmp_path / "sheets" / grid).mkdir(parents=True)
     prompt = sorted({r["prompt"] for r in rows})[1]
     colors = {"sds": (250, 0, 0), "lods-lora": (0, 0, 250)}  # there is no sheet of csd
     for prior, color in colors.items():
         file = sheet_path(tmp_path, grid, canvas, prior, prompt, "0")
         Image.new("RGB", (128, 32), color).save(file, lossless=True)
-    readme.picture(tmp_path)
-    with Image.open(tmp_path / readme.PICTURE) as image:
+    readme.draw(tmp_path)
+    with Image.open(tmp_path / picture.file) as image:
         page = np.asarray(image.convert("RGB")).astype(int)
     for prior in ("sds", "csd", "lods-lora"):
-        row, column = readme.PICTURED.index(prior), 1
+        row, column = picture.priors.index(prior), 1
         y, x = LINE + row * (32 + GAP), LABEL + column * (64 + GAP)
         inside, beside = page[y + 2 : y + 30, x + 2 : x + 62], page[y : y + 32, x - GAP : x - 1]
         assert np.abs(inside - np.array(colors.get(prior, (255, 255, 255)))).max() < 12
         assert beside.min() > 240
     others = make_rows()
     write_csv(tmp_path / "results.csv", [*others, *rows])
-    before, after = readme.results(tmp_path).split(f"(docs/evaluation/{readme.PICTURE})")
+    before, after = readme.results(tmp_path).split(f"(docs/evaluation/{picture.file})")
     assert "8 prompts, 3 seeds" in before and "| lods-embedding | 24 |" in before
     assert "has the lowest mean Frechet distance" in before
     assert "| lods-lora |" not in before + after  # which is in the study only
