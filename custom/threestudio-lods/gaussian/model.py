@@ -32,7 +32,7 @@ class Gaussians(BaseGeometry):
         sh_degree: int = 0  # 0: one colour from all sides; up to 3
         init_type: str = "ball"  # ball | file | shap-e | none
         init_seed: int = 0
-        init_opacity: float = 0.1
+        init_opacity: float = 0.1  # this and init_scale: of points; a 3DGS ply brings its own
         init_scale: float = 1.0  # times the rms distance to the 3 nearest neighbours
         # who finds the neighbours: auto | simple-knn | gswarp (both CUDA) | scipy
         knn_backend: str = "auto"
