@@ -151,7 +151,7 @@ VALUES = st.one_of(
 )
 
 
-@budget(350)
+@budget(150)
 @given(st.lists(st.tuples(KEYS, VALUES), max_size=4))
 @example([("data.list.0", "1")])
 @example([("system", "3"), ("system.x", "1")])
