@@ -112,7 +112,7 @@ def results(folder: Path = FOLDER) -> str:
         text += "\n" + markdown([Text(f"{title}:"), compact(section), *map(Text, said)])
         text += _shown(section, folder)
     for section in found:
-        if (section.grid, section.canvas) == STUDY and section not in main:
+        if section not in main:
             for why in filter(None, (at_one_scale(section), learning_pays(section))):
                 text += "\n" + markdown([Text(why)])
             text += _shown(section, folder)

@@ -37,14 +37,16 @@ def test_shipped_grids():
     improve, long, finals = (load_grid(GRIDS / f"{n}.yaml") for n in ("improve", "long", "finals"))
     for grid in (improve, finals):
         assert not {r.prompt for r in grid.runs} & {r.prompt for r in pocket.runs}
+    high = load_grid(GRIDS / "high.yaml")
+    assert {r.prompt for r in high.runs} == {r.prompt for r in pocket.runs}
     # the same settings and prompts, only longer
     chosen = {(r.prior, r.prompt, r.settings) for r in pocket.runs if r.canvas == "gaussians"}
     assert {(r.prior, r.prompt, r.settings) for r in long.runs} < chosen
     # or there is no Frechet distance in 3D
-    for grid in (pocket, tuning, quick, improve, long, finals):
+    for grid in (pocket, tuning, quick, improve, long, finals, high):
         labels = [asked(r.prompt) for r in grid.runs]
         assert all(color >= 0 for kind, color in labels if KINDS[kind].natural)
-    for grid in (pocket, tuning, quick, bench, improve, long, finals):
+    for grid in (pocket, tuning, quick, bench, improve, long, finals, high):
         assert all((ROOT / name).is_file() for r in grid.runs for name in r.configs)
 
 
