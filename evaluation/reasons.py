@@ -74,7 +74,7 @@ def at_one_scale(section: Section) -> str | None:
     runs = {
         name: values(rows, DISTANCE.column)
         for name, rows in section.runs.items()
-        if not any(SCALE in r.get("settings", "") for r in rows)
+        if not any(f"{SCALE}=" in r.get("settings", "") for r in rows)
     }
     runs = {n: r for n, r in runs.items() if {prompt for prompt, _ in r} == set(section.prompts())}
     others = {n: r for n, r in runs.items() if n not in section.lods}

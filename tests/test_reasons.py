@@ -80,7 +80,8 @@ def test_learning_is_compared_with_quality(distances, said):
 def test_priors_are_compared_at_one_scale():
     distances = {"sds": 50, "vsd-100": 40, "nfsd": 1, "lods-a": 30, "lods-b": 45, "lods-c": 2}
     scale = "system.guidance.guidance_scale=5.0"
-    rows = study(distances, settings={"nfsd": scale, "lods-c": scale})
+    weight = "system.loss.lambda_sds=${div:1,${system.guidance.guidance_scale}}"  # sets no scale
+    rows = study(distances, settings={"nfsd": scale, "lods-c": scale, "sds": weight})
     (text,) = told([*RIVALS, *rows])
     assert text == (
         "gaussians (grid study), Frechet distance at one guidance scale for all, 2 LODS "
