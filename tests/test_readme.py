@@ -91,7 +91,7 @@ def test_what_carries_over_says_what_the_table_says():
     # numbers of a line in their order -> whose means they are
     told = {
         "2d": {
-            "| learn faster": "lods-lora lods-lora-fast sds csd",
+            "| learn faster": "lods-lora lods-lora-fast sds csd vsd-100 vsd-100-fast",
             "| learn more often": "lods-lora lods-lora-4",
             "| four draws": "lods-lora lods-lora-draws",
             "| four times as often": "lods-lora-4-fast",
