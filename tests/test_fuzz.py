@@ -193,7 +193,7 @@ TREES = st.recursive(
 )
 
 
-@budget(100)
+@budget(50)
 @given(st.dictionaries(st.text(alphabet="xyz-", min_size=1, max_size=4), TREES, max_size=3))
 def test_a_config_survives_a_file(tree):
     """What parsed.yaml holds is what was loaded, for every tree of plain values."""
@@ -231,7 +231,7 @@ class Fields:
     free: dict = field(default_factory=dict)
 
 
-@budget(500)
+@budget(300)
 @example({"steps": {}}, True)
 @given(
     st.dictionaries(
@@ -269,7 +269,7 @@ NASTY = st.text(
 )
 
 
-@budget(600)
+@budget(300)
 @given(NASTY, NASTY)
 @example("con.txt", "CON")
 @example("a" * 119 + "é", "a" * 119 + "è")
@@ -315,7 +315,7 @@ def test_prompts(prompt, back):
 PIECES = st.text(alphabet="01:ab", max_size=5)
 
 
-@budget(600)
+@budget(300)
 @given(PIECES, PIECES, PIECES, PIECES)
 @example("a", "b", "", "ab")
 @example("1:a", "b", "1", ":ab")
