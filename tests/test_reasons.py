@@ -1,7 +1,11 @@
 """What the report gives as reasons, from small tables."""
 
+import subprocess
+
 import pytest
 
+from evaluation import machine
+from evaluation.overview import method
 from evaluation.reasons import reasons
 from evaluation.report import full_marks, standing
 from evaluation.results import sections
@@ -41,6 +45,10 @@ def test_scales_are_compared_each_at_its_best():
     near = [r | {"frechet": "44"} if r["frechet"] == "60" else r for r in tuning]
     assert "1.10 times that at 100" in told(RIVALS, near)[0]
     assert "saturates" not in told(RIVALS, near)[0]
+    # and at a high scale
+    lower = [r | {"settings": r["settings"].replace("=100", "=10")} for r in tuning]
+    assert "1.50 times that at 10" in told(RIVALS, lower)[0]
+    assert "saturates" not in told(RIVALS, lower)[0]
     # two scales that came to a second round
     later = [r | {"prompt": "a lamp", "frechet": "70"} for r in tuning if r["frechet"] in "40 60"]
     (text,) = told(RIVALS, [*tuning, *later])
@@ -113,6 +121,50 @@ def test_a_fast_rival_stands_for_its_kind(third, contest):
     # without a judge there is nothing to say
     unjudged = [r | {"object_accuracy": "", "frechet": ""} for r in section.all_runs]
     assert not sections(unjudged)[0].contest
+
+
+def test_on_how_many_prompts_the_best_is_better_than_sds():
+    rows = make_rows(("sds", "lods-lora"), seeds="01")
+    for r in rows:
+        worse = r["prompt"] in PROMPTS[:3] and r["prior"] == "lods-lora"
+        r["frechet"] = {"sds": "50", "lods-lora": "60" if worse else "10"}[r["prior"]]
+    (text,) = standing(sections(rows)[0])
+    assert text.startswith("lods-lora has the lowest mean") and "than sds on 5 of 8 prompts" in text
+
+
+def test_names_and_priors_are_explained():
+    priors = ("sds", "vsd-100", "lods-lora", "lods-lora-4", "csd-x")
+    (_, bullets) = method(sections(make_rows(priors, seeds="0")), None)
+    text = bullets.items[0] + bullets.items[1]
+    assert "-4 four updates a step of what is learnt and -100 a guidance scale." in text
+    assert "sds, the guided eps minus the noise" in text and "lods-lora, the same" in text
+    assert "csd, eps" not in text and "-fast" not in text
+
+
+def test_what_the_code_is_does_not_hang_on_other_commits(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+
+    def git(*args):
+        command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *args]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "-q")
+    for name in ("configs/a.yaml", "docs/table.csv", "evaluation/grids/g.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("add", "."), git("commit", "-qm", "1")
+    before, first = machine.code(), machine.commit()
+    (tmp_path / "docs/table.csv").write_text("2")
+    (tmp_path / "evaluation/grids/g.yaml").write_text("2")
+    git("commit", "-qam", "2")
+    assert machine.code() == before and machine.commit() != first
+    (tmp_path / "configs/b.yaml").write_text("1")
+    new = machine.code()
+    (tmp_path / "configs/b.yaml").unlink()
+    (tmp_path / "configs/a.yaml").write_text("2")
+    edited = machine.code()
+    git("commit", "-qam", "3")
+    assert len({before, new, edited, machine.code()}) == 4
 
 
 def test_who_is_best_is_told_over_the_runs_that_all_have():

@@ -61,10 +61,11 @@ def check_schedules(cfg) -> None:
     schedules = (cfg.min_step_percent, cfg.max_step_percent, cfg.grad_clip)
     lists = [list(s) for s in schedules if not isinstance(s, (int, float, str, type(None)))]
     steps = {0, *(int(x) for s in lists for x in s if isinstance(x, int) and x > 0)}
-    for name, schedule in zip(("min_step_percent", "max_step_percent", "grad_clip"), schedules):
+    for name in ("min_step_percent", "max_step_percent", "grad_clip"):
+        if name == "grad_clip" and cfg.grad_clip is None:
+            continue
         try:
-            if name != "grad_clip" or schedule is not None:
-                C(schedule, 0, 0)
+            C(cfg[name], 0, 0)
         except TypeError as error:
             raise ValueError(f"system.guidance.{name}: {error}") from None
     for step in sorted(steps):
