@@ -361,6 +361,7 @@ def test_module_weights_come_from_a_part_of_a_checkpoint(tmp_path):
     assert "other" not in kept and len(kept) == len(state)
     twice = ["geometry", "geometry.net", "geometry"]  # one within another
     assert list(misc.load_module_weights(path, ignore_modules=twice)[0]) == ["other"]
+    assert misc.load_module_weights(path, ignore_modules=["geometry", "other"])[0] == {}
     with pytest.raises(UserError, match=r"no weights called 'geometri'.*did you mean 'geometry"):
         misc.load_module_weights(path, ignore_modules=["geometri"])
     with pytest.raises(ValueError, match="exclude each other"):
