@@ -167,9 +167,10 @@ def _check_names(function, values, where: str) -> None:
 
 
 def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
-    from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+    from pytorch_lightning.callbacks import LearningRateMonitor
 
     from threestudio.utils import callbacks
+    from threestudio.utils.best_checkpoints import BestCheckpoints, ModelCheckpoint
     from threestudio.utils.checkpoint import LastCheckpoint
 
     made: list = [callbacks.ReportFailures()]  # first, so that it comes before the progress bar
@@ -201,7 +202,7 @@ def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
             options.setdefault("enable_version_counter", False)
         every = options.get("every_n_train_steps")
         made += [
-            ModelCheckpoint(**options),
+            BestCheckpoints(**options),
             LastCheckpoint(_last_path(cfg), guard, every_n_train_steps=every),
         ]
     return made
@@ -267,7 +268,7 @@ def _make_trainer(args, cfg, guard, trainer_args: dict, system):
     if args.gradio:
         # else Lightning draws a bar of its own
         trainer_args = {**trainer_args, "enable_progress_bar": False}
-    plugins = [AtomicCheckpointIO()]
+    plugins = [AtomicCheckpointIO(_checkpoint_folder(cfg))]
     try:
         # torchrun comes first, as in Lightning; SLURM's files for requeueing would be loaded by
         # whatever runs in that folder next

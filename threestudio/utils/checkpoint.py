@@ -1,6 +1,8 @@
 """Checkpoints that are whole or absent, and a last checkpoint that is the last step."""
 
+import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -11,6 +13,7 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 
+import threestudio
 from threestudio.utils.errors import UserError
 from threestudio.utils.files import whole_file
 from threestudio.utils.typing import *
@@ -121,14 +124,37 @@ def read_checkpoint(path, map_location=None) -> dict:
     raise UserError(problem + (f": the newest good one beside it is {good[0]}" if good else ""))
 
 
+def is_checkpoint_of(path, folder) -> bool:
+    """Whether `path` is a regular ``.ckpt`` file, and no link, whose real path is below `folder`."""
+    path, folder = Path(path), os.path.realpath(folder)
+    try:
+        regular = stat.S_ISREG(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+    return (
+        regular and path.suffix == ".ckpt" and Path(os.path.realpath(path)).is_relative_to(folder)
+    )
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's file access, such that a checkpoint is never half written and never executes
-    code when it is read.
+    """Lightning's file access, such that a checkpoint is never half written, never executes code
+    when it is read, and nothing but a checkpoint in `folder` (None: nothing at all) is removed.
 
     A file is written beside its place, flushed to the disk and then renamed over it: a crash or a
     full disk (``OSError``) leaves the old one. What could not be read back is refused when it is
     written.
     """
+
+    def __init__(self, folder=None) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def remove_checkpoint(self, path) -> None:
+        """Lightning removes whatever has this path, whole folders too."""
+        if self.folder is not None and is_checkpoint_of(path, self.folder):
+            os.unlink(path)
+        else:
+            threestudio.warn(f"{path} is not removed: it is no checkpoint in {self.folder}")
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         if storage_options is not None:
