@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from timing import ROOT, fastest, machine, peak_mib, write_table
 
 from threestudio.models.hashgrid import grid_layout, hash_encode
+from threestudio.utils.kernel_cache import kernel
 
 FINEST = 4096  # cells a side, for any number of levels
 
@@ -159,7 +160,7 @@ VERSIONS = {
 }
 
 
-@numba.njit(parallel=True, cache=True)
+@kernel(parallel=True)
 def bare_gather(table, entries, out):
     """Reads the two features of each entry (levels, points * 8), level by level on each thread."""
     workers, n = len(out), entries.shape[1]
@@ -173,7 +174,7 @@ def bare_gather(table, entries, out):
         out[worker] = a + b
 
 
-@numba.njit(parallel=True, cache=True)
+@kernel(parallel=True)
 def bare_scatter(table, entries, workers):
     """Adds to them, each thread to levels of its own."""
     for worker in numba.prange(workers):

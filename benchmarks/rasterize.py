@@ -26,6 +26,7 @@ import torch
 from timing import ROOT, fastest, machine, peak_mib, show, write_table
 
 from threestudio.utils.extensions import load_extension
+from threestudio.utils.kernel_cache import kernel
 
 TILE = 16
 
@@ -89,7 +90,7 @@ def tiled(means2d, conics, opacities, colors, depths, extents, width, height):
     return out[None, ..., :3], out[None, ..., 3:]
 
 
-@numba.njit(cache=True)
+@kernel()
 def count_pairs(means2d, conics, opacities, extents, order, width, height):
     """How many (pixel, Gaussian) pairs are blended."""
     left = np.ones((height, width), np.float32)
@@ -110,7 +111,7 @@ def count_pairs(means2d, conics, opacities, extents, order, width, height):
     return total
 
 
-@numba.njit(parallel=True, cache=True)
+@kernel(parallel=True)
 def bare_exp(x, repeats):
     """One scalar exp per element of x, ``repeats`` times."""
     total = 0.0

@@ -23,6 +23,7 @@ import torch
 from timing import ROOT, fastest, machine, peak_mib, show, write_table
 
 from threestudio.models.raymarch import march, march_torch
+from threestudio.utils.kernel_cache import kernel
 
 BOX = torch.tensor([-1.0, -1, -1, 1, 1, 1])
 STEP = 1.732 * 2 / 512
@@ -44,7 +45,7 @@ def ball() -> torch.Tensor:
     return torch.cartesian_prod(*[centres] * 3).norm(dim=-1).view(32, 32, 32) < RADIUS
 
 
-@numba.njit(parallel=True, cache=True)
+@kernel(parallel=True)
 def bare_pass(sigmas, t_starts, t_ends, values, out):
     """Reads five floats of each sample, takes one exponential, writes three floats."""
     for i in numba.prange(len(sigmas)):

@@ -1,19 +1,27 @@
 """What a number was measured on: machine, memory, versions, commit."""
 
+import fnmatch
 import platform
 import re
 import resource
-import shutil
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from threestudio.utils.git import NoGit, blob_hash, changed_files, head, staged, untracked_files
 
 ROOT = Path(__file__).resolve().parent.parent
 # what a result depends on; tables and grids may change while a grid runs
 CODE = (
-    *("benchmarks/*.py", "configs", "custom", "evaluate.py", "evaluation/*.py", "launch.py"),
-    *(":(glob)evaluation/*.yaml", "pocket/*.py", "pocket/*.safetensors", "threestudio"),
+    *("benchmarks/*.py", "configs/*", "custom/*", "evaluate.py", "evaluation/*.py", "launch.py"),
+    *("pocket/*.py", "pocket/*.safetensors", "threestudio/*"),
 )
+
+
+def _is_code(name: str) -> bool:
+    """Whether a result depends on this file, named relative to ROOT."""
+    path = PurePosixPath(name)
+    settings = path.suffix == ".yaml" and str(path.parent) == "evaluation"  # not the grids below it
+    return settings or any(fnmatch.fnmatchcase(name, pattern) for pattern in CODE)
 
 
 def peak_mib() -> int:
@@ -27,27 +35,27 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _git(*args: str) -> str:
-    if shutil.which("git") is None:
-        return ""
-    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout
+def code() -> tuple[tuple[str, str, str], ...]:
+    """What the code is, whatever else was committed: of each of its files the name, the hash of
+    what git has, and of what is there. Empty without git."""
+    try:
+        known = staged(ROOT)
+        names = [name for name in (*known, *untracked_files(ROOT)) if _is_code(name)]
+    except NoGit:
+        return ()
+    like = next(iter(known.values()), "")
+    return tuple((name, known.get(name, ""), blob_hash(ROOT / name, like)) for name in names)
 
 
 def commit() -> str:
     """The commit of the code that runs, with ``-dirty`` if a file of it was changed since; empty
     without git."""
-    changed = _git("status", "--porcelain", "--", *CODE).strip()
-    return _git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")
-
-
-def code() -> tuple[str, str, str]:
-    """What the code is, whatever else was committed: its files as git has them, what differs from
-    these, and which are new."""
-    return (
-        _git("ls-files", "-s", "--", *CODE),
-        _git("diff", "HEAD", "--", *CODE),
-        _git("ls-files", "-o", "--exclude-standard", "--", *CODE),
-    )
+    try:
+        name, changed = head(ROOT), changed_files(ROOT)
+    except NoGit:
+        return ""
+    dirty = any(there != known for _, known, there in code()) or any(map(_is_code, changed))
+    return name + ("-dirty" if dirty else "")
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -18,11 +18,13 @@ import math
 import numba
 import numpy as np
 
+from threestudio.utils.kernel_cache import kernel
+
 SPHERE, DOME, BOX, FRUSTUM, WEDGE, TORUS = range(6)
 _FAR = 1e9
 
 
-@numba.njit(cache=True, fastmath=True)
+@numba.njit(fastmath=True)
 def _slab(o, d, low, high, axis, t_in, t_out, n):
     """Clip [t_in, t_out] by low <= o + t d <= high; n becomes the normal of the entry face."""
     if abs(d) < 1e-9:
@@ -41,7 +43,7 @@ def _slab(o, d, low, high, axis, t_in, t_out, n):
     return t_in, min(t_out, far)
 
 
-@numba.njit(cache=True, fastmath=True)
+@numba.njit(fastmath=True)
 def _half_space(o, d, a, b, c, h, t_in, t_out, n):
     """Clip by a x + b y + c z <= h."""
     value = a * o[0] + b * o[1] + c * o[2] - h
@@ -60,7 +62,7 @@ def _half_space(o, d, a, b, c, h, t_in, t_out, n):
     return t_in, t_out
 
 
-@numba.njit(cache=True, fastmath=True)
+@numba.njit(fastmath=True)
 def _quadric(o, d, zz, z1, z0, t_in, t_out, n):
     """Clip by x^2 + y^2 <= zz z^2 + z1 z + z0 (a sphere for zz = -1, a cone nappe for zz > 0)."""
     a = d[0] * d[0] + d[1] * d[1] - zz * d[2] * d[2]
@@ -96,7 +98,7 @@ def _quadric(o, d, zz, z1, z0, t_in, t_out, n):
     return t_in, t_out
 
 
-@numba.njit(cache=True, fastmath=True)
+@numba.njit(fastmath=True)
 def _hit(kind, param, o, d, n):
     """First t > 0 at which the ray o + t d enters the unit shape, or _FAR; n = local normal."""
     t_in, t_out = 0.0, _FAR
@@ -141,7 +143,7 @@ def _hit(kind, param, o, d, n):
     return t_in if 1e-4 < t_in < t_out else _FAR
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@kernel(fastmath=True, nogil=True)
 def render(kinds, params, maps, colors, origin, rotation, tan_half, size, samples, light, sky):
     """Ray cast one scene.
 

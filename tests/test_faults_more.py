@@ -126,10 +126,10 @@ def test_a_run_with_checkpoints_elsewhere_keeps_its_config(cli):  # noqa: F811
 
 def test_code_that_cannot_be_read_is_left_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    os.system("git init -q . && touch good.py closed.py")
     Path(os.fsdecode(b"caf\xe9.py")).write_text("")  # a name that is not UTF-8
+    os.system("git init -q . && touch good.py closed.py && git add .")
     asked = os.access
-    monkeypatch.setattr(os, "access", lambda p, mode: p != "closed.py" and asked(p, mode))
+    monkeypatch.setattr(os, "access", lambda p, m: Path(p).name != "closed.py" and asked(p, m))
     names = CodeSnapshotCallback(tmp_path / "code").get_file_list()
     assert "good.py" in names and "closed.py" not in names and len(names) == 2
 

@@ -327,8 +327,9 @@ def test_a_signal_while_setting_up_leaves_nothing(cli, monkeypatch):
 # --- callbacks ---
 
 
-def test_code_snapshot(tmp_path, monkeypatch, caplog):
+def test_code_snapshot(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("threestudio.utils.extensions.loaded", {})
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
     subprocess.run([*git, "init", "-q"], check=True)
     for name in ("kept.py", "sub dir/é.py", "ignored.py", "load/x.py", "outputs/y.py", "new.py"):
@@ -336,13 +337,14 @@ def test_code_snapshot(tmp_path, monkeypatch, caplog):
         Path(name).write_text(name)
     Path("big.bin").write_bytes(b"0" * 1_000_001)
     Path(".gitignore").write_text("ignored.py\n")
-    subprocess.run([*git, "add", "kept.py", "sub dir", "load", ".gitignore"], check=True)
+    tracked = ["kept.py", "sub dir", "load", "outputs", "big.bin", ".gitignore"]
+    subprocess.run([*git, "add", *tracked], check=True)
     Path("run").mkdir()
     callback = CodeSnapshotCallback("run/code", use_version=False)
     callback.save_code_snapshot()
     callback.save_code_snapshot()  # does not copy its own copies
     copied = sorted(str(p.relative_to("run/code")) for p in Path("run").rglob("*") if p.is_file())
-    assert copied == [".gitignore", "kept.py", "new.py", "sub dir/é.py"]
+    assert copied == [".gitignore", "kept.py", "sub dir/é.py"]
     # nor those of the run before, where runs are in a folder of another name
     callback = CodeSnapshotCallback("run/next/code", use_version=False, exclude=["run"])
     assert callback.get_file_list() == copied

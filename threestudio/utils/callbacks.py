@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +14,15 @@ import threestudio
 from threestudio.utils import extensions
 from threestudio.utils.config import dump_config
 from threestudio.utils.files import disk_error, whole_file
+from threestudio.utils.git import NoGit, tracked_files
+from threestudio.utils.snapshot import (
+    MAX_BYTES,
+    copy_files,
+    extension_files,
+    is_linked,
+    is_plain,
+    make_plain_folder,
+)
 from threestudio.utils.typing import *
 
 
@@ -75,8 +82,8 @@ class ConfigSnapshotCallback(VersionedCallback):
 
     @rank_zero_only
     def save_config_snapshot(self) -> None:
-        """Write the files."""
-        os.makedirs(self.savedir, exist_ok=True)
+        """Write the files. Raises ``OSError`` where their folder is a link."""
+        make_plain_folder(self.savedir, self.savedir)
         with whole_file(os.path.join(self.savedir, "parsed.yaml")) as tmp:
             dump_config(tmp, self.cfg)
         for i, raw in enumerate(self.raw):
@@ -88,11 +95,11 @@ class ConfigSnapshotCallback(VersionedCallback):
 
 
 class CodeSnapshotCallback(VersionedCallback):
-    """Copies the code of the current folder: files that git tracks or would track, except those in
-    ``load``, ``outputs`` and the folders in `exclude` (of runs: their copies of the code would be
-    copied) and those over 1 MB (weights, pictures). What prevents a snapshot is one warning."""
-
-    MAX_BYTES = 1_000_000
+    """Copies the code: of the current folder the files that git tracks, and the extensions that are
+    loaded. Left out are ``load``, ``outputs`` and the folders in `exclude` (of runs: their copies
+    of the code would be copied), links, and files over 1 MB (weights, pictures). What prevents a
+    snapshot is one warning. See :mod:`.snapshot`.
+    """
 
     def __init__(
         self,
@@ -105,44 +112,44 @@ class CodeSnapshotCallback(VersionedCallback):
         self.exclude = list(exclude)
 
     def get_file_list(self) -> List[str]:
-        """Paths relative to the current folder. Raises ``OSError`` or ``CalledProcessError``."""
-        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        out = subprocess.run(command, check=True, capture_output=True).stdout
+        """Paths of the tracked files, relative to the current folder. Raises ``NoGit``."""
         outside = {Path(folder).resolve() for folder in (self.save_root, *self.exclude)}
         here = Path.cwd().resolve()
         outside -= {here, *here.parents}  # results in the repository's own folder, or around it
         return [
             name
-            for name in sorted(set(os.fsdecode(out).split("\0")))
-            if name
-            and name.split("/")[0] not in ("load", "outputs")
-            and os.path.isfile(name)
-            and os.access(name, os.R_OK)
-            and os.path.getsize(name) <= self.MAX_BYTES
-            and not outside & set(Path(name).resolve().parents)
+            for name in tracked_files(here)
+            if name.split("/")[0] not in ("load", "outputs")
+            and is_plain(here, name)
+            and os.path.getsize(name) <= MAX_BYTES
+            and not outside & set(Path(here, name).parents)
         ]
 
     @rank_zero_only
     def save_code_snapshot(self) -> None:
-        """Copy the files."""
-        for name in self.get_file_list():
-            if not os.path.exists(name):  # another run may have removed it since
-                continue
-            target = os.path.join(self.savedir, name)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            with whole_file(target) as tmp:
-                shutil.copyfile(name, tmp)
+        """Copy the files. Raises ``OSError``, and ``NoGit`` when only the extensions could be."""
+        here = Path.cwd()
+        for name, path in extensions.loaded.items():
+            inside = here in path.absolute().parents
+            folder = path.absolute().parent.relative_to(here) if inside else Path("custom")
+            source, part = (path.parent, "") if path.is_file() else (path, name)
+            copy_files(source, extension_files(path), self.savedir, Path(folder, part))
+        copy_files(here, self.get_file_list(), self.savedir)
 
     def on_fit_start(self, trainer, pl_module) -> None:
         try:
             self.save_code_snapshot()
-        except (OSError, subprocess.CalledProcessError) as error:
+            linked = [name for name, path in extensions.loaded.items() if is_linked(path)]
+            if linked:
+                names = ", ".join(linked)
+                threestudio.info(f"the snapshot of the code is without what is a link: {names}")
+        except NoGit as error:
+            only = " but of the extensions" if extensions.loaded else ""
+            threestudio.warn(f"no snapshot of the code{only}: it needs a git repository ({error})")
+        except OSError as error:
             if disk_error(error):
                 raise
-            why = "it needs git, and a repository around here"
-            if isinstance(error, OSError) and error.filename not in (None, "git"):
-                why = f"{error.filename}: {error.strerror}"
-            threestudio.warn(f"no snapshot of the code: {why}")
+            threestudio.warn(f"no snapshot of the code: {error.filename}: {error.strerror}")
 
 
 class CustomProgressBar(ProgressBar):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+loaded: dict = {}  # extension name -> where :func:`load_custom_modules` found it
 failed: dict = {}  # extension name -> the exception it failed to load with
 _to_report: dict = {}  # those of them that the user was not told of yet
 
@@ -118,6 +119,7 @@ def load_custom_modules(root="custom") -> dict:
         for name, path in waiting.items():
             try:
                 load_extension(path)
+                loaded[name] = path
                 for errors in (failed, _to_report):
                     errors.pop(name, None)
                 result[name] = None

@@ -13,6 +13,7 @@ from numba import njit, prange
 from threestudio.utils.typing import *
 
 from . import raster_kernels as kernels
+from .kernel_cache import kernel
 from .raster_lists import deal, make_lists
 from .raster_simd import INNER, OPTIONS, run, workers_for
 from .raster_torch import ALPHA_MIN, EXTENT_MAX
@@ -101,7 +102,7 @@ def times(M, S, Y):
     return xx, xy, yy
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def project_forward(
     means, quats, scales, opacities, views, Ks, width, height, near, far, eps2d,
     scratch, means2d, conics, depths, extents,
@@ -138,7 +139,7 @@ def project_forward(
                     extents[c, g, 0], extents[c, g, 1] = ex, ey
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def project_backward(
     means, quats, scales, views, Ks, width, height, extents, conics,
     g_means2d, g_conics, g_depths, scratch, d_means, d_quats, d_scales, d_views,

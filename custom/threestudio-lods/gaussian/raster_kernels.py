@@ -18,6 +18,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
+from .kernel_cache import kernel
 from .raster_lists import HALF, LOG2_E, MARGIN, ONE, RECORD, ZERO, strip
 from .raster_simd import (
     INNER,
@@ -37,9 +38,6 @@ from .raster_simd import (
     sums8,
 )
 
-# Numba's cache notices a change of this file only. This is the digest of the helpers compiled into
-# these kernels (raster_simd.py, raster_lists.py); a test demands it, and so a new compilation.
-HELPERS = "581b96e4482e"
 SLOT = 12  # floats of the sums that unblend leaves per (Gaussian, tile)
 CHECK = 32  # Gaussians between two looks where a tile is opaque already
 
@@ -259,7 +257,7 @@ def unblend_tile(records, ids, slots, begin, end, left, top, tile, state, sums, 
 
 
 # ------------------------------------------------------------------------------- drivers
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def set_channels(records, rank, colors, depths, first, last):
     """Puts channels first .. last - 1 (at most four, the rest is 0) into the records. Channel d is
     ``colors[:, :, d]`` (C or 1, N, D), channel D is the depth (C, N)."""
@@ -337,7 +335,7 @@ def read_row(state, at, channels, plane, w, image, g_image, i, left, g_alpha, j,
                     state[rest + k] += g_image[frm + k] * image[frm + k]
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def blend(
     records, ids, begins, order, tile, background, first, shape, states, ends, image, left
 ):  # fmt: skip
@@ -366,7 +364,7 @@ def blend(
                 )  # fmt: skip
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def unblend(
     records, ids, slots, begins, ends, order, tile, first, shape, states, image, left, g_image,
     g_alpha, absolute, sums,
@@ -397,7 +395,7 @@ def unblend(
                 store8(sums, slot + FOUR, splat(ZERO))
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def collect(
     rank, starts, sums, opacities, totals, first, last,
     d_means2d, d_conics, d_opacities, d_colors, d_depths, d_absolute,

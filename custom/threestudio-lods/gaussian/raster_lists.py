@@ -8,6 +8,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
+from .kernel_cache import kernel
 from .raster_simd import INNER, OPTIONS, run
 
 RECORD = 16  # floats of a Gaussian's record, one cache line
@@ -108,7 +109,7 @@ def sort_by_depth(depths, extents, order, keys, other_keys, front, back, places)
     return count
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def sort_cameras(depths, extents, order, counts, scratch, places):
     for c in prange(len(counts)):
         s = scratch[c]
@@ -117,7 +118,7 @@ def sort_cameras(depths, extents, order, counts, scratch, places):
         )
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def count_pairs(
     means2d, conics, opacities, extents, order, bases, chunks, tile, tiles_x, tiles_y,
     records, rank, pairs, places,
@@ -144,7 +145,7 @@ def count_pairs(
             pairs[p] = count
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def fill_lists(bases, chunks, tile, tiles_x, tiles_y, records, starts, places, ids, slots):
     """Every chunk fills its own part of every list."""
     for k in prange(len(chunks)):

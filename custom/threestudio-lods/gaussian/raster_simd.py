@@ -23,7 +23,7 @@ from numba.extending import intrinsic, lower_builtin, models, register_model, ty
 INNER = {"fastmath": {"contract", "nsz"}, "error_model": "numpy"}
 _OTHERS = ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")
 PARALLEL = {"prange": True, **dict.fromkeys(_OTHERS, False)}
-OPTIONS = {**INNER, "parallel": PARALLEL, "cache": True, "nogil": True}
+OPTIONS = {**INNER, "parallel": PARALLEL, "nogil": True}
 
 # numba's fallback threading layer ('workqueue') does not survive concurrent calls.
 _LOCK = threading.Lock()

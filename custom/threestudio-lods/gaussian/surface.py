@@ -9,11 +9,11 @@ are averages with the same weights. The surface itself is scikit-image's marchin
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 
 from threestudio.models.mesh import Mesh
 from threestudio.utils.typing import *
 
+from .kernel_cache import kernel
 from .raster_torch import covariances
 
 FAINT = 0.01  # Gaussians of less opacity are left out
@@ -26,7 +26,7 @@ def spreads_of(scales: Float[Tensor, "N 3"], quats: Float[Tensor, "N 4"]) -> Flo
     return covariances(quats, scales.exp()).diagonal(dim1=-2, dim2=-1).sqrt()
 
 
-@njit(cache=True)
+@kernel()
 def _add(means, matrices, spreads, weights, colors, low, cell, grid):
     size = grid.shape[0]
     for i in range(means.shape[0]):

@@ -20,12 +20,14 @@ and sums always have the same order.
 import numpy as np
 from numba import njit, prange
 
+from threestudio.utils.kernel_cache import kernel
+
 # 'contract' is fused multiply-add. prange only: turning every array expression into a parallel
 # loop takes minutes to compile.
 INNER = {"fastmath": {"contract", "nsz"}, "error_model": "numpy"}
 _OTHERS = ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")
 PARALLEL = {"prange": True, **dict.fromkeys(_OTHERS, False)}
-OPTIONS = {**INNER, "parallel": PARALLEL, "cache": True, "nogil": True}
+OPTIONS = {**INNER, "parallel": PARALLEL, "nogil": True}
 
 TILE = 128  # points
 BLOCK = 1 << 16  # points of which a level is encoded before the next level's turn
@@ -183,7 +185,7 @@ def blend(table, base, features, f, floats, ints, p):
     return total
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def encode(
     x, v, table, scales, sizes, starts, dense, strides, smooth, features, buffers, out
 ):  # fmt: skip
@@ -226,7 +228,7 @@ def encode(
                         out[to + np.uint64(level) * u + np.uint64(j)] = buffer[at + np.uint64(j)]
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def by_level(rows, points, levels, features, workers, out):
     """From point, level, feature to level, point, feature."""
     u = np.uint64(features)
@@ -239,7 +241,7 @@ def by_level(rows, points, levels, features, workers, out):
                     out[to + np.uint64(j)] = rows[at + np.uint64(j)]
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def scatter(
     x, v, g, scales, sizes, starts, dense, strides, smooth, features, workers, out
 ):  # fmt: skip
@@ -319,7 +321,7 @@ def slopes_along(count, floats, out, first, points):
         out[at + points + points] += z
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def positions(
     x, v, table, g, scales, sizes, starts, dense, strides, smooth, features, workers, out
 ):  # fmt: skip

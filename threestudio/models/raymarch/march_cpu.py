@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from threestudio.utils.kernel_cache import kernel
 from threestudio.utils.parallel import run_kernel, worker_count
 from threestudio.utils.typing import *
 
@@ -18,7 +19,7 @@ from .march_torch import FLAT, MAX_STEPS, ray_offsets
 
 # No fused multiply-add: a midpoint falls into the same cell as in torch, to the last bit.
 INNER = {"error_model": "numpy"}
-OPTIONS = {**INNER, "parallel": True, "cache": True, "nogil": True}
+OPTIONS = {**INNER, "parallel": True, "nogil": True}
 BLOCK = 64  # rays that a thread takes at a time
 SERIAL_WORK = 20_000  # samples
 
@@ -106,7 +107,7 @@ def walk(r, rays_o, rays_d, box, scale, occupied, start, far, step, at, rays, t_
     return count
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def march(
     workers, rays_o, rays_d, box, scale, occupied, starts, far, step, offsets, rays, t_starts,
     t_ends,
@@ -149,7 +150,7 @@ def traverse(rays_o, rays_d, occupied, aabb, starts, far_plane, step):
 # --- weights ------------------------------------------------------------------------------------
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def weigh(workers, sigmas, t_starts, t_ends, offsets, weights, trans, alphas):
     """Forward: w_i = T_i alpha_i and T_{i+1} = T_i (1 - alpha_i), in double."""
     n = len(offsets) - 1
@@ -165,7 +166,7 @@ def weigh(workers, sigmas, t_starts, t_ends, offsets, weights, trans, alphas):
                     left *= passed
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def unweigh(
     workers, t_starts, t_ends, offsets, weights, trans, alphas, d_weights, d_trans, d_alphas,
     d_sigmas,
@@ -217,7 +218,7 @@ def render_weights(sigmas, t_starts, t_ends, ray_indices, n_rays):
 # --- sums ---------------------------------------------------------------------------------------
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def gather(workers, weights, values, offsets, out):
     """out[r] = sum_i w_i v_i over the samples i of ray r."""
     n, channels = out.shape
@@ -230,7 +231,7 @@ def gather(workers, weights, values, offsets, out):
                         out[r, c] += weights[i] * values[i, c]
 
 
-@njit(**OPTIONS)
+@kernel(**OPTIONS)
 def ungather(workers, weights, values, offsets, d_out, d_weights, d_values):
     """dL/dw_i = v_i . dL/dout_r and dL/dv_i = w_i dL/dout_r; one that is not wanted is empty."""
     n, channels = d_out.shape
