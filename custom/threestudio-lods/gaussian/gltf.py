@@ -22,6 +22,7 @@ WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
 TRIANGLES, STRIP, FAN = 4, 5, 6
 WRAPS = {33071: "clamp", 33648: "mirror", 10497: "repeat"}
 COMPRESSED = ("KHR_draco_mesh_compression", "EXT_meshopt_compression", "KHR_meshopt_compression")
+MAX_PARTS = 100_000  # primitives of all instances: some ten seconds
 GREY = 0.21404114048223255  # linear, shown as one half: without a material and colours
 
 
@@ -32,13 +33,14 @@ def read_gltf(path: Path, beside: Callable[[str], bytes], max_values: int) -> Li
     not hold what it says, and for more than ``max_values`` vertices and triangles of all instances
     together.
     """
-    return _Reader(path, beside).parts(max_values)
+    return _Reader(path, beside, max_values).parts()
 
 
 class _Reader:
-    def __init__(self, path: Path, beside: Callable[[str], bytes]) -> None:
+    def __init__(self, path: Path, beside: Callable[[str], bytes], max_values: int) -> None:
         data = path.read_bytes()
         self.size, self.beside, self.chunk = len(data), beside, None
+        self.max_values, self._values = max_values, 0
         if path.suffix.lower() == ".glb":
             data = self._unpack(data)
         self.tree = json.loads(data)
@@ -237,20 +239,30 @@ class _Reader:
                 yield node["mesh"], matrix
             stack += [(child, matrix) for child in reversed(node.get("children", []))]
 
-    def parts(self, max_values: int) -> List[Part]:
+    def parts(self) -> List[Part]:
         made, values = [], 0
         for mesh, matrix in self.instances():
             for fields in self.kept(self.primitives, mesh):
                 values += len(fields["vertices"]) + len(fields["faces"])
-                if values > max_values:
+                if values > self.max_values:
                     raise ValueError(f"its instances have {values} vertices and triangles")
                 made.append(Part(matrix=matrix, **fields))
+            if len(made) > MAX_PARTS:
+                raise ValueError(f"it has more than {MAX_PARTS} parts: save it with fewer")
         return made
+
+    def _count(self, values: int) -> None:
+        """Many primitives may claim the same bytes, each for itself."""
+        self._values += values
+        if self._values > 4 * self.max_values:
+            raise ValueError(f"it has {self._values} vertices and corners of triangles")
 
     def primitives(self, mesh: int) -> List[Dict[str, Any]]:
         """The fields of :class:`Part` for each primitive of a mesh that has triangles."""
-        made = []
-        for primitive in self.item("meshes", mesh)["primitives"]:
+        made, primitives = [], self.item("meshes", mesh)["primitives"]
+        if len(primitives) > MAX_PARTS:
+            raise ValueError(f"it has more than {MAX_PARTS} parts: save it with fewer")
+        for primitive in primitives:
             mode = primitive.get("mode", TRIANGLES)
             if mode not in (TRIANGLES, STRIP, FAN):
                 continue
@@ -264,9 +276,10 @@ class _Reader:
                 corners = self.kept(self.accessor, primitive["indices"])
                 if corners.dtype.kind not in "iu" or corners.shape[1] != 1:
                     raise ValueError(f"meshes[{mesh}] has indices that are no whole numbers")
-                corners = corners[:, 0].astype(np.int64)
+                corners = corners[:, 0]
             else:
                 corners = np.arange(len(vertices))
+            self._count(len(vertices) + len(corners))
             faces = _faces(corners, mode)
             if len(faces) and not (faces.min() >= 0 and faces.max() < len(vertices)):
                 raise ValueError(

@@ -13,7 +13,7 @@ from .gltf import read_gltf
 from .mesh_parts import Part, Picture, check_pictures, linear_from_shown, unit_colors
 
 FORMATS = ("obj", "ply", "glb", "gltf", "off", "stl")  # not archives, which can grow when unpacked
-MAX_VALUES = 100_000_000  # vertices and triangles of all instances together
+MAX_VALUES = 50_000_000  # vertices and triangles of all instances together
 MAX_BYTES = 1 << 32  # of a file
 MAX_OBJ_STEPS = 4_000_000_000  # materials times vertices: some ten seconds
 
