@@ -9,6 +9,7 @@ import trimesh
 from PIL import Image
 
 import threestudio
+from tests.glb_files import material_of, read_glb, shown
 from threestudio.models.exporters.texture import fill_image, surface_points
 from threestudio.models.geometry.base import BaseGeometry, BaseImplicitGeometry
 from threestudio.models.materials.base import BaseMaterial
@@ -125,20 +126,44 @@ def on_surface(loaded, n=4000):
 # --- vertex colours -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fmt", ["obj", "ply", "glb"])
+@pytest.mark.parametrize("fmt", ["obj", "ply"])
 def test_vertex_coloured_files_are_the_mesh(system, fmt):
     folder, mesh = system(fmt=fmt, save_uv=False)
     assert [p.name for p in folder.iterdir()] == [f"model.{fmt}"]
     loaded = load(folder / f"model.{fmt}")
-    expected = mesh.v_pos.numpy()
-    if fmt == "glb":  # y up and the front, +x in threestudio, on +z
-        expected = expected @ np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
-        assert np.allclose(loaded.bounds.mean(axis=0), [-0.2, 0.3, 0.1], atol=0.02)
-    assert np.allclose(loaded.vertices, expected, atol=1e-6)
+    assert np.allclose(loaded.vertices, mesh.v_pos, atol=1e-6)
     assert np.array_equal(loaded.faces, mesh.t_pos_idx)
-    assert loaded.volume > 0  # the turn is no mirror
     colors = loaded.visual.vertex_colors[:, :3].astype(float)
     assert np.abs(colors - 255 * albedo(mesh.v_pos).numpy()).max() <= 1
+
+
+def test_a_glb_is_what_gltf_prescribes(system):
+    """y up and the front, +x in threestudio, on +z; colours in linear light, normals, and a
+    material, because that of a file without one is metal."""
+    folder, mesh = system(fmt="glb")
+    assert [p.name for p in folder.iterdir()] == ["model.glb"]
+    tree, attributes, faces = read_glb(folder / "model.glb")
+    turn = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
+    assert np.isclose(np.linalg.det(turn), 1)
+    assert np.allclose(attributes["POSITION"], mesh.v_pos.numpy() @ turn, atol=1e-6)
+    assert np.allclose(attributes["NORMAL"], mesh.v_nrm.numpy() @ turn, atol=1e-6)
+    assert np.array_equal(faces, mesh.t_pos_idx)
+    assert np.allclose(shown(attributes["COLOR_0"][:, :3]), albedo(mesh.v_pos), atol=1e-5)
+    pbr = material_of(tree)["pbrMetallicRoughness"]
+    assert (pbr["metallicFactor"], pbr["roughnessFactor"]) == (0, 1)
+    assert pbr.get("baseColorFactor", [1, 1, 1, 1]) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("fmt", ["obj", "ply", "obj-mtl"])
+def test_other_formats_can_be_y_up(system, fmt):
+    options = {"fmt": fmt, "axes": "y-up", "save_normal": True, "texture_size": 16}
+    folder, mesh = system(**options)
+    loaded = load(next(p for p in folder.iterdir() if p.suffix in (".obj", ".ply")))
+    assert loaded.volume > 0
+    y_up = np.stack([mesh.v_pos[:, 1], mesh.v_pos[:, 2], mesh.v_pos[:, 0]], axis=1)
+    assert np.allclose(loaded.bounds, [y_up.min(0), y_up.max(0)], atol=1e-6)
+    outward = loaded.vertices - [-0.2, 0.3, 0.1]
+    assert ((loaded.vertex_normals * outward).sum(1) > 0.4).all()
 
 
 @pytest.mark.parametrize("fmt", ["obj", "ply", "glb", "obj-mtl"])
@@ -288,6 +313,8 @@ def test_wrong_options_are_refused_before_anything_is_computed():
     make(save_uv=False, fmt="obj"), make(save_uv=False, save_texture=False)
     with pytest.raises(UserError, match="texture_format='jgp'"):
         make(texture_format="jgp")
+    with pytest.raises(UserError, match="axes='y_up': the axes are z-up and y-up"):
+        make(axes="y_up")
     with pytest.raises(UserError, match="texture_size=0"):
         make(texture_size=0)
     with pytest.raises(UserError, match="cannot mesh a BaseGeometry"):

@@ -144,7 +144,7 @@ def write_columns(path, columns):
         ("x", "f4", np.nan, "5 of 5 points are not finite"),
         ("y", "f4", -np.inf, "not finite"),
         ("z", "f8", 1e39, "not finite in float32"),
-        ("opacity", "f8", [0, 0, 1e300, 0, 0], "1 of 5 points"),
+        ("opacity", "f8", [1e300, np.nan, -1e300, np.inf, -np.inf], "5 of 5 points"),
         ("f_dc_1", "f8", np.nan, "not finite"),
         ("scale_0", "f4", 89.0, "sizes beyond float32"),
         ("rot_0", "f4", 1e20, "quaternions or sizes beyond float32"),

@@ -21,6 +21,13 @@ def to_uint8(x: np.ndarray, data_range: Tuple[float, float] = (0, 1)) -> np.ndar
     return np.rint(x.clip(0, 1) * 255).astype(np.uint8)
 
 
+def srgb_to_linear(x: np.ndarray) -> np.ndarray:
+    """Light 0..1 of colours as they are shown, 0..1 (values outside are clipped): the inverse of
+    sRGB's curve (IEC 61966-2-1)."""
+    x = np.clip(x, 0.0, 1.0)
+    return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+
+
 def channels_last(x: np.ndarray, data_format: str) -> np.ndarray:
     if data_format not in ("CHW", "HWC") or x.ndim != 3:
         raise UserError(f"an image must be 'CHW' or 'HWC', not {data_format!r} {x.shape}")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import threestudio
-from threestudio.utils import images, saving_obj
+from threestudio.utils import images, saving_mesh, saving_obj
 from threestudio.utils.errors import UserError
 from threestudio.utils.files import (
     NO_FOLDER,
@@ -305,21 +305,16 @@ class SaverMixin:
         v_rgb: Any = None,
     ) -> str:
         """Vertices (Nv, 3), triangles (Nf, 3) and, if given, vertex normals (Nv, 3) and vertex
-        colours (Nv, 3), 0..1, in the format of the suffix, axes as they are. Texture coordinates
-        are accepted and not written: use ``save_obj`` for them."""
-        import trimesh
+        colours (Nv, 3), 0..1 as they are shown, in the format of the suffix, axes as they are.
+        Texture coordinates are accepted and not written: use ``save_obj`` for them.
 
+        A ``.glb`` always has normals, a material that is not metal and fully rough, and colours
+        in linear light, as glTF wants them: under light from everywhere viewers show the colours
+        that were given."""
         path = self.get_save_path(filename)
-        colors = None if v_rgb is None else images.to_uint8(self.convert_data(v_rgb))
-        mesh = trimesh.Trimesh(
-            self.convert_data(v_pos),
-            self.convert_data(t_pos_idx),
-            vertex_normals=self.convert_data(v_nrm),
-            vertex_colors=colors,
-            process=False,
-        )
+        arrays = [self.convert_data(a) for a in (v_pos, t_pos_idx, v_nrm, v_rgb)]
         with whole_file(path, keep_suffix=True) as tmp:
-            mesh.export(tmp)
+            saving_mesh.write(tmp, *arrays)
         return path
 
     def save_obj(

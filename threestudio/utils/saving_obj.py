@@ -40,7 +40,9 @@ def obj_text(
 
 
 def mtl_text(maps: Dict[str, str]) -> str:
-    """One white material ``default`` with texture maps ``{"map_Kd": file name, ...}``."""
+    """One white material ``default`` with texture maps ``{"map_Kd": file name, ...}``. Without
+    maps of them it is not metal (Pm) and fully rough (Pr, of the format's extension for PBR)."""
     lines = ["newmtl default", "Ka 1 1 1", "Kd 1 1 1", "Ks 0 0 0"]
+    lines += [line for line in ("Pm 0", "Pr 1") if f"map_{line[:2]}" not in maps]
     lines += [f"{key} {name}" for key, name in maps.items()]
     return "\n".join(lines) + "\n"

@@ -8,6 +8,7 @@ import threestudio
 from threestudio.models.exporters.base import Exporter, ExporterOutput
 from threestudio.utils.typing import *
 
+from .axes import PLY_AXES
 from .surface import surface
 
 FORMATS = {  # fmt -> (ending of the file, save_<type> of the system)
@@ -20,12 +21,17 @@ FORMATS = {  # fmt -> (ending of the file, save_<type> of the system)
 @threestudio.register("lods-gaussian-exporter")
 class GaussianExporter(Exporter):
     """'ply': all parameters in the standard 3DGS layout; 'points': centres and colours only;
-    'glb': a coloured mesh, the level set of the Gaussians' density (see :mod:`.surface`)."""
+    'glb': a coloured mesh, the level set of the Gaussians' density (see :mod:`.surface`).
+
+    Both ply files are in threestudio's axes, z up and the front on +x, or with ``axes`` 'y-down'
+    as 3DGS has them, whose viewers then show the object upright: x right, y down, the front on -z.
+    A glb is always y up with the front on +z, as glTF prescribes."""
 
     @dataclass
     class Config(Exporter.Config):
         fmt: Any = field(default_factory=lambda: ["ply", "points"])  # one or a list of FORMATS
         save_name: str = "gaussians"
+        axes: str = "z-up"  # of ply and points: z-up, to go on from, or y-down, for 3DGS viewers
         # glb: points of the grid along each axis, and the density of the surface
         mesh_resolution: int = 128
         mesh_threshold: float = 1.0
@@ -42,6 +48,10 @@ class GaussianExporter(Exporter):
                     f"system.exporter.fmt has '{fmt}': the formats are {', '.join(FORMATS)}"
                 )
 
+        if self.cfg.axes not in PLY_AXES:
+            raise ValueError(
+                f"system.exporter.axes='{self.cfg.axes}' is unknown: use {' or '.join(PLY_AXES)}"
+            )
         if self.cfg.mesh_resolution < 8 or not self.cfg.mesh_threshold > 0:
             raise ValueError(
                 "system.exporter.mesh_resolution must be at least 8 and mesh_threshold positive"
@@ -52,7 +62,7 @@ class GaussianExporter(Exporter):
         for fmt in self.formats:
             ending, save_type = FORMATS[fmt]
             if fmt == "ply":
-                params = self.geometry.export()
+                params = {**self.geometry.export(), "axes": self.cfg.axes}
             elif fmt == "glb":
                 try:
                     mesh = surface(self.geometry, self.cfg.mesh_resolution, self.cfg.mesh_threshold)
@@ -64,5 +74,6 @@ class GaussianExporter(Exporter):
                 params = {"mesh": mesh}
             else:
                 params = {"xyz": self.geometry.means, "rgb": self.geometry.base_colors()}
+                params["axes"] = self.cfg.axes
             outputs.append(ExporterOutput(self.cfg.save_name + ending, save_type, params))
         return outputs

@@ -18,16 +18,11 @@ import threestudio
 from threestudio.utils.config import parse_structured
 from threestudio.utils.typing import *
 
+from .axes import axes_rotation, rotate_gaussians
+from .harmonics import SH_C0
 from .mesh_file import read_mesh
 from .neighbours import neighbour_scale
 from .ply import read_ply
-
-SH_C0 = 0.28209479177387814  # the constant spherical harmonic, 1 / (2 sqrt(pi))
-AXES = {
-    sign + axis: (1.0 if sign == "+" else -1.0) * np.eye(3)[i]
-    for i, axis in enumerate("xyz")
-    for sign in "+-"
-}
 
 
 @dataclass
@@ -36,21 +31,6 @@ class Points:
 
     xyz: np.ndarray
     rgb: np.ndarray
-
-
-def axes_rotation(front: str, up: str) -> np.ndarray:
-    """The rotation (3, 3) that turns ``front`` to +x (azimuth 0, where the cameras see the front)
-    and ``up`` to +z. Both are '+x', '-x', '+y', '-y', '+z' or '-z'.
-
-    Its rows are front, up x front and up, hence R @ front = e_x and R @ up = e_z.
-    """
-    for name, value in (("front", front), ("up", up)):
-        if value not in AXES:
-            raise ValueError(f"{name}='{value}' is not an axis: use one of {', '.join(AXES)}")
-    f, u = AXES[front], AXES[up]
-    if abs(f @ u) > 0.5:
-        raise ValueError(f"front='{front}' and up='{up}' are the same axis")
-    return np.stack([f, np.cross(u, f), u])
 
 
 def from_points(
@@ -118,8 +98,16 @@ class FileInit:
     path: str = ""
     n_points: int = 20000  # points drawn on the surface of a mesh
     radius: float = 0.0  # > 0: centre the file and scale it to this bounding radius
-    front: str = "+x"  # the file's axis that shall face azimuth 0
-    up: str = "+z"  # the file's axis that shall point up
+    # the file's axes that shall face azimuth 0 and point up; auto: +z and +y for glTF, as its
+    # specification says, what a ply of ours says of itself, else +x and +z
+    front: str = "auto"
+    up: str = "auto"
+
+    def axes(self, path: Path, said: Optional[Tuple[str, str]]) -> Tuple[str, str]:
+        """Front and up of the file, in its own axes; ``said``: by itself."""
+        gltf = path.suffix.lower() in (".glb", ".gltf")
+        front, up = said or (("+z", "+y") if gltf else ("+x", "+z"))
+        return front if self.front == "auto" else self.front, up if self.up == "auto" else self.up
 
     def load(self, rng: np.random.Generator) -> Union[Points, Dict[str, Tensor]]:
         """The points, or the Gaussians of a 3DGS ply."""
@@ -128,19 +116,20 @@ class FileInit:
         path = Path(self.path).expanduser()
         if not path.is_file():
             raise ValueError(f"system.geometry.file.path: no file '{path}'")
-        content = read_ply(path) if path.suffix.lower() == ".ply" else None
-        if content is not None and "means" in content:
-            if self.radius or (self.front, self.up) != ("+x", "+z"):
+        content = read_ply(path) if path.suffix.lower() == ".ply" else {}
+        rotation = axes_rotation(*self.axes(path, content.pop("axes", None)))
+        if "means" in content:
+            if self.radius:
                 raise ValueError(
-                    f"'{path}' holds Gaussians, which are taken as they are: remove "
-                    "system.geometry.file.radius, front and up"
+                    f"'{path}' holds Gaussians, whose sizes are taken as they are: remove "
+                    "system.geometry.file.radius"
                 )
-            return content
-        if content is not None and "faces" not in content:
+            return rotate_gaussians(content, rotation)
+        if content and "faces" not in content:
             points = Points(content["xyz"], content["rgb"])
         else:
-            points = sample_mesh(path, self.n_points, rng)
-        xyz = points.xyz @ axes_rotation(self.front, self.up).T
+            points = sample_mesh(path, self.n_points, rng, content.get("rgb"))
+        xyz = points.xyz @ rotation.T
         if self.radius > 0:
             xyz = xyz - (xyz.min(0) + xyz.max(0)) / 2
             extent = np.linalg.norm(xyz, axis=1).max()
@@ -150,57 +139,55 @@ class FileInit:
         return Points(xyz, points.rgb)
 
 
-def one_color(material) -> Float[np.ndarray, "4"]:
-    """The colour 0..255 of a material without a picture. glTF's ``baseColorFactor`` is linear, and
-    white if it is not there (its specification, 3.9.2); colours of other formats are as shown."""
-    if not hasattr(material, "baseColorFactor"):
-        return np.asarray(material.main_color)
-    factor = material.baseColorFactor
-    linear = np.ones(4) if factor is None else np.asarray(factor, float) / 255
-    curve = 1.055 * linear ** (1 / 2.4) - 0.055
-    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, curve)
-
-
-def colors_of(mesh, path: Path) -> Float[np.ndarray, "V 3"]:
-    """Colours 0..1 of a mesh's vertices: its own, its texture's, or its material's one colour; mid
-    grey without any, and, with a warning, where they cannot be read."""
-    grey = np.full((len(mesh.vertices), 3), 0.5)
-    if not mesh.visual.defined:
-        return grey
-    try:
-        if mesh.visual.kind != "texture":
-            colors = mesh.visual.vertex_colors
-        else:
-            material = mesh.visual.material
-            images = (getattr(material, name, None) for name in ("image", "baseColorTexture"))
-            pictured = mesh.visual.uv is not None and any(image is not None for image in images)
-            colors = mesh.visual.to_color().vertex_colors if pictured else one_color(material)
-        colors = np.atleast_2d(np.asarray(colors, dtype=np.float64))[:, :3] / 255.0
-        return np.broadcast_to(colors, grey.shape).copy()
-    except Exception as error:  # of many kinds: a material has what its file says
-        threestudio.warn(f"the colours of '{path}' cannot be read ({error}): it is grey")
-        return grey
-
-
-def sample_mesh(path: Path, n_points: int, rng: np.random.Generator) -> Points:
-    """``n_points`` uniform on the surface of a mesh, with its interpolated vertex colours (mid
-    grey if it has none)."""
-    import trimesh
-
-    mesh = read_mesh(path)
-    if not isinstance(mesh, trimesh.Trimesh) or len(mesh.faces) == 0 or mesh.area == 0:
-        raise ValueError(f"'{path}' holds no triangles")
-    if not np.isfinite(mesh.vertices).all() or not np.isfinite(mesh.area):
-        raise ValueError(f"'{path}' has vertices that are not finite, or too far away")
+def sample_mesh(
+    path: Path, n_points: int, rng: np.random.Generator, vertex_rgb: Optional[np.ndarray] = None
+) -> Points:
+    """``n_points`` uniform on the surface of a mesh, with the colours that viewers show there
+    (mid grey if it has none). ``vertex_rgb``: colours 0..1 of a ply file's vertices."""
     if n_points < 4:
         raise ValueError(f"system.geometry.file.n_points={n_points} must be at least 4")
-    vertex_rgb = colors_of(mesh, path)
-    faces = mesh.faces[rng.choice(len(mesh.faces), n_points, p=mesh.area_faces / mesh.area)]
+    parts = read_mesh(path)
+    areas = np.concatenate([part.areas() for part in parts] or [np.zeros(0)])
+    finite = np.isfinite(areas)
+    areas = np.where(finite, areas, 0.0)
+    total = areas.sum()
+    if len(areas) > 0 and not (finite.any() and np.isfinite(total)):
+        raise ValueError(f"'{path}' has vertices that are not finite, or too far away")
+    if not total > 0:
+        raise ValueError(f"'{path}' holds no triangles")
+    if not finite.all():
+        threestudio.warn(
+            f"'{path}': {int((~finite).sum())} of {len(finite)} triangles are not finite and left "
+            "out"
+        )
+    chosen = rng.choice(len(areas), n_points, p=areas / total)
     # uniform barycentric coordinates: fold the unit square onto the triangle
     ab = rng.random((n_points, 2))
     ab = np.where(ab.sum(1, keepdims=True) > 1, 1 - ab, ab)
-    weights = np.concatenate([1 - ab.sum(1, keepdims=True), ab], axis=1)[..., None]
-    return Points((mesh.vertices[faces] * weights).sum(1), (vertex_rgb[faces] * weights).sum(1))
+    weights = np.concatenate([1 - ab.sum(1, keepdims=True), ab], axis=1)
+    points = Points(np.zeros((n_points, 3)), np.full((n_points, 3), 0.5))
+    first = np.cumsum([0] + [len(part.faces) for part in parts])
+    owner = np.searchsorted(first, chosen, side="right") - 1
+    # parts with the same picture follow each other: it is decoded once, and one is held at a time
+    decoded, said = (None, None), False
+    order = np.argsort(owner, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(owner[order])) + 1)
+    for mine in sorted(groups, key=lambda mine: id(parts[owner[mine[0]]].picture)):
+        part, index = parts[owner[mine[0]]], owner[mine[0]]
+        faces = chosen[mine] - first[index]
+        points.xyz[mine] = (part.triangles(faces) * weights[mine][..., None]).sum(1)
+        if vertex_rgb is not None and part.rgb is not None and len(part.rgb) == len(vertex_rgb):
+            part.rgb = vertex_rgb
+        try:
+            if part.picture is not None and decoded[0] is not part.picture:
+                decoded = (part.picture, part.picture.pixels())
+            pixels = None if part.picture is None else decoded[1]
+            points.rgb[mine] = part.colors(faces, weights[mine], pixels)
+        except Exception as error:  # of many kinds: a picture has what its file says
+            if not said:
+                threestudio.warn(f"colours of '{path}' cannot be read ({error}): they are grey")
+            said = True
+    return points
 
 
 def refuse_foreign_parts(index: Dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ import threestudio
 from threestudio.models.geometry.base import BaseGeometry
 from threestudio.utils.typing import *
 
-from .initialize import SH_C0, initial_gaussians
+from .harmonics import SH_C0
+from .initialize import initial_gaussians
 
 DIMENSIONS = {"means": 2, "scales": 2, "quats": 2, "opacities": 1, "sh0": 3, "shN": 3}
 NAMES = tuple(DIMENSIONS)

@@ -1,6 +1,7 @@
 """Gaussians and coloured points to and from ply files, through ``plyfile``."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import threestudio
 from threestudio.utils.typing import *
 
 from ..whole_file import whole_file
+from .axes import PLY_AXES, axes_rotation, rotate_gaussians
+from .mesh_parts import unit_colors
 
 MAX_HEADER = 1 << 20  # bytes; that of a 3DGS file has about 1500
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -27,8 +30,9 @@ def gaussian_properties(n_rest: int) -> List[str]:
     return [*names, "opacity", *(f"scale_{i}" for i in range(3)), *(f"rot_{i}" for i in range(4))]
 
 
-def _write(path: Union[str, Path], columns: Dict[str, Tuple[str, np.ndarray]]) -> None:
-    """Write one 'vertex' element, replacing the file only when it is complete."""
+def _write(path: Union[str, Path], columns: Dict[str, Tuple[str, np.ndarray]], axes: str) -> None:
+    """Write one 'vertex' element, replacing the file only when it is complete. Axes that are not
+    threestudio's stand in a comment of the header, which :func:`read_ply` knows."""
     from plyfile import PlyData, PlyElement
 
     n = len(next(iter(columns.values()))[1])
@@ -36,7 +40,11 @@ def _write(path: Union[str, Path], columns: Dict[str, Tuple[str, np.ndarray]]) -
     for name, (_, values) in columns.items():
         vertex[name] = values
     with whole_file(path) as partial:
-        PlyData([PlyElement.describe(vertex, "vertex")], byte_order="<").write(str(partial))
+        PlyData(
+            [PlyElement.describe(vertex, "vertex")],
+            byte_order="<",
+            comments=[] if axes == "z-up" else ["front {} up {}".format(*PLY_AXES[axes])],
+        ).write(str(partial))
 
 
 def write_gaussians(
@@ -47,11 +55,18 @@ def write_gaussians(
     opacities: Float[Tensor, "N"],
     sh0: Float[Tensor, "N 1 3"],
     shN: Optional[Float[Tensor, "N K 3"]] = None,
+    axes: str = "z-up",
 ) -> int:
     """Write the standard 3DGS ply: log scales, wxyz quaternions, opacity logits, normals of zero,
     ``f_rest`` channel after channel. Rows with a value that is not finite are left out with a
     warning (viewers refuse them). Returns the number of Gaussians written.
+
+    The Gaussians are given in threestudio's axes, and turned to the file's ``axes``, one of
+    PLY_AXES.
     """
+    turned = {"means": means, "quats": quats} | ({} if shN is None else {"shN": shN})
+    turned = rotate_gaussians(turned, axes_rotation(*PLY_AXES[axes]).T)
+    means, quats, shN = turned["means"], turned["quats"], turned.get("shN")
     n = len(means)
     rest = sh0.new_zeros(n, 0) if shN is None else shN.transpose(1, 2).reshape(n, -1)
     rows = torch.cat(
@@ -62,19 +77,24 @@ def write_gaussians(
         threestudio.warn(f"{int((~finite).sum())} of {n} Gaussians are not finite and left out")
     values = rows[finite].detach().cpu().float().numpy()
     names = gaussian_properties(rest.shape[1])
-    _write(path, {name: ("<f4", values[:, i]) for i, name in enumerate(names)})
+    _write(path, {name: ("<f4", values[:, i]) for i, name in enumerate(names)}, axes)
     return len(values)
 
 
 def write_points(
-    path: Union[str, Path], xyz: Float[Tensor, "N 3"], rgb: Float[Tensor, "N 3"]
+    path: Union[str, Path],
+    xyz: Float[Tensor, "N 3"],
+    rgb: Float[Tensor, "N 3"],
+    axes: str = "z-up",
 ) -> None:
-    """Write a coloured point cloud; ``rgb`` is clipped to 0..1 and stored as bytes."""
-    position = xyz.detach().cpu().float().numpy()
+    """Write a coloured point cloud; ``rgb`` is clipped to 0..1 and stored as bytes. The points are
+    given in threestudio's axes, and turned to the file's ``axes``, one of PLY_AXES."""
+    rotation = axes_rotation(*PLY_AXES[axes]).astype(np.float32)
+    position = xyz.detach().cpu().float().numpy() @ rotation
     byte = (rgb.detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy()
     columns = {name: ("<f4", position[:, i]) for i, name in enumerate("xyz")}
     columns |= {name: ("u1", byte[:, i]) for i, name in enumerate(("red", "green", "blue"))}
-    _write(path, columns)
+    _write(path, columns, axes)
 
 
 def _has_lists(path: Path) -> bool:
@@ -116,17 +136,30 @@ def _parse(path: Path):
     return PlyData.read(str(path))
 
 
+def _axes_of(comments: Iterable[str]) -> Optional[Tuple[str, str]]:
+    """The file's axes that hold the front and up, where a file of :func:`_write` says them."""
+    for comment in comments:
+        found = re.fullmatch(r"front ([+-][xyz]) up ([+-][xyz])", comment.strip())
+        if found:
+            return found[1], found[2]
+    return None
+
+
 def read_ply(path: Union[str, Path]) -> Dict[str, Any]:
     """Read a ply file.
 
     With the 3DGS properties: the Gaussians as float32 tensors, ``means``, ``scales``, ``quats``,
     ``opacities``, ``sh0`` and, if the file has ``f_rest_*``, ``shN`` (N, K, 3). Otherwise ``xyz``
     (N, 3) and ``rgb`` (N, 3) in 0..1 (mid grey without colours) as float64 arrays, and ``faces``
-    (their number) when it is a mesh.
+    (their number) when it is a mesh. ``axes``, where the file names them: those that hold the
+    front and up.
+
+    Rows with values that float32 does not hold, or with a quaternion of length 0, are left out
+    with a warning, unless triangles refer to them.
 
     Raises:
-        ValueError: not a ply file, shorter than it says, no points, properties that are missing
-            or of a wrong type, values that float32 does not hold.
+        ValueError: not a ply file, shorter than it says, compressed, no points, or none that is
+            finite, properties that are missing or of a wrong type.
     """
     try:
         data = _parse(Path(path))
@@ -134,11 +167,17 @@ def read_ply(path: Union[str, Path]) -> Dict[str, Any]:
         names = [p.name for p in vertex.properties]
         n = vertex.count
         columns = {name: np.asarray(vertex[name]) for name in names}
+        axes = _axes_of(data.comments)
     except Exception as error:
         detail = " ".join(f"{error}".split())[:200] or type(error).__name__
         raise ValueError(f"'{path}' is not a readable ply file: {detail}") from error
     if n == 0:
         raise ValueError(f"'{path}' holds no points")
+    if "packed_position" in columns:
+        raise ValueError(
+            f"'{path}' is a compressed ply of Gaussians, as SuperSplat writes them, which is not "
+            "read: save it there as an uncompressed ply"
+        )
 
     def stack(wanted: List[str], kinds: str = "iuf") -> np.ndarray:
         missing = [name for name in wanted if name not in columns]
@@ -148,22 +187,31 @@ def read_ply(path: Union[str, Path]) -> Dict[str, Any]:
         if wrong:
             what = "lists" if kinds == "iuf" else "lists or whole numbers"
             raise ValueError(f"'{path}' has {what} as {', '.join(wrong)}")
-        values = np.stack([columns[name] for name in wanted], axis=1)
-        bad = ~(np.abs(values.astype(np.float64)) <= FLOAT32_MAX).all(axis=1)  # NaN is bad too
-        if bad.any():
-            raise ValueError(f"'{path}': {int(bad.sum())} of {n} points are not finite in float32")
-        return values
+        return np.stack([columns[name] for name in wanted], axis=1)
 
+    def fits(values: np.ndarray) -> np.ndarray:  # NaN does not
+        return (np.abs(values.astype(np.float64)) <= FLOAT32_MAX).all(axis=1)
+
+    def say(good: np.ndarray, what: str) -> None:
+        """A warning for rows that are not ``good``. Raises ValueError if no row is."""
+        bad = int((~good).sum())
+        if bad == n:
+            raise ValueError(f"'{path}': {n} of {n} points {what}")
+        if bad:
+            threestudio.warn(f"'{path}': {bad} of {n} points {what}, and are left out")
+
+    said = {} if axes is None else {"axes": axes}
     if "f_dc_0" not in columns:
-        xyz = stack(["x", "y", "z"]).astype(np.float64)
-        rgb = np.full((n, 3), 0.5)
+        xyz = stack(["x", "y", "z"])
+        good, rgb = fits(xyz), np.full((n, 3), 0.5)
         if {"red", "green", "blue"} <= columns.keys():
             rgb = stack(["red", "green", "blue"])
-            rgb = (rgb / 255.0 if rgb.dtype.kind in "ui" else rgb.astype(np.float64)).clip(0, 1)
-        result = {"xyz": xyz, "rgb": rgb}
+            good &= fits(rgb)
+            rgb = unit_colors(np.where(fits(rgb)[:, None], rgb, 0))
         if "face" in data and data["face"].count > 0:
-            result["faces"] = data["face"].count
-        return result
+            return {"xyz": xyz.astype(np.float64), "rgb": rgb, "faces": data["face"].count, **said}
+        say(good, "are not finite in float32")
+        return {"xyz": xyz[good].astype(np.float64), "rgb": rgb[good], **said}
 
     n_rest = sum(name.startswith("f_rest_") for name in names)
     if n_rest // 3 + 1 not in (1, 4, 9, 16) or n_rest % 3:
@@ -172,14 +220,22 @@ def read_ply(path: Union[str, Path]) -> Dict[str, Any]:
         )
     layout = gaussian_properties(n_rest)
     # normals carry nothing here, and some writers leave them out
-    table = torch.from_numpy(stack(layout[:3] + layout[6:], "f").astype(np.float32))
+    values = stack(layout[:3] + layout[6:], "f")
+    good = fits(values)
+    # rows that do not fit are made harmless, so that each is said once
+    table = torch.from_numpy(np.where(good[:, None], values, 1).astype(np.float32))
     means, sh0, rest, opacity, scales, quats = table.split([3, 3, n_rest, 1, 3, 4], dim=1)
-    if (quats.norm(dim=1) == 0).any():
-        raise ValueError(f"'{path}' has quaternions of length 0")
-    if not (quats.norm(dim=1).isfinite() & scales.exp().isfinite().all(dim=1)).all():
-        raise ValueError(f"'{path}' has quaternions or sizes beyond float32")
+    length = quats.norm(dim=1)
+    usable = length.isfinite() & scales.exp().isfinite().all(dim=1)
+    drawn = good & (length > 0).numpy() & usable.numpy()
+    say(good, "are not finite in float32")
+    say((length > 0).numpy(), "have quaternions of length 0")
+    say(usable.numpy(), "have quaternions or sizes beyond float32")
+    if not drawn.any():
+        raise ValueError(f"'{path}': none of {n} Gaussians can be drawn")
     gaussians = {"means": means, "scales": scales, "quats": quats, "opacities": opacity[:, 0]}
     gaussians["sh0"] = sh0[:, None]
     if n_rest:
         gaussians["shN"] = rest.reshape(n, 3, -1).transpose(1, 2)
-    return {name: value.contiguous() for name, value in gaussians.items()}
+    rows = torch.from_numpy(drawn)
+    return {name: value[rows].contiguous() for name, value in gaussians.items()} | said

@@ -10,7 +10,7 @@ from threestudio.models.renderers.base import Rasterizer
 from threestudio.utils.ops import get_ray_directions, get_rays
 from threestudio.utils.typing import *
 
-from .initialize import SH_C0
+from .harmonics import SH_C0, spherical_harmonics
 from .rasterize import rasterization
 
 
@@ -32,34 +32,6 @@ def intrinsics(fovy: Float[Tensor, "B"], height: int, width: int) -> Float[Tenso
     K[:, 0, 0] = K[:, 1, 1] = 0.5 * height / torch.tan(0.5 * fovy)
     K[:, 0, 2], K[:, 1, 2], K[:, 2, 2] = 0.5 * width, 0.5 * height, 1.0
     return K
-
-
-def spherical_harmonics(d: Float[Tensor, "*N 3"], degree: int) -> Float[Tensor, "*N K"]:
-    """The (degree+1)^2 - 1 real spherical harmonics above the constant one, at unit directions, in
-    the order and with the signs of 3DGS (arXiv:2308.04079): within a degree l the order is
-    m = -l..l, and the sign is (-1)^m."""
-    x, y, z = d.unbind(-1)
-    xx, yy, zz = x * x, y * y, z * z
-    terms = [-0.4886025119029199 * y, 0.4886025119029199 * z, -0.4886025119029199 * x]
-    if degree > 1:
-        terms += [
-            1.0925484305920792 * x * y,
-            -1.0925484305920792 * y * z,
-            0.31539156525252005 * (2 * zz - xx - yy),
-            -1.0925484305920792 * x * z,
-            0.5462742152960396 * (xx - yy),
-        ]
-    if degree > 2:
-        terms += [
-            -0.5900435899266435 * y * (3 * xx - yy),
-            2.890611442640554 * x * y * z,
-            -0.4570457994644658 * y * (4 * zz - xx - yy),
-            0.3731763325901154 * z * (2 * zz - 3 * xx - 3 * yy),
-            -0.4570457994644658 * x * (4 * zz - xx - yy),
-            1.445305721320277 * z * (xx - yy),
-            -0.5900435899266435 * x * (xx - 3 * yy),
-        ]
-    return torch.stack(terms, dim=-1)
 
 
 @threestudio.register("lods-gaussian-rasterizer")

@@ -157,23 +157,29 @@ class LODSGaussianSplatting(LODSSystem):
     def panels(self, out: Dict[str, Any], i: int) -> List[Dict[str, Any]]:
         return [*super().panels(out, i), grey_cell(out["depth"][i, ..., 0], None)]
 
-    def save_gaussian_ply(self, filename: str, **gaussians: Tensor) -> str:
+    def save_gaussian_ply(self, filename: str, axes: str = "z-up", **gaussians: Tensor) -> str:
         """``save_type`` 'gaussian_ply' of an exporter: the standard 3DGS layout."""
         path = self.get_save_path(filename)
-        n = write_gaussians(path, **gaussians)
+        n = write_gaussians(path, **gaussians, axes=axes)
         self._results["gaussians"] = f"{path} ({n})"
         return path
 
-    def save_point_ply(self, filename: str, xyz: Tensor, rgb: Tensor) -> str:
+    def save_point_ply(self, filename: str, xyz: Tensor, rgb: Tensor, axes: str = "z-up") -> str:
         """``save_type`` 'point_ply' of an exporter: coloured points."""
         path = self.get_save_path(filename)
-        write_points(path, xyz, rgb)
+        write_points(path, xyz, rgb, axes)
         return path
 
     def save_gaussian_mesh(self, filename: str, mesh: Mesh) -> str:
         """``save_type`` 'gaussian_mesh' of an exporter: a glb with vertex colours, y upward as
         glTF wants it."""
         path = self.get_save_path(filename)
-        write_mesh(path, mesh.v_pos[:, [1, 2, 0]], mesh.t_pos_idx, mesh.v_rgb)
+        write_mesh(
+            path,
+            mesh.v_pos[:, [1, 2, 0]],
+            mesh.t_pos_idx,
+            mesh.v_rgb,
+            mesh.v_nrm[:, [1, 2, 0]],
+        )
         self._results["mesh"] = path
         return path

@@ -1,5 +1,6 @@
 """The surface of a geometry as a mesh file."""
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from threestudio.utils.ops import chunk_batch
 from threestudio.utils.typing import *
 
 FORMATS = ("obj-mtl", "obj", "glb", "ply")
+AXES = {"z-up": [0, 1, 2], "y-up": [1, 2, 0]}  # an even order: a rotation
 _CHUNK = 2**18  # points whose colours are computed at a time
 _MAPS = {  # what materials export -> (entry of the .mtl, channels)
     "albedo": ("map_Kd", 3),
@@ -31,10 +33,12 @@ class MeshExporter(Exporter):
     - ``obj-mtl``: Wavefront with texture images, unwrapped by xatlas
     - ``obj``, ``ply``, ``glb``: the material's ``albedo`` at the vertices
 
-    Numbers of colours are written as the material gives them, with no conversion between linear
-    and sRGB (a glTF viewer takes vertex colours for linear and may show them paler). Axes are
-    threestudio's: z up, azimuth 0 on +x. Only ``glb`` is turned to what glTF prescribes: y up, the
-    front on +z, so (x, y, z) becomes (y, z, x).
+    The material's colours are taken as they are rendered, that is as they are shown (sRGB).
+    Textures, ``obj`` and ``ply`` have them so; in a ``glb``, where vertex colours are light, they
+    are converted, and there are always normals and a material without gloss, so that viewers show
+    what was rendered. Axes are threestudio's: z up, azimuth 0 on +x; with ``axes`` 'y-up' those
+    of most other programs: y up, the front on +z, so (x, y, z) becomes (y, z, x). A ``glb`` is
+    always so, as glTF prescribes.
 
     Everything runs on any device, without a rasteriser of the GPU.
     """
@@ -43,7 +47,8 @@ class MeshExporter(Exporter):
     class Config(Exporter.Config):
         fmt: str = "obj-mtl"  # one of FORMATS
         save_name: str = "model"
-        save_normal: bool = False
+        axes: str = "z-up"  # or y-up; a glb is always y up
+        save_normal: bool = False  # a glb always has them
         save_uv: bool = True  # obj-mtl and obj
         save_texture: bool = True  # images for obj-mtl, vertex colours for the others
         texture_size: int = 1024
@@ -62,6 +67,11 @@ class MeshExporter(Exporter):
             raise UserError(
                 f"system.exporter.fmt={cfg.fmt!r}: the formats are {', '.join(FORMATS)}"
                 f"{nearest(cfg.fmt, FORMATS)}"
+            )
+        if cfg.axes not in AXES:
+            raise UserError(
+                f"system.exporter.axes={cfg.axes!r}: the axes are {' and '.join(AXES)}"
+                f"{nearest(cfg.axes, AXES)}"
             )
         if cfg.fmt == "obj-mtl" and cfg.save_texture and not cfg.save_uv:
             raise UserError(
@@ -126,7 +136,7 @@ class MeshExporter(Exporter):
                 value = value.reshape(len(value), -1)[:, :channels].cpu().numpy()
                 maps[entry] = fill_image(value, texels, cfg.texture_size)
         params = {
-            "mesh": mesh,
+            "mesh": turned(mesh, cfg.axes),
             "save_mat": True,
             "save_normal": cfg.save_normal,
             "save_uv": cfg.save_uv,
@@ -141,7 +151,7 @@ class MeshExporter(Exporter):
         if cfg.save_uv:
             mesh.unwrap_uv(cfg.xatlas_chart_options, cfg.xatlas_pack_options)
         params = {
-            "mesh": mesh,
+            "mesh": turned(mesh, cfg.axes),
             "save_mat": False,
             "save_normal": cfg.save_normal,
             "save_uv": cfg.save_uv,
@@ -150,16 +160,29 @@ class MeshExporter(Exporter):
         return ExporterOutput(f"{cfg.save_name}.obj", "obj", params)
 
     def _file(self, mesh: Mesh) -> ExporterOutput:
-        params = file_arrays(mesh, self.cfg.fmt, self.cfg.save_normal)
+        params = file_arrays(mesh, self.cfg.fmt, self.cfg.save_normal, self.cfg.axes)
         return ExporterOutput(f"{self.cfg.save_name}.{self.cfg.fmt}", "mesh", params)
 
 
-def file_arrays(mesh: Mesh, fmt: str, save_normal: bool = False) -> Dict[str, Any]:
-    """The arguments of ``save_mesh``, with the axes that ``fmt`` ('glb' or 'ply') prescribes."""
-    axes = [1, 2, 0] if fmt == "glb" else [0, 1, 2]  # even: a rotation
+def turned(mesh: Mesh, axes: str) -> Mesh:
+    """The mesh in other axes, one of AXES, with its texture coordinates and colours."""
+    if axes == "z-up":
+        return mesh
+    other = copy.copy(mesh)
+    other.v_pos = mesh.v_pos[:, AXES[axes]]
+    other._v_nrm = other._v_tng = None
+    return other
+
+
+def file_arrays(
+    mesh: Mesh, fmt: str, save_normal: bool = False, axes: str = "z-up"
+) -> Dict[str, Any]:
+    """The arguments of ``save_mesh`` for a 'glb', which is y up and has normals whatever is asked
+    for, or a 'ply'."""
+    mesh = turned(mesh, "y-up" if fmt == "glb" else axes)
     return {
-        "v_pos": mesh.v_pos[:, axes],
+        "v_pos": mesh.v_pos,
         "t_pos_idx": mesh.t_pos_idx,
-        "v_nrm": mesh.v_nrm[:, axes] if save_normal else None,
+        "v_nrm": mesh.v_nrm if save_normal or fmt == "glb" else None,
         "v_rgb": mesh.v_rgb,
     }
