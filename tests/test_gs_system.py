@@ -334,6 +334,11 @@ def test_only_what_is_listed_is_trained(small):
         ("system.lr_schedule={geometry.mean: [0, 1., 1., 2]}", "names 'geometry.mean', which"),
         ("system.strategy.name=mcmmc", "use one of none, default, mcmc"),
         ("system.strategy={name: mcmc, mcmc: {cap: 3}}", "mcmc.cap is unknown: the fields are"),
+        (
+            "system.strategy={name: mcmc, mcmc: {cap_max: 119}}",
+            "system.strategy.mcmc.cap_max=119 is below the 120 Gaussians that the run begins with",
+        ),
+        ("system.geometry.max_scale=-0.1", "system.geometry.max_scale=-0.1 must be a size"),
         ("system.geometry.init_type=none", "there are no Gaussians to train"),
         ("system.geometry.bal.n_points=3", "bal"),
         ("system.exporter.fmt=[obj]", "the formats are ply, points, glb"),
@@ -346,6 +351,43 @@ def test_mistakes_are_one_line(small, capsys, override, message):
     line = next(line for line in error.splitlines() if line.startswith("error:"))
     assert message in line and "Traceback" not in error
     assert not list(Path("outputs").glob("*/*/ckpts/*"))  # found before anything is trained
+
+
+@pytest.mark.parametrize("strategy", ["none", "default"])
+def test_no_gaussian_grows_above_max_scale(small, strategy):
+    """Also none that starts above it, and none that is split or cloned."""
+    more = [STRATEGIES[strategy], "system.geometry.init_scale=2.0"]
+    limit = ["system.geometry.max_scale=0.15"]
+    free, held = (fit(*small("embedding+pocket", *more, *x))[0].geometry for x in ([], limit))
+    assert free.scales.exp().max() > 0.2
+    assert held.scales.exp().max() < 0.15 * (1 + 1e-6)
+    assert (free.count > 120) == (held.count > 120) == (strategy == "default")
+
+
+def test_a_collapse_is_one_line_and_says_how_to_avoid_it(small, capsys):
+    more = STRATEGIES["default"].replace("grow_grad2d: 1.e-9", "prune_scale3d: 1.e-4")
+    assert launch(*small("embedding+pocket", more, "trainer.max_steps=4")) != 0
+    error = capsys.readouterr().err
+    line = next(line for line in error.splitlines() if line.startswith("error:"))
+    assert "step 1 would leave 0 of the 120 Gaussians that the run began with" in line
+    assert "system.strategy.default.prune_scale3d=0.0001 has pruned most: raise it" in line
+    assert "Traceback" not in error
+
+
+def test_changes_of_the_count_are_logged(small, monkeypatch):
+    import threestudio
+    from threestudio.utils.config import load_config
+
+    logged = {}
+    files, overrides = small("embedding+pocket", STRATEGIES["mcmc"])
+    system_type = threestudio.find(load_config(*files, cli_args=overrides).system_type)
+    monkeypatch.setattr(
+        system_type, "note", lambda self, name, value: logged.setdefault(name, []).append(value)
+    )
+    fit(files, overrides, max_steps=4)
+    counts = logged["train/n_gaussians"]
+    assert counts == [120, 120, 126, 132]  # 5 % after the steps 1 and 2, and after the last
+    assert logged["train/n_added"] == [0, 0, 6, 12] and logged["train/n_relocated"][0] == 0
 
 
 def test_accumulation_with_densification_is_refused(small, capsys):

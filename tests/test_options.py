@@ -87,9 +87,9 @@ def test_the_playground_sees_the_gpu_that_is_asked_for(lods, monkeypatch, visibl
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_radius_is_the_largest_of_all_cameras(lods, turned):
     """Whichever camera comes last."""
-    densify = importlib.import_module("threestudio-lods.gaussian.densify")
+    strategies = importlib.import_module("threestudio-lods.gaussian.strategies")
     args = {"refine_scale2d_stop_iter": 100, "refine_start_iter": 50, "refine_every": 100}
-    strategy = densify._default_strategy()(**args)
+    strategy = strategies.default_strategy()(**args)
     state = strategy.initialize_state(scene_scale=1.0)
     radii = torch.tensor([[[40, 3], [2, 2], [0, 0]], [[10, 4], [0, 9], [5, 1]]], dtype=torch.int32)
     means2d = torch.zeros(2, 3, 2, requires_grad=True)

@@ -12,6 +12,7 @@ the same on every device.
 
 import contextlib
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import torch
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 
 import threestudio
 from threestudio.utils.typing import *
+
+from .strategies import DAMAGED, Census, default_strategy, mcmc_strategy
 
 STRATEGIES = ("none", "default", "mcmc")
 
@@ -79,79 +82,48 @@ def torch_operators():
             setattr(ops, name, function)
 
 
-def _default_strategy():
-    """gsplat's DefaultStrategy, with its opacity reset, its pruning by size and its radii set
-    right."""
-    from gsplat.strategy import DefaultStrategy
-    from gsplat.strategy.ops import remove, reset_opa
+AT_LEAST_0 = (0, math.inf)
+RANGES = {  # of the strategies' numbers: the least, and what they must stay below
+    "prune_opa": (0, 1),
+    "min_opacity": (0, 1),
+    "refine_every": (1, math.inf),
+}
 
-    @dataclasses.dataclass
-    class ResettableStrategy(DefaultStrategy):
-        """In gsplat 1.5 the opacity reset never happens (``0 & step > 0`` is a chained comparison
-        with 0), and Gaussians that are too big are only pruned after its first date. Here
-        ``reset_every`` = 0 means never and any other number means it, and big Gaussians are
-        pruned from the step ``prune_big_after`` on. ``cap_max`` > 0 stops growing above so many
-        Gaussians."""
 
-        reset_every: int = 0
-        prune_big_after: int = 0
-        cap_max: int = 0
-
-        def step_post_backward(self, params, optimizers, state, step, info, packed=False):
-            if step >= self.refine_stop_iter:
-                return
-            if not packed:  # gsplat keeps the radius of the camera that is written last
-                radii = info["radii"]
-                seen = (radii > 0).all(-1, keepdim=True)
-                largest = (radii * seen).amax(0, keepdim=True)
-                info = {**info, "radii": largest * seen}
-            self._update_state(params, state, info, packed=packed)
-            since_reset = step % self.reset_every if self.reset_every > 0 else step
-            if (
-                step > self.refine_start_iter
-                and step % self.refine_every == 0
-                and since_reset >= self.pause_refine_after_reset
-            ):
-                cloned = split = 0
-                if not self.cap_max or len(params["means"]) < self.cap_max:
-                    cloned, split = self._grow_gs(params, optimizers, state, step)
-                pruned = self._prune_gs(params, optimizers, state, step)
-                if self.verbose:
-                    threestudio.info(
-                        f"step {step}: {cloned} Gaussians cloned, {split} split, {pruned} pruned, "
-                        f"{len(params['means'])} now"
-                    )
-                for value in state.values():
-                    if isinstance(value, torch.Tensor):
-                        value.zero_()
-            if self.reset_every > 0 and step > 0 and since_reset == 0:
-                reset_opa(params, optimizers, state, value=2 * self.prune_opa)
-
-        @torch.no_grad()
-        def _prune_gs(self, params, optimizers, state, step):
-            prune = torch.sigmoid(params["opacities"]) < self.prune_opa
-            if step >= self.prune_big_after:
-                size = params["scales"].exp().amax(-1)
-                prune |= size > self.prune_scale3d * state["scene_scale"]
-                if step < self.refine_scale2d_stop_iter:
-                    prune |= state["radii"] > self.prune_scale2d
-            n = int(prune.sum())
-            if n > 0:
-                remove(params, optimizers, state, prune)
-            return n
-
-    return ResettableStrategy
+def refuse_bad_settings(name: str, cls: type, args: Dict[str, Any]) -> None:
+    """Raise ValueError for settings ``args`` that the strategy ``cls`` does not have, or that are
+    of another type or out of range: whole numbers and sizes are 0 or more, opacities below 1."""
+    types = {f.name: f.type for f in dataclasses.fields(cls)}
+    for key, value in args.items():
+        where = f"system.strategy.{name}.{key}"
+        if key not in types:
+            raise ValueError(f"{where} is unknown: the fields are {', '.join(types)}")
+        kind = types[key]
+        if kind is bool:
+            if type(value) is not bool:
+                raise ValueError(f"{where}={value!r} must be true or false")
+        elif kind in (int, float):
+            low, high = RANGES.get(key, AT_LEAST_0)
+            number = type(value) in (int, kind)  # a whole number is a float too, a bool is neither
+            if not (number and low <= value < high):
+                what = "a whole number" if kind is int else "a number"
+                below = "" if high == math.inf else f" and less than {high}"
+                raise ValueError(f"{where}={value!r} must be {what} of {low} or more{below}")
+        elif value != "means2d":  # key_for_gradient: the rasterisers here have no other
+            raise ValueError(f"{where}={value!r} must be means2d")
 
 
 class Densifier:
     """A strategy, its running state, and the bookkeeping around both.
 
     ``name`` is 'none', 'default' (adaptive density control of 3DGS, arXiv:2308.04079) or 'mcmc'
-    (arXiv:2404.09591); ``args`` are the fields of gsplat's ``DefaultStrategy`` (plus those of
-    ``ResettableStrategy`` above) or ``MCMCStrategy``; ``scene_scale`` is the size in world units
-    that the default strategy's 3D thresholds are multiples of.
+    (arXiv:2404.09591); ``args`` are the fields of the class that :mod:`.strategies` makes of
+    gsplat's ``DefaultStrategy`` or ``MCMCStrategy``; ``scene_scale`` is the size in world units
+    that the default strategy's 3D thresholds are multiples of. Raises ValueError for a name or
+    settings that do not exist or are out of range.
 
-    Use: :meth:`before_backward` after rendering, :meth:`after_step` after the optimizer's step.
+    Use: :meth:`begin` before the first step, :meth:`before_backward` after rendering,
+    :meth:`after_step` after the optimizer's step.
     """
 
     def __init__(self, name: str, args: Dict[str, Any], scene_scale: float = 1.0) -> None:
@@ -164,16 +136,10 @@ class Densifier:
         self.state: Dict[str, Any] = {}
         if name == "none":
             return
-        if name == "mcmc":
-            from gsplat.strategy import MCMCStrategy as cls
-        else:
-            cls = _default_strategy()
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in args:
-            if key not in known:
-                raise ValueError(
-                    f"system.strategy.{name}.{key} is unknown: the fields are {', '.join(known)}"
-                )
+        if not (type(scene_scale) in (int, float) and 0 < scene_scale < math.inf):
+            raise ValueError(f"system.strategy.scene_scale={scene_scale!r} must be a size above 0")
+        cls = default_strategy() if name == "default" else mcmc_strategy()
+        refuse_bad_settings(name, cls, args)
         self.strategy = cls(**args)
         self.state = self.strategy.initialize_state(
             **({"scene_scale": scene_scale} if name == "default" else {})
@@ -183,6 +149,40 @@ class Densifier:
     def absgrad(self) -> bool:
         """Whether the rasteriser has to sum absolute gradients (AbsGS, arXiv:2404.10484)."""
         return bool(getattr(self.strategy, "absgrad", False))
+
+    @property
+    def census(self) -> Census:
+        """What has been done so far."""
+        return self.strategy.census if self.strategy is not None else Census(self.name)
+
+    def begin(self, count: int, max_steps: int, resumed: bool = False) -> None:
+        """Look at a run of ``max_steps`` steps (-1: without end) with ``count`` Gaussians before
+        its first step.
+
+        Raises ValueError for a ``cap_max`` below ``count``, unless the default strategy, which may
+        pass its cap by what it adds at once, has reached it before. Warns of dates of refinement
+        that never come.
+        """
+        s = self.strategy
+        if s is None:
+            return
+        where = f"system.strategy.{self.name}"
+        limited = s.cap_max > 0 or self.name == "mcmc"
+        if limited and count > s.cap_max and not (resumed and self.name == "default"):
+            raise ValueError(
+                f"{where}.cap_max={s.cap_max} is below the {count} Gaussians that the run begins "
+                "with: raise it, or begin with fewer (system.geometry)"
+            )
+        if not resumed:
+            self.census.first = count
+        first = (s.refine_start_iter // s.refine_every + 1) * s.refine_every
+        last = s.refine_stop_iter if max_steps < 0 else min(s.refine_stop_iter, max_steps)
+        if first >= last:
+            threestudio.warn(
+                f"system.strategy.name={self.name} changes nothing in this run: it would first act "
+                f"at step {first}, and its refine_stop_iter is {s.refine_stop_iter}, "
+                f"trainer.max_steps {max_steps}; lower {where}.refine_start_iter or refine_every"
+            )
 
     def before_backward(self, info: Dict[str, Any]) -> None:
         """Ask for the gradient of the projected means, which the default strategy judges by."""
@@ -221,11 +221,28 @@ class Densifier:
                 f"system.strategy.name={self.name} needs geometry.means, scales, quats and "
                 "opacities in system.optimizer.params"
             )
+        lengths = {len(v) for v in self.state.values() if isinstance(v, Tensor) and v.ndim == 1}
+        if lengths - {len(old["means"])}:
+            raise ValueError(DAMAGED)
+        if self.census.first == 0:  # of a checkpoint that does not know it
+            self.census.first = len(old["means"])
+        try:
+            self._act(old, params, views, optimizer, step, info, grad_scale)
+        finally:  # also where it stops the run half way: the optimizer's state is already new
+            replaced = {id(old[name]): p for name, p in params.items() if p is not old[name]}
+            if replaced:
+                for group in optimizer.param_groups:
+                    group["params"] = [replaced.get(id(p), p) for p in group["params"]]
+                geometry.set_gaussians(params)
+        return len(old["means"]) != len(params["means"])
+
+    def _act(self, old, params, views, optimizer, step, info, grad_scale) -> None:
+        """The strategy's own step, in place on ``params`` and ``views``."""
         arguments = (params, views, self.state, step, info)
         if self.name == "default":
             grad = info["means2d"].grad
             if grad is None or not torch.isfinite(grad).all():
-                return False  # a step that a 16-bit scaler skipped
+                return  # a step that a 16-bit scaler skipped
             if grad_scale != 1.0:
                 for g in (grad, getattr(info["means2d"], "absgrad", grad.new_zeros(0))):
                     g.div_(grad_scale)
@@ -238,37 +255,26 @@ class Densifier:
             )
             with torch_operators():
                 self.strategy.step_post_backward(*arguments, lr=lr)
-        replaced = {id(old[name]): p for name, p in params.items() if p is not old[name]}
-        if not replaced:
-            return False
-        for group in optimizer.param_groups:
-            group["params"] = [replaced.get(id(p), p) for p in group["params"]]
-        geometry.set_gaussians(params)
-        before, now = len(old["means"]), len(params["means"])
-        if now == 0:
-            raise ValueError(
-                f"system.strategy pruned all {before} Gaussians at step {step}: lower its "
-                "prune_opa, raise its prune_scale3d or scene_scale, or set system.strategy.name "
-                "to none"
-            )
-        if before != now:
-            threestudio.debug(f"step {step}: {before} -> {now} Gaussians")
-        return before != now
 
     def state_dict(self) -> Dict[str, Any]:
         """Name and running state, of tensors and numbers only."""
-        return {"name": self.name, "state": dict(self.state)}
+        state = {"name": self.name, "state": dict(self.state)}
+        return {**state, "census": self.census.state_dict()}
 
     def load_state_dict(self, stored: Dict[str, Any], device: Any) -> None:
         """Continue from :meth:`state_dict`. Another strategy than the stored one begins afresh."""
         if not isinstance(stored, dict) or not isinstance(stored.get("state"), dict):
-            raise ValueError("the checkpoint's densification state is damaged: take an earlier one")
+            raise ValueError(DAMAGED)
         if stored.get("name") != self.name:
             threestudio.info(
                 f"system.strategy is {self.name} now and was {stored.get('name')} in the "
                 "checkpoint: it begins afresh"
             )
             return
-        for key, value in stored["state"].items():
-            if key in self.state and key != "scene_scale":
-                self.state[key] = value.to(device) if isinstance(value, Tensor) else value
+        for key in ("grad2d", "count", "radii"):  # the others are constants
+            value = stored["state"].get(key)
+            if key in self.state and value is not None:
+                if not isinstance(value, Tensor) or value.ndim != 1 or not value.isfinite().all():
+                    raise ValueError(DAMAGED)
+                self.state[key] = value.to(device)
+        self.census.load_state_dict(stored.get("census"))

@@ -1,5 +1,6 @@
 """A cloud of 3D Gaussians as a threestudio geometry."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +36,9 @@ class Gaussians(BaseGeometry):
         init_seed: int = 0
         init_opacity: float = 0.1  # this and init_scale: of points; a 3DGS ply brings its own
         init_scale: float = 1.0  # times the rms distance to the 3 nearest neighbours
+        # world units: no standard deviation grows above it in training, since a huge and faint
+        # Gaussian is a veil before the views; 0: no limit
+        max_scale: float = 0.0
         # who finds the neighbours: auto | simple-knn | gswarp (both CUDA) | scipy
         knn_backend: str = "auto"
         # the settings of each init_type: BallInit, FileInit and ShapEInit in initialize.py
@@ -47,6 +51,11 @@ class Gaussians(BaseGeometry):
     def configure(self) -> None:
         if not 0 <= self.cfg.sh_degree <= 3:
             raise ValueError(f"system.geometry.sh_degree={self.cfg.sh_degree} must be 0 to 3")
+        if not 0 <= self.cfg.max_scale < math.inf:
+            raise ValueError(
+                f"system.geometry.max_scale={self.cfg.max_scale} must be a size in world units, or "
+                "0 for no limit"
+            )
         params = initial_gaussians(self.cfg, torch.device(self.device))
         n_rest = (self.cfg.sh_degree + 1) ** 2 - 1
         if n_rest and "shN" not in params:  # a file of degree 0
@@ -76,6 +85,12 @@ class Gaussians(BaseGeometry):
         """Take over other parameters, as a densification strategy leaves them behind."""
         for name, value in params.items():
             setattr(self, name, value)
+
+    @torch.no_grad()
+    def limit_scales(self) -> None:
+        """After a step of the optimizer: sigma <- min(sigma, ``max_scale``), in place."""
+        if self.cfg.max_scale > 0:
+            self.scales.clamp_(max=math.log(self.cfg.max_scale))
 
     def base_colors(self) -> Float[Tensor, "N 3"]:
         """The colour (N, 3) without its view dependence: max(1/2 + SH_C0 * sh0, 0), which can

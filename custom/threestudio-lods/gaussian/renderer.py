@@ -78,7 +78,7 @@ class GaussianRasterizer(Rasterizer):
           clamped;
         - ``opacity`` (B, H, W, 1), the true accumulated alpha in 0..1;
         - ``depth`` (B, H, W, 1), the expected z in camera space, world units, 0 where nothing is;
-        - ``info``, the rasteriser's dictionary that densification reads.
+        - ``info``, the rasteriser's dictionary that densification reads, and ``eps2d`` with it.
         """
         g = self.geometry
         # projections lose too many bits in 16-bit floats
@@ -101,6 +101,7 @@ class GaussianRasterizer(Rasterizer):
                 absgrad=absgrad,
                 backend=self.cfg.backend,
             )
+        info["eps2d"] = self.cfg.eps2d  # what it needs to know a Gaussian's own size
         foreground, depth = rendered[..., :3], rendered[..., 3:]
         if rays_d is None:
             focal = 0.5 * height / torch.tan(0.5 * fovy)

@@ -61,10 +61,11 @@ class LODSGaussianSplatting(LODSSystem):
         if self.resumed:
             # the checkpoint brings the Gaussians: do not run Shap-E for nothing
             self.cfg.geometry.init_type = "none"
-        super().configure()
+        # before the models are loaded, which takes longer than to find a mistake
         strategy = parse_structured(StrategyConfig, self.cfg.strategy)
         args = strategy.get(strategy.name, {})
         self.densifier = Densifier(strategy.name, dict(args or {}), strategy.scene_scale)
+        super().configure()
         self._rendered: Optional[Tuple[int, dict, float]] = None
 
     # -- training ------------------------------------------------------------------------------
@@ -94,6 +95,7 @@ class LODSGaussianSplatting(LODSSystem):
                     "densification would change the Gaussians of each GPU differently: train on "
                     "one GPU, or set system.strategy.name=none"
                 )
+        self.densifier.begin(self.geometry.count, self.trainer.max_steps, self.resumed)
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -108,6 +110,8 @@ class LODSGaussianSplatting(LODSSystem):
 
         loss = self.loss_of(out, batch)
         self.note("train/n_gaussians", self.geometry.count)
+        for name, number in self.densifier.census.total.items():
+            self.note(f"train/n_{name}", number)
         return {"loss": loss}
 
     def regularisers(self, out: Dict[str, Any]) -> Dict[str, Float[Tensor, ""]]:
@@ -134,6 +138,7 @@ class LODSGaussianSplatting(LODSSystem):
                     interpolation="exp",
                 )
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.geometry.limit_scales()
         if self._rendered is not None:
             step, info, scale = self._rendered
             self._rendered = None  # frees the graph's images
