@@ -44,6 +44,7 @@ from threestudio.utils.errors import StoppedError, UserError
 from threestudio.utils.extensions import load_custom_modules
 from threestudio.utils.files import whole_file
 from threestudio.utils.misc import choose_device, get_device
+from threestudio.utils.pretrained import load_complete
 
 LATENTS = "latents"  # system_type of the 2D canvas
 SHEET, SIZE = 4, 64  # pictures of a sheet, and their pixels
@@ -313,7 +314,7 @@ def load_clip(name: str):
     from transformers import AutoTokenizer, CLIPModel
 
     try:
-        model = CLIPModel.from_pretrained(name, use_safetensors=True)
+        model = load_complete(CLIPModel, name, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]

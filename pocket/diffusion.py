@@ -14,6 +14,7 @@ import torch
 from pocket.autoencoder import build as build_vae
 from pocket.autoencoder import cosine, save_state, to_tensor
 from pocket.data import TEMPLATES, VIEWS, caption
+from pocket.portable import make_portable
 from pocket.scenes import COLOR_NAMES, KIND_NAMES
 from pocket.tokenizer import save_tokenizer
 from threestudio.utils.files import whole_file
@@ -224,3 +225,4 @@ def save_pipeline(work: Path, folder: Path):
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     # Also the two files that older versions of transformers read.
     save_tokenizer(folder / "tokenizer", WORDS, LENGTH)
+    make_portable(folder)

@@ -73,7 +73,7 @@ def load() -> Judge:
     from safetensors.torch import load_file
 
     judge = Judge().eval().requires_grad_(False)
-    judge.load_state_dict({k: v.float() for k, v in load_file(WEIGHTS).items()}, strict=False)
+    judge.load_state_dict({k: v.float() for k, v in load_file(WEIGHTS).items()})
     return judge
 
 

@@ -4,6 +4,8 @@ import itertools
 import json
 from pathlib import Path
 
+from pocket.portable import make_portable
+
 
 def byte_characters() -> list[str]:
     """The 256 printable characters that byte-level BPE writes bytes with (GPT-2's table)."""
@@ -59,4 +61,5 @@ def save_tokenizer(folder: Path, words, length: int):
             str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length
         )
     tokenizer.save_pretrained(folder)
+    make_portable(folder)
     return tokenizer

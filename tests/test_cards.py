@@ -406,21 +406,24 @@ def test_the_plain_prompt_processor_is_not_enough_for_sdxl(xl):
         guidance.initialize(plain())
 
 
-def test_upstreams_hook_writes_where_upstream_reads(xl, tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["xl", "pocket"])
+def test_upstreams_hook_writes_where_upstream_reads(xl, tmp_path, monkeypatch, model):
     """threestudio 0.2.3 calls ``spawn_func(model, prompts, folder)``, in this process if ``spawn``
     is false, and reads md5("<model>-<prompt>").pt."""
     import hashlib
 
-    base = find("lods-prompt-processor").__mro__[1]
-    monkeypatch.setattr(base, "spawn_func", staticmethod(lambda *a: None), raising=False)
-    made = processor(xl)
+    model = {"xl": xl, "pocket": str(POCKET)}[model]
+    wanted = processor(model)
+    hosts = find("lods-prompt-processor").__mro__[1]
+    monkeypatch.setattr(hosts, "spawn_func", staticmethod(lambda *a: None), raising=False)
+    made = processor(model)
     assert made.cfg.spawn is False
-    made.spawn_func(xl, ["a red car", ""], str(tmp_path))
-    for text, want in (("a red car", made.text_embeddings[0]), ("", torch.zeros(17, 64))):
-        name = hashlib.md5(f"{xl}-{text}".encode()).hexdigest()
+    monkeypatch.delattr(hosts, "load_part")  # which upstream has not
+    made.spawn_func(model, ["a red car", ""], str(tmp_path))
+    for text, kind in (("a red car", "text_embeddings"), ("", "uncond_text_embeddings")):
+        name = hashlib.md5(f"{model}-{text}".encode()).hexdigest()
         got = read(tmp_path / f"{name}.pt")
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    assert processor(str(POCKET)).cfg.spawn is True  # whose own hook is left alone
+        torch.testing.assert_close(got, getattr(wanted, kind)[0], rtol=1e-5, atol=1e-5)
 
 
 # -- models shaped like each card, through everything ----------------------------------------------

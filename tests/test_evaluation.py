@@ -133,7 +133,7 @@ def make_tiny_clip(folder, seed=0) -> Path:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        CLIPModel(config).save_pretrained(folder)
+        CLIPModel(config).save_pretrained(folder, safe_serialization=True)
     return folder
 
 

@@ -195,6 +195,19 @@ def test_every_word_is_one_token(tmp_path):
     assert len(tokenizer("x " * 50, truncation=True, max_length=16).input_ids) == 16
 
 
+def test_what_the_pocket_priors_training_writes_is_readable_by_old_versions(tmp_path, monkeypatch):
+    from pocket import diffusion
+    from tests.test_model_folders import readable_by_old_versions
+
+    models = torch.nn.ModuleList(
+        diffusion.build_models(save_tokenizer(tmp_path / "tokenizer", diffusion.WORDS, 16))
+    )
+    torch.save({"ema": models.state_dict()}, tmp_path / "views_state.pt")
+    monkeypatch.setattr(diffusion, "load_vae", lambda work: autoencoder.build())
+    diffusion.save_pipeline(tmp_path, tmp_path / "out")
+    assert readable_by_old_versions(tmp_path / "out")
+
+
 def test_words_that_the_prior_cannot_read_are_named():
     from transformers import CLIPTokenizer
 

@@ -270,11 +270,13 @@ def test_shap_e_reads_pickled_weights_as_data(bomb, lods, monkeypatch):
     monkeypatch.setattr(
         diffusers.ShapEPipeline, "load_config", lambda name: {"_class_name": "ShapEPipeline"}
     )
-    monkeypatch.setattr(
-        diffusers.ShapEPipeline,
-        "from_pretrained",
-        lambda *args, **kwargs: torch.load("weights.bin", weights_only=False),
-    )
+
+    def load(*args, **kwargs):
+        return torch.load("weights.bin", weights_only=False)
+
+    monkeypatch.setattr(diffusers.ShapEPipeline, "from_pretrained", load)
+    denoiser = importlib.import_module("threestudio-lods.guidance.denoiser")
+    monkeypatch.setattr(denoiser, "load_complete", lambda *args, **kwargs: None)
     before = torch.load
     with pytest.raises(ValueError, match="UnpicklingError"):
         start_from_shap_e()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from pocket.portable import make_portable
 from pocket.tokenizer import save_tokenizer
 
 WORDS = (  # threestudio's view words, and some to make prompts of
@@ -160,4 +161,5 @@ def write_pipeline(
             add_watermarker=False,
         )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    make_portable(folder)
     return folder

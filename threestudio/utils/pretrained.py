@@ -14,7 +14,8 @@ def load_part(
 ) -> Any:
     """``cls.from_pretrained(model, subfolder=part, **kwargs)`` of the first of `variants` ("fp16",
     or None for the plain file) that there is. `model`: a folder, relative to the current one or
-    absolute, or a hub id. Raises :class:`UserError` that says what was looked for, and where."""
+    absolute, or a hub id. Raises :class:`UserError` that says what was looked for, and where, and
+    for a network some of whose weights are missing."""
     if not os.path.isdir(model) and (model.count("/") != 1 or model[0] in "./~"):
         raise UserError(
             f"there is no model folder {model!r} (from {os.getcwd()}): set "
@@ -26,17 +27,36 @@ def load_part(
     for variant in variants:
         options = kwargs if variant is None else {**kwargs, "variant": variant}
         try:
-            return cls.from_pretrained(model, subfolder=part, **options)
+            return load_complete(cls, model, subfolder=part, **options)
         except (MemoryError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:  # one of many kinds, by library and by version
             problem = error if problem is None or variant is None else problem
+    if isinstance(problem, UserError):
+        raise problem
     where = "in the folder" if os.path.isdir(model) else "on the hub or in its local cache"
     raise UserError(
         f"cannot load {part} of {model!r} {where} "
         f"({type(problem).__name__}: {_first_line(problem)}): check "
         "pretrained_model_name_or_path, the network, or download the model first"
     )
+
+
+def load_complete(cls: Any, model: str, **kwargs) -> Any:
+    """``cls.from_pretrained(model, **kwargs)``. For a network some of whose weights are not in the
+    files it raises :class:`UserError`: the libraries only warn, and fill in random numbers."""
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        return cls.from_pretrained(model, **kwargs)
+    network, report = cls.from_pretrained(model, output_loading_info=True, **kwargs)
+    lost = sorted(report["missing_keys"])
+    if lost:
+        where = os.path.join(model, kwargs.get("subfolder", ""))
+        raise UserError(
+            f"the weights in {where} lack {len(lost)} of the tensors of a {cls.__name__}, such as "
+            f"{lost[0]}: download the model again, or save it in the format that the installed "
+            "transformers and diffusers read"
+        )
+    return network
 
 
 def _first_line(error: Exception) -> str:

@@ -279,14 +279,18 @@ class ShapEInit:
         """The vertices of the mesh, in Shap-E's own axes."""
         try:
             from diffusers import ShapEPipeline
+            from transformers import CLIPTextModelWithProjection
+
+            from ..guidance.denoiser import load_complete
 
             name = self.pretrained_model_name_or_path
             refuse_out_of_reach(name)
             refuse_foreign_parts(ShapEPipeline.load_config(name))
             with data_only():  # not all weights of Shap-E on the hub are safetensors
-                pipe = ShapEPipeline.from_pretrained(
-                    name, torch_dtype=torch.float16 if device.type == "cuda" else torch.float32
-                ).to(device)
+                options = {"torch_dtype": torch.float16 if device.type == "cuda" else torch.float32}
+                # a pipeline would take a text encoder without all of its weights
+                text = load_complete(CLIPTextModelWithProjection, name, "text_encoder", **options)
+                pipe = ShapEPipeline.from_pretrained(name, text_encoder=text, **options).to(device)
         except Exception as error:
             reason = str(error).strip().splitlines()
             raise ValueError(

@@ -64,12 +64,32 @@ def _missing(name_or_path: str, part: str, error: BaseException) -> str:
     return missing(name_or_path, what, first_line(error), name_or_path)
 
 
+class Incomplete(ValueError):
+    """Some of a network's weights are not in its files."""
+
+
+def load_complete(cls, path: str, subfolder: str, **kwargs):
+    """``cls.from_pretrained`` of a network. Raises :class:`Incomplete`, one line, if the files lack
+    some of its weights, where the libraries only warn and take random numbers for them."""
+    network, report = cls.from_pretrained(
+        path, subfolder=subfolder, output_loading_info=True, **kwargs
+    )
+    if lost := sorted(report["missing_keys"]):
+        raise Incomplete(
+            f"{len(lost)} tensors of a {cls.__name__} are missing in {path}/{subfolder}, the first "
+            f"of them {lost[0]}: download the model again, or save it in the format of the "
+            "installed versions of transformers and diffusers"
+        )
+    return network
+
+
 def _load_weights(cls, model: Model, subfolder: str, dtype: torch.dtype):
     """``cls.from_pretrained``, safetensors only, from whichever variant (fp16 or none) exists."""
     errors = []
     for variant in (None, "fp16") if dtype == torch.float32 else ("fp16", None):
         try:
-            return cls.from_pretrained(
+            return load_complete(
+                cls,
                 model.path,
                 subfolder=subfolder,
                 revision=model.revision,
@@ -79,6 +99,8 @@ def _load_weights(cls, model: Model, subfolder: str, dtype: torch.dtype):
             )
         except Exception as error:  # of many kinds, by library and by version
             errors.append(error)
+    if isinstance(errors[0], Incomplete):
+        raise errors[0]
     if os.path.isdir(model.path):
         raise ValueError(
             f"the weights in {os.path.join(model.path, subfolder)} cannot be read "

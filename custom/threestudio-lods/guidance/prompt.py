@@ -11,7 +11,7 @@ import threestudio
 from threestudio.utils.typing import *
 
 from .cards import Model, first_line, missing, resolve
-from .denoiser import load_model_config
+from .denoiser import load_complete, load_model_config
 
 StableDiffusionPromptProcessor = threestudio.find("stable-diffusion-prompt-processor")
 
@@ -63,9 +63,9 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         if self.two_encoders:
             self.parts = PARTS
             self.zero_empty = _zeros_for_empty(model)
-            if hasattr(StableDiffusionPromptProcessor, "spawn_func"):  # upstream's hook
-                self.cfg.spawn = False  # a new process does not know this extension by its name
-                self.spawn_func = self.write_embeddings
+        if _in_upstream():  # whose own hook would take an encoder without all of its weights
+            self.cfg.spawn = False  # a new process does not know this extension by its name
+            self.spawn_func = self.write_embeddings
         super().configure()
 
     def __call__(self) -> Any:
@@ -99,7 +99,7 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         return f"{model}-zero" if model and self.two_encoders and self.zero_empty else model
 
     def encode(self, texts: List[str]) -> Tuple[Float[Tensor, "N T D"], List[int]]:
-        if not self.two_encoders:
+        if not (self.two_encoders or _in_upstream()):
             return super().encode(texts)
         from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -107,7 +107,7 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         for tokens, part, kind in (
             ("tokenizer", "text_encoder", CLIPTextModel),
             ("tokenizer_2", "text_encoder_2", CLIPTextModelWithProjection),
-        ):
+        )[: 1 + self.two_encoders]:
             tokenizer = self._part(AutoTokenizer, tokens, trust_remote_code=False)
             # one after the other, so that only one of them takes memory
             encoder = self._part(kind, part, use_safetensors=True)
@@ -118,7 +118,9 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
                 texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
             ).input_ids
             with torch.no_grad():
-                output = encoder(ids.to(self.device), output_hidden_states=True)
+                output = encoder(ids.to(self.device), output_hidden_states=self.two_encoders)
+            if not self.two_encoders:
+                return output[0], counts
             states.append(output.hidden_states[-2])
             pooled = output[0]
         rows = torch.cat(states, dim=-1)
@@ -134,9 +136,12 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         return embeddings, [count + 1 for count in counts]  # the pooled row counts as a token
 
     def _part(self, cls: Any, part: str, **kwargs) -> Any:
-        if hasattr(super(), "load_part"):  # the host's, with its checks
+        if not _in_upstream():  # the host checks more
             return self.load_part(cls, part, **kwargs)
-        return cls.from_pretrained(self.cfg.pretrained_model_name_or_path, subfolder=part, **kwargs)
+        path = self.cfg.pretrained_model_name_or_path
+        if issubclass(cls, torch.nn.Module):
+            return load_complete(cls, path, part, **kwargs)
+        return cls.from_pretrained(path, subfolder=part, **kwargs)
 
     def write_embeddings(self, name_or_path: str, prompts: List[str], folder: str) -> None:
         """Upstream's hook: write each embedding where threestudio 0.2.3 looks for it."""
@@ -144,6 +149,11 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         for prompt, embedding in zip(prompts, embeddings):
             name = hashlib.md5(f"{name_or_path}-{prompt}".encode()).hexdigest()
             torch.save(embedding.cpu().clone(), os.path.join(folder, f"{name}.pt"))
+
+
+def _in_upstream() -> bool:
+    """Whether threestudio makes embeddings with the hook ``spawn_func``, as upstream does."""
+    return hasattr(StableDiffusionPromptProcessor, "spawn_func")
 
 
 def _has_two_encoders(model: Model) -> bool:
