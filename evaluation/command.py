@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import importlib
 import os
 import signal
 import statistics
@@ -14,6 +15,7 @@ from evaluation.grid import TRUE, Grid, Run, load_grid
 from evaluation.machine import ROOT, code, commit
 from evaluation.table import Table, key_of
 from evaluation.workers import WORK, Local, OnRay, make_job
+from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.extensions import load_custom_modules, report_failures
 from threestudio.utils.typing import *
@@ -97,6 +99,25 @@ def check_priors(runs: List[Run]) -> None:
                 f"prior {prior}: no guidance is registered as {name!r}{hint}; "
                 "--only prior=... chooses others"
             )
+
+
+def check_prompts(runs: List[Run]) -> None:
+    """Refuse a prompt in which a run's model knows no object, before a process finds out."""
+    check_prompt = importlib.import_module("threestudio-lods.preflight").check_prompt
+    local_folder = importlib.import_module("threestudio-lods.guidance.cards").local_folder
+    distinct: Dict[tuple, set] = {}  # what a config depends on here -> prompts
+    for run in (run for run in runs if run.prior != TRUE):
+        overrides = [o for o in run.overrides if o.startswith("system.prompt_processor")]
+        distinct.setdefault((run.configs, tuple(overrides)), set()).add(run.prompt)
+    for (configs, overrides), prompts in distinct.items():
+        first = [f"system.prompt_processor.prompt={min(prompts)}", *overrides]
+        cfg = load_config(*(str(ROOT / name) for name in configs), cli_args=first)
+        for prompt in sorted(prompts):
+            cfg.system.prompt_processor.prompt = prompt
+            try:
+                check_prompt(cfg, local_folder)
+            except ValueError as error:
+                raise UserError(str(error)) from None
 
 
 @dataclass
@@ -244,6 +265,7 @@ def main(argv=None) -> int:
     if not runs:
         return 1 if bad else 0
     check_priors(runs)
+    check_prompts(runs)
     on_ray = args.ray is not None
     workers = args.workers or (None if on_ray else 1)
     threads = args.threads or (1 if on_ray else max(1, (os.cpu_count() or 1) // workers))

@@ -6,6 +6,7 @@ view are decided, so these are learnt early. Captions are dropped with probabili
 classifier-free guidance; the weights saved are an exponential moving average.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,14 @@ WORDS = tuple(
         .split()
     )
 )
+
+
+def vocabulary() -> dict[str, list[str]]:
+    """What the prior knows, for ``vocabulary.json``: the names of objects, colours and views, and
+    all other words of its captions."""
+    named = {"objects": [*KIND_NAMES], "colors": [*COLOR_NAMES], "views": [*VIEWS]}
+    said = {word for names in named.values() for name in names for word in name.split()}
+    return {**named, "other words": [w for w in WORDS if w not in said and w.isalnum()]}
 
 
 def build_scheduler():
@@ -226,3 +235,4 @@ def save_pipeline(work: Path, folder: Path):
     # Also the two files that older versions of transformers read.
     save_tokenizer(folder / "tokenizer", WORDS, LENGTH)
     make_portable(folder)
+    (folder / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=1) + "\n")

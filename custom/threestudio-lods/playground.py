@@ -62,6 +62,8 @@ def parse_arguments(kind: str, argv=None) -> argparse.Namespace:
         return f"(default: {pocket}; for Stable Diffusion {large})"
 
     add("--prompt", help=f"what to make {by_model('prompt')}")
+    unknown = "take a prompt in which the pocket prior knows no object"
+    add("--allow-unknown-words", action="store_true", help=unknown)
     add(
         "--model",
         help="sd15, sd21-base, sd21, sdxl, pocket, hub id or diffusers folder "
@@ -163,6 +165,20 @@ def default_folder(kind: str, prompt: str) -> Path:
     return Path("outputs") / f"2d_lods_{kind}" / f"{name}@{datetime.now():%Y%m%d-%H%M%S}"
 
 
+def refuse_unknown(model: str, prompt: str, allowed: bool) -> None:
+    """Raise ``ValueError`` for a prompt without any object that the model knows (see
+    :mod:`.guidance.vocabulary`), before the model is loaded."""
+    from .guidance.cards import local_folder
+    from .guidance.vocabulary import Vocabulary
+
+    folder = local_folder(model)
+    vocabulary = Vocabulary.read(folder) if folder else None
+    if vocabulary is None or allowed or not prompt.strip():  # which the prompt processor refuses
+        return
+    if refusal := vocabulary.refusal(prompt, "--allow-unknown-words"):
+        raise ValueError(refusal)
+
+
 def run(kind: str, args: argparse.Namespace) -> Path:
     """The whole job; returns the folder with the results.
 
@@ -188,6 +204,7 @@ def run(kind: str, args: argparse.Namespace) -> Path:
         for key in ("prompt", "steps", "guidance_scale", "lr", "prior_lr")
     }
     print(f"Model: {model} ({why}).", flush=True)
+    refuse_unknown(model, settings["prompt"], args.allow_unknown_words)
     torch.manual_seed(args.seed)
     prior = threestudio.find(f"lods-{kind}-guidance")(
         {
@@ -199,7 +216,11 @@ def run(kind: str, args: argparse.Namespace) -> Path:
     )
     with torch.random.fork_rng(devices=[]):  # a text encoder that is made, not cached, may draw
         prompt_utils = threestudio.find("lods-prompt-processor")(
-            {"pretrained_model_name_or_path": model, "prompt": settings["prompt"]}
+            {
+                "pretrained_model_name_or_path": model,
+                "prompt": settings["prompt"],
+                "allow_unknown_words": args.allow_unknown_words,
+            }
         )()
 
     folder = Path(args.output) if args.output else default_folder(kind, settings["prompt"])

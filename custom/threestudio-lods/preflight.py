@@ -1,31 +1,71 @@
-"""Before anything is loaded: can the models that the config names be had?
+"""Before anything is loaded: can the models that the config names be had, and read its prompt?
 
 ``launch.py`` of this repository executes this file alone and early; upstream's does not know it,
 and finds out when the models are loaded.
 """
 
 import importlib.util
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SYSTEMS = ("lods-gs-system", "lods-ngp-system")  # both load their models in every mode
+# those of which a prompt is looked at: the first is these systems' default, the second is the
+# host's own, which can be given a model of this extension
+PROCESSORS = ("lods-prompt-processor", "stable-diffusion-prompt-processor")
 
 
 def preflight(cfg: Any, mode: str) -> None:
-    """Raise ``ValueError``, one line, for a model that is no folder, card or hub id, and for a card
-    (``models/cards.yaml``) or hub id that is not on this machine while there is no network.
+    """Raise ``ValueError``, one line, for a model that is no folder, card or hub id, for a card
+    (``models/cards.yaml``) or hub id that is not on this machine while there is no network, and for
+    a prompt in which the model knows no object.
 
     What is not certain is left to the run: systems of others, and everything of the hub where a
     connection to it can be opened.
     """
-    if cfg.system_type not in SYSTEMS:
-        return
-    names = model_names(cfg.system)
-    if names:
-        cards = _load(HERE / "guidance" / "cards.py")
-        for name in names:
+    cards = _load(HERE / "guidance" / "cards.py")
+    if cfg.system_type in SYSTEMS:
+        for name in model_names(cfg.system):
             cards.refuse_early(name)
+    if cfg.get("resume") is None:  # what has been trained stays of use
+        check_prompt(cfg, cards.local_folder)
+
+
+def check_prompt(cfg: Any, local_folder: Callable[[str], str | None]) -> None:
+    """Raise ``ValueError``, one line, for an empty prompt, and for one without any object that the
+    model of the prompt processor knows, where its ``vocabulary.json`` lists them.
+
+    Of the host's own prompt processor, which does not look at words, the words that the model
+    lacks are named here. ``local_folder``: that of :mod:`.guidance.cards`.
+    """
+    system = cfg.system
+    kind = system.get("prompt_processor_type")
+    kind = kind or (PROCESSORS[0] if cfg.system_type in SYSTEMS else None)
+    options = system.get("prompt_processor") or {}
+    name, prompt = (options.get(k) for k in ("pretrained_model_name_or_path", "prompt"))
+    if kind not in PROCESSORS or prompt is None:
+        return
+    if not str(prompt).strip():
+        raise ValueError(
+            "the prompt is empty: set system.prompt_processor.prompt, for example "
+            "'a DSLR image of a hamburger'"
+        )
+    folder = local_folder(name) if name and isinstance(name, str) else None
+    words = _load(HERE / "guidance" / "vocabulary.py")
+    vocabulary = words.Vocabulary.read(folder) if folder else None
+    if vocabulary is None or str(prompt).startswith("lib:"):  # which the host looks up
+        return
+    own, force = kind == PROCESSORS[0], words.FORCE
+    if not own:
+        force = f"system.prompt_processor_type={PROCESSORS[0]} {force}"
+    refusal = vocabulary.refusal(str(prompt), force)
+    if refusal and not (own and options.get("allow_unknown_words")):
+        raise ValueError(refusal)
+    warning = "" if own else vocabulary.warning([str(prompt)], str(prompt))
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def model_names(system: Any) -> list[str]:
@@ -47,5 +87,9 @@ def model_names(system: Any) -> list[str]:
 def _load(file: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"{__name__}_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[spec.name]
     return module

@@ -124,6 +124,12 @@ def resolve(name_or_path: str) -> Model:
     return Model(repo, card.revision, card)
 
 
+def local_folder(name_or_path: str) -> str | None:
+    """The folder that a name stands for, if the hub need not be asked for it."""
+    model = _without_hub(name_or_path, find_card(name_or_path))
+    return model.path if model and os.path.isdir(model.path) else None
+
+
 def refuse_early(name_or_path: str) -> None:
     """Raise ``ValueError``, one line, for a name that stands for nothing, or for a model of the hub
     that is not in its local cache while there is no network. The hub is not asked: where a

@@ -12,6 +12,7 @@ from threestudio.utils.typing import *
 
 from .cards import Model, first_line, missing, resolve
 from .denoiser import load_complete, load_model_config
+from .vocabulary import Vocabulary
 
 StableDiffusionPromptProcessor = threestudio.find("stable-diffusion-prompt-processor")
 
@@ -42,6 +43,10 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
     like now, and has the words for the view as the prompt does; "nfsd_negative" has not. A text is
     worth something in words that the model knows: the pocket prior would read the published ones
     letter by letter, and cut them off after 14 tokens, so that pocket.yaml has others.
+
+    A model whose folder has a ``vocabulary.json`` (see :mod:`.vocabulary`) is not asked for what it
+    does not know: a prompt without any of its objects is refused, and other words that it lacks are
+    named in one warning, at every start.
     """
 
     @dataclass
@@ -52,12 +57,15 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         source_suffix: str = RENDERS
         # lods-nfsd-guidance: the same for all views
         nfsd_negative_prompt: str = BAD_PICTURES
+        # of a model that lists the words that it knows: take a prompt without any of its objects
+        allow_unknown_words: bool = False
 
     cfg: Config
 
     def configure(self) -> None:
         self._given = {f.name: getattr(self.cfg, f.name) for f in fields(self.Config)}
         model = resolve(self.cfg.pretrained_model_name_or_path)
+        self.vocabulary = Vocabulary.read(model.path)
         self.two_encoders = _has_two_encoders(model)
         self.cfg.pretrained_model_name_or_path = _text_model(model)
         if self.two_encoders:
@@ -73,6 +81,23 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         output.other_text = self.other_text
         return output
 
+    def prepare_text_embeddings(self) -> None:
+        # before anything is embedded: what the cache holds was embedded by an earlier run, and this
+        # one shall be told as well
+        self.check_words()
+        super().prepare_text_embeddings()
+
+    def check_words(self) -> None:
+        """Refuse a prompt in which the model knows no object, and name the words that it lacks."""
+        if self.vocabulary is None or not self.prompt.strip():  # which the base class refuses
+            return
+        refusal = self.vocabulary.refusal(self.prompt)
+        if refusal and not self.cfg.allow_unknown_words:
+            raise ValueError(refusal)
+        texts = [self.prompt, *self.prompts_vd, self.negative_prompt]
+        if warning := self.vocabulary.warning(texts, self.prompt):
+            threestudio.warn(warning)
+
     def other_text(self, kind: str) -> Any:
         """What calling this returns, with another text (class docstring) as the prompt."""
         cfg, views = self.cfg, {f"prompt_{d.name}": None for d in self.directions}
@@ -84,8 +109,12 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         else:  # one text for all views, maybe an empty one, is what a negative prompt is
             text = cfg.nfsd_negative_prompt if kind == "nfsd_negative" else ""
             changes = {"negative_prompt": text}
+        if self.vocabulary and (warning := self.vocabulary.warning(filter(None, changes.values()))):
+            threestudio.warn(warning)
+        # the prompt's own words have been looked at, and this text need not name an object
+        silent = type(type(self).__name__, (type(self),), {"check_words": lambda self: None})
         with torch.random.fork_rng(devices=[]):  # an encoder that is made, not cached, may draw
-            output = type(self)({**self._given, **changes})()
+            output = silent({**self._given, **changes})()
         if "prompt" in changes:
             return output
         return replace(

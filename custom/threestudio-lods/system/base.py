@@ -50,9 +50,11 @@ class LODSSystem(BaseLift3DSystem):
             # the checkpoint brings what was learnt, and the file may be gone
             self.cfg.guidance["weights"] = None
         self.guidance = threestudio.find(self.cfg.guidance_type)(self.cfg.guidance)
-        self.prompt_processor = threestudio.find(self.cfg.prompt_processor_type)(
-            self.cfg.prompt_processor
-        )
+        processor = threestudio.find(self.cfg.prompt_processor_type)
+        if self.resumed and hasattr(processor.Config, "allow_unknown_words"):
+            # what has been trained can be looked at and exported, whatever its prompt
+            self.cfg.prompt_processor["allow_unknown_words"] = True
+        self.prompt_processor = processor(self.cfg.prompt_processor)
         self.prompt_utils = self.prompt_processor()
         if hasattr(self.guidance, "initialize"):
             self.guidance.initialize(self.prompt_utils)

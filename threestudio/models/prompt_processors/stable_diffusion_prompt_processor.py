@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from dataclasses import dataclass
 
 import torch
@@ -49,14 +48,6 @@ def hub_folder(model_id: str) -> Optional[str]:
     return os.path.dirname(os.path.dirname(found)) if isinstance(found, str) else None
 
 
-def spelt_words(tokenizer: Any, texts: List[str]) -> List[str]:
-    """Words that the tokenizer's vocabulary lacks: those that it cuts into pieces of less than two
-    letters on average."""
-    words = dict.fromkeys(w for text in texts for w in re.findall(r"[^\W\d_]{2,}", text))
-    pieces = {word: len(tokenizer.tokenize(word)) for word in words}
-    return [word for word, n in pieces.items() if n > 1 and 2 * n > len(word)]
-
-
 @threestudio.register("stable-diffusion-prompt-processor")
 class StableDiffusionPromptProcessor(PromptProcessor):
     """Embeddings are the encoder's last hidden states; T and D are the model's own.
@@ -86,12 +77,6 @@ class StableDiffusionPromptProcessor(PromptProcessor):
     def encode(self, texts: List[str]) -> Tuple[Float[Tensor, "N T D"], List[int]]:
         tokenizer, text_encoder = self._load()
         limit = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-        spelt = spelt_words(tokenizer, texts)
-        if spelt:
-            threestudio.warn(
-                f"the text model has no word for {', '.join(map(repr, spelt))} and reads letters: "
-                "it may not know what that is"
-            )
         # counted here, so that the tokenizer's own warning per text is not needed
         counts = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
         tokens = tokenizer(
