@@ -95,7 +95,7 @@ def prompt_rows(n: int, model, folder: Path, seed: int) -> Iterator[tuple[str, I
     """Names and trials for the table."""
     rng = random.Random(seed)
     prompts = [hostile_prompt(rng) for _ in range(n)]
-    toy = ["--config", "toy.yaml", "--train", "trainer.max_steps=1"]
+    toy = ["--extensions", "custom", "--config", "toy.yaml", "--train", "trainer.max_steps=1"]
     toy += ["trainer.enable_progress_bar=false"]
     yield "hostile prompt", _prompts(prompts, "system.prompt", toy, folder / "toy")
     for key in ("tag", "name"):
