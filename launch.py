@@ -12,10 +12,8 @@ import inspect
 import logging
 import os
 import shlex
-import shutil
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from pathlib import Path
@@ -57,6 +55,14 @@ def parse_args(argv):
     mode.add_argument("--test", action="store_true", help="render the test views and the video")
     mode.add_argument("--export", action="store_true", help="export the 3D object")
     parser.add_argument(
+        "--extensions",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="also load the extensions in FOLDER, whose code is run (those in custom/ beside "
+        "launch.py always are)",
+    )
+    parser.add_argument(
         "--gradio",
         action="store_true",
         help="for a program that watches the run: keep its state in the file 'progress' of the "
@@ -82,75 +88,34 @@ def parse_args(argv):
     return args, overrides
 
 
-# --- output -------------------------------------------------------------------------------------
-
-_NOISE = (  # of libraries, about things that are as they should be here
-    ".*does not have many workers.*",
-    ".*GPU available but not used.*",
-    ".*Checkpoint directory .* exists and is not empty.*",
-    ".*resuming from a checkpoint that ended.*",
-    ".*callbacks used to create the checkpoint.*",
-    ".*The dirpath has changed from.*",
-    ".*isinstance.treespec, LeafSpec.*",
-    ".*LeafSpec.*is deprecated.*",
-    ".*in eval mode at the start of training.*",
-    ".*torchvision.*",
-    ".*Experiment logs directory .* exists and is not empty.*",
-    ".*`training_step` returned `None`.*",
-    ".*predict returned None.*",
-    ".*lr_scheduler.step.*before.*optimizer.step.*",
-)
-
-
-# what everything imports, by the names of the modules
-_PACKAGES = {
-    "torch",
-    "omegaconf",
-    "pytorch_lightning",
-    "diffusers",
-    "transformers",
-    "peft",
-    "numba",
-}
-
-
-class _NotLightning(logging.Filter):
-    """Drops what Lightning tells about itself (extensions log through the same logger)."""
-
-    def filter(self, record):
-        own = "pytorch_lightning" in record.pathname or "lightning_fabric" in record.pathname
-        return record.levelno >= logging.WARNING or not own
-
-
-def _quieten(verbose: bool) -> None:
-    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.DEBUG if verbose else logging.INFO)
-        for handler in (logger, *logger.handlers):
-            for old in [f for f in handler.filters if isinstance(f, _NotLightning)]:
-                handler.removeFilter(old)
-            if not verbose:
-                handler.addFilter(_NotLightning())
-    if not verbose:
-        for message in _NOISE:
-            warnings.filterwarnings("ignore", message=message)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
 # --- set-up -------------------------------------------------------------------------------------
 
 
-def _extension_folders() -> list:
-    return list(dict.fromkeys([HERE / "custom", Path.cwd() / "custom"]))
+def _extension_folders(args) -> list:
+    """Those whose code is run: nothing in the current folder is, unless it is asked for."""
+    from threestudio.utils.errors import UserError
+    from threestudio.utils.extensions import find_extensions
+
+    for folder in args.extensions:
+        if not os.path.isdir(folder):
+            raise UserError(f"--extensions {folder}: there is no such folder")
+    roots = [HERE / "custom", *map(Path, args.extensions)]
+    here = Path.cwd() / "custom"
+    if not any(os.path.realpath(root) == os.path.realpath(here) for root in roots):
+        names = [name for name, _ in find_extensions(here)]
+        if names:
+            print(
+                f"not loaded: {', '.join(names)[:200]} in {here} (--extensions custom loads them)",
+                file=sys.stderr,
+            )
+    return list(dict.fromkeys(roots))
 
 
-def _load_extensions(verbose: bool) -> None:
+def _load_extensions(roots, verbose: bool) -> None:
     """Those that fail are named later, at the end of start-up or before the error that ends it."""
     from threestudio.utils.extensions import load_custom_modules
 
-    for root in _extension_folders():
+    for root in roots:
         for error in load_custom_modules(root).values():
             if error is not None and verbose:
                 traceback.print_exception(error)
@@ -173,7 +138,8 @@ def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
     from threestudio.utils.best_checkpoints import BestCheckpoints, ModelCheckpoint
     from threestudio.utils.checkpoint import LastCheckpoint
 
-    made: list = [callbacks.ReportFailures()]  # first, so that it comes before the progress bar
+    # first, so that it comes before the progress bar
+    made: list = [callbacks.ReportFailures(), callbacks.SharedFolder(cfg)]
     if args.gradio:
         made.append(callbacks.ProgressCallback(os.path.join(cfg.trial_dir, "progress")))
     elif trainer_args.get("enable_progress_bar", True):
@@ -235,12 +201,10 @@ def _load(args, overrides):
     return cfg, (checkpoint["epoch"], checkpoint["global_step"])
 
 
-def _checkpoint_folder(cfg) -> str:
-    return cfg.checkpoint.get("dirpath") or os.path.join(cfg.trial_dir, "ckpts")
-
-
 def _last_path(cfg) -> str:
-    return os.path.join(_checkpoint_folder(cfg), "last.ckpt")
+    from threestudio.utils.run_folder import checkpoint_folder
+
+    return os.path.join(checkpoint_folder(cfg), "last.ckpt")
 
 
 def _make_trainer(args, cfg, guard, trainer_args: dict, system):
@@ -252,6 +216,7 @@ def _make_trainer(args, cfg, guard, trainer_args: dict, system):
     from threestudio.utils.config import config_to_primitive
     from threestudio.utils.errors import UserError
     from threestudio.utils.loggers import make_loggers
+    from threestudio.utils.run_folder import checkpoint_folder
 
     loggers: list | bool = False
     if args.train and trainer_args.get("logger", True):
@@ -268,7 +233,7 @@ def _make_trainer(args, cfg, guard, trainer_args: dict, system):
     if args.gradio:
         # else Lightning draws a bar of its own
         trainer_args = {**trainer_args, "enable_progress_bar": False}
-    plugins = [AtomicCheckpointIO(_checkpoint_folder(cfg))]
+    plugins = [AtomicCheckpointIO(checkpoint_folder(cfg))]
     try:
         # torchrun comes first, as in Lightning; SLURM's files for requeueing would be loaded by
         # whatever runs in that folder next
@@ -290,7 +255,7 @@ def _make_trainer(args, cfg, guard, trainer_args: dict, system):
         raise UserError(f"trainer or checkpoint options: {text}") from error
 
 
-def _execute(args, cfg, counters, guard, trainer, system, data) -> None:
+def _execute(args, cfg, counters, guard, folder, trainer, system, data) -> None:
     from threestudio.utils.checkpoint import Interrupted
 
     if not args.train:
@@ -306,81 +271,78 @@ def _execute(args, cfg, counters, guard, trainer, system, data) -> None:
     trainer.fit(system, datamodule=data, ckpt_path=cfg.resume)
     if guard.requested:  # too late to stop a step, in time to leave out the test
         raise Interrupted(trainer.global_step, guard.signum)
-    trainer.test(system, datamodule=data, verbose=args.verbose)
-    if args.gradio:
-        trainer.predict(system, datamodule=data)
+    try:
+        with folder.results(cfg.trial_dir):
+            trainer.test(system, datamodule=data, verbose=args.verbose)
+            if args.gradio:
+                trainer.predict(system, datamodule=data)
+    except Interrupted as stop:
+        stop.trained = True
+        raise
 
 
 def run(args, overrides, argv) -> int:
     """Do what the command line says. Returns the exit status."""
     from threestudio.utils.preflight import preflight
 
-    preflight(args.config, overrides, _mode(args), _extension_folders(), args.verbose)
+    roots = _extension_folders(args)
+    preflight(args.config, overrides, _mode(args), roots, args.verbose)
     import pytorch_lightning as pl
 
     import threestudio
     from threestudio.utils.checkpoint import Interrupted, InterruptGuard
     from threestudio.utils.config import config_to_primitive
     from threestudio.utils.explain import why_stopped
-    from threestudio.utils.misc import choose_device, get_rank
+    from threestudio.utils.misc import choose_device, get_rank, is_first_process
+    from threestudio.utils.quiet import quieten
+    from threestudio.utils.run_folder import RunFolder, checkpoint_folder, settle
 
-    _quieten(args.verbose)  # again: importing Lightning has set its loggers up
-    _load_extensions(args.verbose)
+    quieten(args.verbose)  # again: importing Lightning has set its loggers up
+    _load_extensions(roots, args.verbose)
     cfg, counters = _load(args, overrides)
     trainer_args = config_to_primitive(cfg.trainer)
     _check_names(pl.Trainer.__init__, trainer_args, "trainer")
     trainer_args = choose_device(trainer_args)
     pl.seed_everything(cfg.seed + get_rank(), workers=True)
 
-    with InterruptGuard() as guard:
-        new_folder = not os.path.exists(cfg.trial_dir)
+    with InterruptGuard() as guard, RunFolder(is_first_process()) as folder:
         try:
+            settle(folder, cfg, args.config, overrides, args.train)
             data = threestudio.find(cfg.data_type)(cfg.data)
             system = threestudio.find(cfg.system_type)(cfg.system, resumed=cfg.resume is not None)
             system.set_save_dir(os.path.join(cfg.trial_dir, "save"))
             trainer = _make_trainer(args, cfg, guard, trainer_args, system)
             if trainer.is_global_zero:
                 _begin_trial(args, argv, cfg.trial_dir)
-            _execute(args, cfg, counters, guard, trainer, system, data)
+            _execute(args, cfg, counters, guard, folder, trainer, system, data)
         except BaseException as error:
-            if new_folder:
-                _discard_trial(cfg)
+            folder.discard((checkpoint_folder(cfg), os.path.join(cfg.trial_dir, "save")))
             if isinstance(error, Interrupted):
-                return _report_interrupt(error, args, cfg)
-            reason = why_stopped(error, cfg, _checkpoint_folder(cfg))
+                return _report_interrupt(error, args, argv, cfg)
+            reason = why_stopped(error, cfg, checkpoint_folder(cfg))
             if reason is None:
                 raise
             raise reason from error
-    if trainer.is_global_zero:
-        _report(args, cfg, system)
+        if trainer.is_global_zero:
+            _report(args, cfg, system)
     return 0
 
 
 def _begin_trial(args, argv, trial_dir: str) -> None:
-    """Make the run's folder, now that nothing in the config can fail any more."""
+    """Write the command into the run's folder, now that nothing in the config can fail any more."""
     import threestudio
     from threestudio.utils.files import remove_leftovers, whole_file
 
-    os.makedirs(trial_dir, exist_ok=True)
     if args.train:  # anything else may look at a run that goes on
         remove_leftovers(trial_dir)
     command = shlex.join(["python", sys.argv[0] or "launch.py", *argv])
-    with whole_file(os.path.join(trial_dir, "cmd.txt")) as tmp:
+    name = "cmd.txt" if args.train else f"cmd-{_mode(args)}.txt"
+    with whole_file(os.path.join(trial_dir, name)) as tmp:
         tmp.write_text(f"{command}\n{args}\n")
     if args.gradio:
         handler = logging.FileHandler(os.path.join(trial_dir, "logs"))
         handler.handleError = lambda record: None  # a full disk costs a line, not the run
         threestudio.logger.addHandler(handler)
-
-
-def _discard_trial(cfg) -> None:
-    """Remove the folder of a run that ended before it had any result."""
-    folders = Path(_checkpoint_folder(cfg)), Path(cfg.trial_dir, "save")
-    results = [path for folder in folders for path in folder.rglob("*")]
-    if not any(path.is_file() for path in results):
-        shutil.rmtree(cfg.trial_dir, ignore_errors=True)
-        with contextlib.suppress(OSError):  # other runs are in it
-            os.rmdir(cfg.exp_dir)
 
 
 def _report(args, cfg, system) -> None:
@@ -392,28 +354,52 @@ def _report(args, cfg, system) -> None:
         print(f"  checkpoint: {_last_path(cfg)}")
 
 
-def _report_interrupt(stop, args, cfg) -> int:
+def _report_interrupt(stop, args, argv, cfg) -> int:
     from threestudio.utils.misc import get_rank
 
-    last = _last_path(cfg)
-    if get_rank():  # the first process speaks for all
-        return stop.status
-    if stop.step is not None:
-        more = "" if args.gpu == "0" else f" --gpu {shlex.quote(args.gpu)}"
-        more += " --gradio" * args.gradio
-        parsed = shlex.quote(os.path.join(cfg.trial_dir, "configs", "parsed.yaml"))
-        print(
-            f"interrupted at step {stop.step}; resume with: "
-            f"python launch.py --config {parsed} --train{more} {shlex.quote(f'resume={last}')}"
-        )
-    elif os.path.exists(last):
-        print(f"interrupted; the last checkpoint is {last}")
-    else:
-        print("interrupted; nothing had been trained yet")
+    if not get_rank():  # the first process speaks for all
+        print(_how_to_go_on(stop, args, argv, cfg))
     return stop.status
 
 
+def _how_to_go_on(stop, args, argv, cfg) -> str:
+    """What an interruption has cost, and the command that continues."""
+    last = _last_path(cfg)
+    if not args.train or not os.path.exists(last):
+        return _again(args, argv)
+    mode = "--test" if stop.trained and not args.gradio else "--train"
+    more = [] if args.gpu == "0" else ["--gpu", args.gpu]
+    more += [word for folder in args.extensions for word in ("--extensions", folder)]
+    more += ["--gradio"] * args.gradio
+    parsed = os.path.join(cfg.trial_dir, "configs", "parsed.yaml")
+    if not os.path.exists(parsed):  # stopped in its set-up: it resumes what the command names
+        return _again(args, argv)
+    command = ["python", "launch.py", "--config", parsed, mode, *more, f"resume={last}"]
+    if stop.step is not None:
+        return f"interrupted at step {stop.step}; resume with: {shlex.join(command)}"
+    what = "in the final rendering" if stop.trained else f"the last checkpoint is {last}"
+    return f"interrupted; {what}; continue with: {shlex.join(command)}"
+
+
+def _again(args, argv) -> str:
+    """For what has left nothing behind, or begins anew where it had begun."""
+    if args.train and not any(word.startswith("resume=") for word in argv):
+        return "interrupted; nothing had been trained yet"
+    return f"interrupted; start again with: {shlex.join(['python', 'launch.py', *argv])}"
+
+
 # --- errors -------------------------------------------------------------------------------------
+
+# what everything imports, by the names of the modules
+_PACKAGES = {
+    "torch",
+    "omegaconf",
+    "pytorch_lightning",
+    "diffusers",
+    "transformers",
+    "peft",
+    "numba",
+}
 
 
 def _explain(error: BaseException) -> "str | None":
@@ -432,43 +418,31 @@ def _explain(error: BaseException) -> "str | None":
     return explain(error, (HERE / "threestudio", HERE / "custom"))
 
 
-class _EarlySignal:
-    """Context in which SIGTERM, like SIGINT, raises KeyboardInterrupt: for the time when nothing
-    is trained. `status` is the exit status that goes with the signal."""
-
-    status = 128 + signal.SIGINT
-
-    def _handle(self, signum, frame):
-        self.status = 128 + signum
-        raise KeyboardInterrupt
-
-    def __enter__(self):
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._handle)
-        return self
-
-    def __exit__(self, *exc):
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-
 def main(argv=None) -> int:
     """Run the command line `argv`; returns the exit status: 2 after a mistake or a full disk, 130
     after Ctrl-C and 143 after SIGTERM (128 + the signal's number, as shells and schedulers know
     it), at whatever moment they come."""
+    from threestudio.utils.signals import steady_streams
+
     argv = list(sys.argv[1:] if argv is None else argv)
     args, overrides = parse_args(argv)
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu)
+    with steady_streams():
+        return _guarded(args, overrides, argv)
+
+
+def _guarded(args, overrides, argv) -> int:
+    from threestudio.utils.quiet import quieten
+    from threestudio.utils.signals import EarlySignal
+
     quiet = contextlib.nullcontext() if args.verbose else warnings.catch_warnings()
-    with quiet, _EarlySignal() as early:
-        _quieten(args.verbose)
+    with quiet, EarlySignal() as early:
+        quieten(args.verbose)
         try:
             return run(args, overrides, argv)
         except KeyboardInterrupt:
-            print("interrupted; nothing had been trained yet")
+            print(_again(args, argv))
             return early.status
         except Exception as error:
             message = _explain(error)

@@ -7,6 +7,7 @@ classifier-free guidance; the weights saved are an exponential moving average.
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,10 @@ def save_pipeline(work: Path, folder: Path):
     )
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(folder)
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*.safetensors"):  # which safetensors writes for the owner alone
+        file.chmod(0o666 & ~mask)
     # transformers goes by this where diffusers goes by its own default, float32: they must agree
     config = folder / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))

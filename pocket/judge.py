@@ -153,7 +153,6 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 48, peak: float = 
                 optimizer=optimizer.state_dict(),
                 step=step + 1,
             )
-    save_file(
-        {k: v.half().contiguous() for k, v in judge.state_dict().items() if v.is_floating_point()},
-        WEIGHTS,
-    )
+    weights = {k: v for k, v in judge.state_dict().items() if v.is_floating_point()}
+    with whole_file(WEIGHTS) as tmp:
+        save_file({k: v.half().contiguous() for k, v in weights.items()}, tmp)

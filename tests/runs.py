@@ -45,11 +45,13 @@ def switch(prior):
     return [f"system.guidance_type=lods-{prior}-guidance", "system.guidance.bridge_start=1"]
 
 
-def launch(files, overrides, mode="--train"):
+def launch(files, overrides, mode="--train", *options):
     """``launch.py`` in this process; returns its exit status."""
     sys.path.insert(0, str(ROOT))
     try:
-        return importlib.import_module("launch").main(["--config", *files, mode, *overrides])
+        return importlib.import_module("launch").main(
+            [*options, "--config", *files, mode, *overrides]
+        )
     finally:
         sys.path.remove(str(ROOT))
 

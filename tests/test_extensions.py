@@ -41,7 +41,7 @@ def go(tmp_path, monkeypatch, tiny_sd):
         model = f"system.prompt_processor.pretrained_model_name_or_path={tiny_sd()}"
         prompt = "system.prompt_processor.prompt=a red car"
         options = [prompt, model, "use_timestamp=false", f"tag={tag}", *overrides]
-        assert launch(files, options, mode) == 0
+        assert launch(files, options, mode, "--extensions", "custom") == 0
         folder = Path("outputs", name, tag)
         return folder, folder / "ckpts" / "last.ckpt"
 

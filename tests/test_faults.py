@@ -266,7 +266,7 @@ def test_leftovers_of_killed_processes_are_cleared(cli):  # noqa: F811
     alive = folder / f".last.ckpt.{files._HOST}-{os.getppid()}.tmp"
     alive.write_bytes(b"of a process that runs")
     (folder / f".last.ckpt.{files._HOST}-{dead.pid}.tmp").write_bytes(b"half")
-    train(cli)
+    train(cli, f"resume={last()}")
     assert [n for n in os.listdir(folder) if n.endswith(".tmp")] == [alive.name]
 
 

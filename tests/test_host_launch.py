@@ -53,7 +53,7 @@ def cli(tmp_path, monkeypatch, capfd):
 
     def run(*argv):
         try:
-            status = launch.main(list(argv))
+            status = launch.main(["--extensions", "custom", *argv])
         except SystemExit as stop:
             status = stop.code
         out, err = capfd.readouterr()
@@ -106,9 +106,9 @@ def test_train_writes_everything_and_says_where(cli):
     assert (trial / "save" / "it4-test.json").is_file()
 
 
-def test_a_run_repeated_in_the_same_folder_writes_over_its_checkpoints(cli):
-    for _ in range(2):
-        assert train(cli)[0] == 0
+def test_a_resumed_run_writes_over_its_checkpoints(cli):
+    assert train(cli)[0] == 0
+    assert train(cli, "resume=outputs/toy/p", "trainer.max_steps=4")[0] == 0
     assert sorted(os.listdir("outputs/toy/p/ckpts")) == ["epoch=0-step=4.ckpt", "last.ckpt"]
 
 

@@ -137,13 +137,14 @@ def test_the_run_goes_on_after_a_broken_preflight(custom, tmp_path, monkeypatch,
     custom("h-broken", "1 / 0")
     (tmp_path / "custom" / "h-broken" / "__init__.py").write_text("")
     monkeypatch.chdir(tmp_path)
-    assert launch(["run.yaml"], ["use_timestamp=false", "tag=t"]) == 2
+    asked = ("--extensions", "custom")
+    assert launch(["run.yaml"], ["use_timestamp=false", "tag=t"], "--train", *asked) == 2
     err = capfd.readouterr().err
     left_out, error = err.splitlines()
     assert "h-broken/preflight.py was left out: ZeroDivisionError" in left_out
     assert "no module is registered as 'd'" in error
     custom("h-refuses", "def preflight(cfg, mode): raise ValueError(mode)")
-    assert launch(["run.yaml"], ["resume=x"], "--test") == 2
+    assert launch(["run.yaml"], ["resume=x"], "--test", *asked) == 2
     assert capfd.readouterr().err.endswith("ZeroDivisionError: division by zero\nerror: test\n")
 
 

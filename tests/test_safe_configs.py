@@ -258,7 +258,8 @@ def test_a_run_with_a_hostile_prompt_writes_only_into_its_folder(prompt, tmp_pat
         "toy-system, system: {prompt: '???', optimizer: {name: SGD, args: {lr: 0.1}}}, trainer: "
         "{max_steps: 2, enable_progress_bar: false}, checkpoint: {every_n_train_steps: 2}}"
     )
-    assert launch(["toy.yaml"], [f"system.prompt={prompt}"]) == 0
+    asked = ("--train", "--extensions", "custom")
+    assert launch(["toy.yaml"], [f"system.prompt={prompt}"], *asked) == 0
     (trial,) = Path("outputs/toy").iterdir()
     assert (trial / "ckpts" / "last.ckpt").is_file() and (trial / "save").is_dir()
     beside = {str(p.relative_to(home)) for p in files_beside(home, home / "outputs")}

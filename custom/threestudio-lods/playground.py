@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from .whole_file import whole_file
+
 POCKET = Path(__file__).resolve().parent / "models" / "pocket"
 
 # Per model and prior: the published settings for Stable Diffusion
@@ -140,7 +142,8 @@ def save_grid(path: Path, images) -> Path:
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
     for i, image in enumerate(images):
         sheet.paste(Image.fromarray(image), (i % columns * width, i // columns * height))
-    sheet.save(path)
+    with whole_file(path) as partial:
+        sheet.save(partial)
     return path
 
 
@@ -151,8 +154,10 @@ def save_results(folder: Path, guidance, particles, kind: str) -> Path:
 
     images = decode(guidance, particles)
     for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"particle_{i:02d}.png")
-    save_file({"latents": particles.detach().cpu().contiguous()}, folder / "latents.safetensors")
+        with whole_file(folder / f"particle_{i:02d}.png") as partial:
+            Image.fromarray(image).save(partial)
+    with whole_file(folder / "latents.safetensors") as partial:
+        save_file({"latents": particles.detach().cpu().contiguous()}, partial)
     guidance.save_learned(folder / f"{kind}.safetensors")
     return save_grid(folder / "final.png", images)
 

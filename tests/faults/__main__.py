@@ -1,4 +1,4 @@
-"""``python -m tests.faults [--quick] [--only kills,disk,...] [--seed N]``: prints a table; the exit
+"""``python -m tests.faults [PART ...] [--count N | --quick] [--seed N]``: prints a table; the exit
 status is 1 if anything failed. Needs no GPU; mounts a small disk where that is allowed."""
 
 import argparse
@@ -17,27 +17,29 @@ from tests.runs import ROOT  # noqa: E402
 
 sys.path.insert(0, str(ROOT))
 
-from tests.faults import checkpoints, disk, inputs, kills  # noqa: E402
+from tests.faults import checkpoints, disk, inputs, kills, pairs, signals, strangers  # noqa: E402
 from tests.faults.children import Table  # noqa: E402
 from tests.tiny_models import make_tiny_sd  # noqa: E402
 from threestudio.utils.extensions import load_extension  # noqa: E402
 
-PARTS = ("kills", "disk", "checkpoints", "prompts", "ply")
+PARTS = ("kills", "disk", "checkpoints", "prompts", "ply", "pairs", "signals", "strangers")
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--only", default="", help="the same, with commas between them")
     parser.add_argument("--quick", action="store_true", help="a tenth of the trials")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--count", type=int, help="trials of each kind of fault")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="keep the folder of the runs")
     args = parser.parse_args(argv)
-    chosen = args.only.split(",")
+    chosen = [*args.parts, *filter(None, args.only.split(","))] or PARTS
     if not set(chosen) <= set(PARTS):
-        parser.error(f"--only takes {', '.join(PARTS)}")
+        parser.error(f"the parts are {', '.join(PARTS)}")
 
     def times(n: int) -> int:
-        return max(n // 10, 3) if args.quick else n
+        return args.count or (max(n // 10, 3) if args.quick else n)
 
     load_extension(ROOT / "custom" / "threestudio-lods")
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
@@ -61,6 +63,13 @@ def main(argv=None) -> int:
         if "ply" in chosen:
             for name, trials in inputs.ply_rows(times(300), model, folder / "y", args.seed):
                 table.row(name, trials)
+        for part, name, n, trials in (
+            ("pairs", "two runs that start at once", 50, pairs.pairs),
+            ("signals", "signals and lost terminals, in all phases", 40, signals.signals),
+            ("strangers", "checkpoints with paths of others", 100, strangers.strangers),
+        ):
+            if part in chosen:
+                table.row(name, trials(times(n), folder / part, args.seed))
         print("failed" if table.failed else "all well")
         return int(table.failed)
     finally:

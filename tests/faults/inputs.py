@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from tests.faults.children import Child, command, ends_well
+from tests.faults.toys import toy_folder
 from tests.runs import ROOT
-from tests.test_host_launch import CONFIG
 from threestudio.utils.extensions import load_extension
 
 # --- prompts ------------------------------------------------------------------------------------
@@ -71,11 +71,7 @@ def _outside(sandbox: Path, cwd: Path) -> set:
 
 def _work(folder: Path) -> Path:
     """A folder to run in, deep in a sandbox, with the toy's config and extension."""
-    cwd = folder / "a" / "b" / "c" / "work"
-    (cwd / "custom").mkdir(parents=True)
-    (cwd / "custom" / "toy_extension.py").symlink_to(ROOT / "tests" / "toy_extension.py")
-    (cwd / "toy.yaml").write_text(CONFIG)
-    return cwd
+    return toy_folder(folder / "a" / "b" / "c" / "work")
 
 
 def _prompts(prompts: list, key: str, argv: list, folder: Path) -> Iterator[str]:
@@ -95,7 +91,7 @@ def prompt_rows(n: int, model, folder: Path, seed: int) -> Iterator[tuple[str, I
     """Names and trials for the table."""
     rng = random.Random(seed)
     prompts = [hostile_prompt(rng) for _ in range(n)]
-    toy = ["--config", "toy.yaml", "--train", "trainer.max_steps=1"]
+    toy = ["--extensions", "custom", "--config", "toy.yaml", "--train", "trainer.max_steps=1"]
     toy += ["trainer.enable_progress_bar=false"]
     yield "hostile prompt", _prompts(prompts, "system.prompt", toy, folder / "toy")
     for key in ("tag", "name"):

@@ -15,9 +15,9 @@ class BestCheckpoints(ModelCheckpoint):
 
     Lightning restores the paths that it is going to remove from the checkpoint that is resumed,
     whoever wrote that. Here only the names of files count: a name that stands for a regular
-    ``.ckpt`` file in this run's own folder of checkpoints is one of this run's, in a copied or moved
-    run too, and every other one is forgotten. The best and the worst of them are found anew from
-    their scores.
+    ``.ckpt`` file in this run's own folder of checkpoints is one of this run's, in a copied or
+    moved run too, and every other one is forgotten. The best and the worst of them are found anew
+    from their scores.
     """
 
     @property

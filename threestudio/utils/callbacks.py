@@ -12,9 +12,11 @@ from tqdm import tqdm
 
 import threestudio
 from threestudio.utils import extensions
+from threestudio.utils.checkpoint import LastCheckpoint
 from threestudio.utils.config import dump_config
 from threestudio.utils.files import disk_error, whole_file
 from threestudio.utils.git import NoGit, tracked_files
+from threestudio.utils.run_folder import checkpoint_folder
 from threestudio.utils.snapshot import (
     MAX_BYTES,
     copy_files,
@@ -35,6 +37,27 @@ class ReportFailures(Callback):
 
     on_sanity_check_start = on_train_start = _report
     on_validation_start = on_test_start = on_predict_start = _report
+
+
+class SharedFolder(Callback):
+    """All processes of a run write into the folder that the first of them has made: the others
+    learn its name here."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+
+    def setup(self, trainer, pl_module, stage: str) -> None:
+        if trainer.world_size == 1:
+            return
+        mine = self.cfg.trial_dir, checkpoint_folder(self.cfg)
+        trial_dir, ckpts = trainer.strategy.broadcast(mine)
+        if (trial_dir, ckpts) == mine:
+            return
+        self.cfg.trial_dir = trial_dir
+        pl_module.set_save_dir(os.path.join(trial_dir, "save"))
+        for callback in trainer.callbacks:  # ModelCheckpoint asks the first process itself
+            if isinstance(callback, LastCheckpoint):
+                callback.path = Path(ckpts, callback.path.name)
 
 
 class VersionedCallback(Callback):

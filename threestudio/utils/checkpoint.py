@@ -3,7 +3,6 @@
 import os
 import signal
 import stat
-import sys
 import threading
 import time
 import zipfile
@@ -16,6 +15,7 @@ from pytorch_lightning.callbacks import Checkpoint
 import threestudio
 from threestudio.utils.errors import UserError
 from threestudio.utils.files import whole_file
+from threestudio.utils.signals import AT_ONCE, stop_signals, tell
 from threestudio.utils.typing import *
 
 
@@ -125,15 +125,14 @@ def read_checkpoint(path, map_location=None) -> dict:
 
 
 def is_checkpoint_of(path, folder) -> bool:
-    """Whether `path` is a regular ``.ckpt`` file, and no link, whose real path is below `folder`."""
+    """Whether `path` is a regular ``.ckpt`` file, and no link, whose real path is in `folder`."""
     path, folder = Path(path), os.path.realpath(folder)
     try:
         regular = stat.S_ISREG(os.lstat(path).st_mode)
     except (OSError, ValueError):
         return False
-    return (
-        regular and path.suffix == ".ckpt" and Path(os.path.realpath(path)).is_relative_to(folder)
-    )
+    inside = Path(os.path.realpath(path)).is_relative_to(folder)
+    return regular and inside and path.suffix == ".ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -181,37 +180,46 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Interrupted(BaseException):
-    """The user (SIGINT) or the system (SIGTERM) asked to stop. `step`: the step in last.ckpt, or
-    None if none was saved. `status`: the exit status, 128 + the signal's number, as shells and
-    schedulers know it (130 for Ctrl-C, 143 for SIGTERM)."""
+    """The user (SIGINT) or the system (SIGTERM and others) asked to stop. `step`: the step in
+    last.ckpt, or None if none was saved for this. `status`: the exit status, 128 + the signal's
+    number, as shells and schedulers know it (130 for Ctrl-C, 143 for SIGTERM)."""
 
     def __init__(self, step: Optional[int] = None, signum: int = signal.SIGINT) -> None:
         super().__init__(step, signum)
         self.step = step
         self.status = 128 + signum
+        self.trained = False  # whether the training had ended before
 
 
 class InterruptGuard:
-    """Context in which the first SIGINT or SIGTERM during training only sets `requested`, so that
-    the step can be finished and saved; a second one, or one outside training, raises
-    :class:`Interrupted` where the program is."""
+    """Context in which the first signal that asks to stop (see :func:`.signals.stop_signals`)
+    during training only sets `requested`, so that the step can be finished and saved. Outside
+    training it raises :class:`Interrupted` where the program is, and so does a second SIGINT or
+    SIGTERM; the others come more than once by themselves, as when a terminal is closed."""
 
     def __init__(self) -> None:
         self.training = False
         self.requested = False
         self.signum: int = signal.SIGINT  # the first one that came
+        self._insisted = self._raised = False
         self._before: Dict[int, Any] = {}
 
     def _handle(self, signum, frame) -> None:
-        if self.training and not self.requested:
-            self.requested, self.signum = True, signum
-            print("\nstopping after this step (once more: at once)", file=sys.stderr, flush=True)
+        asked = signum in AT_ONCE
+        if self.training and not (asked and self._insisted):
+            self._insisted |= asked
+            if not self.requested:
+                self.requested, self.signum = True, signum
+                tell("\nstopping after this step (once more: at once)")
             return
+        if self._raised and not asked:
+            return  # it is being stopped
+        self._raised = True
         raise Interrupted(signum=signum)
 
     def __enter__(self) -> "InterruptGuard":
         if threading.current_thread() is threading.main_thread():  # Python allows it only there
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in stop_signals():
                 self._before[signum] = signal.getsignal(signum)
         self.take_over()
         return self
@@ -283,8 +291,10 @@ class LastCheckpoint(Checkpoint):
             raise Interrupted(trainer.global_step, self.guard.signum)
 
     def on_train_end(self, trainer, pl_module) -> None:
-        self.guard.training = False
-        self._save(trainer)
+        try:
+            self._save(trainer)
+        finally:
+            self.guard.training = False
 
     def on_exception(self, trainer, pl_module, exception) -> None:
         self.guard.training = False

@@ -4,7 +4,9 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,15 +26,24 @@ def whole_file(path, sync: bool = False, keep_suffix: bool = False) -> Iterator[
     removed when the block fails, so that a crash or a full disk leaves the old file.
 
     ``sync``: the contents are on the disk before the name is. ``keep_suffix``: the temporary name
-    ends like `path`, for writers that choose the format by it. Errors of the disk get the name of
-    `path`, which those of a write lack.
+    ends like `path`, for writers that choose the format by it. The file is one that no other
+    process has, and has the permissions that the umask gives, whatever its writer makes of them.
+    Errors of the disk get the name of `path`, which those of a write lack.
     """
     path = Path(path)
     suffix = path.suffix if keep_suffix else ""
-    name = (path.stem if keep_suffix else path.name).encode()[:200].decode(errors="ignore")
-    tmp = path.with_name(f".{name}.{_HOST}-{os.getpid()}.tmp{suffix}")
+    name = (path.stem if keep_suffix else path.name).encode()[:180].decode(errors="ignore")
+    owner = f"{secrets.token_hex(4)}.{_HOST}-{os.getpid()}"
+    tmp = path.with_name(f".{name}.{owner}.tmp{suffix}")
     try:
+        handle = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        finally:
+            os.close(handle)
         yield tmp
+        if stat.S_IMODE(os.stat(tmp).st_mode) != mode:  # safetensors makes 0600 of it
+            os.chmod(tmp, mode)
         if sync:
             _flush(tmp, os.O_RDWR)
         os.replace(tmp, path)

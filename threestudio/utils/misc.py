@@ -31,6 +31,12 @@ def get_rank() -> int:
     return 0
 
 
+def is_first_process() -> bool:
+    """Whether this is the process of rank 0; with Lightning's own launcher, that of the first
+    machine."""
+    return get_rank() == 0 and ("RANK" in os.environ or os.environ.get("NODE_RANK", "0") == "0")
+
+
 _device_type: Optional[str] = None
 
 

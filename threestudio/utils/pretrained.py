@@ -1,6 +1,7 @@
 """Parts of a diffusers model, from a folder or the hub."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -8,14 +9,27 @@ from threestudio.utils.errors import UserError
 from threestudio.utils.safe_models import refuse_custom_code
 from threestudio.utils.typing import *
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def find_model(model: str) -> str:
+    """`model`, or if that is no folder from here but one of this repository (the overlays name such
+    a one), that folder: a run can be started from everywhere."""
+    beside = REPOSITORY / model
+    is_path = "/" in model and not os.path.isabs(model) and not os.path.isdir(model)
+    if is_path and any((beside / part).is_dir() for part in ("unet", "text_encoder")):
+        return str(beside)
+    return model
+
 
 def load_part(
     cls: Any, model: str, part: str, variants: Tuple[Optional[str], ...] = (None,), **kwargs
 ) -> Any:
     """``cls.from_pretrained(model, subfolder=part, **kwargs)`` of the first of `variants` ("fp16",
-    or None for the plain file) that there is. `model`: a folder, relative to the current one or
-    absolute, or a hub id. Raises :class:`UserError` that says what was looked for, and where, and
-    for a network some of whose weights are missing."""
+    or None for the plain file) that there is. `model`: a folder, relative to the current one (or
+    to this repository) or absolute, or a hub id. Raises :class:`UserError` that says what was
+    looked for, and where, and for a network some of whose weights are missing."""
+    model = find_model(model)
     if not os.path.isdir(model) and (model.count("/") != 1 or model[0] in "./~"):
         raise UserError(
             f"there is no model folder {model!r} (from {os.getcwd()}): set "

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from omegaconf import OmegaConf
 
 CARDS = Path(__file__).resolve().parent.parent / "models" / "cards.yaml"
+REPOSITORY = CARDS.parents[3]  # with this extension in its custom/, as the overlays write it
 POCKET = (
     "on a CPU, or to try it out, take the pocket prior, which needs no download: leave "
     "pretrained_model_name_or_path out (or set it to pocket) and add its overlay, --config "
@@ -95,9 +96,9 @@ def find_card(name: str) -> Card | None:
 def canonical(name_or_path: str) -> str:
     """One name for all ways to name a card: its first id, or its own name if it is a folder beside
     this extension; anything else unchanged."""
-    card = find_card(name_or_path)
-    if card is None and os.path.isdir(name_or_path):
-        here = os.path.realpath(name_or_path)
+    card, folder = find_card(name_or_path), find_folder(name_or_path)
+    if card is None and folder:
+        here = os.path.realpath(folder)
         for each in all_cards().values():
             if each.folder and os.path.realpath(CARDS.parent / each.folder) == here:
                 card = each
@@ -109,10 +110,10 @@ def canonical(name_or_path: str) -> str:
 def resolve(name_or_path: str) -> Model:
     """Which model a name stands for, without loading it.
 
-    A folder wins; for a card (by name, id or alias) the first of its repositories that is in the
-    hub's local cache, else the first that the hub has. Anything else is returned unchanged.
-    Raises ``ValueError``, one line, within two seconds where there is no network, if a card's
-    model cannot be had.
+    A folder (see :func:`find_folder`) wins; for a card (by name, id or alias) the first of its
+    repositories that is in the hub's local cache, else the first that the hub has. Anything else
+    is returned unchanged. Raises ``ValueError``, one line, within two seconds where there is no
+    network, if a card's model cannot be had.
     """
     card = find_card(name_or_path)
     model = _without_hub(name_or_path, card)
@@ -135,7 +136,7 @@ def refuse_early(name_or_path: str) -> None:
     that is not in its local cache while there is no network. The hub is not asked: where a
     connection to it can be opened, nothing is said."""
     card = find_card(name_or_path)
-    if os.path.isdir(name_or_path) or (card and _without_hub(name_or_path, card)):
+    if find_folder(name_or_path) or (card and _without_hub(name_or_path, card)):
         return
     if card is None and not is_hub_id(name_or_path):
         raise ValueError(no_such_model(name_or_path))
@@ -144,6 +145,16 @@ def refuse_early(name_or_path: str) -> None:
             raise ValueError(_missing_card(name_or_path, card, why))
     elif why := out_of_reach(name_or_path):
         raise ValueError(missing(name_or_path, f"{name_or_path} is", why, name_or_path))
+
+
+def find_folder(name: str) -> str:
+    """The folder that a name means: of the current folder, or a model in the repository that holds
+    this extension, so that ``custom/threestudio-lods/models/pocket`` is found from everywhere; ""
+    for anything else."""
+    if os.path.isdir(name):
+        return name
+    beside = os.path.join(REPOSITORY, name)
+    return beside if name and _is_model_folder(beside) and "/" in name else ""
 
 
 def is_hub_id(name: str) -> bool:
@@ -165,7 +176,7 @@ def no_such_model(name: str) -> str:
 def _without_hub(name_or_path: str, card: Card | None) -> Model | None:
     """The model that :func:`resolve` answers without the hub; None: the hub must be asked."""
     if card is None or _is_model_folder(name_or_path):
-        return Model(name_or_path)
+        return Model(find_folder(name_or_path) or name_or_path)
     if card.folder is not None:
         return Model(str(CARDS.parent / card.folder), None, card)
     for repo in card.ids + card.aliases:

@@ -8,7 +8,7 @@ import torch
 
 import threestudio
 from threestudio.models.prompt_processors.base import PromptProcessor
-from threestudio.utils.pretrained import load_part
+from threestudio.utils.pretrained import find_model, load_part
 from threestudio.utils.safe_models import weights_identity
 from threestudio.utils.typing import *
 
@@ -65,7 +65,7 @@ class StableDiffusionPromptProcessor(PromptProcessor):
     parts: Tuple[str, ...] = PARTS
 
     def fingerprint(self) -> Optional[str]:
-        model = self.cfg.pretrained_model_name_or_path
+        model = find_model(self.cfg.pretrained_model_name_or_path)
         folder = model if os.path.isdir(model) else hub_folder(model)
         if folder is None:
             return None
