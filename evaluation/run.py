@@ -152,7 +152,7 @@ def load_run(run: Run, folder: Path):
         ],
     )
     if cfg.system_type != LATENTS:
-        cfg.data.n_test_views = run.views + 1  # the last one is the first again
+        cfg.data.n_test_views = run.views
     scale_rates(cfg, run.scene_lr)
     return cfg
 

@@ -285,8 +285,7 @@ def test_evaluation_views():
     assert [b["azimuth"].item() for b in val] == [0, 90, 180, 270]
     assert [b["index"].item() for b in val] == [0, 1, 2, 3]
     test = list(dm.test_dataloader())
-    assert [b["azimuth"].item() for b in test] == [0, 180, 360]
-    torch.testing.assert_close(test[0]["c2w"], test[2]["c2w"], atol=1e-6, rtol=0)
+    assert [b["azimuth"].item() for b in test] == [0, 120, 240]
     for batch in val + test:
         assert (batch["height"], batch["width"]) == (6, 4)
         assert batch["rays_d"].shape == (1, 6, 4, 3)
@@ -295,6 +294,17 @@ def test_evaluation_views():
         assert torch.equal(batch["light_positions"], batch["camera_positions"])
         assert_orthonormal(batch["c2w"])
     assert len(list(dm.predict_dataloader())) == 3
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 12, 60, 120])
+def test_no_evaluation_view_comes_twice_and_a_loop_moves_evenly(n):
+    """The step from the last view to the first is the one between any others."""
+    dm = module(n_val_views=n, n_test_views=n)
+    for loader in (dm.val_dataloader(), dm.test_dataloader(), dm.predict_dataloader()):
+        azimuth = torch.tensor([batch["azimuth"].item() for batch in loader])
+        assert azimuth[0] == 0 and len(azimuth) == n
+        steps = (azimuth.roll(-1) - azimuth) % 360
+        torch.testing.assert_close(steps, torch.full((n,), 360.0 / n % 360), atol=1e-3, rtol=0)
 
 
 def test_one_validation_view_is_the_front():

@@ -187,7 +187,7 @@ def test_true_cameras_are_those_of_the_data_module():
     import threestudio
 
     data = threestudio.find("random-camera-datamodule")(
-        {"eval_camera_distance": 3.6, "eval_fovy_deg": 40.0, "n_test_views": 25, "rays": False}
+        {"eval_camera_distance": 3.6, "eval_fovy_deg": 40.0, "n_test_views": 24, "rays": False}
     )
     data.setup("test")
     for index, azimuth in ((0, 0.0), (6, 90.0)):

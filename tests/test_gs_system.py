@@ -123,9 +123,8 @@ def test_resume_in_a_new_process(small):
 def test_shipped_configurations_run(small, config, capsys):
     assert launch(*small(config)) == 0
     save = trial(config) / "save"
-    # 5 of 12 views: azimuth 0 and 360 look the same, the nearest to 0 is the first
-    with Image.open(save / "it2-test-sheet.png") as sheet:
-        assert sheet.size == (4 * 24, 24)
+    with Image.open(save / "it2-test-sheet.png") as sheet:  # 5 of 12 views, each once
+        assert sheet.size == (4 * 24, 2 * 24)
     with Image.open(save / "it2-0.png") as grid:  # rgb, opacity, depth
         assert grid.size == (3 * 24, 24)
     assert sorted(p.name for p in (save / "it2-test").iterdir()) == [f"{i}.png" for i in range(5)]
@@ -152,10 +151,10 @@ def test_shipped_configurations_run(small, config, capsys):
 def test_a_mesh_of_gaussians(small, capsys):
     assert launch(*small("embedding+pocket", "system.exporter.fmt=glb", *BIG_BALL)) == 0
     [path] = (trial("embedding+pocket") / "save" / "it2-export").glob("*.glb")
-    mesh = trimesh.load(path, force="mesh")
+    mesh = trimesh.load(path, force="mesh", process=False)
     # half a unit and more on each side, about the origin; two steps move it little
     assert mesh.is_watertight and (mesh.bounds[0] < -0.4).all() and (mesh.bounds[1] > 0.4).all()
-    assert len(mesh.visual.vertex_colors) == len(mesh.vertices)
+    assert len(mesh.visual.vertex_attributes["color"]) == len(mesh.vertices)
     assert f"mesh: {path}" in capsys.readouterr().out
 
 
@@ -196,6 +195,20 @@ def test_sheet_takes_the_nearest_of_the_frames(small):
     shown = [sheet[8 * (i // 3) + 4, 8 * (i % 3) + 4, 0] for i in range(6)]
     nearest = [np.abs(np.array(azimuths) - a).argmin() for a in (0, 90, 180, 270)]
     assert shown == [round(255 * i / 29) for i in nearest] + [255, 255]
+
+
+def test_a_sheet_of_as_many_views_as_there_are_has_each_once(small):
+    import threestudio
+
+    system, _ = fit(*small("embedding+pocket"))
+    for views in (1, 4, 12, 60):
+        system.cfg.sheet_views = views
+        data = threestudio.find("random-camera-datamodule-gs")({"n_test_views": views})
+        data.setup("test")
+        for azimuth, index in zip(data.test_dataset.azimuth.tolist(), range(views)):
+            system._keep_for_sheet(azimuth, index, torch.zeros(8, 8, 3))
+        assert [index for _, index, _ in system._sheet.values()] == list(range(views))
+        system._sheet = {}
 
 
 def test_a_video_is_of_the_frames_of_its_test(small):

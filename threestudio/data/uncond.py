@@ -197,8 +197,10 @@ class RandomCameraIterableDataset(IterableDataset, Updateable):
 class RandomCameraDataset(Dataset):
     """An orbit at ``eval_elevation_deg`` and ``eval_camera_distance``, azimuth from 0.
 
-    ``val``: ``n_val_views`` views over a full turn; ``test``: ``n_test_views`` views of which the
-    last is the first again, so that a video closes. The light is at the camera.
+    ``val``: ``n_val_views`` views over a full turn; ``test``: ``n_test_views``. Both begin at
+    azimuth 0 and end one step before it, so that no view comes twice and a video that is played in
+    a loop moves evenly. (In threestudio 0.2.3 the last test view is the first again.) The light is
+    at the camera.
     """
 
     def __init__(self, cfg: Any, split: str) -> None:
@@ -208,7 +210,7 @@ class RandomCameraDataset(Dataset):
         self.n_views = cfg.n_val_views if split == "val" else cfg.n_test_views
         if self.n_views < 1:
             raise UserError("data.n_val_views and data.n_test_views must be at least 1")
-        turn = torch.linspace(0, 360, self.n_views + (split == "val"))
+        turn = torch.linspace(0, 360, self.n_views + 1)
         self.azimuth = turn[: self.n_views]
         self.directions_unit_focal = get_ray_directions(cfg.eval_height, cfg.eval_width, focal=1.0)
 
