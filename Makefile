@@ -31,7 +31,8 @@ test-slow: $(VENV)/.ready-dev
 # The extension with the packages that upstream threestudio 0.2.3 pins, in an environment of its own.
 # PYTHON must be 3.11: its tokenizers has no builds for later ones.
 COMPAT := .venv-compat
-COMPAT_TESTS := tests/test_upstream.py tests/test_model_folders.py tests/test_formulas.py tests/test_guidance.py \
+COMPAT_TESTS := tests/test_upstream.py tests/test_model_folders.py tests/test_merge.py \
+	tests/test_typed_sections.py tests/test_formulas.py tests/test_guidance.py \
 	tests/test_guidance_module.py tests/test_learned_files.py tests/test_playground.py \
 	tests/test_gs_system.py::test_shipped_configurations_run \
 	tests/test_ngp_system.py::test_shipped_configurations_run tests/test_original_configs.py

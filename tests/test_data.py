@@ -21,6 +21,7 @@ from threestudio.data.cameras import (
     sample_lights,
     spherical_to_cartesian,
 )
+from threestudio.data.uncond import RandomCameraIterableDataset
 from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError
 
@@ -359,6 +360,39 @@ def test_loaders_leave_the_global_random_state_alone():
     next(iter(dm.train_dataloader()))
     list(dm.val_dataloader())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_batch_is_that_of_the_step_set_by_update_step():
+    """As upstream, and a loop of one's own, use the dataset: without a trainer."""
+    sizes = {"height": [8, 16], "width": [8, 16], "resolution_milestones": [5]}
+    dataset = RandomCameraIterableDataset(module(**sizes, progressive_until=9).cfg)
+    assert dataset.collate(None)["height"] == 8
+    dataset.update_step(0, 7)
+    for _ in range(3):
+        assert dataset.collate(None)["height"] == 16
+        assert dataset.azimuth_range == pytest.approx([-126.0, 126.0])
+    dataset.update_step(0, 2)
+    assert dataset.collate(None)["height"] == 8
+
+
+def test_a_trainers_position_goes_before_a_step_that_was_set():
+    dataset = module(height=[8, 16], width=8, resolution_milestones=[5]).train_dataset
+    dataset.position = lambda: (6, 6, 0)
+    iter(dataset).__next__()
+    dataset.update_step(0, 2)  # the batch is prefetched for a later step than the one that runs
+    assert dataset.collate(None)["height"] == 16
+
+
+def test_a_subclass_may_have_schedules_of_its_own():
+    class Wider(RandomCameraIterableDataset):
+        def update_step(self, epoch, global_step, on_load_weights=False):
+            super().update_step(epoch, global_step, on_load_weights)
+            self.width = 8 + global_step
+
+    dataset = Wider(module(height=8).cfg)
+    assert [dataset.collate(None)["width"] for _ in range(2)] == [8, 9]
+    dataset.update_step(0, 4)
+    assert [dataset.collate(None)["width"] for _ in range(2)] == [12, 12]
 
 
 class Recorder(pl.LightningModule):

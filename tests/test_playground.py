@@ -103,6 +103,52 @@ def test_a_split_batch_has_the_same_gradients(playground, monkeypatch):
     assert ends[0][1] < 0.5  # what the guidance learns is optimised too, at its own rate
 
 
+@pytest.mark.parametrize("start, deviation", [(1, 3**-0.5), (4, 12**-0.5)])
+def test_latents_start_as_published_with_stable_diffusion(playground, start, deviation):
+    """The original draws 512 x 512 numbers in -1..1 and resizes them to 64 x 64."""
+    torch.manual_seed(0)
+    latents = playground.initial_particles((40, 4, 32, 32), start, torch.device("cpu"))
+    assert latents.shape == (40, 4, 32, 32)
+    assert latents.std().item() == pytest.approx(deviation, rel=0.01)
+    assert latents.abs().max() <= 1 and abs(latents.mean().item()) < 0.01
+    if start == 4:
+        large = torch.rand(20, 4, 256, 256) * 2 - 1
+        resized = torch.nn.functional.interpolate(large, 32, mode="bilinear")
+        assert latents.std().item() == pytest.approx(resized.std().item(), rel=0.01)
+        # and of the same form: the fourth moments of uniform and normal numbers are 1.8 and 3
+        fourth = [(x / x.std()).pow(4).mean().item() for x in (latents, resized)]
+        assert fourth[0] == pytest.approx(fourth[1], rel=0.02)
+    for kind in KINDS:
+        assert playground.SETTINGS["stable-diffusion", kind]["start"] == 4
+        assert playground.SETTINGS["stable-diffusion", kind]["drawn"]
+
+
+def test_published_batches_are_drawn_with_replacement(playground):
+    """Each step has two batches of three of six particles; those that are not drawn have no
+    gradient, and one drawn twice has twice as much."""
+
+    class Sum(torch.nn.Module):
+        def do_update_step(self, epoch, step):
+            pass
+
+        def forward(self, rgb, prompt_utils, *cameras, rgb_as_latents):
+            sizes.append(len(rgb))
+            return {"loss_sds": rgb.sum() / len(rgb)}
+
+    sizes, counts = [], []
+    particles = torch.zeros(6, 4, 2, 2).requires_grad_()
+    torch.manual_seed(0)
+    for _ in playground.optimise(Sum(), None, particles, 50, 0.1, 0.1, 3, drawn=True):
+        counts.append((particles.grad[:, 0, 0, 0] * 6).round().int().tolist())
+        torch.testing.assert_close(particles.grad.sum(), torch.tensor(16.0))
+    assert set(sizes) == {3} and len(sizes) == 100
+    assert all(sum(step) == 6 for step in counts)
+    often = [n for step in counts for n in step]
+    # binomial: six draws, each with a chance of one in six
+    assert often.count(0) / len(often) == pytest.approx((5 / 6) ** 6, abs=0.08)
+    assert max(often) >= 3
+
+
 @pytest.mark.parametrize("prompt", ["../../x/y", "a/b: c?*", "..", "x" * 500])
 def test_prompts_make_harmless_folders(play, tmp_path, prompt):
     assert play("embedding", "--steps", 1, "--particles", 1, "--prompt", prompt) == 0

@@ -23,11 +23,17 @@ POCKET = Path(__file__).resolve().parent / "models" / "pocket"
 # Per model and prior: the published settings for Stable Diffusion
 # (original implementation of arXiv:2312.04820; but the negative prompt is empty, where it has a new
 # token for its LoRA), and what suits the pocket prior.
-#   batch      particles in one UNet call (all particles are seen once in every step)
+#   batch      particles in one UNet call
+#   drawn      which ones: true, as many as there are in every step, drawn with replacement, as in
+#              the original; false, all of them once, so that none rests
+#   start      uniform numbers in -1..1 of whose mean a latent starts: 4 in the original, whose
+#              particles are 8 times as large as latents and resized bilinearly (deviation 0.289)
 #   t_max      max_step_percent, from the first step to the last (linear)
 #   samples    draws of (t, noise) per particle for the prior's own loss
-_SD = {"prompt": "an astronaut is riding a horse", "lr": 3e-2, "batch": 3, "samples": 1}
-_POCKET = {"prompt": "a DSLR image of a hamburger", "lr": 3e-2, "batch": 64, "samples": 1}
+_SD = {"prompt": "an astronaut is riding a horse", "lr": 3e-2, "samples": 1}
+_SD |= {"batch": 3, "drawn": True, "start": 4}
+_POCKET = {"prompt": "a DSLR image of a hamburger", "lr": 3e-2, "samples": 1}
+_POCKET |= {"batch": 64, "drawn": False, "start": 1}
 SETTINGS = {
     ("stable-diffusion", "lora"): _SD
     | {"steps": 700, "guidance_scale": 1e6, "prior_lr": 1e-5, "t_max": (0.98, 0.98)},
@@ -101,9 +107,26 @@ def choose_model(model, load_model_config, default_model: str):
     return default_model, "stable-diffusion", "there is a CUDA GPU and the model can be had"
 
 
-def optimise(guidance, prompt_utils, particles, steps: int, lr: float, prior_lr: float, batch: int):
+def initial_particles(shape, start: int, device):
+    """Latents of this shape, each the mean of ``start`` uniform numbers in -1..1."""
+    if start == 1:
+        return torch.rand(shape, device=device).mul_(2).sub_(1)
+    return torch.rand(*shape, start, device=device).mul_(2).sub_(1).mean(-1)
+
+
+def optimise(
+    guidance,
+    prompt_utils,
+    particles,
+    steps: int,
+    lr: float,
+    prior_lr: float,
+    batch: int,
+    drawn: bool = False,
+):
     """Generator of one dict of numbers per optimiser step; ``particles`` (N, c, h, w), a leaf
-    tensor, and what the guidance learns are updated in place."""
+    tensor, and what the guidance learns are updated in place. A step's loss is the mean over all
+    particles, or, with ``drawn``, over ceil(N / batch) batches that are drawn with replacement."""
     groups = [{"params": [particles], "lr": lr}]
     learnt = [p for p in guidance.parameters() if p.requires_grad]
     if learnt:
@@ -113,17 +136,23 @@ def optimise(guidance, prompt_utils, particles, steps: int, lr: float, prior_lr:
         guidance.do_update_step(0, step)
         optimizer.zero_grad()
         numbers: dict = {}
-        for part in particles.split(batch):
+        for part in _drawn_batches(particles, batch) if drawn else particles.split(batch):
             front = torch.zeros(len(part), device=part.device)  # all seen from the front
             out = guidance(
                 part.permute(0, 2, 3, 1), prompt_utils, front, front, front, rgb_as_latents=True
             )
-            losses = {k: v * (len(part) / len(particles)) for k, v in out.items() if "loss_" in k}
+            share = 1 / math.ceil(len(particles) / batch) if drawn else len(part) / len(particles)
+            losses = {k: v * share for k, v in out.items() if "loss_" in k}
             sum(losses.values()).backward()
             for key, value in losses.items():
                 numbers[key] = numbers.get(key, 0.0) + value.detach()
         optimizer.step()
         yield {"step": step + 1} | {k: float(v) for k, v in numbers.items()}
+
+
+def _drawn_batches(particles, batch: int):
+    for _ in range(math.ceil(len(particles) / batch)):
+        yield particles[torch.randint(len(particles), (batch,), device=particles.device)]
 
 
 @torch.no_grad()
@@ -237,7 +266,7 @@ def run(kind: str, args: argparse.Namespace) -> Path:
 
     size = prior.denoiser.latent_size
     shape = (args.particles, prior.denoiser.latent_channels, size, size)
-    particles = torch.rand(shape, device=prior.device).mul_(2).sub_(1).requires_grad_()
+    particles = initial_particles(shape, defaults["start"], prior.device).requires_grad_()
     loop = optimise(
         prior,
         prompt_utils,
@@ -246,6 +275,7 @@ def run(kind: str, args: argparse.Namespace) -> Path:
         settings["lr"],
         settings["prior_lr"],
         defaults["batch"],
+        defaults["drawn"],
     )
     start, done, interrupted = time.monotonic(), 0, False
     with open(folder / "metrics.csv", "w", newline="", buffering=1) as file:

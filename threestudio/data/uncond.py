@@ -96,6 +96,9 @@ class RandomCameraIterableDataset(IterableDataset, Updateable):
     ``batch_index`` is the number of the next batch. It is set by whoever resumes, or read from
     ``position`` whenever an iterator is made: a function giving (batches processed, steps taken,
     batches processed since the last step), which the data module takes from the trainer.
+
+    The schedules of a batch are those of :meth:`step_of` it. Without ``position``, as upstream
+    uses the dataset, they are those of the last ``update_step``, once there was one.
     """
 
     def __init__(self, cfg: Any) -> None:
@@ -132,10 +135,13 @@ class RandomCameraIterableDataset(IterableDataset, Updateable):
         self.batches_per_step = 1  # gradient accumulation
         self.position: Optional[Callable[[], Tuple[int, int, int]]] = None
         self._origin = (0, 0, 0)
+        self._told: Optional[int] = None  # the step of the last update_step
         self.update_step(0, 0)
+        self._told = None
 
     def update_step(self, epoch: int, global_step: int, on_load_weights: bool = False) -> None:
         """Set resolution, batch size and view ranges to those of ``global_step``."""
+        self._told = global_step
         i = bisect.bisect_right(self.resolution_milestones, global_step)
         self.height, self.width = self.heights[i], self.widths[i]
         self.batch_size = self.batch_sizes[i]
@@ -165,7 +171,9 @@ class RandomCameraIterableDataset(IterableDataset, Updateable):
 
     def collate(self, batch: Any) -> Dict[str, Any]:
         """The next batch."""
-        self.update_step(0, self.step_of(self.batch_index))
+        told = None if self.position is not None else self._told
+        self.update_step(0, self.step_of(self.batch_index) if told is None else told)
+        self._told = told
         state = np.random.SeedSequence([self.seed, self.batch_index]).generate_state(1)
         generator = torch.Generator().manual_seed(int(state[0]))
         cameras = sample_cameras(

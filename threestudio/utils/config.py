@@ -21,6 +21,7 @@ import threestudio
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.safe_yaml import bounded_interpolation, check_yaml, read_limited
 from threestudio.utils.schedules import schedule_knots
+from threestudio.utils.typed_sections import merge_layers
 
 # --- resolvers ----------------------------------------------------------------------------------
 
@@ -276,6 +277,8 @@ def load_config(
 ) -> DictConfig:
     """Merge YAML files (or strings) from left to right, then the overrides `cli_args`
     (``"system.loss.lambda_sds=1"``), then `kwargs`; resolve everything; derive the folders.
+    Settings of one type only (``guidance_for``) are put into their section, or left out: see
+    :mod:`threestudio.utils.typed_sections`.
 
     Returns an OmegaConf config with the fields of :class:`ExperimentConfig`. Raises
     :class:`UserError` that names the key for a missing (``???``) value, an unknown key, an
@@ -287,8 +290,9 @@ def load_config(
     """
     try:
         with bounded_interpolation():
-            conf = OmegaConf.merge(*[_load_yaml(y, from_string) for y in yamls])
-            conf = OmegaConf.merge(conf, parse_overrides(cli_args, conf), dict(kwargs))
+            layers = [_load_yaml(y, from_string) for y in yamls]
+            overrides = parse_overrides(cli_args, OmegaConf.merge(*layers))
+            conf = merge_layers([*layers, overrides, OmegaConf.create(dict(kwargs))])
             _complain_of_missing(conf)
             OmegaConf.resolve(conf)
     except OmegaConfBaseException as error:

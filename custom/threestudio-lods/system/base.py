@@ -13,6 +13,7 @@ from threestudio.utils.typing import *
 # the guidances of this extension return some of these; a YAML may weigh all of them, so that the
 # guidance can be changed in one line
 GUIDANCE_LOSSES = ("sds", "lora", "embedding")
+UPSTREAM_FORMATS = ("obj-mtl", "obj")  # of threestudio 0.2.3's mesh-exporter
 
 
 class LODSSystem(BaseLift3DSystem):
@@ -45,6 +46,7 @@ class LODSSystem(BaseLift3DSystem):
                 "system.sheet_views must be 0 (no contact sheet) or more and system.sheet_columns "
                 f"1 or more, not {self.cfg.sheet_views} and {self.cfg.sheet_columns}"
             )
+        self._check_mesh_format()
         super().configure()
         if self.resumed and "weights" in self.cfg.guidance:
             # the checkpoint brings what was learnt, and the file may be gone
@@ -62,6 +64,18 @@ class LODSSystem(BaseLift3DSystem):
         self._sheet: Dict[int, Tuple[float, int, Tensor]] = {}
         self._results: Dict[str, str] = {}
         self.views = 0  # of a test, where its data tell
+
+    def _check_mesh_format(self) -> None:
+        """threestudio 0.2.3 notices a format that it does not know when all is trained."""
+        if self.cfg.exporter_type != "mesh-exporter":
+            return
+        known = getattr(threestudio.find("mesh-exporter"), "formats", UPSTREAM_FORMATS)
+        fmt = self.cfg.exporter.get("fmt", known[0])
+        if fmt not in known:
+            raise ValueError(
+                f"system.exporter.fmt={fmt!r}: this threestudio's mesh-exporter writes "
+                f"{', '.join(known)}"
+            )
 
     def forward(self, batch: Dict[str, Any]) -> Dict[str, Any]:
         return self.renderer(**batch)

@@ -59,6 +59,7 @@ class MeshExporter(Exporter):
         context_type: str = "gl"  # of upstream's rasteriser; accepted and without effect
 
     cfg: Config
+    formats = FORMATS  # for code that has to work with upstream's exporter, which has two of them
 
     def configure(self, *args, **kwargs) -> None:
         super().configure(*args, **kwargs)
