@@ -79,8 +79,10 @@ def parse_args(argv):
     args, overrides = parser.parse_known_args(argv)
     words = [word for group in args.config for word in group]
     # '--config x.yaml key=value' is read as two files by argparse
-    args.config = [w for w in words if "=" not in w or os.path.exists(w)]
-    overrides = [w for w in words if w not in args.config] + overrides
+    from threestudio.utils.hints import split_config_words
+
+    args.config, first = split_config_words(words)
+    overrides = first + overrides
     if not args.config:
         parser.error("--config needs a file")
     if args.typecheck:  # jaxtyping's hook checks dataclasses too, and schedules break them

@@ -239,8 +239,29 @@ def test_what_is_trained_or_unknown_is_let_through(ask, tiny_sd):
     ask("lib:boat")
     ask("a boat", kind="another-prompt-processor")
     ask("a boat", kind=None, system_type="another-system")
-    ask(None)
-    ask(3, model=tiny_sd())
+
+
+@pytest.mark.parametrize("prompt", [None, True, 3, 1e3, ["a car"], {"a": "car"}])
+def test_a_prompt_that_yaml_reads_as_something_else_is_one_line(ask, prompt):
+    with pytest.raises(ValueError, match=r"is .*, which is no text in YAML: write it in quotes"):
+        ask(prompt)
+
+
+@pytest.mark.parametrize(
+    ("system_type", "key", "value", "overlay"),
+    [
+        ("lods-gs-system", "geometry", {"pos_encoding_config": {}}, "pocket.yaml"),
+        ("lods-gs-system", "renderer", {"num_samples_per_ray": 96}, "pocket.yaml"),
+        ("lods-ngp-system", "geometry", {"init_type": "ball"}, "pocket-ngp.yaml"),
+        ("lods-ngp-system", "strategy", {"name": "none"}, "pocket-ngp.yaml"),
+    ],
+)
+def test_an_overlay_of_the_other_kind_is_one_line(ask, system_type, key, value, overlay):
+    system = {"prompt_processor": {"prompt": "a car"}, key: value}
+    with pytest.raises(ValueError, match=rf"^system\.{key}.* take the overlay configs/{overlay},"):
+        ask("", system_type=system_type, system=system)
+    ask("", system_type=system_type, system={**system, "geometry_type": "another-geometry"})
+    ask("", system_type="another-system", system=system)
 
 
 def test_launch_refuses_it_in_one_line(tmp_path, monkeypatch, capfd):

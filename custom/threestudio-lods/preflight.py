@@ -12,6 +12,14 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SYSTEMS = ("lods-gs-system", "lods-ngp-system")  # both load their models in every mode
+# by whether the system makes Gaussians: the geometries that it is meant for, the options that none
+# of the other kind has, and the overlay for the pocket prior
+GEOMETRY = {True: ("lods-gaussians",), False: ("implicit-volume", "volume-grid")}
+OPTIONS = {
+    True: ("strategy", "lr_schedule", "geometry.init_type", "geometry.ball", "geometry.sh_degree"),
+    False: ("geometry.pos_encoding_config", "renderer.num_samples_per_ray"),
+}
+OVERLAY = {True: "pocket.yaml", False: "pocket-ngp.yaml"}
 # those of which a prompt is looked at: the first is these systems' default, the second is the
 # host's own, which can be given a model of this extension
 PROCESSORS = ("lods-prompt-processor", "stable-diffusion-prompt-processor")
@@ -27,10 +35,28 @@ def preflight(cfg: Any, mode: str) -> None:
     """
     cards = _load(HERE / "guidance" / "cards.py")
     if cfg.system_type in SYSTEMS:
+        check_kind(cfg)
         for name in model_names(cfg.system):
             cards.refuse_early(name)
     if cfg.get("resume") is None:  # what has been trained stays of use
         check_prompt(cfg, cards.local_folder)
+
+
+def check_kind(cfg: Any) -> None:
+    """Raise ``ValueError``, one line, for options of Gaussians in the config of a radiance field,
+    and the reverse: an overlay of the other kind."""
+    gaussians = cfg.system_type == SYSTEMS[0]
+    own, other = ("Gaussians", "a radiance field")[:: 1 if gaussians else -1]
+    if cfg.system.get("geometry_type", GEOMETRY[gaussians][0]) not in GEOMETRY[gaussians]:
+        return  # of another extension, whose options are its own
+    for key in OPTIONS[not gaussians]:
+        section, _, name = key.rpartition(".")
+        options = (cfg.system.get(section) or {}) if section else cfg.system
+        if name in options:
+            raise ValueError(
+                f"system.{key} is of {other}, and {cfg.system_type} makes {own}: take the overlay "
+                f"configs/{OVERLAY[gaussians]}, or leave the key out"
+            )
 
 
 def check_prompt(cfg: Any, local_folder: Callable[[str], str | None]) -> None:
@@ -45,9 +71,14 @@ def check_prompt(cfg: Any, local_folder: Callable[[str], str | None]) -> None:
     kind = kind or (PROCESSORS[0] if cfg.system_type in SYSTEMS else None)
     options = system.get("prompt_processor") or {}
     name, prompt = (options.get(k) for k in ("pretrained_model_name_or_path", "prompt"))
-    if kind not in PROCESSORS or prompt is None:
+    if kind not in PROCESSORS or "prompt" not in options:
         return
-    if not str(prompt).strip():
+    if not isinstance(prompt, str):
+        shown = "null" if prompt is None else str(prompt)[:40]
+        raise ValueError(
+            f"system.prompt_processor.prompt is {shown}, which is no text in YAML: write it in quotes"
+        )
+    if not prompt.strip():
         raise ValueError(
             "the prompt is empty: set system.prompt_processor.prompt, for example "
             "'a DSLR image of a hamburger'"
@@ -55,15 +86,15 @@ def check_prompt(cfg: Any, local_folder: Callable[[str], str | None]) -> None:
     folder = local_folder(name) if name and isinstance(name, str) else None
     words = _load(HERE / "guidance" / "vocabulary.py")
     vocabulary = words.Vocabulary.read(folder) if folder else None
-    if vocabulary is None or str(prompt).startswith("lib:"):  # which the host looks up
+    if vocabulary is None or prompt.startswith("lib:"):  # which the host looks up
         return
     own, force = kind == PROCESSORS[0], words.FORCE
     if not own:
         force = f"system.prompt_processor_type={PROCESSORS[0]} {force}"
-    refusal = vocabulary.refusal(str(prompt), force)
+    refusal = vocabulary.refusal(prompt, force)
     if refusal and not (own and options.get("allow_unknown_words")):
         raise ValueError(refusal)
-    warning = "" if own else vocabulary.warning([str(prompt)], str(prompt))
+    warning = "" if own else vocabulary.warning([prompt], prompt)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
 

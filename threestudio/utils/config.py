@@ -15,10 +15,11 @@ from typing import Any, Optional, Union
 from unicodedata import category
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
 
 import threestudio
 from threestudio.utils.errors import UserError, nearest
+from threestudio.utils.hints import INTERPOLATION, full_key, is_text, quoted, unquoted, walk
 from threestudio.utils.safe_yaml import bounded_interpolation, check_yaml, read_limited
 from threestudio.utils.schedules import schedule_knots
 from threestudio.utils.typed_sections import merge_layers
@@ -184,6 +185,9 @@ def _load_yaml(text_or_path: str, from_string: bool) -> DictConfig:
         raise UserError(f"config file {text_or_path} not found{hint}") from None
     except OSError as error:
         raise UserError(f"config file {where} cannot be read: {error.strerror}") from None
+    except GrammarParseError as error:
+        key = re.search(r"full_key: (\S+)", str(error))
+        raise UserError(f"{where}{f', {key[1]}' if key else ''}: {INTERPOLATION}") from None
     except Exception as error:  # YAML's own and OmegaConf's, and whatever its constructors raise
         raise UserError(f"{where} is not valid YAML: {_short(str(error))}") from None
     if not isinstance(conf, DictConfig):
@@ -205,37 +209,63 @@ def _split_key(key: str, base: Any) -> list[str]:
     return path
 
 
+def _what_to_write(arg: str, following: list[str], base: Any, top_level: list[str]) -> str:
+    """What is wrong with an option with dashes that is none, in one line."""
+    name, equals, value = arg.lstrip("-").partition("=")
+    key = name if "." in name else full_key(name, base, top_level)
+    if not equals and following and "=" not in following[0] and following[0][:1] != "-":
+        value = following[0]
+    if not key:
+        return f"unknown option {arg!r}: options of a config are written key=value"
+    plain = re.fullmatch(r"[\w.,+-]+", value)
+    write = repr(f"{key}={value}") if plain else f"{key}={quoted(value or '...')}"
+    return f"unknown option {arg.partition('=')[0]!r}: write it without dashes, as {write}"
+
+
+def _parse_value(arg: str, key: str, raw: str) -> Any:
+    """The value that was typed as `raw`."""
+    text = is_text(key)
+    try:
+        arg.encode()
+        check_yaml(raw, f"the value of {key}")
+        # OmegaConf's own reading, for its number formats (1e-3 is a float)
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={raw}"]))["x"]
+    except UnicodeEncodeError:
+        raise UserError(f"cannot read {arg!r}: it is not text in UTF-8") from None
+    except UserError:
+        if not text:
+            raise
+        value = raw
+    except Exception:  # not YAML, in one of many ways
+        value = raw
+    if value is None:  # what YAML makes of "", "&x" and "#x" too
+        null = raw.strip().lower() in ("null", "~")
+        return None if null and key.rpartition(".")[2] not in ("prompt", "name", "tag") else raw
+    quotes = raw.lstrip().startswith(("'", '"'))
+    if text or isinstance(value, str):
+        return value if quotes and isinstance(value, str) else raw
+    braced = raw.lstrip().startswith("{")
+    return raw if isinstance(value, dict) and not braced else value
+
+
 def parse_overrides(cli_args: Iterable[str], base: DictConfig | None = None) -> DictConfig:
     """``["a.b=1", ...]`` as a nested config. Values are read as YAML, except that a text stays the
     text that was typed (``prompt=a cat: asleep #1`` is one string). Keys of `base` that hold dots
     are recognised (``optimizer.params.geometry.means.lr=0.1``)."""
     conf = OmegaConf.create()
-    for arg in cli_args:
+    args = list(cli_args)
+    top_level = [f.name for f in dataclasses.fields(ExperimentConfig)]
+    for i, arg in enumerate(args):
         key, equals, raw = arg.partition("=")
         if arg.startswith("-"):
-            plain = arg.lstrip("-")
-            if equals:
-                raise UserError(f"override {arg!r}: write it without dashes, as {plain!r}")
-            raise UserError(f"unknown option {arg!r}: options of a config are written key=value")
+            raise UserError(_what_to_write(arg, args[i + 1 : i + 2], base, top_level))
         if not equals or not key:
-            raise UserError(f"cannot read {arg!r}: options of a config are written key=value")
-        try:
-            arg.encode()
-            check_yaml(raw, f"the value of {key}")
-            # OmegaConf's own reading, for its number formats (1e-3 is a float)
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={raw}"]))["x"]
-        except UnicodeEncodeError:
-            raise UserError(f"cannot read {arg!r}: it is not text in UTF-8") from None
-        except UserError:
-            raise
-        except Exception:  # not YAML, in one of many ways
-            value = raw
-        braced = raw.lstrip().startswith("{")
-        quoted = raw.lstrip().startswith(("'", '"'))
-        if (isinstance(value, dict) and not braced) or (isinstance(value, str) and not quoted):
-            value = raw
-        elif value is None and not raw.strip():
-            value = ""
+            write = unquoted(args[:i], args[i:])
+            hint = f"put the value in quotes: {write}" if write else "options of a config are "
+            raise UserError(f"cannot read {arg!r}: {hint}" + "written key=value" * (not write))
+        if "." not in key and key not in top_level and (meant := full_key(key, base)):
+            raise UserError(f"the config has no field {key!r}: did you mean {meant!r}?")
+        value = _parse_value(arg, key, raw)
         try:
             path = _split_key(key, base)
             if any("." in name for name in path):
@@ -245,7 +275,8 @@ def parse_overrides(cli_args: Iterable[str], base: DictConfig | None = None) -> 
             else:
                 OmegaConf.update(conf, key, value)
         except OmegaConfBaseException as error:
-            raise UserError(f"cannot read {arg!r}: {_first_line(error)}") from None
+            problem = INTERPOLATION if "${" in raw else _first_line(error)
+            raise UserError(f"cannot read {arg!r}: {problem}") from None
         except (IndexError, TypeError, ValueError, AttributeError):
             raise UserError(f"cannot read {arg!r}: {key!r} is not the key of a value") from None
     return conf
@@ -272,6 +303,17 @@ def _complain_of_missing(conf: DictConfig) -> None:
         raise UserError(f"{', '.join(missing)} {verb} missing: add {example}")
 
 
+def _in_config(error: OmegaConfBaseException, conf: DictConfig | None) -> str:
+    """One line for an error of OmegaConf in resolving `conf`: a reference that leads nowhere is
+    looked for, because OmegaConf names the key that was read first, such as the run's tag."""
+    lost = re.search(r"Interpolation key '([^']*)' not found", str(error))
+    for key, value in walk(conf) if lost else ():
+        if isinstance(value, str) and re.search(rf"\$\{{\s*{re.escape(lost[1])}\s*\}}", value):
+            return f"config: there is no key {lost[1]!r} (asked for at {key}): {INTERPOLATION}"
+    where = f" (at {error.full_key})" if error.full_key else ""
+    return f"config: {_first_line(error)}{where}"
+
+
 def load_config(
     *yamls: str, cli_args: Iterable[str] = (), from_string: bool = False, **kwargs
 ) -> DictConfig:
@@ -288,6 +330,7 @@ def load_config(
     users expect: the saved ``parsed.yaml`` then holds their values, so look for it in a config
     from a stranger before you pass a run on.
     """
+    conf = None
     try:
         with bounded_interpolation():
             layers = [_load_yaml(y, from_string) for y in yamls]
@@ -296,8 +339,7 @@ def load_config(
             _complain_of_missing(conf)
             OmegaConf.resolve(conf)
     except OmegaConfBaseException as error:
-        where = f" (at {error.full_key})" if error.full_key else ""
-        raise UserError(f"config: {_first_line(error)}{where}") from None
+        raise UserError(_in_config(error, conf)) from None
     except UserError as error:  # OmegaConf adds lines to an error that passes through it
         raise UserError(_first_line(error)) from None
     except TypeError as error:  # a mapping meets a list
@@ -330,6 +372,12 @@ def _first_line(error: BaseException) -> str:
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= 500 else text[:500] + "..."
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return ", ".join(names[:12]) + more
 
 
 def _full_key(cfg, key) -> str:
@@ -376,7 +424,7 @@ def parse_structured(fields, cfg=None, where: str = "") -> Any:
     values = {}
     for key in cfg:
         if key not in known:
-            hint = nearest(key, known) or f"; its fields are {', '.join(sorted(known))}"
+            hint = nearest(key, known) or f"; its fields are {_listed(known)}"
             raise UserError(f"{where} has no field {_full_key(cfg, key)!r}{hint}")
         try:
             value = cfg[key]
@@ -384,7 +432,8 @@ def parse_structured(fields, cfg=None, where: str = "") -> Any:
             full = _full_key(cfg, key)
             raise UserError(f'{full} is missing: add {full}="..."') from None
         except OmegaConfBaseException as error:
-            raise UserError(f"{_full_key(cfg, key)}: {_first_line(error)}") from None
+            more = f"; {INTERPOLATION}" if "nterpolation" in str(error) else ""
+            raise UserError(f"{_full_key(cfg, key)}: {_first_line(error)}{more}") from None
         # before the dataclass sees it, whose __post_init__ relies on its types
         if value is None and not _may_be_null(annotations[key]):
             full = _full_key(cfg, key)

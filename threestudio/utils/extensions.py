@@ -14,10 +14,12 @@ _to_report: dict = {}  # those of them that the user was not told of yet
 _PARTIAL = "__entered_without_init__"
 
 
-def last_line(error: BaseException) -> str:
-    """``ValueError: the last line of the message``, which of a long one says what went wrong."""
+def last_line(error: BaseException, length: int = 200) -> str:
+    """``ValueError: the last line of the message``, which of a long one says what went wrong, in at
+    most `length` characters."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {' '.join(lines[-1].split())}"
+    text = f"{type(error).__name__}: {' '.join(lines[-1].split())}"
+    return text if len(text) <= length else text[:length] + "..."
 
 
 def report_failures() -> None:

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError
 from threestudio.utils.extensions import find_extensions, last_line
+from threestudio.utils.hints import REQUIRED, refuse_overlay
 
 HOOK = "preflight.py"
 
@@ -30,12 +31,13 @@ def read_config(
 
     Raises :class:`UserError`, as :func:`load_config`, and if there is nothing to run.
     """
+    files = list(files)
     cfg = load_config(*files, cli_args=overrides, n_gpus=n_gpus)
+    for key in REQUIRED:
+        if not cfg[key]:
+            refuse_overlay(files, key)
     if mode != "train" and cfg.resume is None:
         raise UserError(f"--{mode} needs a trained model: add resume=path/to/last.ckpt")
-    for key in ("data_type", "system_type"):
-        if not cfg[key]:
-            raise UserError(f"the config has no {key}: there is nothing to run")
     return cfg
 
 
