@@ -48,8 +48,8 @@ def parse_args(argv):
     )
     parser.add_argument(
         "--gpu",
-        default="0",
-        help="GPUs to use, such as 0 or 0,1 (default 0; without a CUDA device the CPU is used)",
+        help="GPUs to use, such as 0 or 0,1: places in CUDA_VISIBLE_DEVICES where it is set. "
+        "Without this option all of that list, or GPU 0; without a CUDA device the CPU",
     )
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--train", action="store_true", help="train, then test")
@@ -216,17 +216,17 @@ def _mode(args) -> str:
     return next(mode for mode in _MODES if getattr(args, mode))
 
 
-def _load(args, overrides):
+def _load(args, overrides, gpus):
     """``(config, counters)``: the config, checked as far as it can be before anything is built,
     and ``(epoch, global_step)`` of the checkpoint in `resume`, or None."""
-    import torch
-
     from threestudio.utils.checkpoint import find_checkpoint, read_checkpoint
+    from threestudio.utils.gpus import count_gpus
     from threestudio.utils.misc import find_last_path
-    from threestudio.utils.preflight import read_config
+    from threestudio.utils.preflight import ask_extensions, read_config
 
-    n_gpus = len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) if torch.cuda.is_available() else 1
-    cfg = read_config(args.config, overrides, _mode(args), n_gpus)
+    cfg = read_config(args.config, overrides, _mode(args), count_gpus(gpus, args.gpu))
+    if cfg.n_gpus > 1:  # which the first time nobody knew
+        ask_extensions(cfg, _mode(args), _extension_folders(), args.verbose)
     if cfg.resume is None:
         return cfg, None
     cfg.resume = find_checkpoint(find_last_path(cfg.resume))
@@ -310,8 +310,8 @@ def _execute(args, cfg, counters, guard, trainer, system, data) -> None:
         trainer.predict(system, datamodule=data)
 
 
-def run(args, overrides, argv) -> int:
-    """Do what the command line says. Returns the exit status."""
+def run(args, overrides, argv, gpus) -> int:
+    """Do what the command line says, on these GPUs. Returns the exit status."""
     from threestudio.utils.preflight import preflight
 
     preflight(args.config, overrides, _mode(args), _extension_folders(), args.verbose)
@@ -325,7 +325,7 @@ def run(args, overrides, argv) -> int:
 
     _quieten(args.verbose)  # again: importing Lightning has set its loggers up
     _load_extensions(args.verbose)
-    cfg, counters = _load(args, overrides)
+    cfg, counters = _load(args, overrides, gpus)
     trainer_args = config_to_primitive(cfg.trainer)
     _check_names(pl.Trainer.__init__, trainer_args, "trainer")
     trainer_args = choose_device(trainer_args)
@@ -398,7 +398,7 @@ def _report_interrupt(stop, args, cfg) -> int:
     if get_rank():  # the first process speaks for all
         return stop.status
     if stop.step is not None:
-        more = "" if args.gpu == "0" else f" --gpu {shlex.quote(args.gpu)}"
+        more = "" if args.gpu is None else f" --gpu {shlex.quote(args.gpu)}"
         more += " --gradio" * args.gradio
         parsed = shlex.quote(os.path.join(cfg.trial_dir, "configs", "parsed.yaml"))
         print(
@@ -459,13 +459,14 @@ def main(argv=None) -> int:
     it), at whatever moment they come."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args, overrides = parse_args(argv)
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu)
     quiet = contextlib.nullcontext() if args.verbose else warnings.catch_warnings()
     with quiet, _EarlySignal() as early:
         _quieten(args.verbose)
         try:
-            return run(args, overrides, argv)
+            from threestudio.utils.gpus import seeing_gpus
+
+            with seeing_gpus(args.gpu) as gpus:
+                return run(args, overrides, argv, gpus)
         except KeyboardInterrupt:
             print("interrupted; nothing had been trained yet")
             return early.status
