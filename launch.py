@@ -46,8 +46,8 @@ def parse_args(argv):
     )
     parser.add_argument(
         "--gpu",
-        default="0",
-        help="GPUs to use, such as 0 or 0,1 (default 0; without a CUDA device the CPU is used)",
+        help="GPUs to use, such as 0 or 0,1: places in CUDA_VISIBLE_DEVICES where it is set. "
+        "Without this option all of that list, or GPU 0; without a CUDA device the CPU",
     )
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--train", action="store_true", help="train, then test")
@@ -185,17 +185,17 @@ def _mode(args) -> str:
     return next(mode for mode in _MODES if getattr(args, mode))
 
 
-def _load(args, overrides):
+def _load(args, overrides, gpus):
     """``(config, counters)``: the config, checked as far as it can be before anything is built,
     and ``(epoch, global_step)`` of the checkpoint in `resume`, or None."""
-    import torch
-
     from threestudio.utils.checkpoint import find_checkpoint, read_checkpoint
+    from threestudio.utils.gpus import count_gpus
     from threestudio.utils.misc import find_last_path
-    from threestudio.utils.preflight import read_config
+    from threestudio.utils.preflight import ask_extensions, read_config
 
-    n_gpus = len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) if torch.cuda.is_available() else 1
-    cfg = read_config(args.config, overrides, _mode(args), n_gpus)
+    cfg = read_config(args.config, overrides, _mode(args), count_gpus(gpus, args.gpu))
+    if cfg.n_gpus > 1:  # which the first time nobody knew
+        ask_extensions(cfg, _mode(args), _extension_folders(), args.verbose)
     if cfg.resume is None:
         return cfg, None
     cfg.resume = find_checkpoint(find_last_path(cfg.resume))
@@ -283,8 +283,8 @@ def _execute(args, cfg, counters, guard, folder, trainer, system, data) -> None:
         raise
 
 
-def run(args, overrides, argv) -> int:
-    """Do what the command line says. Returns the exit status."""
+def run(args, overrides, argv, gpus) -> int:
+    """Do what the command line says, on these GPUs. Returns the exit status."""
     from threestudio.utils.preflight import preflight
 
     roots = _extension_folders(args)
@@ -301,7 +301,7 @@ def run(args, overrides, argv) -> int:
 
     quieten(args.verbose)  # again: importing Lightning has set its loggers up
     _load_extensions(roots, args.verbose)
-    cfg, counters = _load(args, overrides)
+    cfg, counters = _load(args, overrides, gpus)
     trainer_args = config_to_primitive(cfg.trainer)
     _check_names(pl.Trainer.__init__, trainer_args, "trainer")
     trainer_args = choose_device(trainer_args)
@@ -370,7 +370,7 @@ def _how_to_go_on(stop, args, argv, cfg) -> str:
     if not args.train or not os.path.exists(last):
         return _again(args, argv)
     mode = "--test" if stop.trained and not args.gradio else "--train"
-    more = [] if args.gpu == "0" else ["--gpu", args.gpu]
+    more = [] if args.gpu is None else ["--gpu", args.gpu]
     more += [word for folder in args.extensions for word in ("--extensions", folder)]
     more += ["--gradio"] * args.gradio
     parsed = os.path.join(cfg.trial_dir, "configs", "parsed.yaml")
@@ -428,8 +428,6 @@ def main(argv=None) -> int:
 
     argv = list(sys.argv[1:] if argv is None else argv)
     args, overrides = parse_args(argv)
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", args.gpu)
     with steady_streams():
         return _guarded(args, overrides, argv)
 
@@ -442,7 +440,10 @@ def _guarded(args, overrides, argv) -> int:
     with quiet, EarlySignal() as early:
         quieten(args.verbose)
         try:
-            return run(args, overrides, argv)
+            from threestudio.utils.gpus import seeing_gpus
+
+            with seeing_gpus(args.gpu) as gpus:
+                return run(args, overrides, argv, gpus)
         except KeyboardInterrupt:
             print(_again(args, argv))
             return early.status

@@ -2,6 +2,7 @@
 the packages' interfaces and conventions; what needs a device is marked ``gpu``."""
 
 import importlib
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import threestudio
 from tests.test_rasterize import assert_near, is_clear_cut, make_scene, render
 
 GAUSSIAN = "threestudio-lods.gaussian"
@@ -258,8 +260,9 @@ def test_auto_takes_the_first_that_can_draw_the_scene(raster, monkeypatch):
     why = dict.fromkeys(raster.CUDA_BACKENDS, "absent")
     for name in why:
         monkeypatch.setattr(raster.adapter(name), "missing", lambda name=name: why[name])
-    lines = []
+    lines, warnings = [], []
     monkeypatch.setattr(raster.threestudio, "info", lines.append)
+    monkeypatch.setattr(raster.threestudio, "warn", warnings.append)
     raster.announce.cache_clear()
     K = torch.tensor([[[20.0, 0, 8], [0, 20, 8], [0, 0, 1]]])
     scene = torch.eye(4)[None], K, 16, 16, 0.3, False
@@ -268,7 +271,9 @@ def test_auto_takes_the_first_that_can_draw_the_scene(raster, monkeypatch):
     names = list(why)
     assert names == ["gsplat", *INRIA]
     absent = "; ".join(f"{name}: absent" for name in names)
-    assert lines == [f"Gaussian rasteriser: cpu ({absent})"]  # once
+    (line,) = warnings  # once, and not among what is only told
+    assert line.startswith(f"Gaussian rasteriser: cpu ({absent})") and not lines
+    assert "'pip install gswarp'" in line
     for i in (2, 1, 0):
         why[names[i]] = ""
         assert resolve("auto", CUDA, scene) == names[i]
@@ -279,7 +284,7 @@ def test_auto_takes_the_first_that_can_draw_the_scene(raster, monkeypatch):
     assert "Gaussian rasteriser: gswarp (gsplat: absent)" in lines
     why["gsplat"] = "absent"
     assert resolve("auto", CUDA, (*scene[:5], True)) == "cpu"  # absgrad
-    assert "gswarp: it has no absgrad" in lines[-1]
+    assert "gswarp: it has no absgrad" in warnings[-1]
     raster.announce.cache_clear()
 
 
@@ -318,13 +323,18 @@ def test_absent_packages_of_the_radiance_field_say_how_to_get_them(monkeypatch, 
         "tinycudann": (
             native.missing,
             lambda *args: hashgrid.resolve_backend(*args, 3),
-            "pip install git.https",
+            r"pip install 'setuptools<81'.*pip install --no-build-isolation 'git.https",
         ),
     }[package]
+    warnings = []
+    monkeypatch.setattr(threestudio, "warn", warnings.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, package, None)
-    cached.cache_clear()
+    for cache in (cached, march.announce, hashgrid.announce):
+        cache.cache_clear()
     assert resolve("auto", CUDA, torch.float32) == "torch"
+    (line,) = warnings
+    assert re.search(f"{package}.*{remedy}", line)
     with pytest.raises(ValueError, match=f"{package}.*{remedy}") as error:
         resolve(package, CUDA, torch.float32)
     assert "\n" not in str(error.value)

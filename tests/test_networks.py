@@ -187,5 +187,10 @@ def test_a_tinycudann_that_does_not_load_has_a_substitute(monkeypatch):
     config = {"otype": "FullyFusedMLP", "n_neurons": 4, "n_hidden_layers": 1}
     assert type(get_mlp(3, 2, config)).__name__ == "VanillaMLP"
     assert said == ["network FullyFusedMLP: VanillaMLP in its place (does not load)"]
+    warnings = []
+    monkeypatch.setattr("threestudio.warn", warnings.append)
+    monkeypatch.setattr("threestudio.models.networks.get_device", lambda: torch.device("cuda", 0))
+    get_mlp(3, 2, config)
+    assert warnings == said[:1] and len(said) == 1, "on a GPU run it is a warning"
     with pytest.raises(UserError, match="sphere_init_radius is missing"):
         get_mlp(3, 2, config | {"otype": "SphereInitVanillaMLP"})

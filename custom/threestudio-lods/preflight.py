@@ -1,4 +1,5 @@
-"""Before anything is loaded: can the models that the config names be had, and read its prompt?
+"""Before anything is loaded: can the models that the config names be had, can they read its prompt,
+and can it be trained on so many GPUs?
 
 ``launch.py`` of this repository executes this file alone and early; upstream's does not know it,
 and finds out when the models are loaded.
@@ -23,12 +24,17 @@ OVERLAY = {True: "pocket.yaml", False: "pocket-ngp.yaml"}
 # those of which a prompt is looked at: the first is these systems' default, the second is the
 # host's own, which can be given a model of this extension
 PROCESSORS = ("lods-prompt-processor", "stable-diffusion-prompt-processor")
+LEARNING = ("lods-embedding-guidance", "lods-lora-guidance", "lods-vsd-guidance")
+INNER_STEPS = (
+    "prior_inner_steps would teach the prior of each GPU something else: train on one GPU "
+    "(--gpu 0), or set system.guidance.prior_inner_steps=0"
+)
 
 
 def preflight(cfg: Any, mode: str) -> None:
-    """Raise ``ValueError``, one line, for a model that is no folder, card or hub id, for a card
-    (``models/cards.yaml``) or hub id that is not on this machine while there is no network, and for
-    a prompt in which the model knows no object.
+    """Raise ``ValueError``, one line, for what cannot be trained by several processes, for a model
+    that is no folder, card or hub id, for a card (``models/cards.yaml``) or hub id that is not on
+    this machine while there is no network, and for a prompt in which the model knows no object.
 
     What is not certain is left to the run: systems of others, and everything of the hub where a
     connection to it can be opened.
@@ -36,6 +42,8 @@ def preflight(cfg: Any, mode: str) -> None:
     cards = _load(HERE / "guidance" / "cards.py")
     if cfg.system_type in SYSTEMS:
         check_kind(cfg)
+        if mode == "train":
+            refuse_training(cfg)
         for name in model_names(cfg.system):
             cards.refuse_early(name)
     if cfg.get("resume") is None:  # what has been trained stays of use
@@ -97,6 +105,54 @@ def check_prompt(cfg: Any, local_folder: Callable[[str], str | None]) -> None:
     warning = "" if own else vocabulary.warning([prompt], prompt)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def refuse_training(cfg: Any) -> None:
+    """Raise ``ValueError`` if the config would densify, or teach the prior by itself, in several
+    processes, or densify with accumulated gradients."""
+    system, trainer = cfg.system, cfg.trainer
+    # of the original's YAML, see system/original.py
+    default = "default" if system.get("radius") is not None else "none"
+    strategy = _part(system, "strategy").get("name", default)
+    several = processes(cfg) > 1
+    if cfg.system_type == SYSTEMS[0] and strategy != "none":
+        refuse_densification(several, trainer.get("accumulate_grad_batches", 1))
+    inner = _part(system, "guidance").get("prior_inner_steps")
+    if several and inner and system.get("guidance_type") in LEARNING:
+        raise ValueError(INNER_STEPS)
+
+
+def refuse_densification(several: bool, batches_per_step: Any) -> None:
+    """Raise ``ValueError`` if Gaussians cannot be densified by such a training."""
+    if batches_per_step not in (None, 1):
+        raise ValueError(
+            "densification needs every step: set trainer.accumulate_grad_batches=1 (and a "
+            "larger data.batch_size), or system.strategy.name=none"
+        )
+    if several:
+        raise ValueError(
+            "densification would change the Gaussians of each GPU differently: train on one GPU "
+            "(--gpu 0), or set system.strategy.name=none"
+        )
+
+
+def _part(system: Any, name: str) -> Any:
+    """A section of the config; an empty one for what is none, of which the run complains."""
+    found = system.get(name)
+    return found if hasattr(found, "get") else {}
+
+
+def processes(cfg: Any) -> int:
+    """How many processes will train; at least, where ``n_gpus`` is not known yet and 1."""
+    numbers = []
+    for key in ("devices", "num_nodes"):
+        value = str(cfg.trainer.get(key))
+        numbers.append(int(value) if value.isascii() and value.isdigit() else 0)
+    devices, nodes = numbers
+    if cfg.trainer.get("accelerator") != "cpu":  # there are no more of them than are visible
+        gpus = cfg.get("n_gpus") or 1
+        devices = min(devices or gpus, gpus)
+    return max(devices, 1) * max(nodes, 1)
 
 
 def model_names(system: Any) -> list[str]:

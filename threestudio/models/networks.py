@@ -15,6 +15,7 @@ from threestudio.models.hashgrid import HashGrid, native
 from threestudio.models.spherical import SphericalHarmonics
 from threestudio.utils.base import Updateable
 from threestudio.utils.errors import UserError, nearest
+from threestudio.utils.misc import get_device
 from threestudio.utils.ops import get_activation
 from threestudio.utils.typing import *
 
@@ -296,7 +297,8 @@ def get_mlp(n_input_dims: int, n_output_dims: int, config) -> nn.Module:
         why = native.missing()
         if not why:
             return TCNNNetwork(n_input_dims, n_output_dims, config)
-        threestudio.info(f"network {otype}: VanillaMLP in its place ({why})")
+        tell = threestudio.warn if get_device().type == "cuda" else threestudio.info
+        tell(f"network {otype}: VanillaMLP in its place ({why})")
     if str(config.get("activation", "ReLU")).lower() != "relu":
         raise UserError(f"network {otype}: activation is ReLU here, not {config['activation']!r}")
     if otype == "SphereInitVanillaMLP" or config.get("sphere_init", False):

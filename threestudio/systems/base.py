@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import threestudio
 from threestudio.models.exporters.base import Exporter, ExporterOutput
 from threestudio.systems.exact_resume import ExactResume
+from threestudio.systems.several_processes import TogetherAtTheEnds
 from threestudio.systems.utils import parse_optimizer, parse_scheduler
 from threestudio.utils.base import Updateable, update_end_if_possible, update_if_possible
 from threestudio.utils.config import load_config, parse_structured
@@ -56,6 +57,7 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
         self._resumed_eval_status: Optional[Tuple[int, int]] = None
         self.loss_terms: Dict[str, Tensor] = {}  # parts of the last loss, for an error to name
         self._exact_resume = ExactResume()
+        self._together = TogetherAtTheEnds()
         self._nonfinite = NonFiniteGuard(self.cfg.on_nonfinite, self.cfg.max_skipped_steps)
         if cfg is not None and "loggers" in cfg:
             self.create_loggers(self.cfg.loggers)
@@ -93,7 +95,8 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
 
     def configure_callbacks(self) -> List[Any]:
         attached = self._trainer.callbacks if self._trainer is not None else []
-        return [c for c in (self._exact_resume, self._nonfinite) if c not in attached]
+        own = (self._exact_resume, self._nonfinite, self._together)
+        return [c for c in own if c not in attached]
 
     # --- counters and schedules -----------------------------------------------------------------
 
@@ -278,6 +281,8 @@ class BaseLift3DSystem(BaseSystem):
     def on_predict_epoch_end(self) -> None:
         if self.exporter.cfg.save_video:
             self.on_test_epoch_end()
+        if self.global_rank != 0:  # the object is the same on all processes
+            return
         outputs: List[ExporterOutput] = self.exporter()
         for out in outputs:
             save = getattr(self, f"save_{out.save_type}", None)

@@ -59,6 +59,15 @@ def preflight(
         if isinstance(error.__context__, OmegaConfBaseException):
             return  # the run says it, unless an extension brings a resolver that mends it
         raise
+    ask_extensions(cfg, mode, roots, verbose)
+
+
+def ask_extensions(
+    cfg: DictConfig, mode: str, roots: Iterable[Path], verbose: bool = False
+) -> None:
+    """Raise the :class:`UserError` of an extension that refuses this config. ``cfg.n_gpus`` is the
+    number of GPUs where that is known, 1 before torch has counted them: with several an extension
+    is asked a second time, before any model is loaded."""
     for file in _hooks(roots):
         try:
             _run(file, copy.deepcopy(cfg), mode)

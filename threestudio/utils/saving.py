@@ -27,10 +27,13 @@ from threestudio.utils.typing import *
 
 def _writes(method: Callable) -> Callable:
     """While a system trains, a file that cannot be written costs the file and not the training:
-    there is one warning, and the file's path is returned all the same."""
+    there is one warning, and the file's path is returned all the same. So it is on a process that
+    leaves the file to the first one."""
 
     @functools.wraps(method)
     def wrapper(self, filename: str, *args, **kwargs) -> str:
+        if self._left_to_first(filename):
+            return os.path.join(self.get_save_dir(), filename)
         try:
             return method(self, filename, *args, **kwargs)
         except OSError as error:
@@ -44,6 +47,9 @@ def _writes(method: Callable) -> Callable:
                 )
             self._write_failed = True
             return os.path.join(self.get_save_dir(), filename)
+        finally:
+            if self._turn is not None:
+                self._turn.note(filename)
 
     return wrapper
 
@@ -55,11 +61,16 @@ class SaverMixin:
     A file is whole or absent: it is written beside its place and moved there (see ``whole_file``).
     Images are numpy arrays or tensors of any device, floats within ``data_range`` or uint8.
     ``name`` and ``step`` send the result to Weights & Biases too, where that logger is enabled.
+
+    Of several processes all write in the steps of validation, test and export, whose views are
+    divided among them. Everywhere else the first one writes, and the others return the same paths;
+    in the hooks at the ends of these stages they wait until the file is there.
     """
 
     _save_dir: Optional[str] = None
     _wandb_logger: Any = None
     _write_failed = False
+    _turn: Any = None  # of several processes, see threestudio.systems.several_processes
 
     DEFAULT_RGB_KWARGS = {"data_format": "HWC", "data_range": (0, 1)}
     DEFAULT_UV_KWARGS = {"data_format": "HWC", "data_range": (0, 1), "cmap": "checkerboard"}
@@ -88,6 +99,15 @@ class SaverMixin:
             )
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return path
+
+    def _left_to_first(self, filename: str) -> bool:
+        """Whether the first process writes this file and this one does not."""
+        if self._turn is not None:
+            if not self._turn.first:
+                self._turn.wait(filename)
+            return not self._turn.first
+        trainer = getattr(self, "_trainer", None)
+        return trainer is not None and trainer.training and trainer.global_rank != 0
 
     # -- what ----------------------------------------------------------------------------------
 
@@ -238,7 +258,6 @@ class SaverMixin:
             filename, images.cubemap_image(self.convert_data(img), data_range, rgba)
         )
 
-    @_writes
     def save_img_sequence(
         self,
         filename: str,
@@ -256,6 +275,14 @@ class SaverMixin:
             raise UserError(f"save_format must be 'mp4' or 'gif', not {save_format!r}")
         if not filename.endswith(f".{save_format}"):
             filename += f".{save_format}"
+        path = self._save_video(filename, img_dir, matcher, save_format, fps)
+        self._log_media("video", path, name, step)
+        return path
+
+    @_writes
+    def _save_video(
+        self, filename: str, img_dir: str, matcher: str, save_format: str, fps: int
+    ) -> str:
         folder = os.path.join(self.get_save_dir(), img_dir)
         names = os.listdir(folder) if os.path.isdir(folder) else []
         names = [name for name in names if not name.startswith(".")]  # of a write in progress
@@ -266,18 +293,20 @@ class SaverMixin:
         frames = [os.path.join(folder, n) for _, n in sorted(found)]
         with whole_file(path, keep_suffix=True) as tmp:
             _write_video(str(tmp), frames, save_format, fps)
-        self._log_media("video", path, name, step)
         return path
 
     # -- data and geometry ---------------------------------------------------------------------
 
-    @_writes
     def save_data(self, filename: str, data: Any) -> str:
         """A dict as ``.npz``, anything else as ``.npy``; the suffix is added when it lacks."""
         data = self.convert_data(data)
         suffix = ".npz" if isinstance(data, dict) else ".npy"
         if not filename.endswith(suffix):
             filename += suffix
+        return self._save_arrays(filename, data)
+
+    @_writes
+    def _save_arrays(self, filename: str, data: Any) -> str:
         path = self.get_save_path(filename)
         with whole_file(path, keep_suffix=True) as tmp:
             if isinstance(data, dict):

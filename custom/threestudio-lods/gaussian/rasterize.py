@@ -25,9 +25,10 @@ RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
 
 
 @lru_cache
-def announce(backend: str, reason: str) -> None:
-    """One log line, once."""
-    threestudio.info(f"Gaussian rasteriser: {backend}{reason}")
+def announce(backend: str, reason: str, fallback: bool = False) -> None:
+    """One log line, once; a warning where it is much slower than it could be."""
+    tell = threestudio.warn if fallback else threestudio.info
+    tell(f"Gaussian rasteriser: {backend}{reason}")
 
 
 def adapter(backend: str):
@@ -64,7 +65,12 @@ def resolve_backend(backend: str, device: torch.device, scene: Optional[tuple] =
                 backend = name
                 break
             reasons.append(f"{name}: {why}")
-    announce(backend, f" ({'; '.join(reasons)})" if reasons else "")
+    reason = f" ({'; '.join(reasons)})" if reasons else ""
+    if reasons and backend == "cpu":
+        remedy = "'pip install gswarp' brings a rasteriser for the GPU that needs no compiler"
+        announce(backend, f"{reason}, which is far slower than the GPU: {remedy}", fallback=True)
+    else:
+        announce(backend, reason)
     return backend
 
 

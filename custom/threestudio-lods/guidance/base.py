@@ -12,6 +12,7 @@ from threestudio.utils.base import BaseModule
 from threestudio.utils.misc import C
 from threestudio.utils.typing import *
 
+from ..preflight import INNER_STEPS
 from . import formulas, memory, options
 from .cards import canonical
 from .denoiser import DEFAULT_MODEL, Denoiser
@@ -344,10 +345,7 @@ class BaseGuidance(BaseModule):
         """``prior_inner_steps`` updates of what is learnt; the last one's losses, to be logged."""
         ranks = torch.distributed
         if ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1:
-            raise ValueError(
-                "prior_inner_steps would teach the prior of each GPU something else: train on "
-                "one GPU, or set system.guidance.prior_inner_steps=0"
-            )
+            raise ValueError(INNER_STEPS)
         for _ in range(self.cfg.prior_inner_steps):
             losses = self.learn(latents, prompt, null)
             self.inner.step(torch.autograd.grad(sum(losses.values()), self.inner.learnt))

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 import threestudio
 from threestudio.systems.base import BaseLift3DSystem
@@ -203,9 +205,40 @@ class LODSSystem(BaseLift3DSystem):
             if path.stem.isdigit() and int(path.stem) >= count:
                 path.unlink(missing_ok=True)
 
+    def _frames_of_sheet(self, folder: str) -> List[Float[Tensor, "H W 3"]]:
+        """The pictures of the sheet, each once. Of several processes, which have rendered a part of
+        the views each, all have to call this, and all their frames are in ``folder`` afterwards."""
+        # with fewer frames than views, each frame stands on the sheet once
+        own = {view: frame[:2] for view, frame in self._sheet.items()}
+        images = {index: image for _, index, image in self._sheet.values()}
+        self._sheet = {}
+        ranks = torch.distributed
+        if not (ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1):
+            return list(images.values())
+        found: List[Any] = [None] * ranks.get_world_size()
+        ranks.all_gather_object(found, own)
+        if self.global_rank != 0:
+            return []
+        nearest = [
+            min(one[view] for one in found if view in one)[1]
+            for view in sorted(set().union(*found))
+        ]
+        path = Path(self.get_save_path(folder))
+        missing = [i for i in range(self.views) if not (path / f"{i}.png").exists()]
+        if missing:
+            threestudio.warn(
+                f"{len(missing)} of {self.views} frames are not in {path}: processes on several "
+                "machines need a folder that all of them see (exp_root_dir)"
+            )
+        return [_read(path / f"{i}.png") for i in dict.fromkeys(nearest) if i not in missing]
+
     def on_test_epoch_end(self) -> None:
+        """The video and the contact sheet, written by the first process of the frames of all."""
         name = f"it{self.true_global_step}-test"
-        if self.global_rank == 0 and self.views:
+        frames = self._frames_of_sheet(name)
+        if self.global_rank != 0:
+            return
+        if self.views:
             self._remove_frames_from(self.views, name)
         self._results["video"] = self.save_img_sequence(
             name,
@@ -216,12 +249,9 @@ class LODSSystem(BaseLift3DSystem):
             name="test",
             step=self.true_global_step,
         )
-        # with fewer frames than views, each frame stands on the sheet once
-        frames = {index: image for _, index, image in self._sheet.values()}
-        self._sheet = {}
         if not frames:
             return
-        cells = [rgb_cell(image) for image in frames.values()]
+        cells = [rgb_cell(image) for image in frames]
         columns = min(self.cfg.sheet_columns, len(cells))
         blank = rgb_cell(torch.ones_like(cells[0]["img"]))
         cells += [blank] * (-len(cells) % columns)
@@ -235,7 +265,13 @@ class LODSSystem(BaseLift3DSystem):
     # -- files ---------------------------------------------------------------------------------
 
     def on_predict_epoch_end(self) -> None:
-        """``--export``: what the guidance has learnt, and the exporter's files."""
+        """``--export``: what the guidance has learnt, and the exporter's files. They are the same
+        on all processes, and the first one writes them."""
+        if self.exporter.cfg.save_video:
+            self.on_test_epoch_end()
+            self.exporter.cfg.save_video = False
+        if self.global_rank != 0:
+            return
         if hasattr(self.guidance, "save_learned"):
             name = f"it{self.true_global_step}-export/prior.safetensors"
             path = self.guidance.save_learned(self.get_save_path(name))
@@ -267,6 +303,11 @@ class LODSSystem(BaseLift3DSystem):
     def result_summary(self) -> List[str]:
         """Where the results of the last test or export are: lines like 'video: <path>'."""
         return [f"{what}: {path}" for what, path in self._results.items()]
+
+
+def _read(path: Path) -> Float[Tensor, "H W 3"]:
+    with Image.open(path) as file:
+        return torch.from_numpy(np.asarray(file.convert("RGB"), np.float32) / 255)
 
 
 def _is_scalar(value: Any) -> bool:

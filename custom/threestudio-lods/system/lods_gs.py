@@ -13,6 +13,7 @@ from threestudio.utils.typing import *
 from ..gaussian.densify import Densifier
 from ..gaussian.mesh_file import write_mesh
 from ..gaussian.ply import write_gaussians, write_points
+from ..preflight import refuse_densification
 from .base import LODSSystem, grey_cell
 from .original import complete
 
@@ -85,16 +86,7 @@ class LODSGaussianSplatting(LODSSystem):
                     f"({', '.join(str(n) for n in names)})"
                 )
         if self.densifier.strategy is not None:
-            if self.trainer.accumulate_grad_batches != 1:
-                raise ValueError(
-                    "densification needs every step: set trainer.accumulate_grad_batches=1 (and a "
-                    "larger data.batch_size), or system.strategy.name=none"
-                )
-            if self.trainer.world_size > 1:
-                raise ValueError(
-                    "densification would change the Gaussians of each GPU differently: train on "
-                    "one GPU, or set system.strategy.name=none"
-                )
+            refuse_densification(self.trainer.world_size > 1, self.trainer.accumulate_grad_batches)
         self.densifier.begin(self.geometry.count, self.trainer.max_steps, self.resumed)
 
     @property

@@ -20,9 +20,10 @@ BACKENDS = ("auto", "cpu", "torch", "tinycudann")
 
 
 @lru_cache
-def announce(backend: str, reason: str) -> None:
-    """One log line, once."""
-    threestudio.info(f"hash grid: {backend}{reason}")
+def announce(backend: str, reason: str, fallback: bool = False) -> None:
+    """One log line, once; a warning where it is slower, and takes more memory, than it could be."""
+    tell = threestudio.warn if fallback else threestudio.info
+    tell(f"hash grid: {backend}{reason}")
 
 
 def _check_backend(backend: str) -> None:
@@ -59,7 +60,11 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, n_di
         raise UserError(
             f"hash grid: backend {backend!r} cannot be used: {why}; or set backend to auto"
         )
-    announce("torch" if why else preferred, f" ({preferred}: {why})" if why else "")
+    reason = f" ({preferred}: {why})" if why else ""
+    if why and device.type == "cuda":
+        announce("torch", f"{reason}, which on a GPU takes more time and memory", fallback=True)
+    else:
+        announce("torch" if why else preferred, reason)
     return "torch" if why else preferred
 
 

@@ -8,7 +8,13 @@ from threestudio.utils.typing import *
 
 from .layout import GridLayout
 
-INSTALL = "pip install git+https://github.com/NVlabs/tiny-cuda-nn/#subdirectory=bindings/torch"
+# Its setup.py imports torch, which a build in isolation does not have, and pkg_resources, which
+# setuptools has left out since version 81.
+INSTALL = (
+    "with a CUDA toolkit (nvcc), pip install 'setuptools<81' wheel ninja && "
+    "pip install --no-build-isolation "
+    "'git+https://github.com/NVlabs/tiny-cuda-nn/#subdirectory=bindings/torch'"
+)
 KEYS = (
     "n_levels",
     "n_features_per_level",

@@ -19,9 +19,10 @@ Samples = Tuple[Int[Tensor, "N"], Float[Tensor, "N"], Float[Tensor, "N"]]
 
 
 @lru_cache
-def announce(backend: str, reason: str) -> None:
-    """One log line, once."""
-    threestudio.info(f"Ray marching: {backend}{reason}")
+def announce(backend: str, reason: str, fallback: bool = False) -> None:
+    """One log line, once; a warning where it is slower than it could be."""
+    tell = threestudio.warn if fallback else threestudio.info
+    tell(f"Ray marching: {backend}{reason}")
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -46,10 +47,10 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         if backend == "nerfacc" and missing:
             raise ValueError(f"ray marching backend 'nerfacc' is not usable: {missing}")
         backend = "torch" if missing else "nerfacc"
-        reason = f" (nerfacc: {missing})" if missing else ""
+        reason = f" (nerfacc: {missing}), which on a GPU takes more time" if missing else ""
     elif backend == "auto":
         backend = "cpu" if compilable else "torch"
-    announce(backend, reason)
+    announce(backend, reason, fallback=bool(reason))
     return backend
 
 
