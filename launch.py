@@ -222,11 +222,13 @@ def _load(args, overrides):
     import torch
 
     from threestudio.utils.checkpoint import find_checkpoint, read_checkpoint
+    from threestudio.utils.config_check import check_parts
     from threestudio.utils.misc import find_last_path
     from threestudio.utils.preflight import read_config
 
     n_gpus = len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) if torch.cuda.is_available() else 1
     cfg = read_config(args.config, overrides, _mode(args), n_gpus)
+    check_parts(cfg, _mode(args))
     if cfg.resume is None:
         return cfg, None
     cfg.resume = find_checkpoint(find_last_path(cfg.resume))

@@ -1,6 +1,7 @@
 """Gaussians as files that viewers open."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from omegaconf import ListConfig
 
@@ -27,8 +28,8 @@ class GaussianExporter(Exporter):
         fmt: Any = field(default_factory=lambda: ["ply", "points"])  # one or a list of FORMATS
         save_name: str = "gaussians"
         # glb: points of the grid along each axis, and the density of the surface
-        mesh_resolution: int = 128
-        mesh_threshold: float = 1.0
+        mesh_resolution: Annotated[int, "[8, 2048]"] = 128
+        mesh_threshold: Annotated[float, "(0, inf)"] = 1.0
 
     cfg: Config
 

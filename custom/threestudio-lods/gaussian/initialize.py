@@ -9,6 +9,7 @@ the cameras or the noise of the run.
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from .mesh_file import read_mesh
 from .neighbours import neighbour_scale
 from .ply import read_ply
 
+INIT_TYPES = ("ball", "file", "shap-e", "none")
 SH_C0 = 0.28209479177387814  # the constant spherical harmonic, 1 / (2 sqrt(pi))
 AXES = {
     sign + axis: (1.0 if sign == "+" else -1.0) * np.eye(3)[i]
@@ -95,8 +97,8 @@ def from_points(
 class BallInit:
     """Uniformly filled ball of random colours."""
 
-    n_points: int = 4096
-    radius: float = 0.6  # world units
+    n_points: Annotated[int, "[4, 1e8]"] = 4096
+    radius: Annotated[float, "(0, 1e6]"] = 0.6  # world units
 
     def points(self, rng: np.random.Generator) -> Points:
         if self.n_points < 4 or not self.radius > 0:
@@ -116,10 +118,12 @@ class FileInit:
     """A mesh (obj, ply, glb, gltf, off or stl), a coloured point cloud, or a 3DGS ply."""
 
     path: str = ""
-    n_points: int = 20000  # points drawn on the surface of a mesh
-    radius: float = 0.0  # > 0: centre the file and scale it to this bounding radius
-    front: str = "+x"  # the file's axis that shall face azimuth 0
-    up: str = "+z"  # the file's axis that shall point up
+    n_points: Annotated[int, "[4, 1e8]"] = 20000  # points drawn on the surface of a mesh
+    # above 0: centre the file and scale it to this bounding radius
+    radius: Annotated[float, "[0, 1e6]"] = 0.0
+    # the file's axes that shall face azimuth 0, and point up
+    front: Annotated[str, tuple(AXES)] = "+x"
+    up: Annotated[str, tuple(AXES)] = "+z"
 
     def load(self, rng: np.random.Generator) -> Union[Points, Dict[str, Tensor]]:
         """The points, or the Gaussians of a 3DGS ply."""
@@ -263,15 +267,17 @@ class ShapEInit:
 
     prompt: str = ""
     pretrained_model_name_or_path: str = "openai/shap-e"
-    guidance_scale: float = 15.0
-    num_steps: int = 64
-    vertex_stride: int = 4  # every 4th vertex of the mesh
-    growth_points: int = 1_000_000  # candidates of grow_points; 0: do not grow
-    growth_distance: float = 0.01  # in Shap-E's unit cube
-    color_noise: float = 0.2
-    scale: float = 1.6  # world units per unit of Shap-E
-    front: str = "-y"  # the side that Shap-E's objects turn to the viewer
-    up: str = "+z"
+    guidance_scale: Annotated[float, "[0, 1e6]"] = 15.0
+    num_steps: Annotated[int, "[1, 10000]"] = 64
+    vertex_stride: Annotated[int, "[1, 1e6]"] = 4  # every 4th vertex of the mesh
+    # candidates of grow_points; 0: do not grow
+    growth_points: Annotated[int, "[0, 1e9]"] = 1_000_000
+    growth_distance: Annotated[float, "[0, 1e6]"] = 0.01  # in Shap-E's unit cube
+    color_noise: Annotated[float, "[0, 1e3]"] = 0.2
+    scale: Annotated[float, "(0, 1e6]"] = 1.6  # world units per unit of Shap-E
+    # the side that Shap-E's objects turn to the viewer
+    front: Annotated[str, tuple(AXES)] = "-y"
+    up: Annotated[str, tuple(AXES)] = "+z"
 
     def points(self, rng: np.random.Generator, device: torch.device) -> Points:
         if not self.prompt.strip() or self.prompt.startswith("lib:"):
