@@ -185,17 +185,19 @@ def _mode(args) -> str:
     return next(mode for mode in _MODES if getattr(args, mode))
 
 
-def _load(args, overrides, gpus):
+def _load(args, overrides, gpus, roots):
     """``(config, counters)``: the config, checked as far as it can be before anything is built,
     and ``(epoch, global_step)`` of the checkpoint in `resume`, or None."""
     from threestudio.utils.checkpoint import find_checkpoint, read_checkpoint
+    from threestudio.utils.config_check import check_parts
     from threestudio.utils.gpus import count_gpus
     from threestudio.utils.misc import find_last_path
     from threestudio.utils.preflight import ask_extensions, read_config
 
     cfg = read_config(args.config, overrides, _mode(args), count_gpus(gpus, args.gpu))
     if cfg.n_gpus > 1:  # which the first time nobody knew
-        ask_extensions(cfg, _mode(args), _extension_folders(), args.verbose)
+        ask_extensions(cfg, _mode(args), roots, args.verbose)
+    check_parts(cfg, _mode(args))
     if cfg.resume is None:
         return cfg, None
     cfg.resume = find_checkpoint(find_last_path(cfg.resume))
@@ -301,7 +303,7 @@ def run(args, overrides, argv, gpus) -> int:
 
     quieten(args.verbose)  # again: importing Lightning has set its loggers up
     _load_extensions(roots, args.verbose)
-    cfg, counters = _load(args, overrides, gpus)
+    cfg, counters = _load(args, overrides, gpus, roots)
     trainer_args = config_to_primitive(cfg.trainer)
     _check_names(pl.Trainer.__init__, trainer_args, "trainer")
     trainer_args = choose_device(trainer_args)

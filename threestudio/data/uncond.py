@@ -9,11 +9,11 @@ uninterrupted run would have seen. No loader draws from the global random state.
 
 import bisect
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from omegaconf import ListConfig
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 import threestudio
@@ -22,6 +22,7 @@ from threestudio.utils.base import Updateable
 from threestudio.utils.config import parse_structured
 from threestudio.utils.errors import UserError
 from threestudio.utils.ops import get_ray_directions
+from threestudio.utils.ranges import is_list
 from threestudio.utils.typing import *
 
 LIGHT_STRATEGIES = {  # accepted name -> what is sampled
@@ -36,58 +37,51 @@ class RandomCameraDataModuleConfig:
     """Fields and defaults of threestudio 0.2.3. ``height``, ``width`` and ``batch_size`` may be
     lists of L entries; entry i is in use from step ``resolution_milestones[i - 1]``."""
 
-    height: Any = 64
-    width: Any = 64
-    batch_size: Any = 1
-    resolution_milestones: List[int] = field(default_factory=list)
-    eval_height: int = 512
-    eval_width: int = 512
-    eval_batch_size: int = 1
-    n_val_views: int = 1
-    n_test_views: int = 120
-    elevation_range: Tuple[float, float] = (-10, 90)  # degrees
-    azimuth_range: Tuple[float, float] = (-180, 180)  # degrees
-    camera_distance_range: Tuple[float, float] = (1, 1.5)
-    fovy_range: Tuple[float, float] = (40, 70)  # degrees, vertical
-    camera_perturb: float = 0.1  # uniform in +-value
-    center_perturb: float = 0.2  # standard deviation
-    up_perturb: float = 0.02  # standard deviation
-    light_position_perturb: float = 1.0  # standard deviation
-    light_distance_range: Tuple[float, float] = (0.8, 1.5)
-    eval_elevation_deg: float = 15.0
-    eval_camera_distance: float = 1.5
-    eval_fovy_deg: float = 70.0
-    light_sample_strategy: str = "dreamfusion"
+    height: Annotated[Any, "whole each [1, 16384]"] = 64
+    width: Annotated[Any, "whole each [1, 16384]"] = 64
+    batch_size: Annotated[Any, "whole each [1, 65536]"] = 1
+    resolution_milestones: Annotated[List[int], "ordered [1, 1e12]"] = field(default_factory=list)
+    eval_height: Annotated[int, "[1, 16384]"] = 512
+    eval_width: Annotated[int, "[1, 16384]"] = 512
+    eval_batch_size: Annotated[int, "[1, 65536]"] = 1
+    n_val_views: Annotated[int, "[1, 100000]"] = 1
+    n_test_views: Annotated[int, "[1, 100000]"] = 120
+    elevation_range: Annotated[Tuple[float, float], "ordered [-90, 90]"] = (-10, 90)  # degrees
+    azimuth_range: Annotated[Tuple[float, float], "ordered [-720, 720]"] = (-180, 180)  # degrees
+    camera_distance_range: Annotated[Tuple[float, float], "ordered (0, 1e6]"] = (1, 1.5)
+    fovy_range: Annotated[Tuple[float, float], "ordered (0, 180)"] = (40, 70)  # degrees, vertical
+    camera_perturb: Annotated[float, "[0, 1e6]"] = 0.1  # uniform in +-value
+    center_perturb: Annotated[float, "[0, 1e6]"] = 0.2  # standard deviation
+    up_perturb: Annotated[float, "[0, 1e6]"] = 0.02  # standard deviation
+    light_position_perturb: Annotated[float, "[0, 1e6]"] = 1.0  # standard deviation
+    light_distance_range: Annotated[Tuple[float, float], "ordered (0, 1e6]"] = (0.8, 1.5)
+    eval_elevation_deg: Annotated[float, "[-90, 90]"] = 15.0
+    eval_camera_distance: Annotated[float, "(0, 1e6]"] = 1.5
+    eval_fovy_deg: Annotated[float, "(0, 180)"] = 70.0
+    light_sample_strategy: Annotated[str, tuple(LIGHT_STRATEGIES)] = "dreamfusion"
     batch_uniform_azimuth: bool = True
     # views open from the evaluation's front view to the full ranges over this many steps; 0: off
-    progressive_until: int = 0
+    progressive_until: Annotated[int, "[0, 1e12]"] = 0
     rays_d_normalize: bool = True
     rays: bool = True  # whether batches have rays_o and rays_d, which a rasterizer does not need
 
-
-def _check_ranges(cfg: RandomCameraDataModuleConfig) -> None:
-    for name in (
-        "elevation_range",
-        "azimuth_range",
-        "camera_distance_range",
-        "fovy_range",
-        "light_distance_range",
-    ):
-        bounds = list(cfg[name])
-        if len(bounds) != 2 or bounds[0] > bounds[1]:
-            raise UserError(f"data.{name} must be [low, high] with low <= high, not {bounds}")
-    if cfg.light_sample_strategy not in LIGHT_STRATEGIES:
-        raise UserError(
-            f"data.light_sample_strategy is {cfg.light_sample_strategy!r}; "
-            f"choose one of {', '.join(LIGHT_STRATEGIES)}"
-        )
+    def contradictions(self):
+        """See :mod:`threestudio.utils.ranges`."""
+        sizes = _sizes(self)
+        n, steps = max(len(v) for v in sizes), len(self.resolution_milestones)
+        if any(len(v) != n for v in sizes):
+            yield "height", "needs the same length as width and batch_size, or one value each"
+        if n > 1 and steps != n - 1:
+            yield "resolution_milestones", f"needs {n - 1} steps for {n} resolutions, not {steps}"
 
 
-def _as_list(value: Any, name: str) -> List[int]:
-    values = list(value) if isinstance(value, (list, tuple, ListConfig)) else [value]
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise UserError(f"data.{name} must be a whole number or a list of them, not {value!r}")
-    return values
+def _sizes(cfg: RandomCameraDataModuleConfig) -> Tuple[List[int], List[int], List[int]]:
+    """``height``, ``width`` and ``batch_size`` of each resolution."""
+    sizes = [cfg.height, cfg.width, cfg.batch_size]
+    sizes = [list(v) if is_list(v) else [v] for v in sizes]
+    # one value is for all resolutions, and one batch size however often it stands there
+    n = max(len(v) for v in sizes[:2] + [v for v in sizes[2:] if len(set(v)) > 1])
+    return tuple(v[:1] * n if len(set(v)) == 1 else v for v in sizes)
 
 
 class RandomCameraIterableDataset(IterableDataset, Updateable):
@@ -104,27 +98,11 @@ class RandomCameraIterableDataset(IterableDataset, Updateable):
     def __init__(self, cfg: Any) -> None:
         super().__init__()
         self.cfg: RandomCameraDataModuleConfig = cfg
-        _check_ranges(cfg)
-        sizes = [_as_list(cfg[name], name) for name in ("height", "width", "batch_size")]
-        # one value is for all resolutions, and one batch size however often it stands there
-        n = max(len(v) for v in sizes[:2] + [v for v in sizes[2:] if len(set(v)) > 1])
-        sizes = [v[:1] * n if len(set(v)) == 1 else v for v in sizes]
-        self.heights, self.widths, self.batch_sizes = sizes
-        if any(len(v) != n for v in sizes):
-            raise UserError(
-                "data.height, data.width and data.batch_size need the same length, or one value"
-            )
-        if n == 1:
-            if cfg.resolution_milestones:
-                threestudio.warn("data.resolution_milestones has no effect with one resolution")
+        self.heights, self.widths, self.batch_sizes = _sizes(cfg)
+        self.resolution_milestones = list(cfg.resolution_milestones)
+        if len(self.heights) == 1 and self.resolution_milestones:
+            threestudio.warn("data.resolution_milestones has no effect with one resolution")
             self.resolution_milestones = []
-        elif len(cfg.resolution_milestones) != n - 1:
-            raise UserError(
-                f"data.resolution_milestones needs {n - 1} steps for {n} resolutions, not "
-                f"{len(cfg.resolution_milestones)}"
-            )
-        else:
-            self.resolution_milestones = list(cfg.resolution_milestones)
         self.directions_unit_focals = [
             get_ray_directions(h, w, focal=1.0) for h, w in zip(self.heights, self.widths)
         ]
@@ -216,8 +194,6 @@ class RandomCameraDataset(Dataset):
         self.cfg: RandomCameraDataModuleConfig = cfg
         self.split = split
         self.n_views = cfg.n_val_views if split == "val" else cfg.n_test_views
-        if self.n_views < 1:
-            raise UserError("data.n_val_views and data.n_test_views must be at least 1")
         turn = torch.linspace(0, 360, self.n_views + 1)
         self.azimuth = turn[: self.n_views]
         self.directions_unit_focal = get_ray_directions(cfg.eval_height, cfg.eval_width, focal=1.0)
@@ -254,6 +230,7 @@ class RandomCameraDataModule(pl.LightningDataModule):
     """Loaders over :class:`RandomCameraIterableDataset` and :class:`RandomCameraDataset`."""
 
     Config = RandomCameraDataModuleConfig
+    endless = True  # an epoch of training has no end
 
     def __init__(self, cfg: Optional[Union[dict, DictConfig]] = None) -> None:
         super().__init__()
@@ -325,7 +302,8 @@ class GaussianCameraDataModuleConfig(RandomCameraDataModuleConfig):
     up_perturb: float = 0.0
     eval_camera_distance: float = 6.0
     rays: bool = False  # at this size they cost more than everything else in the batch
-    load_type: int = 0  # of GaussianDreamer; 1 (avatars from a body mesh) is not supported
+    # of GaussianDreamer; 1 (avatars from a body mesh) is not supported
+    load_type: Annotated[int, "[0, 1]"] = 0
 
 
 @threestudio.register("random-camera-datamodule-gs")

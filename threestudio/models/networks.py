@@ -6,6 +6,7 @@ has them; everything here also runs without, on any device.
 """
 
 import math
+from typing import Annotated, TypedDict
 
 import torch
 from torch import nn
@@ -142,6 +143,24 @@ ENCODINGS = {  # otype -> class, names of its options
 SHARED = ("include_xyz",)  # options of the wrapper around every encoding
 
 
+class EncodingOptions(TypedDict, total=False):
+    """Ranges of the options of all ENCODINGS."""
+
+    n_levels: Annotated[int, "[1, 128]"]
+    n_features_per_level: Annotated[int, (1, 2, 4, 8)]
+    log2_hashmap_size: Annotated[int, "[1, 28]"]
+    base_resolution: Annotated[int, "[1, 1048575]"]
+    per_level_scale: Annotated[float, "[1, 1e6]"]
+    degree: Annotated[int, "[1, 8]"]
+    n_frequencies: Annotated[int, "[1, 64]"]
+    scale: Annotated[float, "(-inf, inf)"]
+    offset: Annotated[float, "(-inf, inf)"]
+    n_masking_step: Annotated[int, "[-1e12, 1e12]"]
+    start_level: Annotated[int, "[0, 128]"]
+    start_step: Annotated[int, "[0, 1e12]"]
+    update_steps: Annotated[int, "[1, 1e12]"]
+
+
 class TCNNEncoding(nn.Module, Updateable):
     """One of ENCODINGS behind the attribute ``encoding``: checkpoints of upstream have a hash
     grid's parameters as ``...encoding.encoding.params``. Computed in float32 under autocast."""
@@ -276,6 +295,14 @@ class TCNNNetwork(nn.Module):
 MLP = ("activation", "output_activation", "n_neurons", "n_hidden_layers")
 SPHERE = ("sphere_init", "sphere_init_radius", "inside_out")
 TCNN_NETWORKS = ("FullyFusedMLP", "CutlassMLP")
+
+
+class NetworkOptions(TypedDict, total=False):
+    """Ranges of a network's options."""
+
+    n_neurons: Annotated[int, "[1, 65536]"]
+    n_hidden_layers: Annotated[int, "[0, 1000]"]
+    sphere_init_radius: Annotated[float, "(0, 1e6]"]
 
 
 def get_mlp(n_input_dims: int, n_output_dims: int, config) -> nn.Module:

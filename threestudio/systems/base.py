@@ -3,12 +3,14 @@
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import pytorch_lightning as pl
 
 import threestudio
 from threestudio.models.exporters.base import Exporter, ExporterOutput
 from threestudio.systems.exact_resume import ExactResume
+from threestudio.systems.optimizer_options import OptimizerOptions, SchedulerOptions
 from threestudio.systems.several_processes import TogetherAtTheEnds
 from threestudio.systems.utils import parse_optimizer, parse_scheduler
 from threestudio.utils.base import Updateable, update_end_if_possible, update_if_possible
@@ -21,7 +23,7 @@ from threestudio.utils.misc import (
     load_module_weights,
     loading_weights,
 )
-from threestudio.utils.nonfinite import NonFiniteGuard
+from threestudio.utils.nonfinite import POLICIES, NonFiniteGuard
 from threestudio.utils.saving import SaverMixin
 from threestudio.utils.typing import *
 
@@ -38,12 +40,14 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
     class Config:
         loggers: dict = field(default_factory=dict)
         loss: dict = field(default_factory=dict)
-        optimizer: dict = field(default_factory=dict)
-        scheduler: Optional[dict] = None
+        optimizer: Annotated[dict, OptimizerOptions] = field(default_factory=dict)
+        scheduler: Annotated[Optional[dict], SchedulerOptions] = None
         weights: Optional[str] = None  # a checkpoint to start from (weights only, not strict)
         weights_ignore_modules: Optional[List[str]] = None
-        on_nonfinite: str = "stop"  # or "skip": what to do with a step of NaN or inf
-        max_skipped_steps: int = 20  # in a row, after which the run stops all the same
+        # or "skip": what to do with a step of NaN or inf
+        on_nonfinite: Annotated[str, POLICIES] = "stop"
+        # in a row, after which the run stops all the same
+        max_skipped_steps: Annotated[int, "[1, 1e9]"] = 20
         cleanup_after_validation_step: bool = False
         cleanup_after_test_step: bool = False
 

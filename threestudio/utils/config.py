@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Annotated, Any, Optional, Union
 from unicodedata import category
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,8 +20,11 @@ from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConf
 import threestudio
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.hints import INTERPOLATION, full_key, is_text, quoted, unquoted, walk
+from threestudio.utils.ranges import annotations as declared_annotations
+from threestudio.utils.ranges import checked, may_be_null, not_a_number, refuse_contradictions
 from threestudio.utils.safe_yaml import bounded_interpolation, check_yaml, read_limited
 from threestudio.utils.schedules import schedule_knots
+from threestudio.utils.trainer_options import CheckpointOptions, TrainerOptions, contradictions
 from threestudio.utils.typed_sections import merge_layers
 
 # --- resolvers ----------------------------------------------------------------------------------
@@ -118,7 +121,7 @@ class ExperimentConfig:
     name: str = "default"
     description: str = ""
     tag: str = ""
-    seed: int = 0
+    seed: Annotated[int, "[0, 4294967295]"] = 0  # 32 bits, as numpy takes them
     use_timestamp: bool = True
     # set in a saved config, so that a relaunch finds its folder; Optional, here and below, is what
     # _takes_one_value looks for
@@ -128,7 +131,7 @@ class ExperimentConfig:
     exp_dir: str = ""
     trial_name: str = ""
     trial_dir: str = ""
-    n_gpus: int = 1
+    n_gpus: Annotated[int, "[0, 100000]"] = 1
 
     resume: Optional[str] = None  # noqa: UP045
 
@@ -138,8 +141,9 @@ class ExperimentConfig:
     system_type: str = ""
     system: dict = field(default_factory=dict)
 
-    trainer: dict = field(default_factory=dict)  # arguments of Lightning's Trainer
-    checkpoint: dict = field(default_factory=dict)  # arguments of Lightning's ModelCheckpoint
+    # arguments of Lightning's Trainer and ModelCheckpoint
+    trainer: Annotated[dict, TrainerOptions] = field(default_factory=dict)
+    checkpoint: Annotated[dict, CheckpointOptions] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.tag and not self.use_timestamp:
@@ -157,6 +161,11 @@ class ExperimentConfig:
         _refuse_outside(self.checkpoint, self.exp_root_dir)
         self.exp_dir = os.path.join(self.exp_root_dir, *parts)
         self.trial_dir = os.path.join(self.exp_dir, self.trial_name)
+
+    def contradictions(self):
+        """See :mod:`threestudio.utils.ranges`."""
+        for name, text in contradictions(self.trainer):
+            yield f"trainer.{name}", text
 
     def _several_processes(self) -> bool:
         """Each would take a time of its own. The Trainer refuses what is no number."""
@@ -338,6 +347,8 @@ def load_config(
             conf = merge_layers([*layers, overrides, OmegaConf.create(dict(kwargs))])
             _complain_of_missing(conf)
             OmegaConf.resolve(conf)
+            for key in not_a_number(conf):
+                raise UserError(f"{key} is .nan, which no setting can mean: give it a number")
     except OmegaConfBaseException as error:
         raise UserError(_in_config(error, conf)) from None
     except UserError as error:  # OmegaConf adds lines to an error that passes through it
@@ -388,12 +399,15 @@ def _full_key(cfg, key) -> str:
 
 
 def _adapt(value, annotation):
-    """Accept what a YAML author means: an int where ``Union[float, str]`` asks for a float, and a
-    plain list (a schedule) where a YAML list is accepted already."""
+    """Accept what a YAML author means: an int where ``Union[float, str]`` asks for a float, 1e4
+    where a whole number is asked for, and a plain list (a schedule) where a YAML list is accepted
+    already."""
     options = set(typing.get_args(annotation)) if typing.get_origin(annotation) is Union else set()
     if isinstance(value, int) and not isinstance(value, bool):
         if float in options and int not in options:
             return float(value)
+    elif isinstance(value, float) and (options or {annotation}) <= {int, type(None)}:
+        return int(value) if value.is_integer() else value
     elif isinstance(value, (list, tuple)) and (options or {annotation}) & {float, int}:
         return OmegaConf.create(list(value))
     return value
@@ -406,50 +420,61 @@ def _takes_one_value(annotation: Any) -> bool:
     )
 
 
-def _may_be_null(annotation: Any) -> bool:
-    return annotation in (Any, type(None)) or type(None) in typing.get_args(annotation)
-
-
-def parse_structured(fields, cfg=None, where: str = "") -> Any:
+def parse_structured(fields, cfg=None, where: str = "", prefix: str = "") -> Any:
     """Build the dataclass `fields` from the mapping `cfg`, as an OmegaConf structured config.
 
-    A list is accepted for a field of one number (a schedule), an int for ``Union[float, str]``.
-    Raises :class:`UserError`, one line that names the class and the key, for an unknown key (with
-    the nearest field), a missing value or a value of the wrong type.
+    A list is accepted for a field of one number (a schedule) that declares no range, an int for
+    ``Union[float, str]``. Raises :class:`UserError`, one line that names the class and the key, for
+    an unknown key (with the nearest field), a missing value, a value of the wrong type or out of
+    the range that the field declares (see :mod:`threestudio.utils.ranges`). `prefix`: the full key
+    of `cfg`, where it is not a part of the config that it came with.
     """
     where = where or getattr(fields, "__qualname__", str(fields))
     cfg = {} if cfg is None else cfg
+
+    def full_key(key: Any) -> str:
+        return f"{prefix}.{key}" if prefix else _full_key(cfg, key)
+
     known = {f.name for f in dataclasses.fields(fields) if f.init}
     annotations = typing.get_type_hints(fields)
     values = {}
     for key in cfg:
         if key not in known:
             hint = nearest(key, known) or f"; its fields are {_listed(known)}"
-            raise UserError(f"{where} has no field {_full_key(cfg, key)!r}{hint}")
+            raise UserError(f"{where} has no field {full_key(key)!r}{hint}")
         try:
             value = cfg[key]
         except MissingMandatoryValue:
-            full = _full_key(cfg, key)
+            full = full_key(key)
             raise UserError(f'{full} is missing: add {full}="..."') from None
         except OmegaConfBaseException as error:
             more = f"; {INTERPOLATION}" if "nterpolation" in str(error) else ""
-            raise UserError(f"{_full_key(cfg, key)}: {_first_line(error)}{more}") from None
+            raise UserError(f"{full_key(key)}: {_first_line(error)}{more}") from None
         # before the dataclass sees it, whose __post_init__ relies on its types
-        if value is None and not _may_be_null(annotations[key]):
-            full = _full_key(cfg, key)
+        if value is None and not may_be_null(annotations[key]):
+            full = full_key(key)
             raise UserError(f"{where}: {full} is empty: give it a value, or leave the key out")
         if annotations[key] is dict and not isinstance(value, Mapping | DictConfig):
-            raise UserError(f"{where}: {_full_key(cfg, key)} takes a mapping, not {value!r}")
+            raise UserError(f"{where}: {full_key(key)} takes a mapping, not {value!r}")
         # a node of OmegaConf is not checked against the field: only schedules shall get through
         if OmegaConf.is_dict(value) and _takes_one_value(annotations.get(key)):
-            raise UserError(f"{where}: {_full_key(cfg, key)} takes one value, not a mapping")
+            raise UserError(f"{where}: {full_key(key)} takes one value, not a mapping")
         values[key] = _adapt(value, annotations.get(key))
     try:
-        return OmegaConf.structured(fields(**values))
+        conf = OmegaConf.structured(fields(**values))
     except UserError:
         raise
     except OmegaConfBaseException as error:
         key = error.full_key or error.key
-        raise UserError(f"{where}, field {str(key)!r}: {_first_line(error)}") from None
-    except (TypeError, ValueError) as error:  # such as a field without default that is not given
+        raise UserError(f"{where}, field {full_key(key)!r}: {_first_line(error)}") from None
+    # such as a field without default that is not given, or an int that no float can hold
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: {_first_line(error)}") from None
+    for key, hint in declared_annotations(fields).items():
+        if key in values and typing.get_origin(hint) is typing.Annotated:
+            value = conf[key]
+            kept = checked(full_key(key), value, hint)
+            if kept is not value:
+                conf[key] = kept
+    refuse_contradictions(fields, conf, full_key)
+    return conf

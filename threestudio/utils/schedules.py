@@ -60,6 +60,18 @@ def C(value, epoch: int, global_step: int, interpolation: str = "linear") -> flo
     return knots[-1][1]
 
 
+def crossing(low, high) -> tuple[int, float, float] | None:
+    """``(step, value of low, value of high)`` at the first knot of two scheduled values at which
+    `low` is above `high`; None if there is none, so that it is never (between the knots both are
+    linear). Schedules in epochs are taken at their start."""
+    lists = [list(value) for value in (low, high) if not isinstance(value, (int, float))]
+    for step in sorted({0, *(int(x) for items in lists for x, _ in schedule_knots(items))}):
+        values = C(low, 0, step), C(high, 0, step)
+        if values[0] > values[1]:
+            return step, *values
+    return None
+
+
 def _interpolate(v0: float, v1: float, r: float, kind: str) -> float:
     if kind == "linear":
         return v0 + r * (v1 - v0)

@@ -1,6 +1,7 @@
 """Gaussians as files that viewers open."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from omegaconf import ListConfig
 
@@ -33,8 +34,8 @@ class GaussianExporter(Exporter):
         save_name: str = "gaussians"
         axes: str = "z-up"  # of ply and points: z-up, to go on from, or y-down, for 3DGS viewers
         # glb: points of the grid along each axis, and the density of the surface
-        mesh_resolution: int = 128
-        mesh_threshold: float = 1.0
+        mesh_resolution: Annotated[int, "[8, 2048]"] = 128
+        mesh_threshold: Annotated[float, "(0, inf)"] = 1.0
 
     cfg: Config
 

@@ -9,6 +9,7 @@ the cameras or the noise of the run.
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from .harmonics import SH_C0
 from .mesh_file import read_mesh
 from .neighbours import neighbour_scale
 from .ply import read_ply
+
+INIT_TYPES = ("ball", "file", "shap-e", "none")
 
 
 @dataclass
@@ -75,8 +78,8 @@ def from_points(
 class BallInit:
     """Uniformly filled ball of random colours."""
 
-    n_points: int = 4096
-    radius: float = 0.6  # world units
+    n_points: Annotated[int, "[4, 1e8]"] = 4096
+    radius: Annotated[float, "(0, 1e6]"] = 0.6  # world units
 
     def points(self, rng: np.random.Generator) -> Points:
         if self.n_points < 4 or not self.radius > 0:
@@ -96,12 +99,13 @@ class FileInit:
     """A mesh (obj, ply, glb, gltf, off or stl), a coloured point cloud, or a 3DGS ply."""
 
     path: str = ""
-    n_points: int = 20000  # points drawn on the surface of a mesh
-    radius: float = 0.0  # > 0: centre the file and scale it to this bounding radius
+    n_points: Annotated[int, "[4, 1e8]"] = 20000  # points drawn on the surface of a mesh
+    # above 0: centre the file and scale it to this bounding radius
+    radius: Annotated[float, "[0, 1e6]"] = 0.0
     # the file's axes that shall face azimuth 0 and point up; auto: +z and +y for glTF, as its
     # specification says, what a ply of ours says of itself, else +x and +z
-    front: str = "auto"
-    up: str = "auto"
+    front: Annotated[str, ("auto", *AXES)] = "auto"
+    up: Annotated[str, ("auto", *AXES)] = "auto"
 
     def axes(self, path: Path, said: Optional[Tuple[str, str]]) -> Tuple[str, str]:
         """Front and up of the file, in its own axes; ``said``: by itself."""
@@ -250,15 +254,17 @@ class ShapEInit:
 
     prompt: str = ""
     pretrained_model_name_or_path: str = "openai/shap-e"
-    guidance_scale: float = 15.0
-    num_steps: int = 64
-    vertex_stride: int = 4  # every 4th vertex of the mesh
-    growth_points: int = 1_000_000  # candidates of grow_points; 0: do not grow
-    growth_distance: float = 0.01  # in Shap-E's unit cube
-    color_noise: float = 0.2
-    scale: float = 1.6  # world units per unit of Shap-E
-    front: str = "-y"  # the side that Shap-E's objects turn to the viewer
-    up: str = "+z"
+    guidance_scale: Annotated[float, "[0, 1e6]"] = 15.0
+    num_steps: Annotated[int, "[1, 10000]"] = 64
+    vertex_stride: Annotated[int, "[1, 1e6]"] = 4  # every 4th vertex of the mesh
+    # candidates of grow_points; 0: do not grow
+    growth_points: Annotated[int, "[0, 1e9]"] = 1_000_000
+    growth_distance: Annotated[float, "[0, 1e6]"] = 0.01  # in Shap-E's unit cube
+    color_noise: Annotated[float, "[0, 1e3]"] = 0.2
+    scale: Annotated[float, "(0, 1e6]"] = 1.6  # world units per unit of Shap-E
+    # the side that Shap-E's objects turn to the viewer
+    front: Annotated[str, tuple(AXES)] = "-y"
+    up: Annotated[str, tuple(AXES)] = "+z"
 
     def points(self, rng: np.random.Generator, device: torch.device) -> Points:
         if not self.prompt.strip() or self.prompt.startswith("lib:"):

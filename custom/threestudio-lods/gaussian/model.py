@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn as nn
@@ -11,7 +12,8 @@ from threestudio.models.geometry.base import BaseGeometry
 from threestudio.utils.typing import *
 
 from .harmonics import SH_C0
-from .initialize import initial_gaussians
+from .initialize import INIT_TYPES, BallInit, FileInit, ShapEInit, initial_gaussians
+from .neighbours import KNN_BACKENDS
 
 DIMENSIONS = {"means": 2, "scales": 2, "quats": 2, "opacities": 1, "sh0": 3, "shN": 3}
 NAMES = tuple(DIMENSIONS)
@@ -31,20 +33,22 @@ class Gaussians(BaseGeometry):
 
     @dataclass
     class Config(BaseGeometry.Config):
-        sh_degree: int = 0  # 0: one colour from all sides; up to 3
-        init_type: str = "ball"  # ball | file | shap-e | none
-        init_seed: int = 0
-        init_opacity: float = 0.1  # this and init_scale: of points; a 3DGS ply brings its own
-        init_scale: float = 1.0  # times the rms distance to the 3 nearest neighbours
+        sh_degree: Annotated[int, "[0, 3]"] = 0  # 0: one colour from all sides; up to 3
+        init_type: Annotated[str, INIT_TYPES] = "ball"  # ball | file | shap-e | none
+        init_seed: Annotated[int, "[0, 4294967295]"] = 0
+        # of points; a 3DGS ply brings its own. The scale: times the rms distance to the 3 nearest
+        # neighbours
+        init_opacity: Annotated[float, "(0, 1)"] = 0.1
+        init_scale: Annotated[float, "(0, 1e6]"] = 1.0
         # world units: no standard deviation grows above it in training, since a huge and faint
         # Gaussian is a veil before the views; 0: no limit
-        max_scale: float = 0.0
+        max_scale: Annotated[float, "[0, 1e6]"] = 0.0
         # who finds the neighbours: auto | simple-knn | gswarp (both CUDA) | scipy
-        knn_backend: str = "auto"
+        knn_backend: Annotated[str, KNN_BACKENDS] = "auto"
         # the settings of each init_type: BallInit, FileInit and ShapEInit in initialize.py
-        ball: dict = field(default_factory=dict)
-        file: dict = field(default_factory=dict)
-        shap_e: dict = field(default_factory=dict)
+        ball: Annotated[dict, BallInit] = field(default_factory=dict)
+        file: Annotated[dict, FileInit] = field(default_factory=dict)
+        shap_e: Annotated[dict, ShapEInit] = field(default_factory=dict)
 
     cfg: Config
 

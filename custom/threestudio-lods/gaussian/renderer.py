@@ -1,6 +1,7 @@
 """From Gaussians and cameras to images."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from threestudio.utils.ops import get_ray_directions, get_rays
 from threestudio.utils.typing import *
 
 from .harmonics import SH_C0, spherical_harmonics
-from .rasterize import rasterization
+from .rasterize import BACKENDS, rasterization
 
 
 def world_to_camera(c2w: Float[Tensor, "B 4 4"]) -> Float[Tensor, "B 4 4"]:
@@ -40,13 +41,21 @@ class GaussianRasterizer(Rasterizer):
 
     @dataclass
     class Config(Rasterizer.Config):
-        near_plane: float = 0.01
-        far_plane: float = 100.0
-        eps2d: float = 0.3  # pixels^2 added to the projected variances, so that nothing aliases
+        near_plane: Annotated[float, "(0, 1e6]"] = 0.01
+        far_plane: Annotated[float, "(0, 1e12]"] = 100.0
+        # pixels^2 added to the projected variances, so that nothing aliases
+        eps2d: Annotated[float, "(0, 1e4]"] = 0.3
         # auto | cpu | torch | gsplat | gswarp | diff-gaussian-rasterization
-        backend: str = "auto"
+        backend: Annotated[str, BACKENDS] = "auto"
+
+        def contradictions(self):
+            """Fields that do not go together: (field, what is wrong)."""
+            if self.near_plane >= self.far_plane:
+                yield "far_plane", f"must be above near_plane={self.near_plane:g}"
 
     cfg: Config
+
+    geometry_needs = ("gaussians", "base_colors")
 
     def colors(self, camera_positions: Float[Tensor, "B 3"]) -> Float[Tensor, "*B N 3"]:
         """Colours (N, 3), or (B, N, 3) where they depend on the view:

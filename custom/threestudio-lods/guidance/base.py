@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -42,64 +43,64 @@ class BaseGuidance(BaseModule):
         # models/cards.yaml: sd15, sd21-base, sd21, sdxl, pocket
         pretrained_model_name_or_path: str = DEFAULT_MODEL
         # s of the formulas, above 0; .inf for the LODS priors
-        guidance_scale: float = 7.5
+        guidance_scale: Annotated[float, "(0, inf]"] = 7.5
         # LODS priors: r of cfg_r(eps(x_t; y), eps(x_t; n)), which takes the place of eps(x_t; y) as
         # in VSD: the renders then tend to samples with that guidance scale. 1: as published
-        prompt_scale: float = 1.0
+        prompt_scale: Annotated[float, "(0, 1e6]"] = 1.0
         # so many first steps follow SDS over its scale, SDS(sds_scale) / sds_scale, times s for the
         # priors whose gradient grows with s; what is learnt is learnt from the first on: the layout
         # is then SDS', the rest the prior's
-        sds_steps: int = 0
-        sds_scale: float = 100.0
+        sds_steps: Annotated[int, "[0, 1e12]"] = 0
+        sds_scale: Annotated[float, "(0, 1e9]"] = 100.0
         # t is drawn from int(T min) .. int(T max), both included; schedules allowed
-        min_step_percent: Any = 0.02
-        max_step_percent: Any = 0.98
+        min_step_percent: Annotated[Any, "scheduled [0, 1]"] = 0.02
+        max_step_percent: Annotated[Any, "scheduled [0, 1]"] = 0.98
         # how: random, or monotone, the same t for all rows, which falls with the step (of HiFA,
         # arXiv:2305.18766): max - (max - min) sqrt(step / timestep_schedule_steps)
-        timestep_schedule: str = "random"
-        timestep_schedule_steps: int = 0
+        timestep_schedule: Annotated[str, TIMESTEP_SCHEDULES] = "random"
+        timestep_schedule_steps: Annotated[int, "[0, 1e12]"] = 0
         # every element of the gradient is clamped to +- this; schedules allowed
-        grad_clip: Optional[Any] = None
+        grad_clip: Annotated[Optional[Any], "scheduled (0, inf]"] = None
         # w(t), see formulas.weight: sds, uniform or fantasia3d
-        weighting_strategy: str = "sds"
+        weighting_strategy: Annotated[str, formulas.WEIGHTINGS] = "sds"
         # prompts with "front view" etc. by camera; false: the plain prompt
         view_dependent_prompting: bool = True
         # of UNet and VAE: auto, float16, bfloat16 or float32; auto is float16 on CUDA with
         # half_precision_weights, else float32
-        weights_dtype: str = "auto"
+        weights_dtype: Annotated[str, ("auto", *memory.DTYPES)] = "auto"
         half_precision_weights: bool = True
         # learnt priors: (t, noise) draws per image for the prior's own loss
-        lora_n_timestamp_samples: int = 1
+        lora_n_timestamp_samples: Annotated[int, "[1, 1000]"] = 1
         # learnt priors: so many updates before each gradient, by an Adam of the guidance's own with
         # this rate, in place of one by the system's optimizer after it (0)
-        prior_inner_steps: int = 0
-        prior_inner_lr: float = 1.0e-3
+        prior_inner_steps: Annotated[int, "[0, 10000]"] = 0
+        prior_inner_lr: Annotated[float, "(0, 1e6]"] = 1.0e-3
         # lods-embedding-guidance: negative, it starts as the negative prompt; source, as
         # prompt_processor.source_prompt
         embedding_start: str = "negative"
         # LoRA only: rank, strength of the learnt prediction (0.5 in the original, 1 for VSD),
         # and another model for it (same latents, text width and schedule; null: the same model)
-        lora_rank: int = 4
-        lora_scale: float = 0.5
+        lora_rank: Annotated[int, "[1, 1024]"] = 4
+        lora_scale: Annotated[float, "[-1000, 1000]"] = 0.5
         pretrained_model_name_or_path_lora: Optional[str] = None
         # lods-vsd-guidance: extrinsics or mvp, the camera as the LoRA sees it; learning drops it in
         # 10 % of the rows
         camera_condition_type: str = "extrinsics"
         lora_cfg_training: bool = True
         # lods-nfsd-guidance: the part of the timesteps below which t counts as small
-        nfsd_threshold: float = 0.2
+        nfsd_threshold: Annotated[float, "[0, 1]"] = 0.2
         # lods-bridge-guidance: so many steps of SDS at this scale come first (in the paper half of
         # the run)
-        bridge_start: int = 500
-        bridge_sds_scale: float = 40.0
+        bridge_start: Annotated[int, "[0, 1e12]"] = 500
+        bridge_sds_scale: Annotated[float, "(0, 1e9]"] = 40.0
         # lods-sdi-guidance: steps and guidance scale of the inversion, and the part of the noise of
         # a DDPM step that each of them adds
-        inversion_steps: int = 10
-        inversion_scale: float = -7.5
-        inversion_eta: float = 0.3
+        inversion_steps: Annotated[int, "[1, 10000]"] = 10
+        inversion_scale: Annotated[float, "[-1e6, 1e6]"] = -7.5
+        inversion_eta: Annotated[float, "[0, 1]"] = 0.3
         # lods-ism-guidance: timesteps between the two predictions, and in a step of the inversion
-        ism_delta_t: int = 50
-        ism_delta_s: int = 200
+        ism_delta_t: Annotated[int, "[1, 100000]"] = 50
+        ism_delta_s: Annotated[int, "[1, 100000]"] = 200
         # speed: channels-last convolutions; torch.compile, minutes at the first step, which
         # needs a C++ compiler
         enable_channels_last_format: bool = False
@@ -116,7 +117,17 @@ class BaseGuidance(BaseModule):
         enable_sequential_cpu_offload: bool = False
         enable_memory_efficient_attention: bool = False
         # accepted for existing configurations, see options.py
-        guidance_scale_lora: float = 1.0
+        guidance_scale_lora: Annotated[float, "(-inf, inf)"] = 1.0
+
+        def contradictions(self):
+            """Fields that do not go together: (field, what is wrong)."""
+            yield from options.wrong_schedules(self)
+            if self.timestep_schedule == "monotone" and self.timestep_schedule_steps < 1:
+                yield (
+                    "timestep_schedule",
+                    "=monotone needs the number of steps in which t falls: set "
+                    "system.guidance.timestep_schedule_steps, for example to trainer.max_steps",
+                )
 
     cfg: Config
 
@@ -147,11 +158,16 @@ class BaseGuidance(BaseModule):
             self.cfg.weights = None  # anything else is a checkpoint, which BaseModule reads
 
     def check(self) -> None:
-        """Refuse, with one line, fields that make no sense; before anything is loaded."""
+        """Refuse, with one line, fields that make no sense; before anything is loaded.
+
+        The host of this repository has refused most of it by the annotations of ``Config``, which
+        upstream's threestudio does not read.
+        """
         formulas.check_scale(self.cfg.guidance_scale, self.finite_scale)
         formulas.weight(torch.zeros(()), self.cfg.weighting_strategy)  # refuses an unknown name
         options.check_prompt_scale(self.cfg.prompt_scale)
-        options.check_schedules(self.cfg)
+        for field, wrong in BaseGuidance.Config.contradictions(self.cfg):
+            raise ValueError(f"system.guidance.{field} {wrong}")
         steps, scale = self.sds_stage()
         formulas.check_scale(scale, finite=True, name="sds_scale (of the bridge, bridge_sds_scale)")
         if steps < 0:
@@ -164,11 +180,6 @@ class BaseGuidance(BaseModule):
             raise ValueError(
                 f"timestep_schedule must be one of {', '.join(TIMESTEP_SCHEDULES)}, "
                 f"not {self.cfg.timestep_schedule!r}"
-            )
-        if self.cfg.timestep_schedule == "monotone" and self.cfg.timestep_schedule_steps < 1:
-            raise ValueError(
-                "timestep_schedule=monotone needs the number of steps in which t falls: set "
-                "system.guidance.timestep_schedule_steps, for example to trainer.max_steps"
             )
         if self.cfg.prior_inner_steps < 0 or not self.cfg.prior_inner_lr > 0:
             raise ValueError("prior_inner_steps must be 0 or more, and prior_inner_lr above 0")

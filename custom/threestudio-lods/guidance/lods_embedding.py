@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -31,7 +32,7 @@ class LODSEmbeddingGuidance(BaseGuidance):
 
     @dataclass
     class Config(BaseGuidance.Config):
-        pass
+        embedding_start: Annotated[str, STARTS] = "negative"
 
     cfg: Config
     without_effect = unread("prompt_scale", "lora_n_timestamp_samples", "embedding_start")

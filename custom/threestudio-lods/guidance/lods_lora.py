@@ -29,7 +29,10 @@ class LODSLoRAGuidance(BaseGuidance):
 
     @dataclass
     class Config(BaseGuidance.Config):
-        pass
+        def contradictions(self):
+            """See :class:`BaseGuidance`."""
+            if self.lora_scale == 0:
+                yield "lora_scale", "must not be 0: the LoRA would never act, nor learn"
 
     cfg: Config
     without_effect = unread("prompt_scale", "lora_n_timestamp_samples", *LORA_FIELDS)

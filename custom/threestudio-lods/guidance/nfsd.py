@@ -1,6 +1,7 @@
 """Noise-free score distillation (NFSD, arXiv:2310.17590)."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import threestudio
 from threestudio.utils.typing import *
@@ -23,7 +24,7 @@ class NFSDGuidance(BaseGuidance):
 
     @dataclass
     class Config(BaseGuidance.Config):
-        pass
+        guidance_scale: Annotated[float, "(0, inf)"] = 7.5
 
     cfg: Config
     finite_scale = True

@@ -55,9 +55,9 @@ def tell(cfg, without_effect: Dict[str, tuple], finite_scale: bool) -> None:
         )
 
 
-def check_schedules(cfg) -> None:
-    """Raise ``ValueError`` where timesteps or clip of a later step make no sense: at a schedule's
-    knots, since between them it is linear."""
+def wrong_schedules(cfg) -> Iterable[Tuple[str, str]]:
+    """``(field, what is wrong)`` where timesteps or clip of a later step make no sense: at a
+    schedule's knots, since between them it is linear."""
     schedules = (cfg.min_step_percent, cfg.max_step_percent, cfg.grad_clip)
     lists = [list(s) for s in schedules if not isinstance(s, (int, float, str, type(None)))]
     steps = {0, *(int(x) for s in lists for x in s if isinstance(x, int) and x > 0)}
@@ -67,16 +67,18 @@ def check_schedules(cfg) -> None:
         try:
             C(cfg[name], 0, 0)
         except TypeError as error:
-            raise ValueError(f"system.guidance.{name}: {error}") from None
+            yield name, f"is no schedule: {error}"
+            return
     for step in sorted(steps):
         low, high = (C(s, 0, step) for s in schedules[:2])
         if not 0 <= low <= high <= 1:
-            raise ValueError(
-                f"0 <= min_step_percent <= max_step_percent <= 1 is needed, not {low:g} and "
-                f"{high:g} (at step {step})"
+            yield (
+                "min_step_percent",
+                "and max_step_percent must be 0 <= min_step_percent <= max_step_percent <= 1, "
+                f"not {low:g} and {high:g} (at step {step})",
             )
         if cfg.grad_clip is not None and not C(cfg.grad_clip, 0, step) > 0:
-            raise ValueError(f"grad_clip must be above 0, or null for none (at step {step})")
+            yield "grad_clip", f"must be above 0, or null for none (at step {step})"
 
 
 def check_lora_scale(scale: float) -> None:

@@ -1,6 +1,7 @@
 """Plain score distillation sampling, the baseline (DreamFusion, arXiv:2209.14988)."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import threestudio
 from threestudio.utils.typing import *
@@ -20,7 +21,7 @@ class SDSGuidance(BaseGuidance):
 
     @dataclass
     class Config(BaseGuidance.Config):
-        pass
+        guidance_scale: Annotated[float, "(0, inf)"] = 7.5
 
     cfg: Config
     finite_scale = True

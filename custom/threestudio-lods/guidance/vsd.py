@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,9 @@ class VSDGuidance(LODSLoRAGuidance):
 
     @dataclass
     class Config(LODSLoRAGuidance.Config):
+        guidance_scale: Annotated[float, "(0, inf)"] = 7.5
         lora_scale: float = 1.0
+        camera_condition_type: Annotated[str, tuple(CAMERAS)] = "extrinsics"
 
     cfg: Config
     finite_scale = True

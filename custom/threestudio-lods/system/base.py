@@ -1,7 +1,8 @@
 """What the systems of all backbones share: losses and their weights, pictures, files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ import threestudio
 from threestudio.systems.base import BaseLift3DSystem
 from threestudio.utils.ops import binary_cross_entropy
 from threestudio.utils.typing import *
+
+from .coverage import Coverage
 
 # the guidances of this extension return some of these; a YAML may weigh all of them, so that the
 # guidance can be changed in one line
@@ -36,9 +39,13 @@ class LODSSystem(BaseLift3DSystem):
     @dataclass
     class Config(BaseLift3DSystem.Config):
         prompt_processor_type: str = "lods-prompt-processor"
-        sheet_views: int = 12  # views of the contact sheet, evenly around the object; 0: no sheet
-        sheet_columns: int = 4
-        video_fps: int = 30
+        # views of the contact sheet, evenly around the object; 0: no sheet
+        sheet_views: Annotated[int, "[0, 10000]"] = 12
+        sheet_columns: Annotated[int, "[1, 1000]"] = 4
+        video_fps: Annotated[int, "[1, 1000]"] = 30
+        loss: Annotated[dict, Dict[str, Annotated[float, "scheduled (-inf, inf)"]]] = field(
+            default_factory=dict
+        )
 
     cfg: Config
 
@@ -66,6 +73,7 @@ class LODSSystem(BaseLift3DSystem):
         self._sheet: Dict[int, Tuple[float, int, Tensor]] = {}
         self._results: Dict[str, str] = {}
         self.views = 0  # of a test, where its data tell
+        self.coverage = Coverage()
 
     def _check_mesh_format(self) -> None:
         """threestudio 0.2.3 notices a format that it does not know when all is trained."""
@@ -86,6 +94,7 @@ class LODSSystem(BaseLift3DSystem):
 
     def loss_of(self, out: Dict[str, Any], batch: Dict[str, Any]) -> Float[Tensor, ""]:
         """The total loss of a rendered batch, with its parts logged."""
+        self.coverage.see(out["opacity"], self._everywhere)
         image = self.guided_image(out)
         guided = self.guidance(image, self.prompt_utils, **batch, rgb_as_latents=False)
         for name, value in guided.items():
@@ -95,6 +104,14 @@ class LODSSystem(BaseLift3DSystem):
         loss = self.weigh(losses | self.regularisers(out))
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
+
+    def _everywhere(self, here: bool) -> bool:
+        """Whether `here` is true in all processes."""
+        return self.trainer.strategy.reduce_boolean_decision(here, all=True)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.coverage.finish(self._everywhere)
 
     def guided_image(self, out: Dict[str, Any]) -> Float[Tensor, "B H W 3"]:
         """What of a rendered batch the guidance looks at."""
@@ -186,6 +203,7 @@ class LODSSystem(BaseLift3DSystem):
 
     def test_step(self, batch: Dict[str, Any], batch_idx: int) -> None:
         out = self(batch)
+        self.coverage.see_view(out["opacity"])
         for i, index in enumerate(batch["index"].tolist()):
             image = out["comp_rgb"][i]
             self.save_rgb_image(f"it{self.true_global_step}-test/{index}.png", image)
@@ -282,6 +300,7 @@ class LODSSystem(BaseLift3DSystem):
     def on_test_end(self) -> None:
         """The files of ``--export`` are written at the end of a test too; what cannot be (a mesh
         without a surface) is said, and does not spoil the test."""
+        self.coverage.finish_views()
         self.on_predict_start()
         self.exporter.cfg.save_video = False  # the video has just been made
         try:

@@ -1,6 +1,7 @@
 """``lods-gs-system``: text to 3D Gaussians."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 
@@ -10,22 +11,24 @@ from threestudio.utils.config import parse_structured
 from threestudio.utils.misc import C
 from threestudio.utils.typing import *
 
-from ..gaussian.densify import Densifier
+from ..gaussian.densify import STRATEGIES, Densifier
 from ..gaussian.mesh_file import write_mesh
 from ..gaussian.ply import write_gaussians, write_points
 from ..preflight import refuse_densification
 from .base import LODSSystem, grey_cell
 from .original import complete
+from .strategy_options import DefaultOptions, McmcOptions, Rates
 
 
 @dataclass
 class StrategyConfig:
     """Growing and pruning; see :class:`..gaussian.densify.Densifier`."""
 
-    name: str = "none"  # none | default | mcmc
-    scene_scale: float = 1.0  # world units; thresholds on 3D sizes are multiples of it
-    default: dict = field(default_factory=dict)
-    mcmc: dict = field(default_factory=dict)
+    name: Annotated[str, STRATEGIES] = "none"  # none | default | mcmc
+    # world units; thresholds on 3D sizes are multiples of it
+    scene_scale: Annotated[float, "(0, 1e6]"] = 1.0
+    default: Annotated[dict, DefaultOptions] = field(default_factory=dict)
+    mcmc: Annotated[dict, McmcOptions] = field(default_factory=dict)
 
 
 @threestudio.register("lods-gs-system")
@@ -47,12 +50,23 @@ class LODSGaussianSplatting(LODSSystem):
         background_type: str = "solid-color-background"
         renderer_type: str = "lods-gaussian-rasterizer"
         exporter_type: str = "lods-gaussian-exporter"
-        strategy: dict = field(default_factory=dict)
+        strategy: Annotated[dict, StrategyConfig] = field(default_factory=dict)
         # world units; of the original's YAML, whose unsaid constants it brings: see original.py
-        radius: Optional[float] = None
+        radius: Annotated[Optional[float], "(0, 1e6]"] = None
         # name of an optimizer group -> schedule of its learning rate, interpolated geometrically
         # (log-linear); groups that are not listed keep their 'lr'
-        lr_schedule: dict = field(default_factory=dict)
+        lr_schedule: Annotated[dict, Rates] = field(default_factory=dict)
+
+        def contradictions(self):
+            """Fields that do not go together: (field, what is wrong)."""
+            for name, rates in self.lr_schedule.items():
+                if isinstance(rates, (int, float)):
+                    continue
+                if any(C(rates, 0, step) <= 0 for step in rates if isinstance(step, int)):
+                    yield (
+                        f"lr_schedule.{name}",
+                        "goes to 0, which a geometric schedule never reaches: end it above 0",
+                    )
 
     cfg: Config
 

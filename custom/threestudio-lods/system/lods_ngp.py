@@ -1,6 +1,7 @@
 """``lods-ngp-system``: text to a neural radiance field."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import threestudio
 from threestudio.utils.ops import dot
@@ -35,7 +36,7 @@ class LODSInstantNGP(LODSSystem):
         background_type: str = "neural-environment-map-background"
         renderer_type: str = "nerf-volume-renderer"
         # what the guidance looks at: geometry the normals, coarse and texture the colours
-        stage: str = "coarse"
+        stage: Annotated[str, STAGES] = "coarse"
         visualize_samples: bool = False  # of the original's YAML; nothing reads it there either
 
     cfg: Config

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from threestudio.utils.base import BaseModule
+from threestudio.utils.ranges import shown
 from threestudio.utils.typing import *
 
 
@@ -19,6 +20,16 @@ class BaseBackground(BaseModule):
 
     def forward(self, dirs: Float[Tensor, "B H W 3"]) -> Float[Tensor, "B H W C"]:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+
+def wrong_color(color: Any, channels: int) -> str:
+    """What is wrong with a background's colour; empty if nothing is. Colours of pictures are within
+    0..1; other numbers of channels are latents, which have no bounds."""
+    if len(color) != channels:
+        return f"has {len(color)} numbers, but n_output_dims is {channels}"
+    if channels == 3 and not all(0 <= c <= 1 for c in color):
+        return f"must be three numbers from 0 to 1, not {shown(color)}"
+    return ""
 
 
 def random_color(color: Float[Tensor, "B H W C"], probability: float) -> Float[Tensor, "B H W C"]:

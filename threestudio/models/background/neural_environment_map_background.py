@@ -1,12 +1,18 @@
 """A colour for every direction, from a small network."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 
 import threestudio
-from threestudio.models.background.base import BaseBackground, random_color
-from threestudio.models.networks import get_encoding, get_mlp
+from threestudio.models.background.base import BaseBackground, random_color, wrong_color
+from threestudio.models.networks import (
+    EncodingOptions,
+    NetworkOptions,
+    get_encoding,
+    get_mlp,
+)
 from threestudio.utils.ops import get_activation
 from threestudio.utils.typing import *
 
@@ -21,12 +27,12 @@ class NeuralEnvironmentMapBackground(BaseBackground):
 
     @dataclass
     class Config(BaseBackground.Config):
-        n_output_dims: int = 3
+        n_output_dims: Annotated[int, "[1, 4096]"] = 3
         color_activation: str = "sigmoid"
-        dir_encoding_config: dict = field(
+        dir_encoding_config: Annotated[dict, EncodingOptions] = field(
             default_factory=lambda: {"otype": "SphericalHarmonics", "degree": 3}
         )
-        mlp_network_config: dict = field(
+        mlp_network_config: Annotated[dict, NetworkOptions] = field(
             default_factory=lambda: {
                 "otype": "VanillaMLP",
                 "activation": "ReLU",
@@ -35,18 +41,19 @@ class NeuralEnvironmentMapBackground(BaseBackground):
             }
         )
         random_aug: bool = False
-        random_aug_prob: float = 0.5
-        eval_color: Any = None  # n_output_dims numbers, 0..1
+        random_aug_prob: Annotated[float, "[0, 1]"] = 0.5
+        eval_color: Annotated[Any, "list (-inf, inf)"] = None  # n_output_dims numbers, 0..1
+
+        def contradictions(self):
+            """See :mod:`threestudio.utils.ranges`."""
+            color = self.eval_color
+            if color is not None and (wrong := wrong_color(color, self.n_output_dims)):
+                yield "eval_color", wrong
 
     cfg: Config
 
     def configure(self) -> None:
         n = self.cfg.n_output_dims
-        if self.cfg.eval_color is not None and len(self.cfg.eval_color) != n:
-            raise ValueError(
-                f"background.eval_color has {len(self.cfg.eval_color)} numbers but "
-                f"background.n_output_dims is {n}"
-            )
         self.encoding = get_encoding(3, self.cfg.dir_encoding_config)
         self.network = get_mlp(self.encoding.n_output_dims, n, self.cfg.mlp_network_config)
         self.activation = get_activation(self.cfg.color_activation)

@@ -1,12 +1,13 @@
 """One colour everywhere."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn as nn
 
 import threestudio
-from threestudio.models.background.base import BaseBackground, random_color
+from threestudio.models.background.base import BaseBackground, random_color, wrong_color
 from threestudio.utils.typing import *
 
 
@@ -21,21 +22,21 @@ class SolidColorBackground(BaseBackground):
 
     @dataclass
     class Config(BaseBackground.Config):
-        n_output_dims: int = 3
-        color: Any = (1.0, 1.0, 1.0)  # n_output_dims numbers, 0..1
+        n_output_dims: Annotated[int, "[1, 4096]"] = 3
+        color: Annotated[Any, "list (-inf, inf)"] = (1.0, 1.0, 1.0)  # n_output_dims numbers, 0..1
         learned: bool = False
         random_aug: bool = False
-        random_aug_prob: float = 0.5
+        random_aug_prob: Annotated[float, "[0, 1]"] = 0.5
+
+        def contradictions(self):
+            """See :mod:`threestudio.utils.ranges`."""
+            if wrong := wrong_color(self.color, self.n_output_dims):
+                yield "color", wrong
 
     cfg: Config
 
     def configure(self) -> None:
         color = torch.tensor([float(c) for c in self.cfg.color], dtype=torch.float32)
-        if len(color) != self.cfg.n_output_dims:
-            raise ValueError(
-                f"background.color has {len(color)} numbers but background.n_output_dims is "
-                f"{self.cfg.n_output_dims}"
-            )
         self.env_color: Float[Tensor, "C"]
         if self.cfg.learned:
             self.env_color = nn.Parameter(color)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,9 @@ class TexturedBackground(BaseBackground):
 
     @dataclass
     class Config(BaseBackground.Config):
-        n_output_dims: int = 3
-        height: int = 64
-        width: int = 64
+        n_output_dims: Annotated[int, "[1, 4096]"] = 3
+        height: Annotated[int, "[1, 16384]"] = 64
+        width: Annotated[int, "[1, 16384]"] = 64
         color_activation: str = "sigmoid"
 
     cfg: Config

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from PIL import Image
@@ -9,6 +10,7 @@ from PIL import Image
 import threestudio
 from threestudio.models.exporters.base import Exporter, ExporterOutput
 from threestudio.models.exporters.texture import fill_image, surface_points
+from threestudio.models.exporters.unwrap_options import ChartOptions, PackOptions
 from threestudio.models.mesh import Mesh
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.ops import chunk_batch
@@ -45,17 +47,17 @@ class MeshExporter(Exporter):
 
     @dataclass
     class Config(Exporter.Config):
-        fmt: str = "obj-mtl"  # one of FORMATS
+        fmt: Annotated[str, FORMATS] = "obj-mtl"  # one of FORMATS
         save_name: str = "model"
         axes: str = "z-up"  # or y-up; a glb is always y up
         save_normal: bool = False  # a glb always has them
         save_uv: bool = True  # obj-mtl and obj
         save_texture: bool = True  # images for obj-mtl, vertex colours for the others
-        texture_size: int = 1024
+        texture_size: Annotated[int, "[1, 16384]"] = 1024
         texture_format: str = "jpg"
-        xatlas_chart_options: dict = field(default_factory=dict)
+        xatlas_chart_options: Annotated[dict, ChartOptions] = field(default_factory=dict)
         # for obj-mtl, padding is 2 and resolution is texture_size unless they are given here
-        xatlas_pack_options: dict = field(default_factory=dict)
+        xatlas_pack_options: Annotated[dict, PackOptions] = field(default_factory=dict)
         context_type: str = "gl"  # of upstream's rasteriser; accepted and without effect
 
     cfg: Config

@@ -1,6 +1,7 @@
 """Base classes of geometries, with the interface of threestudio 0.2.3."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -8,7 +9,7 @@ import threestudio
 from threestudio.models.isosurface import marching_cubes, sample_grid
 from threestudio.models.mesh import Mesh
 from threestudio.utils.base import BaseModule
-from threestudio.utils.errors import UserError, nearest
+from threestudio.utils.errors import UserError
 from threestudio.utils.typing import *
 
 ISOSURFACE_METHODS = ("mt", "mc-cpu")
@@ -62,19 +63,21 @@ class BaseImplicitGeometry(BaseGeometry):
 
     @dataclass
     class Config(BaseGeometry.Config):
-        radius: float = 1.0
+        radius: Annotated[float, "(0, 1e6]"] = 1.0
         isosurface: bool = True
         # "mc-cpu", marching cubes. "mt", marching tetrahedra, needs files of tetrahedra that are
         # not shipped: it runs marching cubes too
-        isosurface_method: str = "mt"
-        isosurface_resolution: int = 128  # points along each side of the box
-        isosurface_threshold: Union[float, str] = 0.0  # or "auto": mean of the values above 1e-5
-        isosurface_chunk: int = 0  # points at a time; 0: 2^18
+        isosurface_method: Annotated[str, ISOSURFACE_METHODS] = "mt"
+        # points along each side of the box
+        isosurface_resolution: Annotated[int, "[2, 4096]"] = 128
+        # or "auto": mean of the values above 1e-5
+        isosurface_threshold: Annotated[Union[float, str], "(-inf, inf) or auto"] = 0.0
+        isosurface_chunk: Annotated[int, "[0, 1e12]"] = 0  # points at a time; 0: 2^18
         isosurface_coarse_to_fine: bool = True  # again in the surface's own box, 10 % wider
         isosurface_deformable_grid: bool = False  # of marching tetrahedra: warned about
         isosurface_remove_outliers: bool = True
         # faces that a separate part needs to stay: a number, or a fraction of the largest part's
-        isosurface_outlier_n_faces_threshold: Union[int, float] = 0.01
+        isosurface_outlier_n_faces_threshold: Annotated[Union[int, float], "[0, 1e12]"] = 0.01
 
     cfg: Config
 
@@ -83,16 +86,6 @@ class BaseImplicitGeometry(BaseGeometry):
         self.bbox: Float[Tensor, "2 3"]
         self.register_buffer("bbox", torch.tensor([[-r, -r, -r], [r, r, r]], dtype=torch.float32))
         self.unbounded: bool = False
-        method, threshold = self.cfg.isosurface_method, self.cfg.isosurface_threshold
-        if method not in ISOSURFACE_METHODS:
-            raise UserError(
-                f"geometry.isosurface_method={method!r}: the methods are "
-                f"{', '.join(ISOSURFACE_METHODS)}{nearest(method, ISOSURFACE_METHODS)}"
-            )
-        if isinstance(threshold, str) and threshold != "auto":
-            raise UserError(f"geometry.isosurface_threshold is a number or auto, not {threshold!r}")
-        if self.cfg.isosurface_resolution < 2:
-            raise UserError("geometry.isosurface_resolution must be at least 2")
 
     def forward(
         self, points: Float[Tensor, "*N 3"], output_normal: bool = False
@@ -199,6 +192,6 @@ class BaseExplicitGeometry(BaseGeometry):
 
     @dataclass
     class Config(BaseGeometry.Config):
-        radius: float = 1.0
+        radius: Annotated[float, "(0, 1e6]"] = 1.0
 
     cfg: Config

@@ -1,12 +1,13 @@
 """What geometries that are a density by position share."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
 from threestudio.models.geometry.base import BaseImplicitGeometry
-from threestudio.utils.errors import UserError, nearest
+from threestudio.utils.errors import UserError
 from threestudio.utils.ops import get_activation
 from threestudio.utils.typing import *
 
@@ -46,32 +47,20 @@ class DensityVolume(BaseImplicitGeometry):
     """
 
     BLOBS: Dict[str, str] = {}
-    NORMAL_TYPES: Tuple[Optional[str], ...] = ()
 
     @dataclass
     class Config(BaseImplicitGeometry.Config):
-        n_feature_dims: int = 3
+        n_feature_dims: Annotated[int, "[0, 4096]"] = 3
         density_activation: Optional[str] = "softplus"
-        density_bias: Any = 0.0  # a number, or the name of a blob
-        density_blob_scale: float = 10.0
-        density_blob_std: float = 0.5
+        density_bias: Annotated[Any, "(-inf, inf)"] = 0.0  # a number, or the name of a blob
+        density_blob_scale: Annotated[float, "(-inf, inf)"] = 10.0
+        density_blob_std: Annotated[float, "(0, 1e6]"] = 0.5
         normal_type: Optional[str] = "finite_difference"
 
     cfg: Config
 
     def configure(self) -> None:
         super().configure()
-        bias, normal = self.cfg.density_bias, self.cfg.normal_type
-        if isinstance(bias, str) and bias not in self.BLOBS:
-            raise UserError(
-                f"geometry.density_bias is a number or one of {', '.join(self.BLOBS)}, not "
-                f"{bias!r}{nearest(bias, self.BLOBS)}"
-            )
-        if normal not in self.NORMAL_TYPES:
-            raise UserError(
-                f"geometry.normal_type={normal!r}: the types are "
-                f"{', '.join('null' if t is None else t for t in self.NORMAL_TYPES)}"
-            )
         self.activation = get_activation(self.cfg.density_activation)
         self.density_blob_std = self.cfg.density_blob_std
 

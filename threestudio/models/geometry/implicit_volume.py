@@ -1,6 +1,7 @@
 """A density and features by position: an encoding followed by small networks."""
 
 from dataclasses import dataclass, field
+from typing import Annotated, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,24 @@ import torch.nn.functional as F
 import threestudio
 from threestudio.models.geometry.base import contract_to_unisphere
 from threestudio.models.geometry.density import DensityVolume, finite_difference_normal
-from threestudio.models.networks import get_encoding, get_mlp
+from threestudio.models.networks import (
+    EncodingOptions,
+    NetworkOptions,
+    get_encoding,
+    get_mlp,
+)
 from threestudio.utils.typing import *
+
+NORMAL_TYPES = ("finite_difference", "finite_difference_laplacian", "analytic", "pred")
+
+
+class AnnealOptions(TypedDict):
+    """``density_blob_std`` by step: linear from ``start_val`` to ``end_val`` between two steps."""
+
+    min_anneal_step: Annotated[int, "[0, 1e12]"]
+    max_anneal_step: Annotated[int, "[0, 1e12]"]
+    start_val: Annotated[float, "(0, 1e6]"]
+    end_val: Annotated[float, "(0, 1e6]"]
 
 
 @threestudio.register("implicit-volume")
@@ -18,13 +35,14 @@ class ImplicitVolume(DensityVolume):
     position in the unit cube; see :class:`DensityVolume` for the density."""
 
     BLOBS = {"blob_magic3d": "linear", "blob_dreamfusion": "gaussian"}
-    NORMAL_TYPES = ("finite_difference", "finite_difference_laplacian", "analytic", "pred", None)
 
     @dataclass
     class Config(DensityVolume.Config):
-        n_input_dims: int = 3
-        density_bias: Any = "blob_magic3d"
-        pos_encoding_config: dict = field(
+        n_input_dims: Annotated[int, "[1, 16]"] = 3
+        density_bias: Annotated[Any, "(-inf, inf) or blob_magic3d or blob_dreamfusion"] = (
+            "blob_magic3d"
+        )
+        pos_encoding_config: Annotated[dict, EncodingOptions] = field(
             default_factory=lambda: {
                 "otype": "HashGrid",
                 "n_levels": 16,
@@ -34,7 +52,7 @@ class ImplicitVolume(DensityVolume):
                 "per_level_scale": 1.447269237440378,
             }
         )
-        mlp_network_config: dict = field(
+        mlp_network_config: Annotated[dict, NetworkOptions] = field(
             default_factory=lambda: {
                 "otype": "VanillaMLP",
                 "activation": "ReLU",
@@ -44,10 +62,23 @@ class ImplicitVolume(DensityVolume):
             }
         )
         # finite_difference_laplacian takes central differences, finite_difference one-sided ones
-        finite_difference_normal_eps: float = 0.01  # world units
-        isosurface_threshold: Any = 25.0
-        # {min_anneal_step, max_anneal_step, start_val, end_val}: density_blob_std by step
-        anneal_density_blob_std_config: Optional[dict] = None
+        finite_difference_normal_eps: Annotated[float, "(0, 1e3]"] = 0.01  # world units
+        isosurface_threshold: Annotated[Any, "(-inf, inf) or auto"] = 25.0
+        anneal_density_blob_std_config: Annotated[Optional[dict], AnnealOptions] = None
+        normal_type: Annotated[Optional[str], NORMAL_TYPES] = "finite_difference"
+
+        def contradictions(self):
+            """See :mod:`threestudio.utils.ranges`."""
+            anneal = self.anneal_density_blob_std_config
+            missing = set(AnnealOptions.__required_keys__) - set(anneal or ())
+            if anneal is not None and missing:
+                yield "anneal_density_blob_std_config", f"lacks {', '.join(sorted(missing))}"
+            elif anneal is not None and anneal.min_anneal_step > anneal.max_anneal_step:
+                yield (
+                    "anneal_density_blob_std_config",
+                    f"has min_anneal_step={anneal.min_anneal_step} after "
+                    f"max_anneal_step={anneal.max_anneal_step}",
+                )
 
     cfg: Config
 

@@ -1,6 +1,7 @@
 """Density and features on a dense grid."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from threestudio.models.geometry.density import DensityVolume, finite_difference
 from threestudio.utils.typing import *
 
 _EPS = 1.0e-3  # world units
+NORMAL_TYPES = ("finite_difference", "pred")
 
 
 @threestudio.register("volume-grid")
@@ -21,14 +23,15 @@ class VolumeGrid(DensityVolume):
     learnt unless the bias is a blob, when it is 0."""
 
     BLOBS = {"blob": "linear"}
-    NORMAL_TYPES = ("finite_difference", "pred", None)
 
     @dataclass
     class Config(DensityVolume.Config):
-        grid_size: Tuple[int, int, int] = (100, 100, 100)  # z, y, x: D, H, W of grid_sample
-        density_bias: Any = "blob"
+        # z, y, x: D, H, W of grid_sample
+        grid_size: Annotated[Tuple[int, int, int], "[1, 4096]"] = (100, 100, 100)
+        density_bias: Annotated[Any, "(-inf, inf) or blob"] = "blob"
         density_blob_scale: float = 5.0
-        isosurface_threshold: Any = "auto"
+        normal_type: Annotated[Optional[str], NORMAL_TYPES] = "finite_difference"
+        isosurface_threshold: Annotated[Any, "(-inf, inf) or auto"] = "auto"
 
     cfg: Config
 

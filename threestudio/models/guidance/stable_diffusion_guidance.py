@@ -1,16 +1,18 @@
 """Score distillation with any Stable-Diffusion-shaped model, with the interface of threestudio."""
 
 from dataclasses import dataclass, field
+from typing import Annotated, TypedDict
 
 import torch
 import torch.nn.functional as F
 
 import threestudio
 from threestudio.utils.base import BaseObject
-from threestudio.utils.errors import UserError, nearest
+from threestudio.utils.errors import UserError
 from threestudio.utils.misc import C
 from threestudio.utils.ops import perpendicular_component
 from threestudio.utils.pretrained import load_part
+from threestudio.utils.schedules import crossing
 from threestudio.utils.typing import *
 
 WEIGHTS = {  # weighting_strategy -> w(t) from abar_t
@@ -32,6 +34,15 @@ class Text(NamedTuple):
 
     def row(self, i: int) -> "Text":
         return Text(*(part[i : i + 1] for part in self))
+
+
+class TokenMergingOptions(TypedDict, total=False):
+    """Arguments of ``tomesd.apply_patch``."""
+
+    ratio: Annotated[float, "[0, 1)"]  # part of the tokens that is merged
+    max_downsample: Annotated[int, (1, 2, 4, 8)]
+    sx: Annotated[int, "[1, 64]"]
+    sy: Annotated[int, "[1, 64]"]
 
 
 @threestudio.register("stable-diffusion-guidance")
@@ -59,39 +70,46 @@ class StableDiffusionGuidance(BaseObject):
         enable_sequential_cpu_offload: bool = False  # each layer's weights, only while it runs
         enable_attention_slicing: bool = False  # one head after the other
         enable_channels_last_format: bool = False
-        guidance_scale: float = 100.0
+        guidance_scale: Annotated[float, "[0, 1e9]"] = 100.0
         # every element of the gradient is clamped to +- this; schedules allowed
-        grad_clip: Optional[Any] = None
+        grad_clip: Annotated[Optional[Any], "scheduled (0, inf]"] = None
         half_precision_weights: bool = True  # float16 on CUDA; elsewhere weights are float32
         # t is drawn from int(T min) .. int(T max), both included; schedules allowed
-        min_step_percent: Any = 0.02
-        max_step_percent: Any = 0.98
+        min_step_percent: Annotated[Any, "scheduled [0, 1]"] = 0.02
+        max_step_percent: Annotated[Any, "scheduled [0, 1]"] = 0.98
         # t falls from max to min with the square root of step / trainer_max_steps (HiFA,
         # arXiv:2305.18766), and is the same for all images of a step
         sqrt_anneal: bool = False
-        trainer_max_steps: int = 25000
+        trainer_max_steps: Annotated[int, "[1, 1e12]"] = 25000
         # also `loss_sds_img`, in image space (HiFA): w(t) alpha / sigma (x - decoded estimate)
         use_img_loss: bool = False
         use_sjc: bool = False
         var_red: bool = True
-        weighting_strategy: str = "sds"  # sds: 1 - abar | uniform: 1 | fantasia3d
+        # sds: 1 - abar | uniform: 1 | fantasia3d
+        weighting_strategy: Annotated[str, tuple(WEIGHTS)] = "sds"
         # merges similar tokens (ToMe, arXiv:2303.17604); its params are tomesd.apply_patch's
         token_merging: bool = False
-        token_merging_params: Optional[dict] = field(default_factory=dict)
+        token_merging_params: Annotated[Optional[dict], TokenMergingOptions] = field(
+            default_factory=dict
+        )
         view_dependent_prompting: bool = True
-        max_items_eval: int = 4  # images of a batch that `guidance_eval` denoises; 0: all
+        # images of a batch that `guidance_eval` denoises; 0: all
+        max_items_eval: Annotated[int, "[0, 1e6]"] = 4
+
+        def contradictions(self):
+            """See :mod:`threestudio.utils.ranges`."""
+            if crossed := crossing(self.min_step_percent, self.max_step_percent):
+                step, low, high = crossed
+                yield (
+                    "min_step_percent",
+                    f"is above max_step_percent at step {step}: {low} > {high}",
+                )
+            if self.use_sjc and self.use_img_loss:
+                yield "use_img_loss", "goes with SDS only: set use_sjc=false"
 
     cfg: Config
 
     def configure(self) -> None:
-        cfg = self.cfg
-        if cfg.weighting_strategy not in WEIGHTS:
-            raise UserError(
-                f"guidance.weighting_strategy is one of {', '.join(WEIGHTS)}, not "
-                f"{cfg.weighting_strategy!r}{nearest(cfg.weighting_strategy, WEIGHTS)}"
-            )
-        if cfg.use_sjc and cfg.use_img_loss:
-            raise UserError("guidance.use_img_loss goes with SDS only: set use_sjc=false")
         self._load()
         config = self.unet.config
         self.latent_size: int = config.sample_size

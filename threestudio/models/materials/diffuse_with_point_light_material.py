@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +30,20 @@ class DiffuseWithPointLightMaterial(BaseMaterial):
 
     @dataclass
     class Config(BaseMaterial.Config):
-        ambient_light_color: Any = (0.1, 0.1, 0.1)
-        diffuse_light_color: Any = (0.9, 0.9, 0.9)
-        ambient_only_steps: int = 1000
-        diffuse_prob: float = 0.75
-        textureless_prob: float = 0.5
+        ambient_light_color: Annotated[Any, "list [0, 1e4]"] = (0.1, 0.1, 0.1)
+        diffuse_light_color: Annotated[Any, "list [0, 1e4]"] = (0.9, 0.9, 0.9)
+        ambient_only_steps: Annotated[int, "[-1, 1e12]"] = 1000
+        diffuse_prob: Annotated[float, "[0, 1]"] = 0.75
+        textureless_prob: Annotated[float, "[0, 1]"] = 0.5
         albedo_activation: str = "sigmoid"
         soft_shading: bool = False
         ambient_only_on_test: bool = False
+
+        def contradictions(self):
+            """See :mod:`threestudio.utils.ranges`."""
+            for name in ("ambient_light_color", "diffuse_light_color"):
+                if len(self[name]) not in (1, 3):
+                    yield name, f"must have 3 numbers, or 1 for white light, not {len(self[name])}"
 
     cfg: Config
 

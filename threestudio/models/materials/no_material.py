@@ -1,10 +1,11 @@
 """Features that are colours already."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import threestudio
 from threestudio.models.materials.base import BaseMaterial
-from threestudio.models.networks import get_mlp
+from threestudio.models.networks import NetworkOptions, get_mlp
 from threestudio.utils.ops import get_activation
 from threestudio.utils.typing import *
 
@@ -16,12 +17,18 @@ class NoMaterial(BaseMaterial):
 
     @dataclass
     class Config(BaseMaterial.Config):
-        n_output_dims: int = 3  # channels of the colour; 0: colours come from the geometry
+        # channels of the colour; 0: colours come from the geometry
+        n_output_dims: Annotated[int, "[0, 4096]"] = 3
         color_activation: str = "sigmoid"
         # both or neither: channels of the features, and the network between them and the colour
-        input_feature_dims: Optional[int] = None
-        mlp_network_config: Optional[dict] = None
+        input_feature_dims: Annotated[Optional[int], "[1, 4096]"] = None
+        mlp_network_config: Annotated[Optional[dict], NetworkOptions] = None
         requires_normal: bool = False
+
+        def contradictions(self):
+            """See :mod:`threestudio.utils.ranges`."""
+            if (self.input_feature_dims is None) != (self.mlp_network_config is None):
+                yield "input_feature_dims", "and mlp_network_config go together: set both, or none"
 
     cfg: Config
 
@@ -30,11 +37,6 @@ class NoMaterial(BaseMaterial):
         self.requires_normal = cfg.requires_normal
         self.activation = get_activation(cfg.color_activation)
         self.use_network = cfg.mlp_network_config is not None
-        if self.use_network != (cfg.input_feature_dims is not None):
-            raise ValueError(
-                "no-material: material.input_feature_dims and material.mlp_network_config go "
-                "together, set both or neither"
-            )
         if self.use_network:
             self.network = get_mlp(
                 cfg.input_feature_dims, cfg.n_output_dims, cfg.mlp_network_config

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 
@@ -170,9 +171,10 @@ class PromptProcessor(BaseObject):
         prompt_overhead: Optional[str] = None
         negative_prompt: str = ""
         pretrained_model_name_or_path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-        overhead_threshold: float = 60.0  # degrees of elevation
-        front_threshold: float = 45.0  # degrees of azimuth on either side of 0
-        back_threshold: float = 45.0  # degrees of azimuth on either side of 180
+        # degrees of elevation, and of azimuth on either side of 0 and of 180
+        overhead_threshold: Annotated[float, "[-360, 360]"] = 60.0
+        front_threshold: Annotated[float, "[-360, 360]"] = 45.0
+        back_threshold: Annotated[float, "[-360, 360]"] = 45.0
         view_dependent_prompt_front: bool = False  # "side view of X" instead of "X, side view"
         use_cache: bool = True  # keep embeddings in .threestudio_cache/text_embeddings
         # Accepted for threestudio's configurations. There, true encodes in a child process so
@@ -180,13 +182,13 @@ class PromptProcessor(BaseObject):
         spawn: bool = True
         use_perp_neg: bool = False
         # (a, b, c) of a exp(-b r) + c; see get_text_embeddings_perp_neg
-        perp_neg_f_sb: Tuple[float, float, float] = (1, 0.5, -0.606)
-        perp_neg_f_fsb: Tuple[float, float, float] = (1, 0.5, +0.967)
-        perp_neg_f_fs: Tuple[float, float, float] = (4, 0.5, -2.426)
-        perp_neg_f_sf: Tuple[float, float, float] = (4, 0.5, -2.426)
+        perp_neg_f_sb: Annotated[Tuple[float, float, float], "[-1e6, 1e6]"] = (1, 0.5, -0.606)
+        perp_neg_f_fsb: Annotated[Tuple[float, float, float], "[-1e6, 1e6]"] = (1, 0.5, +0.967)
+        perp_neg_f_fs: Annotated[Tuple[float, float, float], "[-1e6, 1e6]"] = (4, 0.5, -2.426)
+        perp_neg_f_sf: Annotated[Tuple[float, float, float], "[-1e6, 1e6]"] = (4, 0.5, -2.426)
         use_prompt_debiasing: bool = False  # not available: refused when switched on
         pretrained_model_name_or_path_prompt_debiasing: str = "bert-base-uncased"
-        prompt_debiasing_mask_ids: Optional[List[int]] = None
+        prompt_debiasing_mask_ids: Annotated[Optional[List[int]], "[0, 1e6]"] = None
 
     cfg: Config
 

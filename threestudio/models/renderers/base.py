@@ -1,6 +1,7 @@
 """Base classes of renderers, with the interface of threestudio 0.2.3."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -9,6 +10,7 @@ from threestudio.models.geometry.base import BaseGeometry
 from threestudio.models.holder import SceneHolder
 from threestudio.models.materials.base import BaseMaterial
 from threestudio.utils.base import BaseModule
+from threestudio.utils.errors import UserError
 from threestudio.utils.typing import *
 
 
@@ -21,13 +23,21 @@ class Renderer(SceneHolder, BaseModule):
 
     @dataclass
     class Config(BaseModule.Config):
-        radius: float = 1.0
+        radius: Annotated[float, "(0, 1e6]"] = 1.0
 
     cfg: Config
+
+    geometry_needs: Tuple[str, ...] = ()  # methods that the renderer calls of its geometry
 
     def configure(
         self, geometry: BaseGeometry, material: BaseMaterial, background: BaseBackground
     ) -> None:
+        for method in self.geometry_needs:
+            if not hasattr(geometry, method):
+                raise UserError(
+                    f"{type(self).__name__} cannot draw a {type(geometry).__name__}, which has no "
+                    f"{method}(): set another system.renderer_type or system.geometry_type"
+                )
         self.hold_scene(geometry, material, background)
         r = self.cfg.radius
         self.bbox: Float[Tensor, "2 3"]

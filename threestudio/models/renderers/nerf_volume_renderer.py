@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,6 @@ from threestudio.models.raymarch import (
     render_weights,
 )
 from threestudio.models.renderers.base import VolumeRenderer
-from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.ops import chunk_batch, validate_empty_rays
 from threestudio.utils.typing import *
 
@@ -41,26 +41,36 @@ class NeRFVolumeRenderer(VolumeRenderer):
 
     @dataclass
     class Config(VolumeRenderer.Config):
-        num_samples_per_ray: int = 512  # occgrid: on a ray along the box's diagonal
+        # occgrid: on a ray along the box's diagonal
+        num_samples_per_ray: Annotated[int, "[1, 100000]"] = 512
         # in evaluation, this many rays at a time, and samples through the networks; 0: all
-        eval_chunk_size: int = 160000
+        eval_chunk_size: Annotated[int, "[0, 1e12]"] = 160000
         randomized: bool = True  # while training, samples are jittered along their rays
-        near_plane: float = 0.0
-        far_plane: float = 1e10
+        near_plane: Annotated[float, "[0, 1e12]"] = 0.0
+        far_plane: Annotated[float, "(0, 1e12]"] = 1e10
         return_comp_normal: bool = False  # while training; in evaluation always
         return_normal_perturb: bool = False  # normals near the samples, while training
-        estimator: str = "occgrid"  # occgrid | importance
+        estimator: Annotated[str, ESTIMATORS] = "occgrid"  # occgrid | importance
         grid_prune: bool = True  # occgrid: skip empty cells; false: none is empty
         prune_alpha_threshold: bool = True  # occgrid: drop samples that are all but invisible
         # estimator "proposal" is not implemented; its options are here for configs to load
         proposal_network_config: Optional[dict] = None
         prop_optimizer_config: Optional[dict] = None
         prop_scheduler_config: Optional[dict] = None
-        num_samples_per_ray_proposal: int = 64
-        num_samples_per_ray_importance: int = 64
-        backend: str = "auto"  # auto | cpu | torch | nerfacc
+        num_samples_per_ray_proposal: Annotated[int, "[1, 100000]"] = 64
+        num_samples_per_ray_importance: Annotated[int, "[1, 100000]"] = 64
+        backend: Annotated[str, BACKENDS] = "auto"  # auto | cpu | torch | nerfacc
+
+        def contradictions(self):
+            """See :mod:`threestudio.utils.ranges`."""
+            if self.near_plane >= self.far_plane:
+                yield "far_plane", f"must be above near_plane={self.near_plane:g}"
+            if self.estimator == "proposal":
+                yield "estimator", "must be occgrid or importance: proposal is not implemented"
 
     cfg: Config
+
+    geometry_needs = ("forward_density",)
 
     def configure(
         self,
@@ -70,19 +80,6 @@ class NeRFVolumeRenderer(VolumeRenderer):
     ) -> None:
         super().configure(geometry, material, background)
         cfg = self.cfg
-        for name, value, known in (
-            ("estimator", cfg.estimator, ESTIMATORS),
-            ("backend", cfg.backend, BACKENDS),
-        ):
-            if value not in known:
-                raise UserError(
-                    f"renderer.{name}={value!r}: it is one of {', '.join(known)}"
-                    f"{nearest(value, known)}"
-                )
-        if cfg.estimator == "proposal":
-            raise UserError(
-                "renderer.estimator=proposal is not implemented: use occgrid, or importance"
-            )
         self.render_step_size = 1.732 * 2 * cfg.radius / cfg.num_samples_per_ray
         if cfg.estimator == "occgrid":
             self.estimator = OccupancyGrid(self.bbox.view(-1), resolution=32)
