@@ -19,7 +19,7 @@ import threestudio
 from threestudio.utils.config import parse_structured
 from threestudio.utils.typing import *
 
-from .axes import axes_rotation, rotate_gaussians
+from .axes import AXES, axes_rotation, rotate_gaussians
 from .harmonics import SH_C0
 from .mesh_file import read_mesh
 from .neighbours import neighbour_scale
