@@ -5,11 +5,14 @@
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -168,6 +171,21 @@ def default_folder(kind: str, prompt: str) -> Path:
     return Path("outputs") / f"2d_lods_{kind}" / f"{name}@{datetime.now():%Y%m%d-%H%M%S}"
 
 
+def new_folder(path: Path, config: str) -> Path:
+    """The folder ``path``, or ``path-002`` and so on where another run is or was, with ``config``
+    in its ``config.json``; no two runs get the same one."""
+    for n in itertools.count(1):
+        folder = path if n == 1 else path.with_name(f"{path.name}-{n:03d}")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(folder / "config.json", "x", encoding="utf-8") as file:
+                file.write(config)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("there are more numbers")
+
+
 def run(kind: str, args: argparse.Namespace) -> Path:
     """The whole job; returns the folder with the results.
 
@@ -207,12 +225,13 @@ def run(kind: str, args: argparse.Namespace) -> Path:
             {"pretrained_model_name_or_path": model, "prompt": settings["prompt"]}
         )()
 
-    folder = Path(args.output) if args.output else default_folder(kind, settings["prompt"])
-    folder.mkdir(parents=True, exist_ok=True)
+    wanted = Path(args.output) if args.output else default_folder(kind, settings["prompt"])
     config = {**vars(args), **defaults, **settings, "model": model, "why": why, "kind": kind}
     if math.isinf(config["guidance_scale"]):
         config["guidance_scale"] = "inf"  # JSON has no such number
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    folder = new_folder(wanted, json.dumps(config, indent=2) + "\n")
+    if folder != wanted:
+        print(f"{wanted} holds another run: this one goes to {folder}", flush=True)
 
     size = prior.denoiser.latent_size
     shape = (args.particles, prior.denoiser.latent_channels, size, size)
@@ -263,6 +282,7 @@ def _schedule(ends, steps: int):
 def main(kind: str, argv=None) -> int:
     """Entry point of the script for one kind of prior; returns the exit status."""
     args = parse_arguments(kind, argv)
+    before = _stop_like_ctrl_c()
     try:
         # Before CUDA starts: this process then sees that GPU only (-1: none).
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(args.gpu)
@@ -272,7 +292,28 @@ def main(kind: str, argv=None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
+
+
+def _stop_like_ctrl_c() -> dict:
+    """Make kill, a closed terminal and a scheduler's warning save what there is, once; a signal
+    that is ignored (nohup) stays so. Returns the handlers of before."""
+
+    def stop(signum, frame):
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before: dict = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, stop)
+    return before
 
 
 def _visible(gpu: int) -> str:
