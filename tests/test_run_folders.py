@@ -274,6 +274,8 @@ def test_results_go_beside_the_checkpoint(cli, copied):  # noqa: F811
     for mode in ("--test", "--validate", "--export"):
         status, out, _ = cli("--config", parsed, mode, f"resume={there}/ckpts/last.ckpt")
         assert status == 0 and f"results in {there}" in out
+    original = ["--config", "toy.yaml", "--export", "system.prompt=p", "tag=t"]
+    assert cli(*original, f"resume={there}/ckpts/last.ckpt")[0] == 0
     assert (there / "save/it2-test.json").exists()
     # it can be trained further where it is
     more = [f"resume={there}", "trainer.max_steps=3"]
