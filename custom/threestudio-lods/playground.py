@@ -245,7 +245,7 @@ def run(kind: str, args: argparse.Namespace) -> Path:
         settings["prior_lr"],
         defaults["batch"],
     )
-    start, done, interrupted = time.monotonic(), 0, False
+    start, done, interrupted = time.monotonic(), 0, None
     with open(folder / "metrics.csv", "w", newline="", buffering=1) as file:
         table = None
         try:
@@ -262,13 +262,13 @@ def run(kind: str, args: argparse.Namespace) -> Path:
                 bar.set_postfix(shown, refresh=False)
                 if done % args.every == 0 and done < settings["steps"]:
                     save_grid(folder / f"{done:05d}.png", decode(prior, particles))
-        except KeyboardInterrupt:
-            interrupted = True
+        except KeyboardInterrupt as stop:
+            interrupted = stop
             print(f"Interrupted after step {done}: saving what there is.", flush=True)
     grid = save_results(folder, prior, particles, kind)
     print(f"Pictures: {grid}\nLearnt {kind}: {folder / (kind + '.safetensors')}", flush=True)
-    if interrupted:
-        raise KeyboardInterrupt
+    if interrupted is not None:
+        raise interrupted
     return folder
 
 
@@ -280,7 +280,8 @@ def _schedule(ends, steps: int):
 
 
 def main(kind: str, argv=None) -> int:
-    """Entry point of the script for one kind of prior; returns the exit status."""
+    """Entry point of the script for one kind of prior; returns the exit status: 128 + the signal's
+    number (130 for Ctrl-C) if one stopped it."""
     args = parse_arguments(kind, argv)
     before = _stop_like_ctrl_c()
     try:
@@ -290,8 +291,8 @@ def main(kind: str, argv=None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return 128 + getattr(stop, "signum", signal.SIGINT)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -305,7 +306,9 @@ def _stop_like_ctrl_c() -> dict:
     def stop(signum, frame):
         for number in before:
             signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        interrupt = KeyboardInterrupt()
+        interrupt.signum = signum
+        raise interrupt
 
     before: dict = {}
     if threading.current_thread() is threading.main_thread():
