@@ -4,7 +4,10 @@ import sys
 from pathlib import Path
 
 from threestudio.utils.extensions import load_extension
+from threestudio.utils.signals import steady_streams
 
 if __name__ == "__main__":
     extension = Path(__file__).resolve().parent / "custom" / "threestudio-lods"
-    sys.exit(load_extension(extension, submodule="playground").main("lora"))
+    with steady_streams():
+        status = load_extension(extension, submodule="playground").main("lora")
+    sys.exit(status)

@@ -16,12 +16,14 @@ def main(argv=None) -> int:
     """Run the command line; returns the exit status: 2 after a mistake."""
     from evaluation.command import main as command
     from threestudio.utils.errors import UserError
+    from threestudio.utils.signals import steady_streams
 
-    try:
-        return command(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with steady_streams():
+        try:
+            return command(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
 
 
 if __name__ == "__main__":

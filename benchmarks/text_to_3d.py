@@ -59,7 +59,8 @@ def run(config: str, prompt: str, seed: int, out: Path, overrides) -> tuple[Path
     if status != 0:
         tail = (folder / "log.txt").read_text()[-500:]
         raise SystemExit(f"{' '.join(command)}\nfailed: {tail}")
-    return folder / "r" / "run", time.time() - start, usage.ru_maxrss / 1024
+    newest = max((folder / "r").glob("run*"))  # of several, run-002 and so on
+    return newest, time.time() - start, usage.ru_maxrss / 1024
 
 
 def views(folder: Path) -> tuple[torch.Tensor, int]:

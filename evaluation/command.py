@@ -18,6 +18,7 @@ from evaluation.workers import WORK, Local, OnRay, make_job
 from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.extensions import load_custom_modules, report_failures
+from threestudio.utils.signals import stop_signals
 from threestudio.utils.typing import *
 
 QUICK = ROOT / "evaluation/grids/quick.yaml"
@@ -238,7 +239,7 @@ def _stop(signum, frame):
 
 def main(argv=None) -> int:
     """Returns the exit status: 1 if a chosen run has failed or, left to another evaluate.py, is not
-    done, 130 after Ctrl-C or SIGTERM. Raises :class:`UserError` for a mistake."""
+    done, 130 after Ctrl-C, SIGTERM and the like. Raises :class:`UserError` for a mistake."""
     args = parse_args(argv)
     grid = load_grid(args.grid)
     chosen = select(grid, args.only)
@@ -270,7 +271,7 @@ def main(argv=None) -> int:
     workers = args.workers or (None if on_ray else 1)
     threads = args.threads or (1 if on_ray else max(1, (os.cpu_count() or 1) // workers))
     backend = OnRay(args.ray, threads, grid.gpus, workers) if on_ray else Local(workers)
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = {n: signal.signal(n, _stop) for n in stop_signals() if n != signal.SIGINT}
     session = Session(table, backend, threads, args.retry, bad)
     for row in index.values():  # of earlier sessions
         if row["seconds"]:
@@ -283,7 +284,8 @@ def main(argv=None) -> int:
         print("interrupted: the same command goes on with what is left", flush=True)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         backend.close()
     beside = f", {session.elsewhere} left to another evaluate.py" if session.elsewhere else ""
     print(f"{session.ok} ok, {session.failed} failed{beside}: {table.path}", flush=True)

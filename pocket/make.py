@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from threestudio.utils.files import whole_file
+from threestudio.utils.signals import steady_streams
 
 OUT = Path("custom/threestudio-lods/models/pocket")
 STAGES = ("data", "vae", "latents", "unet", "views", "save", "judge", "report")
@@ -110,4 +111,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with steady_streams():  # it goes on for hours
+        main()

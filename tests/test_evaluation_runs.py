@@ -199,8 +199,9 @@ def test_a_curve_is_made_of_means():
 class Fake:
     """A backend whose runs are over at once; ``fails`` are those of these seeds."""
 
-    def __init__(self, fails=(), slots=2, stop_after=None):
-        self.slots, self.fails, self.stop_after = slots, fails, stop_after
+    def __init__(self, fails=(), slots=2, stop_after=None, stop_by=signal.SIGINT):
+        self.slots, self.fails = slots, fails
+        self.stop_after, self.stop_by = stop_after, stop_by
         self.going, self.did, self.closed = [], [], False
 
     def submit(self, job):
@@ -209,7 +210,7 @@ class Fake:
 
     def wait(self):
         if self.stop_after is not None and len(self.did) >= self.stop_after:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), self.stop_by)
         handle, job = len(self.did) + 1, self.going.pop(0)
         seed = job["run"]["seed"]
         self.did.append(seed)
@@ -286,8 +287,9 @@ def test_a_full_disk_is_one_line(many, monkeypatch, capsys):
     assert "results.csv cannot be written (No space left" in capsys.readouterr().err
 
 
-def test_an_interrupt_loses_what_was_in_progress(many, tmp_path, capsys):
-    status, fake = many(stop_after=3)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupt_loses_what_was_in_progress(many, tmp_path, capsys, signum):
+    status, fake = many(stop_after=3, stop_by=signum)
     assert status == 130 and fake.closed and "interrupted" in capsys.readouterr().out
     assert len(Table(tmp_path / "out").rows()) == 3
     status, fake = many()

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -182,18 +183,28 @@ def test_bad_numbers_are_refused(play, capsys, flag, value):
     assert f"argument {flag}: invalid" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_interrupted_run_keeps_what_it_has(play, playground, tmp_path, monkeypatch, kind):
-    optimise = playground.optimise
+def test_a_folder_is_one_runs(playground, tmp_path):
+    made = [playground.new_folder(tmp_path / "a" / "run", str(i)) for i in range(3)]
+    assert [path.name for path in made] == ["run", "run-002", "run-003"]
+    assert [(path / "config.json").read_text() for path in made] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    "kind, signum",
+    [("lora", signal.SIGINT), ("embedding", signal.SIGTERM), ("embedding", signal.SIGHUP)],
+)
+def test_interrupted_run_keeps_what_it_has(play, playground, tmp_path, monkeypatch, kind, signum):
+    optimise, before = playground.optimise, signal.getsignal(signum)
 
     def interrupted(*args):
         for numbers in optimise(*args):
             yield numbers
             if numbers["step"] == 2:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), signum)
 
     monkeypatch.setattr(playground, "optimise", interrupted)
-    assert play(kind, "--steps", 50, "--output", tmp_path) == 130
+    assert play(kind, "--steps", 50, "--output", tmp_path) == 128 + signum
+    assert signal.getsignal(signum) is before
     assert (tmp_path / "final.png").is_file() and (tmp_path / f"{kind}.safetensors").is_file()
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
 

@@ -5,11 +5,14 @@
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -213,6 +216,21 @@ def refuse_unknown(model: str, prompt: str, allowed: bool) -> None:
         raise ValueError(refusal)
 
 
+def new_folder(path: Path, config: str) -> Path:
+    """The folder ``path``, or ``path-002`` and so on where another run is or was, with ``config``
+    in its ``config.json``; no two runs get the same one."""
+    for n in itertools.count(1):
+        folder = path if n == 1 else path.with_name(f"{path.name}-{n:03d}")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(folder / "config.json", "x", encoding="utf-8") as file:
+                file.write(config)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("there are more numbers")
+
+
 def run(kind: str, args: argparse.Namespace) -> Path:
     """The whole job; returns the folder with the results.
 
@@ -257,12 +275,13 @@ def run(kind: str, args: argparse.Namespace) -> Path:
             }
         )()
 
-    folder = Path(args.output) if args.output else default_folder(kind, settings["prompt"])
-    folder.mkdir(parents=True, exist_ok=True)
+    wanted = Path(args.output) if args.output else default_folder(kind, settings["prompt"])
     config = {**vars(args), **defaults, **settings, "model": model, "why": why, "kind": kind}
     if math.isinf(config["guidance_scale"]):
         config["guidance_scale"] = "inf"  # JSON has no such number
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    folder = new_folder(wanted, json.dumps(config, indent=2) + "\n")
+    if folder != wanted:
+        print(f"{wanted} holds another run: this one goes to {folder}", flush=True)
 
     size = prior.denoiser.latent_size
     shape = (args.particles, prior.denoiser.latent_channels, size, size)
@@ -277,7 +296,7 @@ def run(kind: str, args: argparse.Namespace) -> Path:
         defaults["batch"],
         defaults["drawn"],
     )
-    start, done, interrupted = time.monotonic(), 0, False
+    start, done, interrupted = time.monotonic(), 0, None
     with open(folder / "metrics.csv", "w", newline="", buffering=1) as file:
         table = None
         try:
@@ -294,13 +313,13 @@ def run(kind: str, args: argparse.Namespace) -> Path:
                 bar.set_postfix(shown, refresh=False)
                 if done % args.every == 0 and done < settings["steps"]:
                     save_grid(folder / f"{done:05d}.png", decode(prior, particles))
-        except KeyboardInterrupt:
-            interrupted = True
+        except KeyboardInterrupt as stop:
+            interrupted = stop
             print(f"Interrupted after step {done}: saving what there is.", flush=True)
     grid = save_results(folder, prior, particles, kind)
     print(f"Pictures: {grid}\nLearnt {kind}: {folder / (kind + '.safetensors')}", flush=True)
-    if interrupted:
-        raise KeyboardInterrupt
+    if interrupted is not None:
+        raise interrupted
     return folder
 
 
@@ -312,8 +331,10 @@ def _schedule(ends, steps: int):
 
 
 def main(kind: str, argv=None) -> int:
-    """Entry point of the script for one kind of prior; returns the exit status."""
+    """Entry point of the script for one kind of prior; returns the exit status: 128 + the signal's
+    number (130 for Ctrl-C) if one stopped it."""
     args = parse_arguments(kind, argv)
+    before = _stop_like_ctrl_c()
     try:
         # Before CUDA starts: this process then sees that GPU only (-1: none).
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(args.gpu)
@@ -321,9 +342,32 @@ def main(kind: str, argv=None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return 128 + getattr(stop, "signum", signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
+
+
+def _stop_like_ctrl_c() -> dict:
+    """Make kill, a closed terminal and a scheduler's warning save what there is, once; a signal
+    that is ignored (nohup) stays so. Returns the handlers of before."""
+
+    def stop(signum, frame):
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        interrupt = KeyboardInterrupt()
+        interrupt.signum = signum
+        raise interrupt
+
+    before: dict = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, stop)
+    return before
 
 
 def _visible(gpu: int) -> str:

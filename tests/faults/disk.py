@@ -130,14 +130,16 @@ def _each_folder(model, disk: Path, folder: Path) -> Iterator[str]:
         trial = trial_of(CONFIG, work / "outputs")
         full = work / ".threestudio_cache" if "cache" in name else trial / name
         full.mkdir(exist_ok=True)
-        resume = [f"resume={disk / 'good' / trial.relative_to(work / 'outputs')}"] * (step > 0)
+        # a run without a checkpoint is a new one, and has a folder of its own but for this
+        own = f"resume={trial}" if step else f"checkpoint.dirpath={full.relative_to(work)}"
         if not _mount("-t", "tmpfs", "-o", "size=64k", "none", str(full)):
             yield "a second tmpfs cannot be mounted"
             return
         try:
-            (full / "filler").write_bytes(bytes(64 << 10))
+            # there is room for what says that a run is in a folder
+            (full / "filler").write_bytes(bytes((64 << 10) if step else (48 << 10)))
             log = folder / f"each-{full.name}.log"
-            child = Child(command(CONFIG, model, "outputs", 8, "--train", *resume), log, work)
+            child = Child(command(CONFIG, model, "outputs", 8, "--train", own), log, work)
             problem = ends_well(child)
             if not problem and (child.status != status or said not in child.output()):
                 problem = f"{name}: status {child.status}: {child.output()[-200:]}"

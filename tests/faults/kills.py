@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,8 @@ def killed_and_resumed(
     while kills < wanted:
         found = newest_checkpoint(trial) if trial.exists() else None
         resume = [f"resume={trial}"] if found else []
+        if not found:  # what is left of it is in the way of a new run of its name
+            shutil.rmtree(root, ignore_errors=True)
         child = Child(command(config, model, root, STEPS, "--train", *resume), log, folder)
         yield from _kill(child, kind, reference, trial, rng)
         if child.status == -signal.SIGKILL:
@@ -118,6 +121,8 @@ def killed_and_resumed(
             yield f"{config}: the kill has cost checkpoints of before"
             return
     resume = [f"resume={trial}"] if trial.exists() and newest_checkpoint(trial) else []
+    if not resume:
+        shutil.rmtree(root, ignore_errors=True)
     child = Child(command(config, model, root, STEPS, "--train", *resume), log, folder)
     while child.running():
         yield

@@ -247,6 +247,7 @@ class BaseLift3DSystem(BaseSystem):
         threestudio.info(f"Initializing geometry from {checkpoint} ...")
         config = os.path.join(os.path.dirname(checkpoint), "..", "configs", "parsed.yaml")
         old = parse_structured(BaseLift3DSystem.Config, _known(load_config(config).system))
+        old.geometry.pop("weights", None)  # the checkpoint brings them
         old.geometry.update(self.cfg.geometry_convert_override)
         geometry = threestudio.find(old.geometry_type)(old.geometry)
         state, epoch, global_step = load_module_weights(checkpoint, module_name="geometry")

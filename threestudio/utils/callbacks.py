@@ -61,7 +61,8 @@ class SharedFolder(Callback):
 
 
 class VersionedCallback(Callback):
-    """Writes into `save_root`, or with `use_version` into a new folder ``version_N`` in it."""
+    """Writes into `save_root`, or with `use_version` into a new folder ``version_N`` in it, which
+    is made when its number is first asked for."""
 
     def __init__(self, save_root, version: Optional[int] = None, use_version: bool = True) -> None:
         self.save_root = str(save_root)
@@ -71,10 +72,14 @@ class VersionedCallback(Callback):
     @property
     def version(self) -> int:
         """The number of the folder: the one given, else the first that is free."""
-        if self._version is None:
-            names = os.listdir(self.save_root) if os.path.isdir(self.save_root) else []
+        while self._version is None:
+            os.makedirs(self.save_root, exist_ok=True)
+            names = os.listdir(self.save_root)
             numbers = [int(n[8:]) for n in names if n.startswith("version_") and n[8:].isdigit()]
-            self._version = max(numbers, default=-1) + 1
+            number = max(numbers, default=-1) + 1
+            with contextlib.suppress(FileExistsError):  # another run was quicker
+                os.mkdir(os.path.join(self.save_root, f"version_{number}"))
+                self._version = number
         return self._version
 
     @property

@@ -23,7 +23,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TRAINING, RESULTS = ".lock", ".lock-results"
-_NAMES = ("exp_root_dir", "name", "tag", "use_timestamp", "timestamp")  # what names a folder
+_PLACE = ("exp_root_dir",)
+_NAMES = (*_PLACE, "name", "tag", "use_timestamp", "timestamp")
 _held: "weakref.WeakSet[Lock]" = weakref.WeakSet()
 
 
@@ -57,7 +58,7 @@ class Lock:
             _held.add(self)
             with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
                 os.ftruncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return True
 
     def holder(self) -> str:
@@ -164,7 +165,7 @@ class RunFolder:
             doing = "training in" if name == TRAINING else "writing results into"
             raise UserError(
                 f"{lock.holder()} is {doing} {path}: wait until it has ended, or choose another "
-                "folder with tag=... or exp_root_dir=..."
+                "folder with exp_root_dir=..."
             )
         self._locks.append(lock)
 
@@ -238,13 +239,15 @@ def settle(
     """Choose, make and lock the folder of a run, and write it into `cfg`.
 
     A run without ``resume`` gets a new folder. What is rendered or exported from a checkpoint goes
-    beside it, wherever a config written elsewhere says that the run once was, unless an override
-    names a folder. A training goes on in the run's own folder if the config names it, or lies in it
-    (a copied or moved run); otherwise it is a new run, which starts from that checkpoint.
+    beside it, wherever the config says that the run is or once was, unless an override says where
+    (``exp_root_dir``). A training goes on in the run's own folder if the config names it, or lies
+    in it (a copied or moved run) and no override names the run anew; otherwise it is a new run,
+    which starts from that checkpoint.
     """
     if cfg.resume is not None:
         home, beside = folder_of(cfg.resume), os.path.dirname(cfg.resume) or "."
-        named = any(text.partition("=")[0] in _NAMES for text in overrides)
+        naming = _NAMES if train else _PLACE
+        named = any(text.partition("=")[0] in naming for text in overrides)
         inside = any(_is_inside(file, home) for file in files)
         if _same(checkpoint_folder(cfg), beside):
             pass
