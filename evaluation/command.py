@@ -13,8 +13,9 @@ from pathlib import Path
 import threestudio
 from evaluation.grid import TRUE, Grid, Run, load_grid
 from evaluation.machine import ROOT, code, commit
+from evaluation.on_ray import OnRay
 from evaluation.table import Table, key_of
-from evaluation.workers import WORK, Local, OnRay, make_job
+from evaluation.workers import WORK, Local, make_job
 from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.extensions import load_custom_modules, report_failures
@@ -60,7 +61,9 @@ def parse_args(argv) -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="ADDRESS",
-        help="run on Ray: started here, or the cluster at ADDRESS",
+        help="run on Ray (2.52.0 or later): one that is started here, which listens on the "
+        "loopback interface only and asks for a token, or the cluster at ADDRESS (auto: the one of "
+        "this machine)",
     )
     add("--out", type=Path, help="folder of the table (default docs/evaluation)")
     add("--retry", action="store_true", help="repeat runs whose row says that they failed")

@@ -1,6 +1,6 @@
-"""Where runs are carried out: in processes of this machine, or as tasks of a Ray cluster.
+"""Where runs are carried out: in processes of this machine (as tasks of Ray: ``on_ray``).
 
-Both backends have ``slots``, ``submit(job) -> handle``, ``wait() -> [(handle, result), ...]`` and
+A backend has ``slots``, ``submit(job) -> handle``, ``wait() -> [(handle, result), ...]`` and
 ``close()``, which ends what is going on. A job is ``{"run", "threads", "commit"}``, a result
 ``{"row", "curves", "sheet", "log", "wall"}``: plain values, that cross to other machines; wall are
 the seconds that the run's process took, 0 where they are not known.
@@ -24,14 +24,11 @@ import torch
 from evaluation.grid import Run
 from evaluation.machine import ROOT
 from evaluation.table import begun
-from threestudio.utils.errors import UserError
 from threestudio.utils.typing import *
 
 WORK = ROOT / "build" / "evaluation"
 LOG = 20_000  # characters of a run's output that are kept, if it fails
 LOG_FILE = "log.txt"
-# of the copy of this project that Ray takes to other machines
-NOT_FOR_OTHERS = [".git", ".venv*", "build", "outputs", "docs", ".threestudio_cache"]
 
 
 def make_job(run: Run, threads: int, commit: str) -> Dict[str, Any]:
@@ -185,75 +182,3 @@ class Local:
         for process in self._going.values():
             process.end()
         self._going = {}
-
-
-def run_elsewhere(job: Dict[str, Any]) -> Dict[str, Any]:
-    """The Ray task: the run's own process beside Ray's, so that it is the same as without Ray."""
-    process = Process(job)
-    try:
-        while True:
-            result = process.result()
-            if result is not None:
-                return result
-            time.sleep(0.1)
-    finally:
-        if process.status() is None:
-            process.end()
-
-
-class OnRay:
-    """Tasks of a Ray cluster, each with as many CPUs as a run has threads; as many at a time as the
-    cluster has room for now, or ``workers``: more make one grow that can."""
-
-    def __init__(self, address: str, threads: int, gpus: float, workers: Optional[int]):
-        try:
-            import ray
-        except ImportError:
-            raise UserError(
-                f"--ray needs the package ray, which {sys.executable} does not have: pip install "
-                "ray, on a cluster on all machines, next to this project's requirements"
-            ) from None
-        self._ray = ray
-        try:
-            ray.init(
-                address=address or None,
-                runtime_env={"working_dir": str(ROOT), "excludes": NOT_FOR_OTHERS},
-                log_to_driver=False,
-            )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"Ray at {address or 'this machine'}: {_line(error)}") from None
-        has = ray.cluster_resources()
-        room = [
-            int(has.get("CPU", 0) / threads),
-            *([int(has.get("GPU", 0) / gpus)] if gpus else []),
-        ]
-        self.slots = workers or max(1, min(room))
-        self._task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=1)(run_elsewhere)
-        self._going: Dict[Any, Dict[str, Any]] = {}
-
-    def submit(self, job: Dict[str, Any]) -> Any:
-        handle = self._task.remote(job)
-        self._going[handle] = job
-        return handle
-
-    def wait(self) -> List[Tuple[Any, Dict[str, Any]]]:
-        ready, _ = self._ray.wait(list(self._going), num_returns=1)
-        done = []
-        for handle in ready:
-            job = self._going.pop(handle)
-            try:
-                done.append((handle, self._ray.get(handle)))
-            except Exception as error:  # a lost machine, a worker that was killed
-                done.append((handle, failure(job, f"Ray: {_line(error)}", str(error))))
-        return done
-
-    def close(self) -> None:
-        for handle in self._going:
-            with suppress(Exception):
-                self._ray.cancel(handle, force=True)
-        self._going = {}
-        self._ray.shutdown()
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

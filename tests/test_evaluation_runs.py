@@ -11,7 +11,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -24,9 +23,8 @@ from evaluation import command, workers
 from evaluation.grid import TRUE, load_grid
 from evaluation.run import Recorder, carry_out, curve, ends, load_run, scale_rates
 from evaluation.table import CURVES, RESULTS, Table
-from evaluation.workers import Local, OnRay, make_job
+from evaluation.workers import Local, make_job
 from tests.test_evaluation import make_tiny_clip
-from threestudio.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -412,76 +410,3 @@ def test_kill_9_leaves_no_process_and_no_claim(kind, grid, tmp_path):
     gone, alive = psutil.wait_procs(children, timeout=60)
     assert gone and not alive and not any((tmp_path / "work").glob("run-*"))
     assert table.claim(pick(path, "2d", "sds")) is not None and table.rows() == []
-
-
-# --- Ray ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def ray(monkeypatch):
-    """A stand-in that does each task when it is waited for, and keeps what it was told."""
-    told = {"cancelled": [], "got": []}
-
-    def remote(**options):
-        told["options"] = options
-
-        def wrap(function):
-            return SimpleNamespace(remote=lambda *args: _Ref(function, args))
-
-        return wrap
-
-    class _Ref:
-        def __init__(self, function, args):
-            self.function, self.args = function, args
-
-    def get(ref):
-        told["got"].append(ref)
-        return ref.function(*ref.args)
-
-    stand_in = SimpleNamespace(
-        init=lambda **options: told.update(init=options),
-        remote=remote,
-        wait=lambda refs, num_returns: (refs[:num_returns], refs[num_returns:]),
-        get=get,
-        cancel=lambda ref, force: told["cancelled"].append(ref),
-        cluster_resources=lambda: {"CPU": 8.0, "GPU": 1.0},
-        shutdown=lambda: told.update(shutdown=True),
-    )
-    monkeypatch.setitem(sys.modules, "ray", stand_in)
-    return told
-
-
-def test_runs_are_tasks_of_ray(many, ray, tmp_path, monkeypatch):
-    def task(job):
-        if job["run"]["seed"] == 2:
-            raise RuntimeError("the machine\nis lost")
-        return workers.failure(job, "ok")
-
-    monkeypatch.setattr(workers, "run_elsewhere", task)
-    status, _ = many("--ray", "auto", "--threads", "3")
-    assert status == 1 and ray["shutdown"] and len(ray["got"]) == 8
-    assert ray["options"] == {"num_cpus": 3, "num_gpus": 0.0, "max_retries": 1}
-    assert ray["init"]["address"] == "auto"
-    assert ray["init"]["runtime_env"]["working_dir"] == str(ROOT)
-    rows = {int(r["seed"]): r for r in Table(tmp_path / "out").rows()}
-    assert len(rows) == 8 and rows[2]["status"] == "Ray: the machine is lost"
-    assert {r["status"] for seed, r in rows.items() if seed != 2} == {"ok"}
-    assert {r["threads"] for r in rows.values()} == {"3"}
-
-
-@pytest.mark.parametrize(
-    "threads, gpus, workers, slots",
-    [(2, 0, None, 4), (2, 0.5, None, 2), (16, 0, None, 1), (2, 0, 9, 9)],
-)
-def test_ray_is_given_what_it_has_room_for(ray, threads, gpus, workers, slots):
-    assert OnRay("", threads, gpus, workers).slots == slots and ray["init"]["address"] is None
-
-
-def test_an_unreachable_cluster_is_one_line(ray, monkeypatch):
-    def refuse(**options):
-        raise ConnectionError("no such\naddress")
-
-    monkeypatch.setattr(sys.modules["ray"], "init", refuse)
-    with pytest.raises(UserError) as error:
-        OnRay("a:1", 1, 0, 1)
-    assert str(error.value) == "Ray at a:1: no such address"
