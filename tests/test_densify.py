@@ -18,7 +18,7 @@ def gaussians(n=60, **cfg):
 
 
 def rendered(geometry, size, backend="torch"):
-    """What the rasteriser tells of pictures of ``size`` by ``size`` pixels, from a distance of 3."""
+    """What the rasteriser tells of square pictures, from a distance of 3."""
     batch = {**cameras([0, 100], size=size), "width": size}
     batch.pop("rays_d", None)
     return make_renderer(geometry, backend=backend)(**batch)["info"]
@@ -94,6 +94,20 @@ def test_pruning_by_size_is_the_same_at_every_resolution():
         kept.append(torch.isin(colors, geometry.sh0[:, 0, 0]))
     assert 20 < kept[0].sum() < 70
     assert all(torch.equal(kept[0], other) for other in kept[1:])
+
+
+@pytest.mark.parametrize("threshold, left", [(0.07, 8), (0.05, 0)])
+def test_halves_are_pruned_for_their_own_size(threshold, left):
+    """Of 0.1 of the picture; what they are split into has 0.1 / 1.6 = 0.0625."""
+    geometry = gaussians(24)
+    with torch.no_grad():
+        geometry.means.zero_()
+        geometry.scales.fill_(-7.0)
+        focal = 0.5 * 24 / math.tan(math.radians(20))  # pictures of 32 by 24 pixels, from 3.0
+        geometry.scales[:4] = math.log(0.1 * 32 / focal * 3.0 / 3)
+    args = {**STILL, "grow_scale2d": 0.09, "refine_scale2d_stop_iter": 100}
+    densify(geometry, "default", {**args, "prune_scale2d": threshold}, n=1)
+    assert geometry.count == 20 + left
 
 
 # -- collapse --------------------------------------------------------------------------------------

@@ -105,7 +105,8 @@ def default_strategy():
         with 0), and Gaussians that are too big are only pruned after its first date. Here
         ``reset_every`` = 0 means never and any other number means it, and big Gaussians are
         pruned from the step ``prune_big_after`` on. ``cap_max`` > 0 stops growing above so many
-        Gaussians. ``grow_scale2d`` and ``prune_scale2d`` are sizes of :func:`projected_size`.
+        Gaussians. ``grow_scale2d`` and ``prune_scale2d`` are sizes of :func:`projected_size`, and
+        the halves of a Gaussian that is split are judged by their own size, not by its.
 
         ``census`` is told of every change.
         """
@@ -158,6 +159,14 @@ def default_strategy():
             else:
                 size = info["radii"]
             return size.where(seen, 0).amax(0, keepdim=True) * seen
+
+        @torch.no_grad()
+        def _grow_gs(self, params, optimizers, state, step):
+            cloned, split = super()._grow_gs(params, optimizers, state, step)
+            if split and state.get("radii") is not None:
+                # the halves stand last, 1.6 times smaller, and still with the radius of the whole
+                state["radii"][-2 * split :] /= 1.6
+            return cloned, split
 
         @torch.no_grad()
         def _prune_gs(self, params, optimizers, state, step):
