@@ -180,6 +180,23 @@ def test_dying_gaussians_stop_the_mcmc_strategy():
         )
 
 
+@pytest.mark.parametrize("away", [55, 54])
+def test_noise_that_carries_gaussians_out_of_view_stops_the_mcmc_strategy(away):
+    """More than nine of ten are in no view between two dates; those that are faint too count as
+    dead."""
+    geometry = gaussians(60)
+    with torch.no_grad():
+        geometry.opacities.fill_(2.0)
+        geometry.means[:away] += 1e3
+    if away == 54:
+        densify(geometry, "mcmc", {"noise_lr": 0.0}, n=1)
+        return
+    with pytest.raises(ValueError) as raised:
+        densify(geometry, "mcmc", {"noise_lr": 0.0, "refine_every": 3}, n=3)
+    assert "step 3 would leave 5 of the 60" in str(raised.value)
+    assert "mcmc.noise_lr=0 has moved the others out of all views" in str(raised.value)
+
+
 # -- reports ---------------------------------------------------------------------------------------
 
 

@@ -43,25 +43,24 @@ def test_the_pocket_overlay_makes_an_object_that_holds_on_any_background(strateg
     assert (1 - alpha[alpha > 0.5]).mean() < 0.12
 
 
-def shipped(name):
-    """The full-size YAML's strategy ``name``: (its settings, its last date of refinement)."""
-    from threestudio.utils.config import load_config
-
-    cfg = load_config(OVERLAY[0], cli_args=["system.prompt_processor.prompt=x"]).system.strategy
-    return dict(cfg[name]), float(cfg.scene_scale), int(cfg[name].refine_stop_iter)
-
-
 @pytest.mark.parametrize("name, size", [("default", 64), ("default", 24), ("mcmc", 64)])
 def test_the_full_size_schedule_keeps_the_object(name, size):
     """With a cloud as dense as that of Shap-E: pictures of one object are fitted by the Gaussians
-    of another, to the strategy's last date and beyond, at resolutions that it was not made for."""
+    of another, to the strategy's last date, at resolutions that it was not made for."""
+    from threestudio.utils.config import load_config
+
     torch.manual_seed(0)
-    cloud = {"ball": {"n_points": 20000, "radius": 0.8}}
-    geometry = module("model").Gaussians(cloud)
-    target = module("model").Gaussians({"ball": {"n_points": 300}, "init_opacity": 0.9})
-    args, scene_scale, end = shipped(name)
-    densifier = module("densify").Densifier(name, args, scene_scale)
+    geometry = module("model").Gaussians({"ball": {"n_points": 6000, "radius": 0.25}})
+    cfg = {"ball": {"n_points": 200, "radius": 0.25}, "init_opacity": 0.9}
+    target = module("model").Gaussians(cfg)
+    cfg = load_config(OVERLAY[0], cli_args=["system.prompt_processor.prompt=x"]).system
+    densifier = module("densify").Densifier(
+        name, dict(cfg.strategy[name]), float(cfg.strategy.scene_scale)
+    )
+    end = densifier.strategy.refine_stop_iter
     optimizer = optimizer_for(geometry)
+    for group in optimizer.param_groups:
+        group["lr"] = cfg.optimizer.params[group["name"]].lr
     densifier.begin(geometry.count, end + 1)
     renderer = make_renderer(geometry, backend="cpu")
     batches = [cameras([a, a + 180], size=size) for a in range(0, 180, 45)]
@@ -79,4 +78,4 @@ def test_the_full_size_schedule_keeps_the_object(name, size):
         densifier.after_step(geometry, optimizer, step, out["info"])
         errors.append(loss.item())
     assert math.isfinite(errors[-1]) and errors[-1] < 0.5 * errors[0]
-    assert geometry.count > 10000
+    assert geometry.count > 3000
