@@ -18,7 +18,7 @@ def gaussians(n=60, **cfg):
 
 
 def rendered(geometry, size, backend="torch"):
-    """What the rasteriser tells of pictures of ``size`` by ``size`` pixels, from a distance of 3."""
+    """What the rasteriser tells of square pictures, from a distance of 3."""
     batch = {**cameras([0, 100], size=size), "width": size}
     batch.pop("rays_d", None)
     return make_renderer(geometry, backend=backend)(**batch)["info"]
@@ -75,7 +75,7 @@ def test_the_longer_axis_counts():
 
 def test_pruning_by_size_is_the_same_at_every_resolution():
     kept = []
-    for size in (16, 32, 512):
+    for size in (16, 32, 96):
         torch.manual_seed(0)
         geometry = gaussians(80)
         with torch.no_grad():
@@ -94,6 +94,20 @@ def test_pruning_by_size_is_the_same_at_every_resolution():
         kept.append(torch.isin(colors, geometry.sh0[:, 0, 0]))
     assert 20 < kept[0].sum() < 70
     assert all(torch.equal(kept[0], other) for other in kept[1:])
+
+
+@pytest.mark.parametrize("threshold, left", [(0.07, 8), (0.05, 0)])
+def test_halves_are_pruned_for_their_own_size(threshold, left):
+    """Of 0.1 of the picture; what they are split into has 0.1 / 1.6 = 0.0625."""
+    geometry = gaussians(24)
+    with torch.no_grad():
+        geometry.means.zero_()
+        geometry.scales.fill_(-7.0)
+        focal = 0.5 * 24 / math.tan(math.radians(20))  # pictures of 32 by 24 pixels, from 3.0
+        geometry.scales[:4] = math.log(0.1 * 32 / focal * 3.0 / 3)
+    args = {**STILL, "grow_scale2d": 0.09, "refine_scale2d_stop_iter": 100}
+    densify(geometry, "default", {**args, "prune_scale2d": threshold}, n=1)
+    assert geometry.count == 20 + left
 
 
 # -- collapse --------------------------------------------------------------------------------------
@@ -164,6 +178,23 @@ def test_dying_gaussians_stop_the_mcmc_strategy():
         assert "system.strategy.mcmc.min_opacity=0.005 takes the others for dead" in str(
             raised.value
         )
+
+
+@pytest.mark.parametrize("away", [55, 54])
+def test_noise_that_carries_gaussians_out_of_view_stops_the_mcmc_strategy(away):
+    """More than nine of ten are in no view between two dates; those that are faint too count as
+    dead."""
+    geometry = gaussians(60)
+    with torch.no_grad():
+        geometry.opacities.fill_(2.0)
+        geometry.means[:away] += 1e3
+    if away == 54:
+        densify(geometry, "mcmc", {"noise_lr": 0.0}, n=1)
+        return
+    with pytest.raises(ValueError) as raised:
+        densify(geometry, "mcmc", {"noise_lr": 0.0, "refine_every": 3}, n=3)
+    assert "step 3 would leave 5 of the 60" in str(raised.value)
+    assert "mcmc.noise_lr=0 has moved the others out of all views" in str(raised.value)
 
 
 # -- reports ---------------------------------------------------------------------------------------

@@ -371,8 +371,8 @@ def test_mistakes_are_one_line(small, capsys, override, message):
 def test_no_gaussian_grows_above_max_scale(small, strategy):
     """Also none that starts above it, and none that is split or cloned."""
     more = [STRATEGIES[strategy], "system.geometry.init_scale=2.0"]
-    limit = ["system.geometry.max_scale=0.15"]
-    free, held = (fit(*small("embedding+pocket", *more, *x))[0].geometry for x in ([], limit))
+    limits = ("system.geometry.max_scale=0", "system.geometry.max_scale=0.15")
+    free, held = (fit(*small("embedding+pocket", *more, x))[0].geometry for x in limits)
     assert free.scales.exp().max() > 0.2
     assert held.scales.exp().max() < 0.15 * (1 + 1e-6)
     assert (free.count > 120) == (held.count > 120) == (strategy == "default")

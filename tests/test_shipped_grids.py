@@ -3,8 +3,11 @@
 import csv
 import statistics
 
+from omegaconf import OmegaConf
+
 from evaluation.grid import TRUE, load_grid
 from evaluation.machine import ROOT
+from evaluation.run import load_run
 from pocket.data import asked
 from pocket.scenes import KINDS
 
@@ -93,3 +96,27 @@ def test_the_two_best_of_each_prior_come_to_the_second_round():
             if where == canvas
         }
     assert not {r.prompt for r in runs} & {r.prompt for r in load_grid(GRIDS / "tuning.yaml").runs}
+
+
+KEPT = {  # of the overlays as they were when the grids ran
+    "gaussians": {
+        "system.geometry.max_scale": 0.0,
+        "system.geometry.ball": {"n_points": 2500, "radius": 0.6},
+        "system.strategy.name": "none",
+        "system.loss.lambda_sparsity": 2.0,
+        "system.loss.lambda_opaque": 0.0,
+    },
+    "nerf": {"system.loss.lambda_sparsity": 2.0, "system.loss.lambda_opaque": 0.0},
+}
+
+
+def test_the_overlays_new_settings_do_not_change_the_grids(lods, tmp_path):
+    """A run of the reported comparison is what it was, whatever pocket.yaml has learnt since."""
+    background = {"color": [1.0, 1.0, 1.0], "random_aug": True, "random_aug_prob": 0.5}
+    for name in ("pocket", "tuning", "quick"):
+        runs = load_grid(GRIDS / f"{name}.yaml").runs
+        firsts = {(r.canvas, r.prior): r for r in runs if r.prior != TRUE and r.canvas in KEPT}
+        for run in firsts.values():
+            cfg = load_run(run, tmp_path)
+            for key, value in {**KEPT[run.canvas], "system.background": background}.items():
+                assert OmegaConf.select(cfg, key) == value, (name, run.canvas, run.prior, key)

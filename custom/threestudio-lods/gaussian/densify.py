@@ -271,7 +271,7 @@ class Densifier:
                 "checkpoint: it begins afresh"
             )
             return
-        for key in ("grad2d", "count", "radii"):  # the others are constants
+        for key in ("grad2d", "count", "radii", "seen"):  # the others are constants
             value = stored["state"].get(key)
             if key in self.state and value is not None:
                 if not isinstance(value, Tensor) or value.ndim != 1 or not value.isfinite().all():

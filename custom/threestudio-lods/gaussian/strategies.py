@@ -17,6 +17,7 @@ ADVICE = {  # by the setting that takes Gaussians away
     "prune_scale2d": "has pruned most: raise it",
     "prune_scale3d": "has pruned most: raise it or system.strategy.scene_scale",
     "min_opacity": "takes the others for dead: lower it",
+    "noise_lr": "has moved the others out of all views: lower it",
 }
 
 
@@ -105,7 +106,8 @@ def default_strategy():
         with 0), and Gaussians that are too big are only pruned after its first date. Here
         ``reset_every`` = 0 means never and any other number means it, and big Gaussians are
         pruned from the step ``prune_big_after`` on. ``cap_max`` > 0 stops growing above so many
-        Gaussians. ``grow_scale2d`` and ``prune_scale2d`` are sizes of :func:`projected_size`.
+        Gaussians. ``grow_scale2d`` and ``prune_scale2d`` are sizes of :func:`projected_size`, and
+        the halves of a Gaussian that is split are judged by their own size, not by its.
 
         ``census`` is told of every change.
         """
@@ -160,6 +162,14 @@ def default_strategy():
             return size.where(seen, 0).amax(0, keepdim=True) * seen
 
         @torch.no_grad()
+        def _grow_gs(self, params, optimizers, state, step):
+            cloned, split = super()._grow_gs(params, optimizers, state, step)
+            if split and state.get("radii") is not None:
+                # the halves stand last, 1.6 times smaller, and still with the radius of the whole
+                state["radii"][-2 * split :] /= 1.6
+            return cloned, split
+
+        @torch.no_grad()
         def _prune_gs(self, params, optimizers, state, step):
             masks = {"prune_opa": torch.sigmoid(params["opacities"]) < self.prune_opa}
             if step >= self.prune_big_after:
@@ -185,21 +195,26 @@ def mcmc_strategy():
 
     @dataclasses.dataclass
     class CountedStrategy(MCMCStrategy):
-        """``census`` is told of every change. A relocation with next to no Gaussian left alive
-        (``min_opacity``) is refused: with none at all, gsplat's fails."""
+        """``census`` is told of every change, and before a date of refinement how many Gaussians
+        are dead (``min_opacity``; gsplat's relocation fails if all are) or have been in no view
+        since the last one, where noise that is too strong has brought them."""
 
         def __post_init__(self):
             self.census = Census("mcmc", "relocated", "added")
 
+        def initialize_state(self):
+            return {**super().initialize_state(), "seen": None}
+
         def step_post_backward(self, params, optimizers, state, step, info, lr):
             state["binoms"] = state["binoms"].to(params["means"].device)
+            if "radii" in info:
+                seen = (info["radii"] > 0).all(-1).any(0)
+                state["seen"] = seen if state["seen"] is None else state["seen"] | seen
             if (
                 self.refine_start_iter < step < self.refine_stop_iter
                 and step % self.refine_every == 0
             ):
-                dead = int((params["opacities"].sigmoid() <= self.min_opacity).sum())
-                causes = {"min_opacity": (dead, self.min_opacity)}
-                self.census.prune(step, len(params["means"]) - dead, causes)
+                self._look(params, state, step)
                 relocated = self._relocate_gs(params, optimizers, state["binoms"])
                 added = self._add_new_gs(params, optimizers, state["binoms"])
                 self.census.note(relocated=relocated, added=added)
@@ -211,5 +226,16 @@ def mcmc_strategy():
             inject_noise_to_position(
                 params=params, optimizers=optimizers, state={}, scaler=lr * self.noise_lr
             )
+
+        @torch.no_grad()
+        def _look(self, params, state, step):
+            alive = params["opacities"].sigmoid() > self.min_opacity
+            seen = torch.ones_like(alive) if state["seen"] is None else state["seen"]
+            state["seen"] = None
+            causes = {
+                "min_opacity": (int((~alive).sum()), self.min_opacity),
+                "noise_lr": (int((alive & ~seen).sum()), self.noise_lr),
+            }
+            self.census.prune(step, int((alive & seen).sum()), causes)
 
     return CountedStrategy
