@@ -11,7 +11,7 @@ from threestudio.models.exporters.base import Exporter, ExporterOutput
 from threestudio.models.exporters.texture import fill_image, surface_points
 from threestudio.models.exporters.unwrap_options import ChartOptions, PackOptions
 from threestudio.models.mesh import Mesh
-from threestudio.utils.errors import UserError, nearest
+from threestudio.utils.errors import UserError
 from threestudio.utils.ops import chunk_batch
 from threestudio.utils.typing import *
 
@@ -55,28 +55,23 @@ class MeshExporter(Exporter):
         xatlas_pack_options: Annotated[dict, PackOptions] = field(default_factory=dict)
         context_type: str = "gl"  # of upstream's rasteriser; accepted and without effect
 
+        def contradictions(self):
+            """See :mod:`threestudio.utils.ranges`."""
+            if self.fmt == "obj-mtl" and self.save_texture and not self.save_uv:
+                yield (
+                    "save_texture",
+                    "needs save_uv: set save_uv=true, or save_texture=false, or fmt=obj for "
+                    "colours at the vertices",
+                )
+            if Image.registered_extensions().get(f".{self.texture_format}") not in Image.SAVE:
+                yield (
+                    "texture_format",
+                    f"={self.texture_format!r} cannot be written: use jpg or png",
+                )
+
     cfg: Config
 
-    def configure(self, *args, **kwargs) -> None:
-        super().configure(*args, **kwargs)
-        cfg = self.cfg
-        if cfg.fmt not in FORMATS:
-            raise UserError(
-                f"system.exporter.fmt={cfg.fmt!r}: the formats are {', '.join(FORMATS)}"
-                f"{nearest(cfg.fmt, FORMATS)}"
-            )
-        if cfg.fmt == "obj-mtl" and cfg.save_texture and not cfg.save_uv:
-            raise UserError(
-                "system.exporter.save_texture needs save_uv: set save_uv=true, or "
-                "save_texture=false, or fmt=obj for colours at the vertices"
-            )
-        if cfg.texture_size < 1:
-            raise UserError(f"system.exporter.texture_size={cfg.texture_size}: it is 1 or more")
-        if Image.registered_extensions().get(f".{cfg.texture_format}") not in Image.SAVE:
-            raise UserError(
-                f"system.exporter.texture_format={cfg.texture_format!r} cannot be written: "
-                "take jpg or png"
-            )
+    geometry_needs = ("isosurface",)
 
     def __call__(self) -> List[ExporterOutput]:
         if not hasattr(self.geometry, "isosurface"):
