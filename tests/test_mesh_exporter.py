@@ -306,16 +306,16 @@ def test_wrong_options_are_refused_before_anything_is_computed():
         return threestudio.find("mesh-exporter")(cfg, *parts)
 
     assert make(context_type="cuda").cfg.fmt == "obj-mtl"
-    with pytest.raises(UserError, match="obj-mtl, obj, glb, ply: did you mean 'obj'"):
+    with pytest.raises(UserError, match="obj-mtl, obj, glb, ply, not 'objs': did you mean 'obj'"):
         make(fmt="objs")
     with pytest.raises(UserError, match="save_texture needs save_uv"):
         make(save_uv=False)
     make(save_uv=False, fmt="obj"), make(save_uv=False, save_texture=False)
     with pytest.raises(UserError, match="texture_format='jgp'"):
         make(texture_format="jgp")
-    with pytest.raises(UserError, match="axes='y_up': the axes are z-up and y-up"):
+    with pytest.raises(UserError, match="axes"):
         make(axes="y_up")
-    with pytest.raises(UserError, match="texture_size=0"):
+    with pytest.raises(UserError, match=r"texture_size must be .* from 1 to 16384, not 0"):
         make(texture_size=0)
     with pytest.raises(UserError, match="cannot mesh a BaseGeometry"):
         make()()

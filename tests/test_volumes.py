@@ -134,7 +134,7 @@ def test_blob_anneals():
 def test_mistakes_are_named():
     for config, message in (
         ({"density_bias": "blob_magic"}, "did you mean 'blob_magic3d'"),
-        ({"normal_type": "analytical"}, "finite_difference.*null"),
+        ({"normal_type": "analytical"}, "finite_difference.*null, not"),
     ):
         with pytest.raises(UserError, match=message):
             volume(**config)

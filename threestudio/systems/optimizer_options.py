@@ -27,6 +27,15 @@ class Rates(TypedDict, total=False):
     etas: Annotated[Any, "list (0, 1e6]"]
     step_sizes: Annotated[Any, "ordered [0, 1e6]"]
     max_grad_norm: Annotated[float, "[0, inf)"]
+    beta2_decay: Annotated[float, "[-10, 0]"]
+    d: Annotated[float, "[1, 1e6]"]
+    ns_steps: Annotated[int, "[1, 100]"]
+    ns_coefficients: Annotated[Any, "list (-inf, inf)"]
+    max_iter: Annotated[int, "[1, 1e6]"]
+    max_eval: Annotated[Optional[int], "[1, 1e6]"]
+    history_size: Annotated[int, "[1, 1e6]"]
+    tolerance_grad: Annotated[float, "[0, 1e6]"]
+    tolerance_change: Annotated[float, "[0, 1e6]"]
 
 
 class OptimizerOptions(TypedDict, total=False):
@@ -58,6 +67,17 @@ class ScheduleArguments(TypedDict, total=False):
     patience: Annotated[int, "[0, 1e12]"]
     cooldown: Annotated[int, "[0, 1e12]"]
     last_epoch: Annotated[int, "[-1, 1e12]"]
+    threshold: Annotated[float, "[0, 1e6]"]
+    eps: Annotated[float, "[0, 1e6]"]
+    step_size_up: Steps
+    step_size_down: Annotated[Optional[int], "[1, 1e12]"]
+    base_momentum: Annotated[Any, "each [0, 1]"]
+    max_momentum: Annotated[Any, "each [0, 1]"]
+    epochs: Annotated[Optional[int], "[1, 1e12]"]
+    steps_per_epoch: Annotated[Optional[int], "[1, 1e12]"]
+    pct_start: Annotated[float, "[0, 1]"]
+    div_factor: Annotated[float, "(0, 1e12]"]
+    final_div_factor: Annotated[float, "(0, 1e12]"]
 
 
 class SchedulerPart(TypedDict, total=False):

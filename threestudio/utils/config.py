@@ -21,7 +21,16 @@ import threestudio
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.hints import INTERPOLATION, full_key, is_text, quoted, unquoted, walk
 from threestudio.utils.ranges import annotations as declared_annotations
-from threestudio.utils.ranges import checked, may_be_null, not_a_number, refuse_contradictions
+from threestudio.utils.ranges import (
+    are_texts,
+    checked,
+    is_list,
+    may_be_null,
+    not_a_number,
+    refuse_contradictions,
+    shown,
+    takes_texts,
+)
 from threestudio.utils.safe_yaml import bounded_interpolation, check_yaml, read_limited
 from threestudio.utils.schedules import schedule_knots
 from threestudio.utils.trainer_options import CheckpointOptions, TrainerOptions, contradictions
@@ -168,13 +177,14 @@ class ExperimentConfig:
             yield f"trainer.{name}", text
 
     def _several_processes(self) -> bool:
-        """Each would take a time of its own. The Trainer refuses what is no number."""
+        """Each would take a time of its own. What is no number is refused later."""
         devices, nodes = (self.trainer.get(key) for key in ("devices", "num_nodes"))
         numbers = re.compile(r"-?\d{1,9}", re.ASCII)
         devices = int(devices) if numbers.fullmatch(str(devices)) else -1
         nodes = int(nodes) if numbers.fullmatch(str(nodes)) else 1
         if self.trainer.get("accelerator") != "cpu":  # there are no more of them than are visible
-            devices = self.n_gpus if devices < 0 else min(devices, self.n_gpus)
+            visible = self.n_gpus if isinstance(self.n_gpus, int) else 1
+            devices = visible if devices < 0 else min(devices, visible)
         return devices > 1 or nodes > 1
 
 
@@ -420,6 +430,12 @@ def _takes_one_value(annotation: Any) -> bool:
     )
 
 
+def _takes_no_number(annotation: Any) -> bool:
+    """Whether a field is of one text or switch, which has no schedules."""
+    options = set(typing.get_args(annotation)) if typing.get_origin(annotation) is Union else set()
+    return (options or {annotation}) <= {str, bool, type(None)}
+
+
 def parse_structured(fields, cfg=None, where: str = "", prefix: str = "") -> Any:
     """Build the dataclass `fields` from the mapping `cfg`, as an OmegaConf structured config.
 
@@ -454,12 +470,21 @@ def parse_structured(fields, cfg=None, where: str = "", prefix: str = "") -> Any
         if value is None and not may_be_null(annotations[key]):
             full = full_key(key)
             raise UserError(f"{where}: {full} is empty: give it a value, or leave the key out")
-        if annotations[key] is dict and not isinstance(value, Mapping | DictConfig):
-            raise UserError(f"{where}: {full_key(key)} takes a mapping, not {value!r}")
+        mapping = isinstance(value, Mapping | DictConfig)
+        if annotations[key] in (dict, Optional[dict]) and not mapping and value is not None:
+            raise UserError(f"{where}: {full_key(key)} takes a mapping, not {shown(value)}")
+        if takes_texts(annotations[key]) and not are_texts(value):
+            raise UserError(f"{where}: {full_key(key)} takes a list of texts, not {shown(value)}")
         # a node of OmegaConf is not checked against the field: only schedules shall get through
-        if OmegaConf.is_dict(value) and _takes_one_value(annotations.get(key)):
+        if mapping and _takes_one_value(annotations.get(key)):
             raise UserError(f"{where}: {full_key(key)} takes one value, not a mapping")
+        if is_list(value) and _takes_no_number(annotations.get(key)):
+            raise UserError(f"{where}: {full_key(key)} takes one value, not a list")
         values[key] = _adapt(value, annotations.get(key))
+    hints = declared_annotations(fields)
+    for key in values:  # a list that OmegaConf will not compare with the field, again before then
+        if is_list(values[key]) and typing.get_origin(hints[key]) is typing.Annotated:
+            checked(full_key(key), values[key], hints[key])
     try:
         conf = OmegaConf.structured(fields(**values))
     except UserError:
@@ -470,7 +495,7 @@ def parse_structured(fields, cfg=None, where: str = "", prefix: str = "") -> Any
     # such as a field without default that is not given, or an int that no float can hold
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: {_first_line(error)}") from None
-    for key, hint in declared_annotations(fields).items():
+    for key, hint in hints.items():
         if key in values and typing.get_origin(hint) is typing.Annotated:
             value = conf[key]
             kept = checked(full_key(key), value, hint)

@@ -43,7 +43,8 @@ def check_parts(cfg: DictConfig, mode: str) -> None:
         except KeyError:
             if part in _BUILT:
                 raise
-    _check_renderer(classes.get("renderer"), classes.get("geometry"), options)
+    for part in ("renderer", "exporter")[: 1 + (mode == "export")]:
+        _check_fit(part, classes, options)
     for part, cls in classes.items():
         if part in cfg.system:
             _parse(cls, cfg.system[part])
@@ -54,11 +55,14 @@ def _parse(cls: type, section: Any) -> Any:
     return None if fields is None else parse_structured(fields, section)
 
 
-def _check_renderer(renderer: Any, geometry: Any, options: Any) -> None:
-    """A renderer names the methods that it calls of its geometry in ``geometry_needs``."""
-    for method in getattr(renderer, "geometry_needs", ()):
+def _check_fit(part: str, classes: Dict[str, type], options: Any) -> None:
+    """Renderers and exporters name the methods that they call of their geometry in
+    ``geometry_needs``."""
+    geometry = classes.get("geometry")
+    for method in getattr(classes.get(part), "geometry_needs", ()):
         if geometry is not None and not hasattr(geometry, method):
             raise UserError(
-                f"system.renderer_type={options.renderer_type} cannot draw "
-                f"system.geometry_type={options.geometry_type}: it needs its {method}()"
+                f"system.{part}_type={options[f'{part}_type']} does not go with "
+                f"system.geometry_type={options.geometry_type}, which has no {method}(): set "
+                "another of the two"
             )

@@ -29,7 +29,8 @@ What several fields must be together says a method of the dataclass,
         if self.near_plane >= self.far_plane:
             yield "far_plane", f"must be above near_plane={self.near_plane:g}"
 
-of every class in the method resolution order that has one. This module imports no torch.
+of every class in the method resolution order that has one; the text follows the key, as its
+``=value`` may. This module imports no torch.
 """
 
 import dataclasses
@@ -114,11 +115,10 @@ class Range:
             parts.append(f"{'at least' if self.low_included else 'above'} {low}")
         if math.isfinite(self.high):
             parts.append(f"{'at most' if self.high_included else 'below'} {high}")
-        elif self.high_included:
-            parts.append(".inf is allowed")
-        if len(parts) == 2 and self.low_included and self.high_included and high != "inf":
+        if len(parts) == 2 and self.low_included and self.high_included:
             return f"from {low} to {high}"
-        return " and ".join(parts)
+        allowed = " (.inf is allowed)" if self.high == math.inf and self.high_included else ""
+        return " and ".join(parts) + allowed
 
     def describe(self, whole: bool, count: int | None, lists_only: bool) -> str:
         """What is allowed, in words. `count`: of a list's items, where it is fixed."""
@@ -235,6 +235,16 @@ def annotations(cls: type) -> dict[str, Any]:
     return found
 
 
+def takes_texts(base: Any) -> bool:
+    """Whether a field of this type is a list of texts."""
+    kind = _plain(base)
+    return typing.get_origin(kind) in (list, tuple) and _element(kind) is str
+
+
+def are_texts(value: Any) -> bool:
+    return value is None or (is_list(value) and all(isinstance(item, str) for item in value))
+
+
 def may_be_null(base: Any) -> bool:
     """Whether a field of this type may be null."""
     return base in (Any, type(None)) or type(None) in typing.get_args(base)
@@ -257,7 +267,7 @@ def checked(key: str, value: Any, hint: Any) -> Any:
         if isinstance(declared, str):
             value = Range.parse(declared).checked(key, value, base)
         elif isinstance(declared, tuple):
-            _check_word(key, value, declared)
+            _check_word(key, value, declared, base is not Any and may_be_null(base))
         elif isinstance(value, (Mapping, DictConfig)):
             _check_entries(key, value, declared)
     if not beside:
@@ -274,10 +284,10 @@ def checked(key: str, value: Any, hint: Any) -> Any:
     return value
 
 
-def _check_word(key: str, value: Any, words: tuple) -> None:
+def _check_word(key: str, value: Any, words: tuple, or_null: bool) -> None:
     if value not in words or isinstance(value, bool):
         hint = nearest(value, [w for w in words if isinstance(w, str)])
-        listed = ", ".join(dict.fromkeys(str(w) for w in words))
+        listed = ", ".join(dict.fromkeys([str(w) for w in words] + ["null"] * or_null))
         raise UserError(f"{key} must be one of {listed}, not {shown(value)}{hint}")
 
 
@@ -311,7 +321,8 @@ def refuse_contradictions(fields: type, config: Any, full_key) -> None:
     for cls in reversed(fields.__mro__):
         if "contradictions" in cls.__dict__:
             for name, text in cls.__dict__["contradictions"](config):
-                raise UserError(f"{full_key(name)} {text}")
+                gap = "" if text.startswith("=") else " "
+                raise UserError(f"{full_key(name)}{gap}{text}")
 
 
 def not_a_number(config: Any, prefix: str = "") -> Iterator[str]:

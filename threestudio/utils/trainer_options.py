@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypedDict
 
 from omegaconf import DictConfig
 
-from threestudio.utils.ranges import is_list, is_number, shown
+from threestudio.utils.ranges import is_number, shown
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = (
@@ -92,13 +92,9 @@ def contradictions(trainer: Any) -> Iterator[tuple[str, str]]:
                 trainer[name] = int(value)
             else:
                 yield name, f"must be a whole number or a part of 1, not {shown(value)}"
-    devices = trainer.get("devices", 1)
-    if is_number(devices) and (devices < -1 or devices == 0 or devices > 1e5 or devices % 1):
-        yield "devices", f"must be a number of devices, or -1 or auto for all, not {shown(devices)}"
-    if devices is None or isinstance(devices, (bool, Mapping, DictConfig)) or is_list(devices):
-        yield "devices", "is a number, or auto: choose GPUs with --gpu 0,2"
-    if str(devices) == "0" and not is_number(devices):
-        yield "devices", "must be a number of devices, or -1 or auto for all, not 0"
+    if not _is_count_of_devices(trainer.get("devices", 1)):
+        value = shown(trainer.devices)
+        yield "devices", f"={value} is no number of devices: choose GPUs with --gpu 0,2"
     fast = trainer.get("fast_dev_run", False)
     if not isinstance(fast, bool) and not (isinstance(fast, int) and 0 <= fast <= 1e9):
         yield "fast_dev_run", f"must be true, false or a number of batches, not {shown(fast)}"
@@ -110,6 +106,12 @@ def contradictions(trainer: Any) -> Iterator[tuple[str, str]]:
     time = trainer.get("max_time")
     if time is not None and not _is_time(time):
         yield "max_time", f'must be a time such as "00:12:00:00" (12 hours), not {shown(time)}'
+
+
+def _is_count_of_devices(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(re.fullmatch(r"-1|[1-9]\d{0,5}|auto", value, re.ASCII))
+    return isinstance(value, int) and value is not True and (value == -1 or 1 <= value <= 100000)
 
 
 def _is_time(value: Any) -> bool:

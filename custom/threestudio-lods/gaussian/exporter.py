@@ -39,6 +39,8 @@ class GaussianExporter(Exporter):
 
     cfg: Config
 
+    geometry_needs = ("gaussians", "base_colors")
+
     def configure(self, *args, **kwargs) -> None:
         super().configure(*args, **kwargs)
         several = isinstance(self.cfg.fmt, (list, tuple, ListConfig))

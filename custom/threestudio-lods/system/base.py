@@ -70,6 +70,12 @@ class LODSSystem(BaseLift3DSystem):
         if hasattr(self.guidance, "initialize"):
             self.guidance.initialize(self.prompt_utils)
         self.on_predict_start()  # a mistake in the exporter's settings shall not cost a training
+        for method in getattr(self.exporter, "geometry_needs", ()):
+            if not hasattr(self.geometry, method):
+                raise ValueError(
+                    f"system.exporter_type={self.cfg.exporter_type} cannot export "
+                    f"system.geometry_type={self.cfg.geometry_type}: set another exporter_type"
+                )
         self._sheet: Dict[int, Tuple[float, int, Tensor]] = {}
         self._results: Dict[str, str] = {}
         self.views = 0  # of a test, where its data tell

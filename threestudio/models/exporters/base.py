@@ -29,6 +29,8 @@ class Exporter(SceneHolder, BaseObject):
 
     cfg: Config
 
+    geometry_needs: Tuple[str, ...] = ()  # methods that the exporter calls of its geometry
+
     def configure(
         self, geometry: BaseGeometry, material: BaseMaterial, background: BaseBackground
     ) -> None:

@@ -12,7 +12,7 @@ from threestudio.models.exporters.base import Exporter, ExporterOutput
 from threestudio.models.exporters.texture import fill_image, surface_points
 from threestudio.models.exporters.unwrap_options import ChartOptions, PackOptions
 from threestudio.models.mesh import Mesh
-from threestudio.utils.errors import UserError, nearest
+from threestudio.utils.errors import UserError
 from threestudio.utils.ops import chunk_batch
 from threestudio.utils.typing import *
 
@@ -49,7 +49,7 @@ class MeshExporter(Exporter):
     class Config(Exporter.Config):
         fmt: Annotated[str, FORMATS] = "obj-mtl"  # one of FORMATS
         save_name: str = "model"
-        axes: str = "z-up"  # or y-up; a glb is always y up
+        axes: Annotated[str, tuple(AXES)] = "z-up"  # or y-up; a glb is always y up
         save_normal: bool = False  # a glb always has them
         save_uv: bool = True  # obj-mtl and obj
         save_texture: bool = True  # images for obj-mtl, vertex colours for the others
@@ -60,34 +60,24 @@ class MeshExporter(Exporter):
         xatlas_pack_options: Annotated[dict, PackOptions] = field(default_factory=dict)
         context_type: str = "gl"  # of upstream's rasteriser; accepted and without effect
 
+        def contradictions(self):
+            """See :mod:`threestudio.utils.ranges`."""
+            if self.fmt == "obj-mtl" and self.save_texture and not self.save_uv:
+                yield (
+                    "save_texture",
+                    "needs save_uv: set save_uv=true, or save_texture=false, or fmt=obj for "
+                    "colours at the vertices",
+                )
+            if Image.registered_extensions().get(f".{self.texture_format}") not in Image.SAVE:
+                yield (
+                    "texture_format",
+                    f"={self.texture_format!r} cannot be written: use jpg or png",
+                )
+
     cfg: Config
     formats = FORMATS  # for code that has to work with upstream's exporter, which has two of them
 
-    def configure(self, *args, **kwargs) -> None:
-        super().configure(*args, **kwargs)
-        cfg = self.cfg
-        if cfg.fmt not in FORMATS:
-            raise UserError(
-                f"system.exporter.fmt={cfg.fmt!r}: the formats are {', '.join(FORMATS)}"
-                f"{nearest(cfg.fmt, FORMATS)}"
-            )
-        if cfg.axes not in AXES:
-            raise UserError(
-                f"system.exporter.axes={cfg.axes!r}: the axes are {' and '.join(AXES)}"
-                f"{nearest(cfg.axes, AXES)}"
-            )
-        if cfg.fmt == "obj-mtl" and cfg.save_texture and not cfg.save_uv:
-            raise UserError(
-                "system.exporter.save_texture needs save_uv: set save_uv=true, or "
-                "save_texture=false, or fmt=obj for colours at the vertices"
-            )
-        if cfg.texture_size < 1:
-            raise UserError(f"system.exporter.texture_size={cfg.texture_size}: it is 1 or more")
-        if Image.registered_extensions().get(f".{cfg.texture_format}") not in Image.SAVE:
-            raise UserError(
-                f"system.exporter.texture_format={cfg.texture_format!r} cannot be written: "
-                "take jpg or png"
-            )
+    geometry_needs = ("isosurface",)
 
     def __call__(self) -> List[ExporterOutput]:
         if not hasattr(self.geometry, "isosurface"):

@@ -102,7 +102,7 @@ class StableDiffusionGuidance(BaseObject):
                 step, low, high = crossed
                 yield (
                     "min_step_percent",
-                    f"is above max_step_percent at step {step}: {low} > {high}",
+                    f"is above max_step_percent at step {step}: {low} and {high}",
                 )
             if self.use_sjc and self.use_img_loss:
                 yield "use_img_loss", "goes with SDS only: set use_sjc=false"

@@ -66,7 +66,7 @@ class NeRFVolumeRenderer(VolumeRenderer):
             if self.near_plane >= self.far_plane:
                 yield "far_plane", f"must be above near_plane={self.near_plane:g}"
             if self.estimator == "proposal":
-                yield "estimator", "must be occgrid or importance: proposal is not implemented"
+                yield "estimator", "=proposal is not implemented: use occgrid, or importance"
 
     cfg: Config
 
