@@ -121,9 +121,9 @@ def run(tmp_path, tiny_sd):
 
     def start(configs, *words):
         files = [str(ROOT / "configs" / name) for name in configs]
-        command = [sys.executable, "-m", "tests.fakecuda", *words, "--config", *files, "--train"]
+        command = [sys.executable, "-m", "tests.fakecuda", "--config", *files, "--train"]
         done = subprocess.run(
-            [*command, *small_run(tiny_sd())],
+            [*command, *small_run(tiny_sd()), *words],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
