@@ -307,7 +307,8 @@ def run(args, overrides, argv, gpus) -> int:
     trainer_args = config_to_primitive(cfg.trainer)
     _check_names(pl.Trainer.__init__, trainer_args, "trainer")
     trainer_args = choose_device(trainer_args)
-    pl.seed_everything(cfg.seed + get_rank(), workers=True)
+    # all processes build the same system, of which DDP expects as many Gaussians
+    pl.seed_everything(cfg.seed, workers=True)
 
     with InterruptGuard() as guard, RunFolder(is_first_process()) as folder:
         try:
@@ -315,6 +316,8 @@ def run(args, overrides, argv, gpus) -> int:
             data = threestudio.find(cfg.data_type)(cfg.data)
             system = threestudio.find(cfg.system_type)(cfg.system, resumed=cfg.resume is not None)
             system.set_save_dir(os.path.join(cfg.trial_dir, "save"))
+            if get_rank():  # and see other cameras and noise
+                pl.seed_everything(cfg.seed + get_rank(), workers=True)
             trainer = _make_trainer(args, cfg, guard, trainer_args, system)
             if trainer.is_global_zero:
                 _begin_trial(args, argv, cfg.trial_dir)

@@ -9,7 +9,7 @@ import torch
 
 import threestudio
 from threestudio.models import hashgrid
-from threestudio.models.hashgrid import HashGrid, grid_layout, hash_encode, native
+from threestudio.models.hashgrid import HashGrid, grid_layout, hash_encode, native, twin
 from threestudio.utils.errors import UserError
 
 SMALL = {"n_levels": 4, "log2_hashmap_size": 9, "base_resolution": 4, "per_level_scale": 1.6}
@@ -183,9 +183,9 @@ def test_kernels_equal_the_twin(config, kind):
     layout = grid_layout(**{**SMALL, **config})
     x, params = points(kind, layout.n_input_dims), table(layout)
     ours = derivatives(x, params, layout, "cpu", torch.float32)
-    twin = derivatives(x, params, layout, "torch", torch.float64)
-    assert all(y.abs().max() > 0.1 for y in twin)
-    for a, b in zip(ours, twin):
+    theirs = derivatives(x, params, layout, "torch", torch.float64)
+    assert all(y.abs().max() > 0.1 for y in theirs)
+    for a, b in zip(ours, theirs):
         close(a, b)
 
 
@@ -245,8 +245,8 @@ def test_positions_far_away_and_not_finite():
     layout = grid_layout(**SMALL)
     x = points("anywhere", n=6)
     x[0, 0], x[1, 1], x[2, 2], x[3, 0] = 1e30, float("nan"), float("inf"), -1e12
-    ours, twin = (hash_encode(x, table(layout), layout, b) for b in ("cpu", "torch"))
-    torch.testing.assert_close(ours, twin, equal_nan=True)
+    ours, theirs = (hash_encode(x, table(layout), layout, b) for b in ("cpu", "torch"))
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
     assert ours.isfinite().all(-1).tolist() == [True, False, False, True, True, True]
 
 
@@ -280,6 +280,37 @@ def test_module():
         grid(x[:, :2])
     with pytest.raises(ValueError, match="params has the shape"):
         hash_encode(x, grid.params[:-1], grid.layout)
+
+
+def test_the_twin_keeps_no_level_and_computes_the_same_gradients(monkeypatch):
+    """Bit for bit those of one pass, second derivatives included."""
+    layout = grid_layout(3, 8, 2, 10, 4, 1.5, "Smoothstep")
+    generator = torch.Generator().manual_seed(0)
+    params, x = (torch.rand(n, generator=generator) for n in (layout.n_params, 3 * 200))
+
+    def bytes_and_results():
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage  # held, so that no address is used twice
+            return tensor
+
+        own, where = params.clone().requires_grad_(), x.view(200, 3).clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            features = twin._hash_encode_torch(where, own, layout)
+        kept.pop(own.untyped_storage()._cdata, None)
+        weights = torch.linspace(-1, 1, features.numel()).view_as(features)
+        first = torch.autograd.grad(features, (where, own), weights, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (where, own))
+        return sum(s.nbytes() for s in kept.values()) / 200, [features, *first, *second]
+
+    kept, results = bytes_and_results()
+    monkeypatch.setattr(twin, "checkpoint", lambda level, *args, **options: level(*args))
+    kept_by_one_pass, expected = bytes_and_results()
+    assert kept < 20 and kept_by_one_pass > 8 * 96  # bytes a point; 12 are its position
+    for got, want in zip(results, expected, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_backends(monkeypatch):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import imageio_ffmpeg
 import pytest
 import torch
+from omegaconf import OmegaConf
 from pytorch_lightning.core.hooks import ModelHooks
 
 from tests.runs import ROOT, launch, small_run
@@ -188,6 +189,31 @@ def test_one_process_is_left_as_it_is(tmp_path):
     system._trainer.world_size = 1
     TogetherAtTheEnds().setup(system._trainer, system, "test")
     assert not any(name in vars(system) for name in HOOKS)
+
+
+def test_processes_build_the_same_system_and_draw_other_numbers(tmp_path, monkeypatch):
+    """Initial points that are drawn at random have to be as many on all."""
+    from tests import toy_extension as toy
+
+    built, drawn = [], []
+
+    def look(system):
+        built.append(system.body[0].weight.detach().clone())
+        drawn.append((torch.initial_seed(), torch.rand(1).item()))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(toy.ToySystem, "on_fit_start", look)
+    monkeypatch.setattr("threestudio.find", {"toy-data": toy.ToyData, "toy": toy.ToySystem}.get)
+    config = {"data_type": "toy-data", "system_type": "toy", "tag": "t", "use_timestamp": False}
+    config["system"] = {"optimizer": {"name": "SGD", "args": {"lr": 0.1}}}
+    config["trainer"] = {"max_steps": 1, "limit_val_batches": 0, "enable_progress_bar": False}
+    OmegaConf.save(OmegaConf.create({**config, "name": "x", "seed": 5}), "toy.yaml")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert launch(["toy.yaml"], []) == 0
+    assert torch.equal(*built) and drawn[0] != drawn[1]
+    assert [seed for seed, _ in drawn] == [5, 6]
 
 
 # --- two processes ------------------------------------------------------------------------------

@@ -90,6 +90,11 @@ class NonFiniteGuard(Callback):
         self.skipped += 1
         if not scaled and in_a_row == 1:
             threestudio.warn(f"{report}: this step is skipped")
+        elif scaled and self.skipped == 1:
+            threestudio.info(
+                f"{report}: the scaled loss was too large for float16, which is ordinary in the "
+                "first steps; the step is skipped, and the loss is scaled less from now on"
+            )
         for parameter in parameters:
             parameter.grad = None  # optimizers pass over a parameter without gradient
 
@@ -116,7 +121,8 @@ class NonFiniteGuard(Callback):
         return f"gradients are not finite: {where}"
 
     def on_train_end(self, trainer, pl_module) -> None:
-        if self.skipped and self.policy == "skip":
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if self.skipped and (self.policy == "skip" or scaled):
             threestudio.warn(f"{self.skipped} steps were skipped because of values not finite")
 
 

@@ -184,6 +184,11 @@ class Densifier:
                 f"trainer.max_steps {max_steps}; lower {where}.refine_start_iter or refine_every"
             )
 
+    def reads_gradients(self, step: int) -> bool:
+        """Whether :meth:`after_step` looks at the gradient of the projected means at this step:
+        the default strategy, as long as it refines."""
+        return self.name == "default" and step < self.strategy.refine_stop_iter
+
     def before_backward(self, info: Dict[str, Any]) -> None:
         """Ask for the gradient of the projected means, which the default strategy judges by."""
         if self.name == "default":
@@ -240,6 +245,8 @@ class Densifier:
         """The strategy's own step, in place on ``params`` and ``views``."""
         arguments = (params, views, self.state, step, info)
         if self.name == "default":
+            if not self.reads_gradients(step):
+                return
             grad = info["means2d"].grad
             if grad is None or not torch.isfinite(grad).all():
                 return  # a step that a 16-bit scaler skipped

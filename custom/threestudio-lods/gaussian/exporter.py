@@ -32,7 +32,8 @@ class GaussianExporter(Exporter):
     class Config(Exporter.Config):
         fmt: Any = field(default_factory=lambda: ["ply", "points"])  # one or a list of FORMATS
         save_name: str = "gaussians"
-        axes: str = "z-up"  # of ply and points: z-up, to go on from, or y-down, for 3DGS viewers
+        # of ply and points: z-up, to go on from, or y-down, for 3DGS viewers
+        axes: Annotated[str, tuple(PLY_AXES)] = "z-up"
         # glb: points of the grid along each axis, and the density of the surface
         mesh_resolution: Annotated[int, "[8, 2048]"] = 128
         mesh_threshold: Annotated[float, "(0, inf)"] = 1.0
@@ -50,15 +51,6 @@ class GaussianExporter(Exporter):
                 raise ValueError(
                     f"system.exporter.fmt has '{fmt}': the formats are {', '.join(FORMATS)}"
                 )
-
-        if self.cfg.axes not in PLY_AXES:
-            raise ValueError(
-                f"system.exporter.axes='{self.cfg.axes}' is unknown: use {' or '.join(PLY_AXES)}"
-            )
-        if self.cfg.mesh_resolution < 8 or not self.cfg.mesh_threshold > 0:
-            raise ValueError(
-                "system.exporter.mesh_resolution must be at least 8 and mesh_threshold positive"
-            )
 
     def __call__(self) -> List[ExporterOutput]:
         outputs = []

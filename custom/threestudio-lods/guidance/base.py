@@ -372,10 +372,16 @@ class BaseGuidance(BaseModule):
 
     def unscale_gradients(self, parameters) -> None:
         """Undo the ``grad_scale`` of ``predict_noise`` on what is learnt through it."""
-        scale = self.denoiser.grad_scale
-        if scale != 1:
+        if self.denoiser.grad_scale != 1:
             for parameter in parameters:
-                parameter.register_hook(lambda grad: grad / scale)
+                parameter.register_hook(lambda grad: grad / self.denoiser.grad_scale)
+
+    def loss_is_scaled(self) -> None:
+        """To be called where the trainer multiplies the loss itself, as a GradScaler does: both
+        factors together would overflow in float16 at a small batch, and cost the first steps."""
+        if self.inner is None:  # whose losses the trainer does not see
+            for denoiser in self._loaded:
+                denoiser.grad_scale = 1.0
 
     def weight(self, t: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """w(t) of the configured ``weighting_strategy``."""

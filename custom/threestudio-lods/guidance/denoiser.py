@@ -132,7 +132,8 @@ class Denoiser:
         for module in (unet, vae):
             module.to(self.device).eval().requires_grad_(False)
         self.unet, self.vae = unet, vae
-        # The gradient of a mean over many elements underflows in float16; see predict_noise.
+        # The gradient of a mean over many elements underflows in float16; see predict_noise, and
+        # BaseGuidance.loss_is_scaled.
         self.grad_scale: float = 1024.0 if self.dtype == torch.float16 else 1.0
         config = scheduler.config
         self.prediction_type: str = config.get("prediction_type", "epsilon")

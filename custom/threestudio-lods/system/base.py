@@ -98,6 +98,12 @@ class LODSSystem(BaseLift3DSystem):
 
     # -- losses --------------------------------------------------------------------------------
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if scaled and hasattr(self.guidance, "loss_is_scaled"):
+            self.guidance.loss_is_scaled()
+
     def loss_of(self, out: Dict[str, Any], batch: Dict[str, Any]) -> Float[Tensor, ""]:
         """The total loss of a rendered batch, with its parts logged."""
         self.coverage.see(out["opacity"], self._everywhere)

@@ -110,9 +110,10 @@ class LODSGaussianSplatting(LODSSystem):
     def training_step(self, batch: Dict[str, Any], batch_idx: int) -> Dict[str, Tensor]:
         out = self.renderer(**batch, absgrad=self.densifier.absgrad)
         self.densifier.before_backward(out["info"])
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        scale = scaler.get_scale() if scaler is not None else 1.0
-        self._rendered = (self.true_global_step, out["info"], scale)
+        scaler, step = getattr(self.trainer.precision_plugin, "scaler", None), self.true_global_step
+        read = scaler is not None and self.densifier.reads_gradients(step)
+        # only where it is of use: the CPU waits for the GPU to tell it
+        self._rendered = (step, out["info"], scaler.get_scale() if read else 1.0)
 
         loss = self.loss_of(out, batch)
         self.note("train/n_gaussians", self.geometry.count)

@@ -77,7 +77,9 @@ class PromptProcessorOutput:
         azimuth = shift_azimuth_deg(azimuth)
         index = torch.zeros_like(elevation, dtype=torch.long)
         for d in self.directions:
-            index[d.condition(elevation, azimuth, camera_distances)] = self.direction2idx[d.name]
+            # no index[...] = ..., for which the CPU would have to wait for the GPU
+            applies = d.condition(elevation, azimuth, camera_distances)
+            index = torch.where(applies, self.direction2idx[d.name], index)
         return index.to(self.text_embeddings.device)
 
     def get_text_embeddings(
