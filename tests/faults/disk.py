@@ -129,8 +129,9 @@ def _each_folder(model, disk: Path, folder: Path) -> Iterator[str]:
         (work / "code.py").write_text("code")
         trial = trial_of(CONFIG, work / "outputs")
         full = work / ".threestudio_cache" if "cache" in name else trial / name
+        if not step:  # a new run, which has a folder of its own but for this
+            full = work / "outputs" / name
         full.mkdir(exist_ok=True)
-        # a run without a checkpoint is a new one, and has a folder of its own but for this
         own = f"resume={trial}" if step else f"checkpoint.dirpath={full.relative_to(work)}"
         if not _mount("-t", "tmpfs", "-o", "size=64k", "none", str(full)):
             yield "a second tmpfs cannot be mounted"
@@ -143,7 +144,7 @@ def _each_folder(model, disk: Path, folder: Path) -> Iterator[str]:
             problem = ends_well(child)
             if not problem and (child.status != status or said not in child.output()):
                 problem = f"{name}: status {child.status}: {child.output()[-200:]}"
-            found = newest_checkpoint(trial)
+            found = newest_checkpoint(trial if step else full)
             if not problem and (found[1] if found else 0) != step:
                 problem = f"{name}: the newest checkpoint is {found}, not of step {step}"
             yield problem
