@@ -1,11 +1,11 @@
 """The tables that the report is made from: reading them, and sorting runs into sections."""
 
-import csv
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from evaluation.csvfile import read_rows
 from evaluation.statistics import Runs
 from threestudio.utils.errors import UserError
 
@@ -65,15 +65,10 @@ def read(file: Path, needed: Iterable[str] = ()) -> Rows | None:
     """The rows of a CSV, or None if there is no such file."""
     if not file.exists():
         return None
-    with open(file, newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        rows = list(reader)
-    lacking = [name for name in needed if name not in (reader.fieldnames or ())]
+    columns, rows = read_rows(file)
+    lacking = [name for name in needed if name not in columns]
     if lacking:
         raise UserError(f"{file} has no column {', '.join(lacking)}: it is no table of this report")
-    for k, row in enumerate(rows):
-        if None in row or None in row.values():
-            raise UserError(f"{file}, row {k + 2}: not as many cells as the header; remove the row")
     return Rows(rows, file)
 
 
