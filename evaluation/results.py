@@ -24,13 +24,14 @@ KEYS = ("grid", "canvas", "prior", "prompt", "seed")
 @dataclass(frozen=True)
 class Metric:
     """A column of results.csv: ``better`` is 1 if more is better and -1 if less is; tables show
-    the value times ``scale`` with ``digits`` decimals."""
+    the value times ``scale`` with ``digits`` decimals, and it lies from 0 to ``most``."""
 
     column: str
     title: str
     better: int
     scale: float = 1.0
     digits: int = 1
+    most: float = math.inf
 
     def show(self, value: float, sign: str = "") -> str:
         text = f"{self.scale * value:{sign}.{self.digits}f}"
@@ -38,11 +39,11 @@ class Metric:
 
 
 METRICS = (
-    Metric("object_accuracy", "object accuracy, %", 1, 100),
-    Metric("color_accuracy", "colour accuracy, %", 1, 100),
+    Metric("object_accuracy", "object accuracy, %", 1, 100, most=1),
+    Metric("color_accuracy", "colour accuracy, %", 1, 100, most=1),
     Metric("frechet", "Frechet distance", -1),
-    Metric("janus_rate", "Janus rate, %", -1, 100),
-    Metric("silhouette_iou", "silhouette IoU, %", 1, 100),
+    Metric("janus_rate", "Janus rate, %", -1, 100, most=1),
+    Metric("silhouette_iou", "silhouette IoU, %", 1, 100, most=1),
     Metric("clip_score", "CLIP score", 1, 1, 3),
 )
 COSTS = (
