@@ -7,6 +7,7 @@ import os
 import signal
 import statistics
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from evaluation.workers import WORK, Local, make_job
 from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.extensions import load_custom_modules, report_failures
+from threestudio.utils.files import FULL
 from threestudio.utils.signals import stop_signals
 from threestudio.utils.typing import *
 
@@ -31,14 +33,27 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help shows the options)\n")
 
 
+MOST = 1024  # runs at a time, and threads of one
+
+
 def _count(text: str) -> int:
     value = int(text)
-    if value < 1:
+    if not 1 <= value <= MOST:
         raise ValueError
     return value
 
 
-_count.__name__ = "number above 0"  # argparse names it in its message
+_count.__name__ = f"number from 1 to {MOST}"  # argparse names it in its message
+
+
+def default_threads(workers: Optional[int]) -> int:
+    """Threads of a run where ``--threads`` does not say: OMP_NUM_THREADS, of which the first number
+    counts, else this process's cores shared out to the workers; 1 without workers, on Ray."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked.isdecimal() and 1 <= int(asked) <= MOST:
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // workers) if workers else 1
 
 
 def parse_args(argv) -> argparse.Namespace:
@@ -55,7 +70,8 @@ def parse_args(argv) -> argparse.Namespace:
     only = "canvas=, prior=, prompt= or seed=, of which commas separate several (not of prompts)"
     add("--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=only)
     add("--workers", type=_count, help="runs at a time (default 1; on Ray: what fits)")
-    add("--threads", type=_count, help="CPU threads per run (default: cores / workers; on Ray 1)")
+    threads = "CPU threads per run (default: OMP_NUM_THREADS, else cores / workers; on Ray 1)"
+    add("--threads", type=_count, help=threads)
     add(
         "--ray",
         nargs="?",
@@ -164,6 +180,14 @@ def _summary(row: Dict[str, str]) -> str:
     return ", ".join(parts)
 
 
+def _stopped(what, error: OSError) -> UserError:
+    remedy = "make room; the" if error.errno in FULL else "the"
+    return UserError(
+        f"{what} cannot be written ({error.strerror or error}): {remedy} same command goes on with "
+        "what is left"
+    )
+
+
 class Session:
     """Hands runs to a backend and records what comes back."""
 
@@ -181,6 +205,8 @@ class Session:
         return row is None or (self.retry and row["status"] != "ok" and row == self.bad.get(run))
 
     def carry_out(self, runs: List[Run]) -> None:
+        """Do the runs. Raises :class:`UserError` where nothing can be written any more: what was in
+        progress is lost then, and what is done is in the table."""
         total, waiting, going = len(runs), deque(runs), {}
         try:
             while waiting or going:
@@ -194,6 +220,8 @@ class Session:
                         self.pace.add(run.canvas, run.prior, result["wall"])
                     left = [*waiting, *(r for r, _ in going.values())]
                     self._tell(run, result, total, left)
+        except OSError as error:
+            raise _stopped(error.filename or "the next file", error) from None
         finally:
             for _, claim in going.values():
                 claim.release()
@@ -208,7 +236,11 @@ class Session:
             return
         # the configs that it will read are of now
         mark = self.commit if code() == self.code else f"{self.commit}-changed"
-        handle = self.backend.submit(make_job(run, self.threads, mark))
+        try:
+            handle = self.backend.submit(make_job(run, self.threads, mark))
+        except BaseException:
+            claim.release()
+            raise
         going[handle] = run, claim
 
     def _record(self, run: Run, result: dict) -> None:
@@ -216,10 +248,7 @@ class Session:
         try:
             self.table.record(result["row"], result["curves"], sheet)
         except OSError as error:
-            raise UserError(
-                f"{self.table.path} cannot be written ({error.strerror}): make room; the same "
-                "command goes on with what is left"
-            ) from None
+            raise _stopped(self.table.path, error) from None
 
     def _tell(self, run: Run, result: dict, total: int, left: List[Run]) -> None:
         if result["row"]["status"] == "ok":
@@ -228,9 +257,11 @@ class Session:
         else:
             self.failed += 1
             log = WORK / "logs" / run.grid / f"{run.slug}-{run.digest}.txt"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text(result["log"])
-            text = f"FAILED: {result['row']['status']}; see {log}"
+            text = f"FAILED: {result['row']['status']}"
+            with suppress(OSError):  # the row is in the table
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.write_text(result["log"], errors="replace")
+                text += f"; see {log}"
         done = self.ok + self.failed + self.elsewhere
         until = self.pace.left(left, min(self.backend.slots, max(len(left), 1))) if left else "done"
         print(f"[{done}/{total}] {run.title}: {text}; {until}", flush=True)
@@ -272,7 +303,7 @@ def main(argv=None) -> int:
     check_prompts(runs)
     on_ray = args.ray is not None
     workers = args.workers or (None if on_ray else 1)
-    threads = args.threads or (1 if on_ray else max(1, (os.cpu_count() or 1) // workers))
+    threads = args.threads or default_threads(None if on_ray else workers)
     backend = OnRay(args.ray, threads, grid.gpus, workers) if on_ray else Local(workers)
     before = {n: signal.signal(n, _stop) for n in stop_signals() if n != signal.SIGINT}
     session = Session(table, backend, threads, args.retry, bad)

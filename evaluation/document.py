@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+SENTENCE = 48  # characters of a cell, from which its text is broken into lines
 TYPES = {".webp": "image/webp", ".png": "image/png"}
 
 
@@ -88,8 +89,9 @@ class Table:
         def cell(k, text):
             if k == 0:
                 return f'<th scope="row">{escape(text)}</th>'
+            kind = ' class="said"' if len(text) > SENTENCE else ""
             text = f"<b>{escape(text)}</b>" if isinstance(text, Bold) else escape(text)
-            return f"<td>{text}</td>"
+            return f"<td{kind}>{text}</td>"
 
         head = "".join(f'<th scope="col">{escape(h)}</th>' for h in self.header)
         rows = ["".join(cell(k, c) for k, c in enumerate(row)) for row in self.rows]
@@ -172,7 +174,8 @@ p, li, figcaption { max-width: 46rem; } figcaption { color: var(--soft); font-si
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; } td { white-space: nowrap; } thead th { color: var(--soft); }
+  vertical-align: top; } td { white-space: nowrap; } .said { white-space: normal; }
+thead th { color: var(--soft); }
 tbody th { font-weight: 600; position: sticky; left: 0; background: var(--paper); }
 tbody tr:nth-child(even) > * { background: var(--band); }
 figure { margin: 1rem 0; overflow-x: auto; }

@@ -37,6 +37,8 @@ import json
 import math
 import re
 import shlex
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +53,11 @@ from threestudio.utils.safe_yaml import check_yaml, read_limited
 from threestudio.utils.typing import *
 
 TRUE = "true-renders"
+# Bounds that no comparison reaches: what is beyond them is a slip, and would only be found by
+# a process that lists runs until its memory is full.
+MAX_RUNS, MAX_STEPS, MAX_VIEWS, MAX_GPUS = 20_000, 10_000_000, 1_000, 64
+NO_TEXT = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, surrogates and line ends
+MAX_PROMPT = 10_000  # characters; a text encoder reads some 77 words
 SCENE_LR = "scene_lr"
 # keys of launch.py that a grid has a place of its own for
 PLACES = {
@@ -101,9 +108,17 @@ class PriorConfig(OnCanvasConfig):
 
 
 def slug(*parts: Any) -> str:
-    """Letters, digits and dashes."""
-    clean = (re.sub(r"[^a-z0-9]+", "-", str(part).lower()).strip("-")[:80] for part in parts)
-    return "-".join(clean)
+    """Letters, digits and dashes, at most 60 of each part. A part that is cut or has other letters
+    ends with a digest, so that another one is not taken for it."""
+    return "-".join(map(_slug, map(str, parts)))
+
+
+def _slug(text: str) -> str:
+    clean = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    if clean and len(clean) <= 60 and text.isascii():
+        return clean
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{clean[:50].strip('-')}-{digest}".strip("-")
 
 
 @dataclass(frozen=True)
@@ -214,8 +229,45 @@ def _combinations(tune: Dict[str, Any], where: str) -> Iterable[Dict[str, Any]]:
     for key, values in tune.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"{where}: tune.{key} must be a list of values, not {values!r}")
+    _bound(math.prod(map(len, tune.values())), f"{where}, tune")
     for values in itertools.product(*tune.values()):
         yield dict(zip(tune, values))
+
+
+def _bound(runs: int, where: str) -> None:
+    if runs > MAX_RUNS:
+        raise UserError(
+            f"{where}: {runs:,} runs are more than {MAX_RUNS:,}; leave out values, priors, prompts "
+            "or seeds"
+        )
+
+
+def _once(values: Iterable, where: str) -> None:
+    twice = [value for value, n in Counter(values).items() if n > 1]
+    if twice:
+        raise UserError(f"{where} has {str(twice[0])[:80]!r} twice")
+
+
+def _check_values(grid: GridConfig, where: str) -> None:
+    """Refuse prompts and seeds that no run could be made with."""
+    for prompt in grid.prompts:
+        if len(prompt) > MAX_PROMPT:
+            raise UserError(
+                f"{where}: a prompt has {len(prompt):,} characters, more than {MAX_PROMPT:,}: "
+                f"{prompt[:40]!r}..."
+            )
+        if any(unicodedata.category(c) in NO_TEXT for c in prompt):
+            raise UserError(
+                f"{where}: the prompt {prompt[:80]!r} has a line break or another control "
+                "character: leave it out"
+            )
+    for key in ("prompts", "seeds"):
+        _once(getattr(grid, key), f"{where}: {key}")
+    for seed in grid.seeds:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"{where}: a seed is a number from 0 to 4294967295, not {seed}")
+    if not 0 <= grid.gpus <= MAX_GPUS:
+        raise UserError(f"{where}: gpus must be from 0 to {MAX_GPUS}, not {grid.gpus}")
 
 
 def _scene_lr(overrides: Dict[str, Any], where: str) -> float:
@@ -249,6 +301,7 @@ def load_grid(path) -> Grid:
                 + (f"{TRUE} is not a prior" if name == TRUE else "guidance_type is missing")
             )
         _known(prior.canvases, canvases, f"{where}, prior {name}: canvases")
+    _check_values(grid, where)
     for prompt in grid.prompts if grid.judge else ():
         try:
             asked(prompt)
@@ -259,15 +312,22 @@ def load_grid(path) -> Grid:
             chosen = getattr(canvas, key)
             all_of_it = list(priors) if key == "priors" else getattr(grid, key)
             _known(chosen or (), all_of_it, f"{where}, canvas {name}: {key}")
+            _once(chosen or (), f"{where}, canvas {name}: {key}")
             setattr(canvas, key, all_of_it if chosen is None else chosen)
         if canvas.steps < 1 or canvas.views < 2:
             raise UserError(f"{where}, canvas {name}: at least 1 step and 2 views are needed")
+        if canvas.steps > MAX_STEPS or canvas.views > MAX_VIEWS:
+            raise UserError(
+                f"{where}, canvas {name}: at most {MAX_STEPS:,} steps and {MAX_VIEWS:,} views"
+            )
     tuned, runs = False, []
     for name, canvas in canvases.items():
         cells = {}
         for prior in canvas.priors:
             cells[prior] = list(_cells(grid, name, canvas, prior, priors[prior], where))
             tuned |= len(cells[prior]) > 1
+            each = sum(map(len, cells.values())) + (grid.judge and grid.true_renders)
+            _bound(len(runs) + each * len(canvas.prompts) * len(canvas.seeds), where)
         for prompt, seed in itertools.product(canvas.prompts, canvas.seeds):
             common = dict(
                 grid=path.stem,
@@ -301,7 +361,8 @@ def _cells(grid, name, canvas, prior_name, prior, where) -> Iterable[Dict[str, A
     for settings in (prior.settings, more.settings):
         if not settings or not all(isinstance(s, dict) for s in settings):
             raise UserError(f"{here}: settings must be a list of mappings, not {settings!r}")
-    tuned = _combinations(canvas.tune | prior.tune | more.tune, here)
+    tuned = list(_combinations(canvas.tune | prior.tune | more.tune, here))
+    _bound(len(tuned) * len(prior.settings) * len(more.settings), here)
     for chosen, *settings in itertools.product(tuned, prior.settings, more.settings):
         own = prior.overrides | more.overrides | chosen | settings[0] | settings[1]
         every = grid.overrides | canvas.overrides | own

@@ -27,7 +27,6 @@ chance from a fixed answer; ``commonest`` names the kind.
 """
 
 import argparse
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ import torch
 from jaxtyping import Float
 from scipy.ndimage import gaussian_filter
 
+from evaluation.csvfile import write_rows
 from evaluation.frechet import frechet
 from pocket.data import SIZE, build, draw, sample_camera
 from pocket.judge import load, verdict
@@ -258,10 +258,7 @@ def main(arguments: list[str] | None = None):
     options = parser.parse_args(arguments)
     rows = check(load(), options.rounds, report=lambda row: print(*row.values(), flush=True))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,25 @@ LETTER = 6.6  # about the width of a character, in px
 
 class Axis:
     """Maps values from ``low``..``high`` to pixels ``start``..``end``, logarithmically if they
-    are positive and more than ``log_from`` apart as a ratio."""
+    are positive and more than ``log_from`` apart as a ratio. It reaches a little beyond the values,
+    but not beyond ``bounds``, between which all possible ones are."""
 
-    def __init__(self, values: Sequence[float], start: float, end: float, log_from=math.inf):
+    def __init__(
+        self,
+        values: Sequence[float],
+        start: float,
+        end: float,
+        log_from: float = math.inf,
+        bounds: tuple[float, float] = (-math.inf, math.inf),
+    ):
         low, high = min(values), max(values)
         self.log = low > 0 and high / low > log_from
         self.start, self.end = start, end
         low, high = (math.log10(low), math.log10(high)) if self.log else (low, high)
         margin = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
         self.low, self.high = low - margin, high + margin
+        if not self.log:
+            self.low, self.high = max(self.low, bounds[0]), min(self.high, bounds[1])
 
     def __call__(self, value: float) -> float:
         value = math.log10(value) if self.log else value
@@ -62,10 +72,12 @@ def _frame(x: Axis, y: Axis, x_label: str, y_label: str) -> list[str]:
     return parts
 
 
-def _svg(title: str, parts: list[str]) -> str:
+def _svg(title: str, parts: list[str], right: float = WIDTH, bottom: float = HEIGHT) -> str:
+    """``right`` and ``bottom``: where the outermost label ends."""
     inside = "\n".join(parts)
+    width, height = max(WIDTH, math.ceil(right)), max(HEIGHT, math.ceil(bottom))
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><title>{escape(title)}</title>\n'
+        f'<svg viewBox="0 0 {width} {height}" role="img"><title>{escape(title)}</title>\n'
         f"{inside}\n</svg>"
     )
 
@@ -89,7 +101,7 @@ def _place(x: float, y: float, width: float, taken: list) -> tuple[float, float]
             clear = all(
                 box[2] < t[0] or box[0] > t[2] or box[3] < t[1] or box[1] > t[3] for t in taken
             )
-            if clear and box[0] > LEFT and box[2] < WIDTH and TOP - 6 < box[1] < BOTTOM - 8:
+            if clear and box[0] > LEFT and box[2] < WIDTH and 0 < box[1] < BOTTOM - 8:
                 taken.append(box)
                 return left, y + away + 4
     return x + 9, y + 4
@@ -101,12 +113,15 @@ def scatter(
     better: int,
     title: str,
     labels: tuple[str, str],
+    bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> str:
-    """Cost against quality with its interval, and the Pareto front as a dashed line."""
+    """Cost against quality with its interval, and the Pareto front as a dashed line; ``bounds`` are
+    the least and the most that quality can be."""
     x = Axis([p[0] for p in points.values()], LEFT, RIGHT, log_from=12)
     ends = [v for _, i in points.values() for v in (i.mean, i.low, i.high) if not math.isnan(v)]
-    y = Axis(ends, BOTTOM, TOP)
+    y = Axis(ends, BOTTOM, TOP, bounds=bounds)
     parts = _frame(x, y, *labels)
+    right = 0.0
     front = pareto({name: (cost, i.mean) for name, (cost, i) in points.items()}, better)
     way = "L".join(f"{x(points[n][0]):.1f} {y(points[n][1].mean):.1f}" for n in front)
     parts.append(f'<path class="front" d="M{way}"/>')
@@ -119,7 +134,8 @@ def scatter(
         parts.append(f'<circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="4.5"/>')
         left, base = _place(px, py, LETTER * len(name), taken)
         parts.append(f'<text x="{left:.1f}" y="{base:.1f}">{escape(name)}</text></g>')
-    return _svg(title, parts)
+        right = max(right, left + LETTER * len(name))
+    return _svg(title, parts, right)
 
 
 def lines(
@@ -140,4 +156,4 @@ def lines(
         parts.append(f'<g class="c{colors[name]}"><path class="line" d="M{way}"/>')
         parts.append(f'<text x="{RIGHT + 6}" y="{below:.1f}">{escape(name)}</text></g>')
         below += 13
-    return _svg(title, parts)
+    return _svg(title, parts, RIGHT + 6 + LETTER * max(map(len, series)), below)

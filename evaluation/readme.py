@@ -36,6 +36,7 @@ from evaluation.results import (
 from evaluation.statistics import interval, paired
 from evaluation.table import sheet_path
 from threestudio.utils.errors import UserError
+from threestudio.utils.files import whole_file
 
 README = FOLDER.parent.parent / "README.md"
 MARKS = "<!-- results: written by make report -->", "<!-- end of the results -->"
@@ -146,7 +147,8 @@ def update(readme: Path = README, folder: Path = FOLDER) -> None:
     if not begin or not end:
         raise UserError(f"{readme} has no marks {' ... '.join(MARKS)}: put them where results go")
     section = f"{begin}\n\n{results(folder)}\n{end}"
-    readme.write_text(f"{before}{section}{after}", encoding="utf-8")
+    with whole_file(readme) as tmp:
+        tmp.write_text(f"{before}{section}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from evaluation.results import (
 from evaluation.statistics import ENOUGH_PROMPTS, Interval, interval, paired, ratio
 from evaluation.table import sheet_path
 from threestudio.utils.errors import UserError
+from threestudio.utils.files import whole_file
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "evaluation"
 TITLE = "Which prior distils best on the pocket world"
@@ -318,7 +319,8 @@ def trade_offs(section: Section) -> list:
         label = f"{metric.title} ({'more' if metric.better > 0 else 'less'} is better)"
         title = f"{section.canvas}: {named(metric)} against seconds of training"
         palette = {name: color_of(prior) for name, prior in section.priors.items()}
-        svg = scatter(scaled, palette, metric.better, title, ("seconds a run", label))
+        bounds = 0.0, metric.scale * metric.most
+        svg = scatter(scaled, palette, metric.better, title, ("seconds a run", label), bounds)
         caption = f"{title}. No other is better and faster (dashed): {', '.join(front)}."
         blocks.append(Figure(svg, caption))
     return [Heading(3, "Quality against time"), *blocks]
@@ -402,14 +404,16 @@ def blocks_of(folder: Path) -> list:
     tuning = read(folder / "tuning.csv", (*KEYS, "settings", "status"))
     found = sections(results or ())
     replaced = len(results or ()) - len(latest(results or ()))
-    blocks = [
-        Heading(1, TITLE),
-        Text(
-            "Made by make report from the tables beside it: every number is computed from "
-            "results.csv, curves.csv, judge.csv and tuning.csv."
-        ),
-    ]
     judge = read(folder / "judge.csv", ("test", "level", "n"))
+    tables = {"results": results, "curves": curves, "judge": judge, "tuning": tuning}
+    there = [f"{name}.csv" for name, rows in tables.items() if rows is not None]
+    absent = [f"{name}.csv" for name, rows in tables.items() if rows is None]
+    source = "Made by make report from the tables beside it"
+    if there:
+        source += f": every number is computed from {listed(there)}"
+    if absent:
+        source += f". Absent: {listed(absent)}"
+    blocks = [Heading(1, TITLE), Text(f"{source}.")]
     if found:
         unfinished = progress(results)
         blocks += [Text(unfinished)] if unfinished else []
@@ -430,8 +434,9 @@ def write(folder: Path):
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: name the one of results.csv by --folder")
     blocks = blocks_of(folder)
-    (folder / "report.md").write_text(markdown(blocks), encoding="utf-8")
-    (folder / "report.html").write_text(html(blocks, TITLE), encoding="utf-8")
+    for name, text in {"report.md": markdown(blocks), "report.html": html(blocks, TITLE)}.items():
+        with whole_file(folder / name) as tmp:
+            tmp.write_text(text, encoding="utf-8", errors="replace")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -442,6 +447,9 @@ def main(arguments: list[str] | None = None) -> int:
         write(options.folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     print(f"wrote {options.folder / 'report.md'} and {options.folder / 'report.html'}")
     return 0

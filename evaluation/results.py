@@ -1,11 +1,11 @@
 """The tables that the report is made from: reading them, and sorting runs into sections."""
 
-import csv
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from evaluation.csvfile import read_rows
 from evaluation.statistics import Runs
 from threestudio.utils.errors import UserError
 
@@ -24,13 +24,14 @@ KEYS = ("grid", "canvas", "prior", "prompt", "seed")
 @dataclass(frozen=True)
 class Metric:
     """A column of results.csv: ``better`` is 1 if more is better and -1 if less is; tables show
-    the value times ``scale`` with ``digits`` decimals."""
+    the value times ``scale`` with ``digits`` decimals, and it lies from 0 to ``most``."""
 
     column: str
     title: str
     better: int
     scale: float = 1.0
     digits: int = 1
+    most: float = math.inf
 
     def show(self, value: float, sign: str = "") -> str:
         text = f"{self.scale * value:{sign}.{self.digits}f}"
@@ -38,11 +39,11 @@ class Metric:
 
 
 METRICS = (
-    Metric("object_accuracy", "object accuracy, %", 1, 100),
-    Metric("color_accuracy", "colour accuracy, %", 1, 100),
+    Metric("object_accuracy", "object accuracy, %", 1, 100, most=1),
+    Metric("color_accuracy", "colour accuracy, %", 1, 100, most=1),
     Metric("frechet", "Frechet distance", -1),
-    Metric("janus_rate", "Janus rate, %", -1, 100),
-    Metric("silhouette_iou", "silhouette IoU, %", 1, 100),
+    Metric("janus_rate", "Janus rate, %", -1, 100, most=1),
+    Metric("silhouette_iou", "silhouette IoU, %", 1, 100, most=1),
     Metric("clip_score", "CLIP score", 1, 1, 3),
 )
 COSTS = (
@@ -65,15 +66,10 @@ def read(file: Path, needed: Iterable[str] = ()) -> Rows | None:
     """The rows of a CSV, or None if there is no such file."""
     if not file.exists():
         return None
-    with open(file, newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        rows = list(reader)
-    lacking = [name for name in needed if name not in (reader.fieldnames or ())]
+    columns, rows = read_rows(file)
+    lacking = [name for name in needed if name not in columns]
     if lacking:
         raise UserError(f"{file} has no column {', '.join(lacking)}: it is no table of this report")
-    for k, row in enumerate(rows):
-        if None in row or None in row.values():
-            raise UserError(f"{file}, row {k + 2}: not as many cells as the header; remove the row")
     return Rows(rows, file)
 
 

@@ -36,13 +36,14 @@ from evaluation.machine import ROOT, cpu_name, peak_mib, versions
 from evaluation.table import CELL, CURVES, RESULTS, begun
 from evaluation.training import build, train
 from evaluation.truth import Orbit, Pictures
+from evaluation.workers import DISK_FULL
 from pocket.data import asked
 from pocket.judge import load as load_judge
 from pocket.judge import verdict
 from threestudio.utils.config import config_to_primitive, load_config, parse_structured
 from threestudio.utils.errors import StoppedError, UserError
 from threestudio.utils.extensions import load_custom_modules
-from threestudio.utils.files import whole_file
+from threestudio.utils.files import FULL, disk_error, whole_file
 from threestudio.utils.misc import choose_device, get_device
 from threestudio.utils.pretrained import load_complete
 
@@ -348,14 +349,18 @@ def cell(value) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """One line for a table."""
+    """One line for a table; of an error without a text, where it was raised."""
     text = " ".join(str(error).split())[:300]
+    if not text:
+        frames = traceback.extract_tb(error.__traceback__)
+        text = f"at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "no reason"
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 def carry_out(run: Run, threads: int, commit: str, folder: Path) -> dict:
     """Do a run in this process: ``{"row", "curves", "sheet"}``, the sheet in base64. What goes
-    wrong is the row's ``status``."""
+    wrong is the row's ``status``, except a full disk, which says nothing of the run: that raises
+    its ``OSError``."""
     row = begun(run, threads, commit)
     about = versions("torch", "diffusers", "peft")
     row |= {"cpu": cpu_name(), "python": platform.python_version(), **about}
@@ -386,17 +391,31 @@ def carry_out(run: Run, threads: int, commit: str, folder: Path) -> dict:
         row |= {k: cell(value) for k, value in score(run, cfg, made.pictures, clip).items()}
         row["status"] = "ok"
     except Exception as error:
+        if full := full_disk(error):
+            raise full from error
         traceback.print_exc()  # for the log
         row["status"], result["curves"] = reason(error), []
     assert set(row) == set(RESULTS) and all(set(r) == set(CURVES) for r in result["curves"])
     return result
 
 
+def full_disk(error: BaseException) -> OSError | None:
+    """The full disk that an error is about, or comes from."""
+    found = disk_error(error)
+    return found if found is not None and found.errno in FULL else None
+
+
 def _work(job: dict, folder: Path) -> None:
-    torch.set_num_threads(job["threads"])
-    result = carry_out(Run.of(job["run"]), job["threads"], job["commit"], folder)
-    with whole_file(folder / "result.json") as tmp:
-        tmp.write_text(json.dumps(result))
+    """Leave ``result.json``, or end with the status DISK_FULL: nothing can be left then."""
+    try:
+        torch.set_num_threads(job["threads"])
+        result = carry_out(Run.of(job["run"]), job["threads"], job["commit"], folder)
+        with whole_file(folder / "result.json") as tmp:
+            tmp.write_text(json.dumps(result))
+    except OSError as error:
+        if full_disk(error) is None:
+            raise
+        os._exit(DISK_FULL)
 
 
 def _end_with(starter: Callable[[], None], folder: Path) -> None:
@@ -425,7 +444,11 @@ def main(folder: Path) -> None:
 def forked(job: dict, folder: Path, log: Path) -> None:
     """The process of a run, as a fork of one that has imported everything."""
     os.setsid()  # Ctrl-C is for the process that started the runs
-    with log.open("w") as file:
+    try:
+        file = log.open("w")
+    except OSError as error:
+        os._exit(DISK_FULL if error.errno in FULL else 1)
+    with file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(ROOT)

@@ -1,13 +1,13 @@
 """The tables that runs are written to, shared by any number of processes at once."""
 
 import contextlib
-import csv
 import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from evaluation.csvfile import read_rows, write_rows
 from evaluation.grid import Run, slug
 from pocket.data import asked
 from pocket.scenes import COLOR_NAMES, KIND_NAMES
@@ -76,13 +76,7 @@ class Table:
     def _replace(self, path, columns, key, row, new) -> None:
         """Rewrite a table with ``new`` in place of the rows that share ``row``'s key."""
         old = [r for r in _read(path, columns) if _key(r, key) != _key(row, key)]
-        with (
-            whole_file(path, sync=True) as tmp,
-            tmp.open("w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows([*old, *new])
+        write_rows(path, columns, [*old, *new])
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -148,11 +142,10 @@ def begun(run: Run, threads: int, commit: str) -> dict[str, str]:
 def _read(path: Path, columns) -> list[dict[str, str]]:
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != tuple(columns):
-            raise UserError(
-                f"{path} has other columns than are written now: move it away, or give another "
-                "folder with --out"
-            )
-        return list(reader)
+    found, rows = read_rows(path)
+    if found != list(columns):
+        raise UserError(
+            f"{path} has other columns than are written now: move it away, or give another "
+            "folder with --out"
+        )
+    return rows

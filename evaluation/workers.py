@@ -6,6 +6,7 @@ A backend has ``slots``, ``submit(job) -> handle``, ``wait() -> [(handle, result
 the seconds that the run's process took, 0 where they are not known.
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ from threestudio.utils.typing import *
 WORK = ROOT / "build" / "evaluation"
 LOG = 20_000  # characters of a run's output that are kept, if it fails
 LOG_FILE = "log.txt"
+DISK_FULL = 74  # the exit status of a run that found the disk full (EX_IOERR of sysexits.h)
 
 
 def make_job(run: Run, threads: int, commit: str) -> Dict[str, Any]:
@@ -44,6 +46,15 @@ def failure(job: Dict[str, Any], status: str, log: str = "") -> Dict[str, Any]:
 def _environment(threads: int) -> Dict[str, str]:
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     return dict.fromkeys(names, str(threads))
+
+
+def _how(status: int, last: str) -> str:
+    """Why a run has failed whose process left no result, from its exit status and the last line of
+    its log."""
+    if status == -signal.SIGKILL:
+        return "the process was killed (signal 9), as is done when memory runs out"
+    how = f"signal {-status}" if status < 0 else f"status {status}"
+    return f"the process ended with {how}: {last[:200] or 'it said nothing'}"
 
 
 class Process:
@@ -95,10 +106,11 @@ class Process:
         try:
             result = json.loads((self.folder / "result.json").read_text()) | {"log": log}
         except (OSError, ValueError):
-            how = f"signal {-status}" if status < 0 else f"status {status}"
-            last = ([""] + [line for line in log.splitlines() if line.strip()])[-1]
-            result = failure(self.job, f"the process ended with {how}: {last[:200]}", log)
+            lines = [line for line in log.splitlines() if line.strip()]
+            result = failure(self.job, _how(status, lines[-1] if lines else ""), log)
         self.end()
+        if status == DISK_FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder.parent))
         return result | {"wall": time.monotonic() - self._start}
 
     def end(self) -> None:

@@ -5,11 +5,11 @@ from statistics import fmean
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from evaluation import overview, readme
 from evaluation.grid import TRUE, load_grid
-from evaluation.montage import GAP, LABEL, LINE
+from evaluation.montage import GAP, LINE, layout, wrapped
 from evaluation.results import read, sections, values
 from evaluation.table import sheet_path
 from tests.test_report import MINUS, PRIORS, change, made, make_rows, nested, number, write_csv
@@ -68,9 +68,12 @@ def test_a_study_has_a_picture_and_no_table(tmp_path):
     readme.draw(tmp_path)
     with Image.open(tmp_path / picture.file) as image:
         page = np.asarray(image.convert("RGB")).astype(int)
+    prompts = sorted({r["prompt"] for r in rows})
+    left, heads = layout(ImageDraw.Draw(Image.new("RGB", (1, 1))), picture.priors, prompts, 64)
+    top = 4 + LINE * max(map(len, heads))
     for prior in ("sds", "csd", "lods-lora"):
         row, column = picture.priors.index(prior), 1
-        y, x = LINE + row * (32 + GAP), LABEL + column * (64 + GAP)
+        y, x = top + row * (32 + GAP), left + column * (64 + GAP)
         inside, beside = page[y + 2 : y + 30, x + 2 : x + 62], page[y : y + 32, x - GAP : x - 1]
         assert np.abs(inside - np.array(colors.get(prior, (255, 255, 255)))).max() < 12
         assert beside.min() > 240
@@ -80,6 +83,18 @@ def test_a_study_has_a_picture_and_no_table(tmp_path):
     assert "8 prompts, 3 seeds" in before and "| lods-embedding | 24 |" in before
     assert "has the lowest mean Frechet distance" in before
     assert "| lods-lora |" not in before + after  # which is in the study only
+
+
+def test_headings_are_wrapped_and_not_cut():
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    prompt = "a picture of an orange birthday cake"
+    for text in (prompt, "x" * 100, f"{prompt} {'y' * 60} z", "a"):
+        lines = wrapped(draw, text, 100)
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+        assert all(0 < draw.textlength(line) <= 100 for line in lines)
+    assert " ".join(wrapped(draw, prompt, 100)) == prompt  # broken between words
+    left, _ = layout(draw, ["sds", "a-prior-with-a-very-long-name"], [], 100)
+    assert left > draw.textlength("a-prior-with-a-very-long-name") + 4
 
 
 def test_what_carries_over_says_what_the_table_says():

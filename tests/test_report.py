@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import re
+from collections import defaultdict
 from html.parser import HTMLParser
 from statistics import fmean
 
@@ -305,6 +306,7 @@ def test_what_is_absent_is_named(tmp_path):
     rows[3]["status"] = "loss is <b>not</b> finite at step 7"
     gone = rows.pop(10)
     page, markdown = made(tmp_path, rows)
+    assert "computed from results.csv. Absent: curves.csv, judge.csv and tuning.csv." in page.text
     for text in ("curves.csv is absent", "tuning.csv is absent", "judge.csv is absent"):
         assert text in page.text and text in markdown
     assert "There are no contact sheets of this canvas." in page.text
@@ -478,6 +480,41 @@ def test_the_pareto_front_is_what_nothing_beats():
     points = {"a": (1, 5), "b": (2, 4), "c": (3, 7), "d": (3, 6), "e": (9, 7)}
     assert plots.pareto(points, 1) == ["a", "c"]
     assert plots.pareto(points, -1) == ["a", "b"]
+
+
+def test_an_axis_does_not_go_beyond_what_can_be(tmp_path):
+    axis = plots.Axis([40.0, 100.0], 0, 100, bounds=(0, 100))
+    assert axis(100.0) == 100 and axis.ticks()[-1] == 100 and axis(40.0) > 0
+    assert plots.Axis([1.0, 40.0], 0, 100, bounds=(0, 100)).ticks()[0] == 0
+    full = plots.Axis([100.0, 100.0], 0, 100, bounds=(0, 100))
+    assert full(100.0) == 100 and full(99.0) < 100
+    none = plots.Axis([0.0, 0.0], 0, 100, bounds=(0, 100))
+    assert none(0.0) == 0
+    rows = make_rows()
+    change(rows, "sds", "object_accuracy", lambda x: 1.0)
+    made(tmp_path, rows)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("object accuracy, % (more is better)") == 1
+    plot = page[: page.index("object accuracy, % (more is better)")].rsplit("<svg", 1)[1]
+    axis_y = re.findall(r'y="([\d.]+)" class="end">([\d.]+)<', plot)
+    assert max(float(tick) for _, tick in axis_y) == 100
+    assert min(float(y) for y, _ in axis_y) == plots.TOP + 4  # 100 % is where the axis ends
+
+
+@pytest.mark.parametrize("name", ["lods-embedding-guided", "x" * 60])
+def test_names_are_inside_of_plots(name):
+    steady = interval({(str(k), "0"): 1.0 for k in range(8)})
+    colors = defaultdict(int)
+    for text in (
+        plots.lines({name: [(0, 1), (1, 2)]}, {name: 0}, "t", ("x", "y")),
+        plots.lines({f"{name}{k}": [(0, 1), (1, 2)] for k in range(40)}, colors, "t", "xy"),
+        plots.scatter({name: (1.0, steady), "b": (9.0, steady)}, colors, 1, "t", "xy"),
+    ):
+        width, height = map(float, re.search(r'viewBox="0 0 (\d+) (\d+)"', text).groups())
+        labels = re.findall(r'<text x="([\d.]+)" y="([\d.]+)">(\w[^<]*)</text>', text)
+        assert labels
+        for x, y, label in labels:
+            assert float(x) + plots.LETTER * len(label) <= width and float(y) <= height
 
 
 def test_plots_put_points_where_their_values_are():
