@@ -21,7 +21,7 @@ FORMATS = {  # fmt -> (ending of the file, save_<type> of the system)
 @threestudio.register("lods-gaussian-exporter")
 class GaussianExporter(Exporter):
     """'ply': all parameters in the standard 3DGS layout; 'points': centres and colours only;
-    'glb': a coloured mesh, the level set of the Gaussians' density (see :mod:`.surface`).
+    'glb': a coloured mesh, where the Gaussians stop the light (see :mod:`.surface`).
 
     Both ply files are in threestudio's axes, z up and the front on +x, or with ``axes`` 'y-down'
     as 3DGS has them, whose viewers then show the object upright: x right, y down, the front on -z.
@@ -32,9 +32,11 @@ class GaussianExporter(Exporter):
         fmt: Any = field(default_factory=lambda: ["ply", "points"])  # one or a list of FORMATS
         save_name: str = "gaussians"
         axes: str = "z-up"  # of ply and points: z-up, to go on from, or y-down, for 3DGS viewers
-        # glb: points of the grid along each axis, and the density of the surface
+        # glb: points of the grid along each axis, and the share of the light, 0..1, that is stopped
+        # where the surface is; or, if given, the density there
         mesh_resolution: int = 128
-        mesh_threshold: float = 1.0
+        mesh_opacity: float = 0.15
+        mesh_threshold: Optional[float] = None
 
     cfg: Config
 
@@ -52,9 +54,14 @@ class GaussianExporter(Exporter):
             raise ValueError(
                 f"system.exporter.axes='{self.cfg.axes}' is unknown: use {' or '.join(PLY_AXES)}"
             )
-        if self.cfg.mesh_resolution < 8 or not self.cfg.mesh_threshold > 0:
+        threshold = self.cfg.mesh_threshold
+        if self.cfg.mesh_resolution < 8 or not (threshold is None or threshold > 0):
             raise ValueError(
                 "system.exporter.mesh_resolution must be at least 8 and mesh_threshold positive"
+            )
+        if not 0 < self.cfg.mesh_opacity < 1:
+            raise ValueError(
+                f"system.exporter.mesh_opacity={self.cfg.mesh_opacity} must lie between 0 and 1"
             )
 
     def __call__(self) -> List[ExporterOutput]:
@@ -65,7 +72,12 @@ class GaussianExporter(Exporter):
                 params = {**self.geometry.export(), "axes": self.cfg.axes}
             elif fmt == "glb":
                 try:
-                    mesh = surface(self.geometry, self.cfg.mesh_resolution, self.cfg.mesh_threshold)
+                    mesh = surface(
+                        self.geometry,
+                        self.cfg.mesh_resolution,
+                        self.cfg.mesh_opacity,
+                        self.cfg.mesh_threshold,
+                    )
                 except ValueError as error:
                     if len(self.formats) == 1:
                         raise
