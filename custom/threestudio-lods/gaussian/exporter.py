@@ -22,7 +22,7 @@ FORMATS = {  # fmt -> (ending of the file, save_<type> of the system)
 @threestudio.register("lods-gaussian-exporter")
 class GaussianExporter(Exporter):
     """'ply': all parameters in the standard 3DGS layout; 'points': centres and colours only;
-    'glb': a coloured mesh, the level set of the Gaussians' density (see :mod:`.surface`).
+    'glb': a coloured mesh, where the Gaussians stop the light (see :mod:`.surface`).
 
     Both ply files are in threestudio's axes, z up and the front on +x, or with ``axes`` 'y-down'
     as 3DGS has them, whose viewers then show the object upright: x right, y down, the front on -z.
@@ -34,9 +34,11 @@ class GaussianExporter(Exporter):
         save_name: str = "gaussians"
         # of ply and points: z-up, to go on from, or y-down, for 3DGS viewers
         axes: Annotated[str, tuple(PLY_AXES)] = "z-up"
-        # glb: points of the grid along each axis, and the density of the surface
+        # glb: points of the grid along each axis, and the share of the light, 0..1, that is stopped
+        # where the surface is; or, if given, the density there
         mesh_resolution: Annotated[int, "[8, 2048]"] = 128
-        mesh_threshold: Annotated[float, "(0, inf)"] = 1.0
+        mesh_opacity: Annotated[float, "(0, 1)"] = 0.15
+        mesh_threshold: Annotated[Optional[float], "(0, inf)"] = None
 
     cfg: Config
 
@@ -60,7 +62,12 @@ class GaussianExporter(Exporter):
                 params = {**self.geometry.export(), "axes": self.cfg.axes}
             elif fmt == "glb":
                 try:
-                    mesh = surface(self.geometry, self.cfg.mesh_resolution, self.cfg.mesh_threshold)
+                    mesh = surface(
+                        self.geometry,
+                        self.cfg.mesh_resolution,
+                        self.cfg.mesh_opacity,
+                        self.cfg.mesh_threshold,
+                    )
                 except ValueError as error:
                     if len(self.formats) == 1:
                         raise

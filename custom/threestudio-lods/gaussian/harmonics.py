@@ -1,6 +1,9 @@
 """The spherical harmonics of 3DGS, in which Gaussians keep colours that depend on the view."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 
 from threestudio.utils.typing import *
 
@@ -33,3 +36,19 @@ def spherical_harmonics(d: Float[Tensor, "*N 3"], degree: int) -> Float[Tensor, 
             -0.5900435899266435 * x * (xx - 3 * yy),
         ]
     return torch.stack(terms, dim=-1)
+
+
+def view_colors(
+    sh0: Float[Tensor, "N 1 3"],
+    shN: Optional[Float[Tensor, "N K 3"]] = None,
+    means: Optional[Float[Tensor, "N 3"]] = None,
+    camera_positions: Optional[Float[Tensor, "B 3"]] = None,
+) -> Float[Tensor, "*B N 3"]:
+    """Colours (N, 3), or with ``shN`` (B, N, 3), which depend on the view:
+    max(1/2 + SH_C0 sh0 + sum_k Y_k(direction from the camera) shN_k, 0)."""
+    if shN is None:
+        return (sh0[:, 0] * SH_C0 + 0.5).clamp_min(0.0)
+    directions = F.normalize(means - camera_positions[:, None], dim=-1)
+    basis = spherical_harmonics(directions, math.isqrt(shN.shape[1] + 1) - 1)
+    rest = torch.einsum("bnk,nkc->bnc", basis, shN)
+    return (sh0[:, 0] * SH_C0 + 0.5 + rest).clamp_min(0.0)

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 
 import threestudio
 from threestudio.models.renderers.base import Rasterizer
 from threestudio.utils.ops import get_ray_directions, get_rays
 from threestudio.utils.typing import *
 
-from .harmonics import SH_C0, spherical_harmonics
+from .harmonics import spherical_harmonics as spherical_harmonics
+from .harmonics import view_colors
 from .rasterize import BACKENDS, rasterization
 
 
@@ -58,15 +58,11 @@ class GaussianRasterizer(Rasterizer):
     geometry_needs = ("gaussians", "base_colors")
 
     def colors(self, camera_positions: Float[Tensor, "B 3"]) -> Float[Tensor, "*B N 3"]:
-        """Colours (N, 3), or (B, N, 3) where they depend on the view:
-        max(1/2 + SH_C0 sh0 + sum_k Y_k(direction from the camera) shN_k, 0)."""
-        degree = self.geometry.cfg.sh_degree
-        if degree == 0:
+        """Colours (N, 3), or (B, N, 3) where they depend on the view."""
+        if self.geometry.cfg.sh_degree == 0:
             return self.geometry.base_colors()
-        directions = F.normalize(self.geometry.means - camera_positions[:, None], dim=-1)
-        basis = spherical_harmonics(directions, degree)
-        rest = torch.einsum("bnk,nkc->bnc", basis, self.geometry.shN)
-        return (self.geometry.sh0[:, 0] * SH_C0 + 0.5 + rest).clamp_min(0.0)
+        g = self.geometry
+        return view_colors(g.sh0, g.shN, g.means, camera_positions)
 
     def forward(
         self,

@@ -1,23 +1,32 @@
-"""A mesh around 3D Gaussians: a level set of the density that they add up to.
+"""A mesh around 3D Gaussians: where they stop light (:mod:`.light`), or a level of their density
 
     density(x) = sum_i o_i exp(-1/2 (x - mu_i)^T Sigma_i^-1 (x - mu_i))
 
-with o_i the opacities, as in DreamGaussian (Tang et al., arXiv:2309.16653, section 3.2); colours
-are averages with the same weights. The surface itself is scikit-image's marching cubes.
+with o_i the opacities, as in DreamGaussian (Tang et al., arXiv:2309.16653, section 3.2). The
+second fits Gaussians that are nearly opaque, and leaves soft ones in pieces. The surface itself is
+scikit-image's marching cubes.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.spatial import cKDTree
 
 from threestudio.models.mesh import Mesh
 from threestudio.utils.typing import *
 
+from .harmonics import view_colors
 from .kernel_cache import kernel
+from .light import REACH, ball_of, directions, frame, opacity_grid, stopped_light
 from .raster_torch import covariances
+from .rasterize import rasterization
+from .renderer import intrinsics, world_to_camera
 
 FAINT = 0.01  # Gaussians of less opacity are left out
-REACH = 3.0  # standard deviations, beyond which a Gaussian counts as nothing
+DIRECTIONS = 20  # from which light comes, and their opposites
+COARSE = 48  # points along each axis of the grid that finds where the object is
+PICTURE = 256  # pixels along each side of the renders that the colours are of
+FAR = 20.0  # radii of the object from which it is drawn: the rays are then nearly parallel
 
 
 def spreads_of(scales: Float[Tensor, "N 3"], quats: Float[Tensor, "N 4"]) -> Float[Tensor, "N 3"]:
@@ -87,24 +96,32 @@ def marching_cubes(level: Float[Tensor, "R R R"], bbox: Float[Tensor, "2 3"]) ->
     return Mesh(torch.lerp(bbox[0], bbox[1], unit), torch.from_numpy(faces.astype(np.int64)))
 
 
-def surface(geometry, resolution: int, threshold: float) -> Mesh:
-    """The coloured mesh where the Gaussians' density is ``threshold``, without pieces of less than
-    a hundredth of the faces. Raises ValueError if there is none."""
+@torch.no_grad()
+def surface(
+    geometry, resolution: int, opacity: float = 0.15, density: Optional[float] = None
+) -> Mesh:
+    """The coloured mesh where Gaussians stop the share ``opacity`` of the light from wherever it
+    comes, or, if ``density`` is given, where their density is that. Pieces of less than a
+    hundredth of the faces are left out. Raises ValueError if there is no surface."""
     kept = geometry.opacities.detach().sigmoid() > FAINT
     for parameter in (geometry.means, geometry.scales, geometry.quats):
         kept &= torch.isfinite(parameter.detach()).all(-1)
     if not kept.any():
         raise ValueError("there are no Gaussians to mesh: none is opaque enough")
-    means, scales, quats = (
-        parameter.detach()[kept].float()
-        for parameter in (geometry.means, geometry.scales, geometry.quats)
-    )
-    opacities, colors = geometry.opacities.detach()[kept].sigmoid(), geometry.base_colors()[kept]
-    reach = REACH * spreads_of(scales, quats)
-    low, high = (means - reach).amin(0), (means + reach).amax(0)
+    gaussians = {name: value.detach()[kept].float() for name, value in geometry.gaussians().items()}
+    reach = REACH * spreads_of(gaussians["scales"], gaussians["quats"])
+    low, high = (gaussians["means"] - reach).amin(0), (gaussians["means"] + reach).amax(0)
+    if density is None:
+        return _where_light_stops(gaussians, torch.stack([low, high]).cpu(), resolution, opacity)
     margin = (high - low) / resolution  # more than a cell, so that the surface is closed
     bbox = torch.stack([low - margin, high + margin]).cpu()
-    grid = density_grid(means, scales, quats, opacities, colors, bbox, resolution)
+    return _where_density_is(gaussians, bbox, resolution, density)
+
+
+def _where_density_is(gaussians, bbox, resolution: int, threshold: float) -> Mesh:
+    parameters = (gaussians[name] for name in ("means", "scales", "quats"))
+    colors = view_colors(gaussians["sh0"])
+    grid = density_grid(*parameters, gaussians["opacities"].sigmoid(), colors, bbox, resolution)
     level = threshold - grid[..., 0]
     if not level.min() < 0 < level.max():
         raise ValueError(
@@ -119,3 +136,91 @@ def surface(geometry, resolution: int, threshold: float) -> Mesh:
     )[0, :, :, 0, 0].T
     mesh.set_vertex_color((sampled[:, 1:] / sampled[:, :1].clamp_min(1e-8)).clamp(0, 1))
     return mesh
+
+
+def _where_light_stops(gaussians, bbox, resolution: int, opacity: float) -> Mesh:
+    covs = covariances(gaussians["quats"], gaussians["scales"].exp())
+    blobs = gaussians["means"], covs, gaussians["opacities"].sigmoid()
+    # light along few directions stops less far out: the object is within what these find
+    for _ in range(3):
+        grid = opacity_grid(blobs, bbox, COARSE, np.eye(3))
+        inside = (grid > opacity).nonzero()
+        if len(inside) == 0:
+            raise ValueError(
+                f"there is no surface: from some side, {1 - grid.max():.4g} of the light or more "
+                f"passes everywhere; set system.exporter.mesh_opacity below {grid.max():.4g} "
+                f"(it is {opacity:.4g})"
+            )
+        cell = (bbox[1] - bbox[0]) / (COARSE - 1)
+        found = torch.stack([inside.amin(0) - 2, inside.amax(0) + 2])
+        bbox = bbox[0] + found.clamp(0, COARSE - 1) * cell
+    grid = opacity_grid(blobs, bbox, resolution, directions(DIRECTIONS))
+    for axis in range(3):  # closed, should it reach the box
+        grid.select(axis, 0).zero_(), grid.select(axis, -1).zero_()
+    if not grid.max() > opacity:
+        raise ValueError(
+            f"there is no surface: at most {grid.max():.4g} of the light is stopped on all sides; "
+            f"set system.exporter.mesh_opacity below that (it is {opacity:.4g})"
+        )
+    mesh = marching_cubes(opacity - grid, bbox).remove_outlier(0.01)
+    mesh.set_vertex_color(_rendered_colors(gaussians, blobs, mesh, bbox, opacity))
+    return mesh
+
+
+def _rendered_colors(gaussians, blobs, mesh: Mesh, bbox, opacity: float) -> Float[Tensor, "V 3"]:
+    """What renders show at the vertices: the mean over the directions from which they are seen,
+    weighted by how much a vertex faces one and by how little light is stopped before it."""
+    center, radius = ball_of(bbox)
+    total = torch.zeros(len(mesh.v_pos), 4)
+    along = directions(DIRECTIONS)
+    light = stopped_light(blobs, mesh.v_pos.double(), along, center, radius, COARSE * 2)
+    for direction, stopped in zip(along, light):
+        for sign, before in zip((1.0, -1.0), stopped):
+            rgb, alpha = _picture(gaussians, mesh.v_pos, sign * direction, center, radius)
+            facing = (mesh.v_nrm @ torch.from_numpy(-sign * direction).float()).clamp_min(0)
+            seen = ((1 - before) / (1 - opacity)).clamp(0, 1) ** 2
+            weight = (facing**2 * seen * (alpha > opacity))[:, None]
+            total += weight * torch.cat(
+                [rgb / alpha[:, None].clamp_min(1e-6), torch.ones_like(weight)], 1
+            )
+    colored = total[:, 3] > 1e-3
+    if not colored.any():
+        return torch.full_like(mesh.v_pos, 0.5)
+    colors = total[:, :3] / total[:, 3:].clamp_min(1e-3)
+    # in deep folds that nothing sees, the colour of the nearest point that is seen
+    _, nearest = cKDTree(mesh.v_pos[colored].numpy()).query(mesh.v_pos[~colored].numpy())
+    colors[~colored] = colors[colored][torch.from_numpy(np.asarray(nearest))]
+    return colors.clamp(0, 1)
+
+
+def _picture(
+    gaussians, points: Float[Tensor, "V 3"], direction, center, radius: float
+) -> Tuple[Float[Tensor, "V 3"], Float[Tensor, "V"]]:
+    """Colour, weighted with alpha, and alpha that a render along ``direction`` has at points."""
+    c2w = torch.eye(4)[None]
+    right = frame(direction)[0]
+    c2w[0, :3, :3] = torch.from_numpy(
+        np.stack([right, np.cross(right, direction), -direction], axis=1)
+    )
+    c2w[0, :3, 3] = torch.from_numpy(center - FAR * radius * direction)
+    fovy = torch.tensor([2 * np.arctan(1.0 / (FAR - 1))])
+    K, view = intrinsics(fovy, PICTURE, PICTURE), world_to_camera(c2w)
+    device = gaussians["means"].device
+    near = (gaussians["means"] - torch.from_numpy(center).to(device)).norm(dim=1) < radius
+    g = {name: value[near] for name, value in gaussians.items()}
+    rgb, alpha, _ = rasterization(
+        g["means"],
+        g["quats"],
+        g["scales"].exp(),
+        g["opacities"].sigmoid(),
+        view_colors(g["sh0"], g.get("shN"), g["means"], c2w[:, :3, 3].to(device)),
+        view.to(device),
+        K.to(device),
+        PICTURE,
+        PICTURE,
+    )
+    seen = points @ view[0, :3, :3].T + view[0, :3, 3]
+    pixel = seen[:, :2] / seen[:, 2:] * K[0, 0, 0] / (PICTURE / 2)
+    image = torch.cat([rgb, alpha], dim=-1).permute(0, 3, 1, 2).float().cpu()
+    sampled = F.grid_sample(image, pixel[None, None].float(), align_corners=False)[0, :, 0].T
+    return sampled[:, :3], sampled[:, 3]
