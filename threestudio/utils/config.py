@@ -28,6 +28,7 @@ from threestudio.utils.ranges import (
     not_a_number,
     refuse_contradictions,
     shown,
+    takes_mapping,
     takes_texts,
 )
 from threestudio.utils.safe_yaml import bounded_interpolation, check_yaml, read_limited
@@ -418,7 +419,7 @@ def parse_structured(fields, cfg=None, where: str = "", prefix: str = "") -> Any
             full = full_key(key)
             raise UserError(f"{where}: {full} is empty: give it a value, or leave the key out")
         mapping = isinstance(value, Mapping | DictConfig)
-        if annotations[key] in (dict, Optional[dict]) and not mapping and value is not None:
+        if takes_mapping(annotations[key]) and not mapping and value is not None:
             raise UserError(f"{where}: {full_key(key)} takes a mapping, not {shown(value)}")
         if takes_texts(annotations[key]) and not are_texts(value):
             raise UserError(f"{where}: {full_key(key)} takes a list of texts, not {shown(value)}")
