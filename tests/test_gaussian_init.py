@@ -127,13 +127,13 @@ def test_shap_e_without_weights_is_one_line(Gaussians, tmp_path, monkeypatch, na
 @pytest.mark.parametrize(
     "cfg, message",
     [
-        ({"init_type": "sphere"}, "use ball, file, shap-e or none"),
+        ({"init_type": "sphere"}, "init_type must be one of ball, file, shap-e, none, not"),
         ({"ball": {"n_point": 3}}, "n_point"),
-        ({"ball": {"n_points": 3}}, "at least 4"),
+        ({"ball": {"n_points": 3}}, "ball.n_points must be a whole number from 4 "),
         ({"init_type": "file"}, "path"),
         ({"init_type": "file", "file": {"path": "/no/such.ply"}}, "no file"),
-        ({"sh_degree": 4}, "0 to 3"),
-        ({"init_opacity": 1.0}, "strictly between"),
+        ({"sh_degree": 4}, "from 0 to 3"),
+        ({"init_opacity": 1.0}, "above 0 and below 1, not 1"),
     ],
 )
 def test_wrong_settings(Gaussians, cfg, message):

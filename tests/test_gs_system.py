@@ -242,17 +242,20 @@ def test_no_sheet_and_no_weights_are_no_end(small, tmp_path):
     gone = f"{tmp_path}/gone.ckpt"
     more = [f"system.weights={gone}", f"system.geometry.weights={gone}:geometry"]
     assert launch([str(parsed)], [f"resume={resume}", *more], "--test") == 0
-    with pytest.raises(ValueError, match="sheet_columns 1 or more"):
+    with pytest.raises(ValueError, match="sheet_columns must be a whole number from 1 to "):
         fit(*small("embedding+pocket", "system.sheet_columns=0"))
 
 
 @pytest.mark.parametrize(
     "option, said",
     [
-        ("system.loss.lambda_sparsity=null", "system.loss.lambda_sparsity: a scheduled value"),
-        ("system.guidance.max_step_percent=null", "system.guidance.max_step_percent: a scheduled"),
-        ("data.height=null", "data.height must be a whole number or a list of them, not None"),
-        ("data.width=64.0", "data.width must be a whole number or a list of them, not 64.0"),
+        ("system.loss.lambda_sparsity=null", "loss.lambda_sparsity is empty: give it a value"),
+        ("system.guidance.max_step_percent=null", "max_step_percent is empty: give it a value"),
+        ("data.height=null", "height is empty: give it a value, or leave"),
+        (
+            "data.width=64.5",
+            "width must be a whole number from 1 to 16384, or a list",
+        ),
         ("system.exporter.fmt=null", "system.exporter.fmt has 'None'"),
     ],
 )

@@ -379,13 +379,13 @@ def test_bad_input_is_refused(make):
     with pytest.raises(ValueError, match=r"takes \(B, H, W, 4\) with rgb_as_latents=True"):
         guidance(images(), random_prompt(), *side_view(2), rgb_as_latents=True)
     for name in PRIORS:
-        with pytest.raises(ValueError, match="guidance_scale must be above 0"):
+        with pytest.raises(ValueError, match=r"guidance_scale must be a .*number above 0"):
             make(name, guidance_scale=0)
         with pytest.raises(ValueError, match="weighting_strategy must be one of"):
             make(name, weighting_strategy="sdss")
-        with pytest.raises(ValueError, match="lora_n_timestamp_samples must be at least 1"):
+        with pytest.raises(ValueError, match="samples must be a whole number from 1 "):
             make(name, lora_n_timestamp_samples=0)
-    with pytest.raises(ValueError, match="guidance_scale must be finite"):
+    with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
         make(SDS, guidance_scale=math.inf)
 
 

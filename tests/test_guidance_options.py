@@ -254,7 +254,7 @@ def test_a_missing_compiler_is_one_clear_line(make, monkeypatch, tmp_path):
 
 
 def test_options_that_cannot_be_had_are_one_clear_line(make):
-    with pytest.raises(ValueError, match=r"weights_dtype is auto, float16, .* not 'half'"):
+    with pytest.raises(ValueError, match=r"must be one of auto, float16, .* not 'half'"):
         make(EMBEDDING, weights_dtype="half")
     for odd in ("enable_sequential_cpu_offload", "enable_gradient_checkpointing"):
         with pytest.raises(ValueError, match=rf"{odd}=false, or system.guidance.compile_unet="):

@@ -161,7 +161,7 @@ def test_the_guidance_looks_at_normals_in_the_geometry_stage(small):
     assert system.guided_image({"comp_normal": 1, "comp_rgb": 2}) == 1
     with pytest.raises(ValueError, match="stage=geometry needs normals"):
         fit(*small("embedding+pocket", stage))
-    with pytest.raises(ValueError, match="the stages are coarse, geometry, texture"):
+    with pytest.raises(ValueError, match="stage must be one of coarse, geometry, texture"):
         fit(*small("embedding+pocket", "system.stage=fine"))
 
 

@@ -20,13 +20,29 @@ def make(lods, tiny_sd):
 @pytest.mark.parametrize(
     "short, fields, text",
     [
-        ("lora", {"prompt_scale": 0.0}, "prompt_scale must be above 0"),
-        ("lora", {"prompt_scale": float("inf")}, "prompt_scale must be finite"),
-        ("lora", {"lora_scale": 0.0}, "lora_scale must be a number other than 0"),
-        ("vsd", {"lora_scale": float("nan")}, "lora_scale must be a number other than 0"),
-        ("sds", {"grad_clip": 0.0}, "grad_clip must be above 0"),
-        ("sds", {"grad_clip": [0, 1.0, -1.0, 50]}, r"grad_clip must be above 0.*step 50"),
-        ("sdi", {"inversion_scale": float("inf")}, "inversion_scale must be finite"),
+        ("lora", {"prompt_scale": 0.0}, "prompt_scale must be a number above 0"),
+        (
+            "lora",
+            {"prompt_scale": float("inf")},
+            "above 0 and at most 1000000, not .inf",
+        ),
+        ("lora", {"lora_scale": 0.0}, "lora_scale must not be 0: the LoRA would never"),
+        (
+            "vsd",
+            {"lora_scale": float("nan")},
+            "must be a number from -1000 to 1000, not .nan",
+        ),
+        ("sds", {"grad_clip": 0.0}, "grad_clip must be a number above 0"),
+        (
+            "sds",
+            {"grad_clip": [0, 1.0, -1.0, 50]},
+            r"grad_clip must be .*schedule.*, not \[0, 1, -1",
+        ),
+        (
+            "sdi",
+            {"inversion_scale": float("inf")},
+            "inversion_scale must be .*, not .inf",
+        ),
         # fine at the start, and too late to find out at step 300
         (
             "embedding",

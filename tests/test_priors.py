@@ -482,16 +482,19 @@ def test_inner_steps_make_a_better_prior(make):
     "short, field, value, text",
     [
         ("vsd", "camera_condition_type", "pose", "must be one of extrinsics, mvp, not 'pose'"),
-        ("nfsd", "nfsd_threshold", 200, "part of all timesteps, 0 to 1, not 200"),
-        ("bridge", "bridge_start", -1, "0 or more, not -1"),
-        ("bridge", "bridge_sds_scale", 0, "bridge_sds_scale.* must be above 0"),
-        ("sds", "sds_scale", math.inf, "^sds_scale.* must be finite"),
-        ("lora", "sds_steps", -2, "0 or more, not -2"),
-        ("sdi", "inversion_steps", 0, "inversion_steps must be 1 or more"),
-        ("sdi", "inversion_eta", 2.0, "inversion_eta must be 0 to 1"),
-        ("ism", "ism_delta_s", 0, "ism_delta_s is a number of timesteps, 1 or more"),
-        ("lora", "prior_inner_steps", -1, "prior_inner_steps must be 0 or more"),
-        *((s, "guidance_scale", math.inf, "must be finite") for s in ("nfsd", "vsd", "sdi", "ism")),
+        ("nfsd", "nfsd_threshold", 200, "nfsd_threshold must be a number from 0 to 1, not 200"),
+        ("bridge", "bridge_start", -1, "bridge_start must be a whole number from 0 .*, not -1"),
+        ("bridge", "bridge_sds_scale", 0, "bridge_sds_scale must be a number above 0 .*, not 0"),
+        ("sds", "sds_scale", math.inf, "^sds_scale must be a number above 0 .*, not .inf"),
+        ("lora", "sds_steps", -2, "sds_steps must be a whole number from 0 .*, not -2"),
+        ("sdi", "inversion_steps", 0, "inversion_steps must be a whole number from 1 "),
+        ("sdi", "inversion_eta", 2.0, "inversion_eta must be a number from 0 to 1, not 2"),
+        ("ism", "ism_delta_s", 0, "ism_delta_s must be a whole number from 1 "),
+        ("lora", "prior_inner_steps", -1, "prior_inner_steps must be a whole number from 0 "),
+        *(
+            (s, "guidance_scale", math.inf, "a finite number")
+            for s in ("nfsd", "vsd", "sdi", "ism")
+        ),
     ],
 )
 def test_bad_fields_are_one_line(make, short, field, value, text):

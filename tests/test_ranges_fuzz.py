@@ -48,7 +48,7 @@ def outside(declared):
 def wrong_values(hint):
     """At least five values that a field of this annotation must not have."""
     base, beside = split(hint)
-    nullable = base is Any or type(None) in typing.get_args(base)
+    nullable = type(None) in typing.get_args(base) or (base is Any and not beside)
     wrong = [{"a": 1}, [{}], *([] if nullable else [None])]
     texts = [declared for declared in beside if isinstance(declared, str)]
     if texts:

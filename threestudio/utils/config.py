@@ -29,6 +29,7 @@ from threestudio.utils.ranges import (
     not_a_number,
     refuse_contradictions,
     shown,
+    takes_mapping,
     takes_texts,
 )
 from threestudio.utils.safe_yaml import bounded_interpolation, check_yaml, read_limited
@@ -408,9 +409,6 @@ def _full_key(cfg, key) -> str:
         return str(key)
 
 
-_MAPPINGS = (dict, Optional[dict])  # noqa: UP045
-
-
 def _adapt(value, annotation):
     """Accept what a YAML author means: an int where ``Union[float, str]`` asks for a float, 1e4
     where a whole number is asked for, and a plain list (a schedule) where a YAML list is accepted
@@ -474,7 +472,7 @@ def parse_structured(fields, cfg=None, where: str = "", prefix: str = "") -> Any
             full = full_key(key)
             raise UserError(f"{where}: {full} is empty: give it a value, or leave the key out")
         mapping = isinstance(value, Mapping | DictConfig)
-        if annotations[key] in _MAPPINGS and not mapping and value is not None:
+        if takes_mapping(annotations[key]) and not mapping and value is not None:
             raise UserError(f"{where}: {full_key(key)} takes a mapping, not {shown(value)}")
         if takes_texts(annotations[key]) and not are_texts(value):
             raise UserError(f"{where}: {full_key(key)} takes a list of texts, not {shown(value)}")

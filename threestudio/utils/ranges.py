@@ -57,6 +57,8 @@ _MAX_SHOWN = 80  # characters of a refused value in a message
 
 def shown(value: Any) -> str:
     """`value` in a message: as it would be written in YAML, and short."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
     if isinstance(value, float):
         return {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}.get(str(value), f"{value:.10g}")
     if is_list(value):
@@ -235,6 +237,11 @@ def annotations(cls: type) -> dict[str, Any]:
     return found
 
 
+def takes_mapping(base: Any) -> bool:
+    """Whether a field of this type is an open mapping."""
+    return _plain(base) is dict
+
+
 def takes_texts(base: Any) -> bool:
     """Whether a field of this type is a list of texts."""
     kind = _plain(base)
@@ -260,7 +267,9 @@ def checked(key: str, value: Any, hint: Any) -> Any:
     """
     base, beside = split(hint)
     if value is None:
-        if may_be_null(base):
+        # a range says more than Any, of which Optional[Any] is null's way out
+        ranged = base is Any and any(isinstance(declared, str) for declared in beside)
+        if may_be_null(base) and not ranged:
             return None
         raise UserError(f"{key} is empty: give it a value, or leave the key out")
     for declared in beside:

@@ -42,7 +42,9 @@ class NeuralEnvironmentMapBackground(BaseBackground):
         )
         random_aug: bool = False
         random_aug_prob: Annotated[float, "[0, 1]"] = 0.5
-        eval_color: Annotated[Any, "list (-inf, inf)"] = None  # n_output_dims numbers, 0..1
+        eval_color: Annotated[Optional[Any], "list (-inf, inf)"] = (
+            None  # n_output_dims numbers, 0..1
+        )
 
         def contradictions(self):
             """See :mod:`threestudio.utils.ranges`."""
