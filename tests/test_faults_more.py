@@ -83,6 +83,20 @@ def test_each_optimizer_has_its_own_patience():
         guarded_step(again, bad, trainer, float("nan"))
 
 
+def test_steps_that_loss_scaling_costs_are_told(monkeypatch):
+    """The first of them when it happens, as ordinary; their number at the end."""
+    told, warnings = [], []
+    monkeypatch.setattr(threestudio, "info", told.append)
+    monkeypatch.setattr(threestudio, "warn", warnings.append)
+    trainer = make_trainer(precision_plugin=SimpleNamespace(scaler=object()))
+    guard = NonFiniteGuard()
+    for value in (float("inf"), 1.0, float("inf")):
+        guarded_step(guard, trainer.optimizers[0], trainer, value)
+    assert len(told) == 1 and "ordinary in the first steps" in told[0] and not warnings
+    guard.on_train_end(trainer, None)
+    assert warnings == ["2 steps were skipped because of values not finite"]
+
+
 def test_processes_skip_together():
     votes = []
 

@@ -294,12 +294,26 @@ def test_gradient_scale_of_half_precision_cancels(make, name, monkeypatch, denoi
     )
     scaled.load_state_dict(plain.state_dict())
     grads = []
-    for guidance in (plain, scaled):
+
+    def differentiate(guidance):
         torch.manual_seed(5)
+        guidance.zero_grad()
         total(guidance(images(), random_prompt(), *side_view(2))).backward()
-        grads.append([p.grad for p in guidance.parameters()])
+        grads.append([p.grad.clone() for p in guidance.parameters()])
+
+    differentiate(plain)
+    differentiate(scaled)
     torch.testing.assert_close(seen[1], 64 * seen[0])
     torch.testing.assert_close(grads[0], grads[1])
+    # a GradScaler enlarges them already, and both factors together overflow in float16
+    scaled.loss_is_scaled()
+    differentiate(scaled)
+    torch.testing.assert_close(seen[2], seen[0])
+    torch.testing.assert_close(grads[0], grads[2])
+    # but not those of updates inside of a step, which the trainer does not see
+    inside = make(name, prior_inner_steps=1)
+    inside.loss_is_scaled()
+    assert inside.denoiser.grad_scale == 64
 
 
 # --- models, fields, errors -----------------------------------------------------------------------

@@ -226,7 +226,7 @@ SYSTEMS = {
     ),
     "ngp": (
         ["lods-ngp-lora.yaml", "pocket-ngp.yaml"],
-        ["data.resolution_milestones=[]", "system.exporter.fmt=obj"],
+        ["data.resolution_milestones=[]", "system.geometry.isosurface_resolution=16"],
         ["prior.safetensors"],
     ),
 }

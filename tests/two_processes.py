@@ -22,7 +22,7 @@ OPTIONS = (
 DELAY = 0.4  # seconds, before each frame of the second process
 
 
-def run_both(arguments, cwd, program="tests.two_processes", timeout=600):
+def run_both(arguments, cwd, program="tests.two_processes", timeout=1600):
     """Run ``launch.py`` with `arguments` in two processes; ``(exit statuses, outputs)``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -81,7 +81,7 @@ def observe() -> None:
 
 
 def main() -> int:
-    faulthandler.dump_traceback_later(550, exit=True)  # what waits for ever is told where
+    faulthandler.dump_traceback_later(1500, exit=True)  # what waits for ever is told where
     sys.path.insert(0, str(ROOT))
     import launch
     from threestudio.utils.extensions import load_custom_modules
