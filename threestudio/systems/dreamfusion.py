@@ -19,6 +19,11 @@ class DreamFusion(GuidedSystem):
 
     cfg: Config
 
+    @property
+    def renders_latents(self) -> bool:
+        """Whether ``comp_rgb`` is latents, not colours."""
+        return False
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self.build_guidance()
@@ -26,6 +31,9 @@ class DreamFusion(GuidedSystem):
     def training_step(self, batch, batch_idx):
         out = self(batch)
         guided = self.guidance(
-            out["comp_rgb"], self.prompt_processor(), **batch, rgb_as_latents=False
+            out["comp_rgb"],
+            self.prompt_processor(),
+            **batch,
+            rgb_as_latents=self.renders_latents,
         )
         return self.total(guided, self.field_losses(out))

@@ -47,7 +47,9 @@ class GuidedSystem(BaseLift3DSystem):
         """What ``training_step`` returns, of the guidance's output and the system's own losses;
         all of them are logged, with their weights."""
         for name, value in guided.items():
-            if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0):
+            if isinstance(value, Tensor) and value.ndim == 0:
+                self.log(f"train/{name}", value.detach())  # not as a number, which a GPU waits for
+            elif isinstance(value, (int, float)):
                 self.log(f"train/{name}", float(value))
         losses = {k.removeprefix("loss_"): v for k, v in guided.items() if k.startswith("loss_")}
         for name in losses:
@@ -57,7 +59,7 @@ class GuidedSystem(BaseLift3DSystem):
                     f"{nearest(f'lambda_{name}', self.cfg.loss)}"
                 )
         for name, value in own.items():
-            self.log(f"train/loss_{name}", float(value.detach()))
+            self.log(f"train/loss_{name}", value.detach())
             losses[name] = value
         for key, value in self.cfg.loss.items():
             self.log(f"train_params/{key}", self.C(value))

@@ -3,23 +3,23 @@
 from dataclasses import dataclass
 
 import threestudio
-from threestudio.systems.guided import GuidedSystem
+from threestudio.systems.dreamfusion import DreamFusion
 from threestudio.utils.errors import UserError
 from threestudio.utils.ops import ShapeLoss
 from threestudio.utils.typing import *
 
 
 @threestudio.register("latentnerf-system")
-class LatentNeRF(GuidedSystem):
+class LatentNeRF(DreamFusion):
     """What is rendered (``comp_rgb``, as many channels as the model's latents) is taken for
     latents, and decoded to be looked at; with ``refinement`` it is colours, as elsewhere.
 
     ``guide_shape``, the path of a mesh, adds ``loss_shape`` (:class:`ShapeLoss`), which keeps the
-    density inside of it. The other losses are those of :class:`GuidedSystem`.
+    density inside of it. The other losses are those of :class:`.guided.GuidedSystem`.
     """
 
     @dataclass
-    class Config(GuidedSystem.Config):
+    class Config(DreamFusion.Config):
         guide_shape: Optional[str] = None
         refinement: bool = False
 
@@ -31,26 +31,19 @@ class LatentNeRF(GuidedSystem):
         if self.cfg.guide_shape is not None:
             self.shape_loss = ShapeLoss(self.cfg.guide_shape)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.build_guidance()
+    @property
+    def renders_latents(self) -> bool:
+        return not self.cfg.refinement
 
-    def training_step(self, batch, batch_idx):
-        out = self(batch)
-        guided = self.guidance(
-            out["comp_rgb"],
-            self.prompt_processor(),
-            **batch,
-            rgb_as_latents=not self.cfg.refinement,
-        )
-        losses = self.field_losses(out)
+    def field_losses(self, out: Dict[str, Any]) -> Dict[str, Float[Tensor, ""]]:
+        losses = super().field_losses(out)
         if self.shape_loss is not None and (self.weight_of("shape") or 0) > 0:
             losses["shape"] = self.shape_loss(out["points"], out["density"])
-        return self.total(guided, losses)
+        return losses
 
     def picture(self, batch: Dict[str, Any]) -> Dict[str, Any]:
         out = self(batch)
-        if self.cfg.refinement:
+        if not self.renders_latents:
             return out
         if getattr(self, "guidance", None) is None:  # a test without training: for its decoder
             self.guidance = threestudio.find(self.cfg.guidance_type)(self.cfg.guidance)
