@@ -259,6 +259,44 @@ CLASSES = {  # "module:class" -> signature of the constructor, of the methods
         {"configure": f"self, {SCENE}", "__call__": "self, *args, **kwargs"},
     ),
     "threestudio.models.networks:TCNNEncoding": ("in_channels, config", {}),
+    "threestudio.models.networks:TCNNEncodingSpatialTime": (
+        "in_channels, config",
+        {
+            "set_temp_param_grad": "self, requires_grad=False",
+            "set_param_grad": "self, param_list, requires_grad=False",
+        },
+    ),
+    "threestudio.models.estimators:ImportanceEstimator": (
+        "",
+        {
+            "sampling": (
+                "self, prop_sigma_fns, prop_samples, num_samples, n_rays, near_plane, far_plane, "
+                "sampling_type='uniform', stratified=False, requires_grad=False"
+            )
+        },
+    ),
+    "threestudio.utils.perceptual:PerceptualLoss": (
+        "use_dropout=True",
+        {"forward": "self, input, target"},
+    ),
+    "threestudio.utils.ops:ShapeLoss": ("guide_shape", {"forward": "self, xyzs, sigmas"}),
+    "threestudio.utils.ops:MeshOBJ": (
+        "v, f",
+        {
+            "normalize_mesh": "self, target_scale=0.5",
+            "winding_number": "self, query",
+            "gaussian_weighted_distance": "self, query, sigma",
+        },
+    ),
+    "threestudio.data.image:SingleImageIterableDataset": (
+        "cfg, split",
+        {"collate": "self, batch", "get_all_images": "self"},
+    ),
+    "threestudio.data.image:SingleImageDataset": ("cfg, split", {"get_all_images": "self"}),
+    "threestudio.data.image:SingleImageDataModule": ("cfg=None", {"setup": "self, stage=None"}),
+    "threestudio.systems.dreamfusion:DreamFusion": ("cfg, resumed=False", {}),
+    "threestudio.systems.prolificdreamer:ProlificDreamer": ("cfg, resumed=False", {}),
+    "threestudio.systems.latentnerf:LatentNeRF": ("cfg, resumed=False", {}),
     "threestudio.models.networks:TCNNNetwork": ("dim_in, dim_out, config", {}),
     "threestudio.models.networks:VanillaMLP": ("dim_in, dim_out, config", {}),
     "threestudio.models.networks:SphereInitVanillaMLP": ("dim_in, dim_out, config", {}),
@@ -298,10 +336,33 @@ REGISTERED = (  # what configurations of extensions ask the host for
     "random-camera-datamodule stable-diffusion-prompt-processor dummy-prompt-processor "
     "stable-diffusion-guidance no-material diffuse-with-point-light-material "
     "solid-color-background neural-environment-map-background textured-background "
-    "implicit-volume volume-grid nerf-volume-renderer mesh-exporter dummy-exporter"
+    "implicit-volume volume-grid nerf-volume-renderer mesh-exporter dummy-exporter "
+    "single-image-datamodule dreamfusion-system prolificdreamer-system latentnerf-system "
+    "stable-diffusion-vsd-guidance perceptual-loss"
 )
-# Left out on purpose. Image to 3D: single-image-datamodule and stable-zero123-guidance. Of systems
-# that are left out with them: MeshOBJ and ShapeLoss (Latent-NeRF), mask_ray_directions (the
-# 'eff' data module). HashGridSpatialTime (4D) is refused by get_encoding.
-LEFT_OUT = ["single-image-datamodule", "stable-zero123-guidance"]
-LEFT_OUT_OF_OPS = ["MeshOBJ", "ShapeLoss", "mask_ray_directions"]
+# Left out on purpose: docs/upstream.md has all of them. Image to 3D with Zero-1-to-3, and what only
+# the 'eff' data module needs.
+LEFT_OUT = ["stable-zero123-guidance", "zero123-system", "efficient-dreamfusion-system"]
+LEFT_OUT_OF_OPS = ["mask_ray_directions"]
+# All 55 names that `import threestudio` of upstream registers.
+UPSTREAM_REGISTERED = (
+    "random-camera-datamodule eff-random-camera-datamodule single-image-datamodule "
+    "multiview-camera-datamodule co3d-datamodule "
+    "implicit-volume implicit-sdf volume-grid tetrahedra-sdf-grid custom-mesh "
+    "no-material diffuse-with-point-light-material hybrid-rgb-latent-material "
+    "neural-radiance-material pbr-material sd-latent-adapter-material "
+    "solid-color-background neural-environment-map-background textured-background "
+    "nerf-volume-renderer neus-volume-renderer gan-volume-renderer patch-renderer "
+    "nvdiff-rasterizer "
+    "stable-diffusion-guidance stable-diffusion-vsd-guidance stable-diffusion-sdi-guidance "
+    "stable-diffusion-unified-guidance stable-diffusion-controlnet-guidance "
+    "stable-diffusion-instructpix2pix-guidance deep-floyd-guidance zero123-guidance "
+    "stable-zero123-guidance zero123-unified-guidance "
+    "stable-diffusion-prompt-processor deep-floyd-prompt-processor dummy-prompt-processor "
+    "mesh-exporter dummy-exporter "
+    "dreamfusion-system efficient-dreamfusion-system prolificdreamer-system magic3d-system "
+    "magic123-system fantasia3d-system latentnerf-system sjc-system sdi-system textmesh-system "
+    "instructnerf2nerf-system control4d-multiview-system image-condition-dreamfusion-system "
+    "zero123-system zero123-simple-system "
+    "perceptual-loss"
+)

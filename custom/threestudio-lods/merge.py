@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 # Keys that upstream has not, and the type of the part that must be in use (None: any).
 HOST_ONLY = {
     "data.rays": None,
+    "data.random_camera.rays": None,
     "system.on_nonfinite": None,
     "system.max_skipped_steps": None,
     "system.renderer.backend": "nerf-volume-renderer",

@@ -1,5 +1,5 @@
 """Data modules. Importing this package registers the built-in ones."""
 
-from . import uncond
+from . import image, uncond
 
-__all__ = ["uncond"]
+__all__ = ["image", "uncond"]

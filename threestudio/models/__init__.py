@@ -6,6 +6,7 @@ from . import (
     geometry,
     guidance,
     materials,
+    perceptual_loss,
     prompt_processors,
     renderers,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "geometry",
     "guidance",
     "materials",
+    "perceptual_loss",
     "prompt_processors",
     "renderers",
 ]

@@ -169,7 +169,8 @@ class TCNNEncoding(nn.Module, Updateable):
         super().__init__()
         otype = config["otype"]
         if otype not in ENCODINGS:
-            raise UserError(f"unknown encoding otype {otype!r}{nearest(otype, ENCODINGS)}")
+            hint = nearest(otype, [*ENCODINGS, SPATIAL_TIME])
+            raise UserError(f"unknown encoding otype {otype!r}{hint}")
         cls, known = ENCODINGS[otype]
         options = _options(config, (*known, *SHARED), f"encoding {otype}")
         kind = options.pop("type", "Hash")
@@ -185,6 +186,68 @@ class TCNNEncoding(nn.Module, Updateable):
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
         with torch.autocast(x.device.type, enabled=False):
             return self.encoding(x.float()).to(self.dtype)
+
+
+SPATIAL_TIME = "HashGridSpatialTime"  # an otype that is not one of tiny-cuda-nn's
+TIME = ("static", "num_frames", "n_key_frames", "use_key_frame")  # beside GRID
+
+
+class TCNNEncodingSpatialTime(nn.Module):
+    """Two hash grids, one of space and one of space and time (4D-fy, arXiv:2311.17984, sec. 3.2):
+
+        x (N, D) -> grid(x) + grid_time(x, t),  t = ``frame_time`` in 0..1
+
+    ``frame_time`` is None (0), a number, or a tensor with one number for all points or one for
+    each; whoever renders sets it. With ``static`` the second grid is not trained. Checkpoints of
+    upstream fit. ``num_frames``, ``n_key_frames`` and ``use_key_frame`` are for code that reads
+    them here: they do not change the encoding, upstream's neither.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        config: dict,
+        dtype: torch.dtype = torch.float32,
+        init_time_zero: bool = False,
+    ) -> None:
+        super().__init__()
+        options = _options(config, (*GRID, *TIME, *SHARED), "encoding HashGridSpatialTime")
+        if "static" not in options:
+            raise UserError("encoding HashGridSpatialTime needs the option 'static'")
+        self.static = bool(options.pop("static"))
+        self.num_frames = int(options.pop("num_frames", 1))
+        self.n_key_frames = int(options.pop("n_key_frames", 1))
+        self.use_key_frame = bool(options.pop("use_key_frame", False))
+        for key in SHARED:
+            options.pop(key, None)
+        self.n_input_dims, self.dtype = in_channels, dtype
+        self.encoding = HashGrid(in_channels, **options)
+        self.encoding_time = HashGrid(in_channels + 1, **options)
+        if init_time_zero:
+            nn.init.zeros_(self.encoding_time.params)
+        self.n_output_dims = self.encoding.n_output_dims
+        self.frame_time: Optional[Union[float, Tensor]] = None
+        self.is_video, self.update_occ_grid = True, False  # which renderers of 4D-fy read and set
+        if self.static:
+            self.set_temp_param_grad(False)
+
+    def set_temp_param_grad(self, requires_grad: bool = False) -> None:
+        """Whether the grid of space and time is trained."""
+        self.set_param_grad(self.encoding_time, requires_grad)
+
+    def set_param_grad(self, param_list: Any, requires_grad: bool = False) -> None:
+        """The same for a parameter, or for all of a module."""
+        several = isinstance(param_list, nn.Module)
+        for parameter in param_list.parameters() if several else [param_list]:
+            parameter.requires_grad_(requires_grad)
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            time = torch.as_tensor(0.0 if self.frame_time is None else self.frame_time).to(x)
+            time = time.reshape(-1, 1).expand(len(x), 1)
+            encoded = self.encoding(x) + self.encoding_time(torch.cat([x, time], dim=1))
+        return encoded.to(self.dtype)
 
 
 class CompositeEncoding(nn.Module, Updateable):
@@ -210,10 +273,12 @@ class CompositeEncoding(nn.Module, Updateable):
 
 
 def get_encoding(n_input_dims: int, config) -> CompositeEncoding:
-    """The encoding that ``config`` describes: ``otype`` is one of ENCODINGS, the other keys are its
-    options, and ``include_xyz`` puts 2 x - 1 in front. It maps (N, n_input_dims) in [0, 1] to
-    (N, ``n_output_dims``). Raises ``UserError`` for an unknown otype or option."""
-    encoding = TCNNEncoding(n_input_dims, dict(config))
+    """The encoding that ``config`` describes: ``otype`` is one of ENCODINGS, or HashGridSpatialTime
+    (:class:`TCNNEncodingSpatialTime`); the other keys are its options, and ``include_xyz`` puts
+    2 x - 1 in front. It maps (N, n_input_dims) in [0, 1] to (N, ``n_output_dims``). Raises
+    ``UserError`` for an unknown otype or option."""
+    kind = TCNNEncodingSpatialTime if config["otype"] == SPATIAL_TIME else TCNNEncoding
+    encoding = kind(n_input_dims, dict(config))
     return CompositeEncoding(encoding, include_xyz=bool(config.get("include_xyz", False)))
 
 

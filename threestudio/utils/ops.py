@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from threestudio.utils.errors import nearest
+
+# upstream has these here too
+from threestudio.utils.shape_guide import MeshOBJ, ShapeLoss, ce_pq_loss  # noqa: F401
 from threestudio.utils.typing import *
 
 # --- vectors ------------------------------------------------------------------------------------
@@ -107,14 +110,6 @@ def binary_cross_entropy(
     """Mean of -(t log x + (1 - t) log(1 - x)). Differentiable in both, and not clamped: the caller
     keeps `input` away from 0 and 1."""
     return -(target * torch.log(input) + (1 - target) * torch.log(1 - input)).mean()
-
-
-def ce_pq_loss(p: Tensor, q: Tensor, weight: Optional[Tensor] = None) -> Float[Tensor, ""]:
-    """Sum of the cross entropies of Bernoulli(p) and Bernoulli(q), q clamped to 0.01..0.99,
-    optionally weighted."""
-    q = q.clamp(0.01, 0.99)
-    entropy = -(p.view_as(q) * torch.log(q) + (1 - p.view_as(q)) * torch.log(1 - q))
-    return (entropy if weight is None else entropy * weight).sum()
 
 
 def tet_sdf_diff(

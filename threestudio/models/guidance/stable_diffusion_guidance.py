@@ -180,13 +180,15 @@ class StableDiffusionGuidance(BaseObject):
         latents: Float[Tensor, "B C h w"],
         t: Int[Tensor, "B"],
         encoder_hidden_states: Float[Tensor, "B T D"],
+        **kwargs,
     ) -> Float[Tensor, "B C h w"]:
-        """What the model outputs, which is noise, v or the image."""
+        """What the model outputs, which is noise, v or the image. `kwargs` go to the UNet."""
         with torch.autocast(self.device.type, enabled=False):
             output = self.unet(
                 latents.to(self.weights_dtype),
                 t,
                 encoder_hidden_states=encoder_hidden_states.to(self.weights_dtype),
+                **kwargs,
             )
         return output.sample.to(latents.dtype)
 
@@ -216,9 +218,16 @@ class StableDiffusionGuidance(BaseObject):
     def predict_noise(
         self, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, "B"], text: Float[Tensor, "B T D"]
     ) -> Float[Tensor, "B C h w"]:
-        """The noise that the model sees in ``x_t``: of v = alpha eps - sigma z (arXiv:2202.00512)
-        it is alpha v + sigma x_t, of the image z it is (x_t - alpha z) / sigma."""
-        output, (alpha, sigma) = self.forward_unet(x_t, t, text), self._alpha_sigma(t)
+        """The noise that the model sees in ``x_t``."""
+        return self.noise_of(self.forward_unet(x_t, t, text), x_t, t)
+
+    def noise_of(
+        self, output: Float[Tensor, "B C h w"], x_t: Float[Tensor, "B C h w"], t: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B C h w"]:
+        """The noise that the model's ``output`` says is in ``x_t``: of v = alpha eps - sigma z
+        (arXiv:2202.00512) it is alpha v + sigma x_t, of the image z it is
+        (x_t - alpha z) / sigma."""
+        alpha, sigma = self._alpha_sigma(t)
         kind = self.scheduler.config.get("prediction_type", "epsilon")
         if kind == "v_prediction":
             return alpha * output + sigma * x_t
@@ -263,14 +272,18 @@ class StableDiffusionGuidance(BaseObject):
         else:
             rows = prompt_utils.get_text_embeddings(*views)
             weights = rows.new_zeros(n, 0)
-        if rows.shape[-1] != self.text_width:
-            raise UserError(
-                f"the prompt's embeddings have width {rows.shape[-1]}, the guidance's model takes "
-                f"{self.text_width}: give prompt_processor and guidance the same "
-                "pretrained_model_name_or_path"
-            )
+        self.check_width(rows)
         negatives = rows[2 * n :].view(n, weights.shape[1], *rows.shape[1:])
         return Text(rows[:n], rows[n : 2 * n], negatives, weights)
+
+    def check_width(self, embeddings: Float[Tensor, "N T D"]) -> None:
+        """Raise :class:`UserError` if these are of another text model than the UNet's."""
+        if embeddings.shape[-1] != self.text_width:
+            raise UserError(
+                f"the prompt's embeddings have width {embeddings.shape[-1]}, the guidance's model "
+                f"takes {self.text_width}: give prompt_processor and guidance the same "
+                "pretrained_model_name_or_path"
+            )
 
     @torch.no_grad()
     def get_noise_pred(
@@ -292,6 +305,19 @@ class StableDiffusionGuidance(BaseObject):
             away = perpendicular_component(eps[2 * n + i :: negatives] - eps_u, direction)
             push += text.weights[:, i].view(-1, 1, 1, 1).to(away) * away
         return eps_u + self.cfg.guidance_scale * push
+
+    def _resized(
+        self, image: Float[Tensor, "B C H W"], rgb_as_latents: bool
+    ) -> Float[Tensor, "B C h w"]:
+        size = self.latent_size if rgb_as_latents else self.image_size
+        return _resize(image, (size, size))
+
+    def to_latents(
+        self, rgb: Float[Tensor, "B H W C"], rgb_as_latents: bool = False
+    ) -> Float[Tensor, "B c h w"]:
+        """Latents of images in 0..1 at the model's size; latents are only resized."""
+        image = self._resized(rgb.permute(0, 3, 1, 2), rgb_as_latents)
+        return image if rgb_as_latents else self.encode_images(image)
 
     def _clip(self, grad: Tensor) -> Tensor:
         grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
@@ -316,8 +342,7 @@ class StableDiffusionGuidance(BaseObject):
         cfg, image = self.cfg, rgb.permute(0, 3, 1, 2)
         if cfg.use_img_loss and rgb_as_latents:
             raise UserError("guidance.use_img_loss needs images, not latents: set it to false")
-        size = self.latent_size if rgb_as_latents else self.image_size
-        image = _resize(image, (size, size))
+        image = self._resized(image, rgb_as_latents)
         latents = image if rgb_as_latents else self.encode_images(image)
         text = self._text(prompt_utils, elevation, azimuth, camera_distances)
 

@@ -4,7 +4,7 @@ Samples are *packed*: those of all rays in one list, sorted by ray and then by d
 ``ray_indices``, ``t_starts`` and ``t_ends`` (N,). ``t`` is in units of the ray's direction.
 """
 
-from .importance import importance_sampling
+from .importance import importance_sampling, quantiles
 from .march import BACKENDS, accumulate_along_rays, render_weights, resolve_backend
 from .occupancy import OccupancyGrid
 
@@ -13,6 +13,7 @@ __all__ = [
     "OccupancyGrid",
     "accumulate_along_rays",
     "importance_sampling",
+    "quantiles",
     "render_weights",
     "resolve_backend",
 ]

@@ -52,8 +52,15 @@ def importance_sampling(
     u = u.repeat(len(rays), 1)
     if stratified:
         u[:, 1:-1] += (torch.rand_like(u[:, 1:-1]) - 0.5) / n_fine
-    right = torch.searchsorted(cdf, u, right=True).clamp(1, n_coarse)
+    fine = quantiles(edges, cdf, u)
+    return rays.repeat_interleave(n_fine), fine[:, :-1].flatten(), fine[:, 1:].flatten()
+
+
+def quantiles(
+    edges: Float[Tensor, "R E"], cdf: Float[Tensor, "R E"], u: Float[Tensor, "R N"]
+) -> Float[Tensor, "R N"]:
+    """Where the piecewise linear `cdf`, given at `edges` and rising, takes the values `u`."""
+    right = torch.searchsorted(cdf, u, right=True).clamp(1, edges.shape[1] - 1)
     c0, c1 = cdf.gather(1, right - 1), cdf.gather(1, right)
     t0, t1 = edges.gather(1, right - 1), edges.gather(1, right)
-    fine = t0 + ((u - c0) / (c1 - c0)).clamp(0, 1) * (t1 - t0)
-    return rays.repeat_interleave(n_fine), fine[:, :-1].flatten(), fine[:, 1:].flatten()
+    return t0 + ((u - c0) / (c1 - c0)).clamp(0, 1) * (t1 - t0)
