@@ -173,8 +173,10 @@ def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
 
     from threestudio.utils import callbacks
     from threestudio.utils.checkpoint import LastCheckpoint
+    from threestudio.utils.restore import RestoreCheck
 
-    made: list = [callbacks.ReportFailures()]  # first, so that it comes before the progress bar
+    # first, so that it comes before the progress bar
+    made: list = [callbacks.ReportFailures(), RestoreCheck(cfg.resume)]
     if args.gradio:
         made.append(callbacks.ProgressCallback(os.path.join(cfg.trial_dir, "progress")))
     elif trainer_args.get("enable_progress_bar", True):
@@ -226,6 +228,7 @@ def _load(args, overrides):
     from threestudio.utils.checkpoint import find_checkpoint, read_checkpoint
     from threestudio.utils.misc import find_last_path
     from threestudio.utils.preflight import read_config
+    from threestudio.utils.restore import check_structure
 
     n_gpus = len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) if torch.cuda.is_available() else 1
     cfg = read_config(args.config, overrides, _mode(args), n_gpus)
@@ -233,6 +236,7 @@ def _load(args, overrides):
         return cfg, None
     cfg.resume = find_checkpoint(find_last_path(cfg.resume))
     checkpoint = read_checkpoint(cfg.resume)
+    check_structure(checkpoint, cfg.resume, _mode(args))
     return cfg, (checkpoint["epoch"], checkpoint["global_step"])
 
 
@@ -338,6 +342,7 @@ def run(args, overrides, argv) -> int:
         try:
             data = threestudio.find(cfg.data_type)(cfg.data)
             system = threestudio.find(cfg.system_type)(cfg.system, resumed=cfg.resume is not None)
+            system.checkpoint_name = f"checkpoint {cfg.resume}"  # for an error to name
             system.set_save_dir(os.path.join(cfg.trial_dir, "save"))
             trainer = _make_trainer(args, cfg, guard, trainer_args, system)
             if trainer.is_global_zero:

@@ -76,7 +76,8 @@ def check_prompt(cfg: Any, local_folder: Callable[[str], str | None]) -> None:
     if not isinstance(prompt, str):
         shown = "null" if prompt is None else str(prompt)[:40]
         raise ValueError(
-            f"system.prompt_processor.prompt is {shown}, which is no text in YAML: write it in quotes"
+            f"system.prompt_processor.prompt is {shown}, which is no text in YAML: write it in "
+            "quotes"
         )
     if not prompt.strip():
         raise ValueError(

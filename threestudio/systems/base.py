@@ -12,6 +12,7 @@ from threestudio.systems.exact_resume import ExactResume
 from threestudio.systems.utils import parse_optimizer, parse_scheduler
 from threestudio.utils.base import Updateable, update_end_if_possible, update_if_possible
 from threestudio.utils.config import load_config, parse_structured
+from threestudio.utils.errors import UserError
 from threestudio.utils.misc import (
     C,
     cleanup,
@@ -47,6 +48,7 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
         cleanup_after_test_step: bool = False
 
     cfg: Config
+    checkpoint_name: str = "the checkpoint"  # that is loaded, for an error to name
 
     def __init__(self, cfg, resumed: bool = False) -> None:
         super().__init__()
@@ -82,8 +84,13 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As torch's, but what does not fit is one line (see :func:`loading_weights`)."""
-        with loading_weights(self, state_dict, "the checkpoint"):
-            return super().load_state_dict(state_dict, *args, **kwargs)
+        name = self.checkpoint_name
+        try:
+            with loading_weights(self, state_dict, name):
+                return super().load_state_dict(state_dict, *args, **kwargs)
+        except ValueError as error:  # of a part that looks at its values itself
+            text = str(error)
+            raise error if text.startswith(name) else UserError(f"{name}: {text}") from None
 
     def configure_optimizers(self):
         out: Dict[str, Any] = {"optimizer": parse_optimizer(self.cfg.optimizer, self)}

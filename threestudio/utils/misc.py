@@ -5,6 +5,7 @@ import functools
 import gc
 import os
 import random
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -179,6 +180,8 @@ def loading_weights(module: torch.nn.Module, state: Mapping[str, Any], source: s
         raise
     except RuntimeError as error:
         lines = [" ".join(line.split()) for line in str(error).splitlines()]
+        no_tensor = r'.*parameter named "(.*?)", expected torch.Tensor or Tensor-like object.*'
+        lines = [re.sub(no_tensor, r"\1 is no tensor", line) for line in lines]
         problems = [line for line in lines[1:] or lines if line]
         shown = "; ".join(p if len(p) <= 200 else p[:200] + "..." for p in problems[:3])
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""

@@ -259,8 +259,11 @@ class Densifier:
         """Name and running state, of tensors and numbers only."""
         return {"name": self.name, "state": dict(self.state)}
 
-    def load_state_dict(self, stored: Dict[str, Any], device: Any) -> None:
-        """Continue from :meth:`state_dict`. Another strategy than the stored one begins afresh."""
+    def load_state_dict(
+        self, stored: Dict[str, Any], device: Any, count: Optional[int] = None
+    ) -> None:
+        """Continue from :meth:`state_dict`. Another strategy than the stored one begins afresh.
+        ``count``: of the Gaussians that the state is of, if it is known."""
         if not isinstance(stored, dict) or not isinstance(stored.get("state"), dict):
             raise ValueError("the checkpoint's densification state is damaged: take an earlier one")
         if stored.get("name") != self.name:
@@ -271,4 +274,13 @@ class Densifier:
             return
         for key, value in stored["state"].items():
             if key in self.state and key != "scene_scale":
+                each = self.name == "default"  # of whose states each has a value for every Gaussian
+                shape = (count,) if each else tuple(self.state[key].shape)
+                begun = each and value is None  # nothing has been summed up yet
+                right = isinstance(value, Tensor) and shape in ((None,), tuple(value.shape))
+                if not (begun or right):
+                    raise ValueError(
+                        f"the checkpoint's densification state {key} is not of the shape {shape}: "
+                        "take an earlier one, or set system.strategy.name=none"
+                    )
                 self.state[key] = value.to(device) if isinstance(value, Tensor) else value
