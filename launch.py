@@ -139,9 +139,14 @@ def _make_callbacks(args, cfg, guard, trainer_args: dict) -> list:
     from threestudio.utils import callbacks
     from threestudio.utils.best_checkpoints import BestCheckpoints, ModelCheckpoint
     from threestudio.utils.checkpoint import LastCheckpoint
+    from threestudio.utils.restore import RestoreCheck
 
     # first, so that it comes before the progress bar
-    made: list = [callbacks.ReportFailures(), callbacks.SharedFolder(cfg)]
+    made: list = [
+        callbacks.ReportFailures(),
+        callbacks.SharedFolder(cfg),
+        RestoreCheck(cfg.resume),
+    ]
     if args.gradio:
         made.append(callbacks.ProgressCallback(os.path.join(cfg.trial_dir, "progress")))
     elif trainer_args.get("enable_progress_bar", True):
@@ -193,6 +198,7 @@ def _load(args, overrides, gpus, roots):
     from threestudio.utils.gpus import count_gpus
     from threestudio.utils.misc import find_last_path
     from threestudio.utils.preflight import ask_extensions, read_config
+    from threestudio.utils.restore import check_structure
 
     cfg = read_config(args.config, overrides, _mode(args), count_gpus(gpus, args.gpu))
     if cfg.n_gpus > 1:  # which the first time nobody knew
@@ -202,6 +208,7 @@ def _load(args, overrides, gpus, roots):
         return cfg, None
     cfg.resume = find_checkpoint(find_last_path(cfg.resume))
     checkpoint = read_checkpoint(cfg.resume)
+    check_structure(checkpoint, cfg.resume, _mode(args))
     return cfg, (checkpoint["epoch"], checkpoint["global_step"])
 
 
@@ -315,6 +322,7 @@ def run(args, overrides, argv, gpus) -> int:
             settle(folder, cfg, args.config, overrides, args.train)
             data = threestudio.find(cfg.data_type)(cfg.data)
             system = threestudio.find(cfg.system_type)(cfg.system, resumed=cfg.resume is not None)
+            system.checkpoint_name = f"checkpoint {cfg.resume}"  # for an error to name
             system.set_save_dir(os.path.join(cfg.trial_dir, "save"))
             if get_rank():  # and see other cameras and noise
                 pl.seed_everything(cfg.seed + get_rank(), workers=True)

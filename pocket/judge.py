@@ -73,7 +73,11 @@ def load() -> Judge:
     from safetensors.torch import load_file
 
     judge = Judge().eval().requires_grad_(False)
-    judge.load_state_dict({k: v.float() for k, v in load_file(WEIGHTS).items()})
+    state = {k: v.float() for k, v in load_file(WEIGHTS).items()}
+    missing, unexpected = judge.load_state_dict(state, strict=False)
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]  # not of use here
+    if missing or unexpected:
+        raise ValueError(f"{WEIGHTS} is not of this judge: see {(missing + unexpected)[0]!r}")
     return judge
 
 

@@ -15,11 +15,13 @@ from threestudio.systems.several_processes import TogetherAtTheEnds
 from threestudio.systems.utils import parse_optimizer, parse_scheduler
 from threestudio.utils.base import Updateable, update_end_if_possible, update_if_possible
 from threestudio.utils.config import load_config, parse_structured
+from threestudio.utils.errors import UserError
 from threestudio.utils.misc import (
     C,
     cleanup,
     find_last_path,
     get_device,
+    load_matching,
     load_module_weights,
     loading_weights,
 )
@@ -52,6 +54,7 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
         cleanup_after_test_step: bool = False
 
     cfg: Config
+    checkpoint_name: str = "the checkpoint"  # that is loaded, for an error to name
 
     def __init__(self, cfg, resumed: bool = False) -> None:
         super().__init__()
@@ -79,17 +82,24 @@ class BaseSystem(pl.LightningModule, Updateable, SaverMixin):
         """Override: what is due once the weights are loaded."""
 
     def load_weights(self, weights: str, ignore_modules: Optional[List[str]] = None) -> None:
-        """Load what fits of a checkpoint, and update to its step."""
-        state, epoch, global_step = load_module_weights(
-            weights, ignore_modules=list(ignore_modules) if ignore_modules else None
-        )
-        self.load_state_dict(state, strict=False)
+        """Load what a checkpoint has of this system, and update to its step. What is missing and
+        what is left over is logged; a checkpoint that has nothing of it is refused."""
+        ignored = list(ignore_modules) if ignore_modules else []
+        state, epoch, global_step = load_module_weights(weights, ignore_modules=ignored or None)
+        self.checkpoint_name = str(weights)
+        load_matching(self, state, self.checkpoint_name, ignored)
+        del self.checkpoint_name
         self.do_update_step(epoch, global_step, on_load_weights=True)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As torch's, but what does not fit is one line (see :func:`loading_weights`)."""
-        with loading_weights(self, state_dict, "the checkpoint"):
-            return super().load_state_dict(state_dict, *args, **kwargs)
+        name = self.checkpoint_name
+        try:
+            with loading_weights(self, state_dict, name):
+                return super().load_state_dict(state_dict, *args, **kwargs)
+        except ValueError as error:  # of a part that looks at its values itself
+            text = str(error)
+            raise error if text.startswith(name) else UserError(f"{name}: {text}") from None
 
     def configure_optimizers(self):
         out: Dict[str, Any] = {"optimizer": parse_optimizer(self.cfg.optimizer, self)}
@@ -228,6 +238,8 @@ class BaseLift3DSystem(BaseSystem):
         else:
             self.cfg.geometry_convert_from = find_last_path(self.cfg.geometry_convert_from)
             self.cfg.weights = find_last_path(self.cfg.weights)
+        if self.cfg.geometry_convert_from and self.cfg.weights and not self.resumed:
+            threestudio.warn("geometry_convert_from is not used: system.weights has a geometry")
         # a run that has weights of its own must not start from another geometry again
         if self.cfg.geometry_convert_from and not self.cfg.weights and not self.resumed:
             self.geometry = self._converted_geometry(self.cfg.geometry_convert_from)
@@ -251,8 +263,7 @@ class BaseLift3DSystem(BaseSystem):
         old.geometry.update(self.cfg.geometry_convert_override)
         geometry = threestudio.find(old.geometry_type)(old.geometry)
         state, epoch, global_step = load_module_weights(checkpoint, module_name="geometry")
-        with loading_weights(geometry, state, checkpoint):
-            geometry.load_state_dict(state, strict=False)
+        load_matching(geometry, state, checkpoint)
         geometry.do_update_step(epoch, global_step, on_load_weights=True)
         new_class = threestudio.find(self.cfg.geometry_type)
         return new_class.create_from(

@@ -20,6 +20,10 @@ class UnknownNameError(UserError, KeyError):
     """A name that nothing is registered under (a ``KeyError`` for code written against one)."""
 
 
+class WrongKindError(UserError, TypeError):
+    """A part of another kind than can be used (a ``TypeError`` for code written against one)."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """``": did you mean 'x'?"`` for the closest of `choices`, or ``""`` if none is close."""
     word, choices = str(word), list(choices)

@@ -5,6 +5,7 @@ import functools
 import gc
 import os
 import random
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -185,6 +186,8 @@ def loading_weights(module: torch.nn.Module, state: Mapping[str, Any], source: s
         raise
     except RuntimeError as error:
         lines = [" ".join(line.split()) for line in str(error).splitlines()]
+        no_tensor = r'.*parameter named "(.*?)", expected torch.Tensor or Tensor-like object.*'
+        lines = [re.sub(no_tensor, r"\1 is no tensor", line) for line in lines]
         problems = [line for line in lines[1:] or lines if line]
         shown = "; ".join(p if len(p) <= 200 else p[:200] + "..." for p in problems[:3])
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -192,6 +195,44 @@ def loading_weights(module: torch.nn.Module, state: Mapping[str, Any], source: s
             f"{source} does not fit {type(module).__name__}: {shown}{more}; "
             "use the config that it was made with"
         ) from error
+
+
+def _names(keys: Iterable[str]) -> str:
+    """The first of these keys, shortly."""
+    keys = list(keys)
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(key if len(key) <= 60 else key[:60] + "..." for key in keys[:3]) + more
+
+
+def load_matching(
+    module: torch.nn.Module,
+    state: Mapping[str, Any],
+    source: str,
+    ignored: Iterable[str] = (),
+) -> None:
+    """Load what of `state` has a name in `module`, and log what was loaded, what is missing and
+    what was left over; names under those `ignored` need not be there.
+
+    Raises :class:`UserError`, one line that names `source`, where nothing of it has, or where
+    something has another shape.
+    """
+    import threestudio
+
+    own = list(module.state_dict())
+    with loading_weights(module, state, source):
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    loaded = [key for key in state if key not in set(unexpected)]
+    what = type(module).__name__
+    if not loaded:
+        raise UserError(
+            f"{source} holds nothing of {what}: {_names(state) or 'no weights'} there, and "
+            f"{_names(own) or 'no weights'} here"
+        )
+    missing = [k for k in missing if not any(k == n or k.startswith(n + ".") for n in ignored)]
+    line = f"{source}: {len(loaded)} of {len(state)} tensors loaded into {what}"
+    line += f"; missing there, as they were: {_names(missing)}" if missing else ""
+    line += f"; not used: {_names(unexpected)}" if unexpected else ""
+    (threestudio.warn if missing or unexpected else threestudio.info)(line)
 
 
 def find_last_path(path: str) -> str:

@@ -268,8 +268,11 @@ class Densifier:
         state = {"name": self.name, "state": dict(self.state)}
         return {**state, "census": self.census.state_dict()}
 
-    def load_state_dict(self, stored: Dict[str, Any], device: Any) -> None:
-        """Continue from :meth:`state_dict`. Another strategy than the stored one begins afresh."""
+    def load_state_dict(
+        self, stored: Dict[str, Any], device: Any, count: Optional[int] = None
+    ) -> None:
+        """Continue from :meth:`state_dict`. Another strategy than the stored one begins afresh.
+        ``count``: of the Gaussians that the state is of, if it is known."""
         if not isinstance(stored, dict) or not isinstance(stored.get("state"), dict):
             raise ValueError(DAMAGED)
         if stored.get("name") != self.name:
@@ -280,8 +283,15 @@ class Densifier:
             return
         for key in ("grad2d", "count", "radii", "seen"):  # the others are constants
             value = stored["state"].get(key)
-            if key in self.state and value is not None:
-                if not isinstance(value, Tensor) or value.ndim != 1 or not value.isfinite().all():
-                    raise ValueError(DAMAGED)
-                self.state[key] = value.to(device)
+            if key not in self.state or value is None:
+                continue
+            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            if shape != ((count,) if count is not None else shape[:1]) or not shape:
+                raise ValueError(
+                    f"the checkpoint's densification state {key} is not of the shape ({count},): "
+                    "take an earlier one, or set system.strategy.name=none"
+                )
+            if not value.isfinite().all():
+                raise ValueError(DAMAGED)
+            self.state[key] = value.to(device)
         self.census.load_state_dict(stored.get("census"))

@@ -162,7 +162,10 @@ class LODSGaussianSplatting(LODSSystem):
     def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if "lods_densifier" in checkpoint:
-            self.densifier.load_state_dict(checkpoint["lods_densifier"], self.geometry.means.device)
+            means = checkpoint.get("state_dict", {}).get("geometry.means")
+            count = len(means) if isinstance(means, Tensor) and means.ndim else None
+            state, device = checkpoint["lods_densifier"], self.geometry.means.device
+            self.densifier.load_state_dict(state, device, count)
 
     # -- pictures and files --------------------------------------------------------------------
 

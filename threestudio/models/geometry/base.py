@@ -9,7 +9,7 @@ import threestudio
 from threestudio.models.isosurface import marching_cubes, sample_grid
 from threestudio.models.mesh import Mesh
 from threestudio.utils.base import BaseModule
-from threestudio.utils.errors import UserError
+from threestudio.utils.errors import UserError, WrongKindError
 from threestudio.utils.typing import *
 
 ISOSURFACE_METHODS = ("mt", "mc-cpu")
@@ -46,7 +46,9 @@ class BaseGeometry(BaseModule):
     @staticmethod
     def create_from(other: "BaseGeometry", cfg=None, **kwargs) -> "BaseGeometry":
         """Build this kind of geometry from another one (see ``system.geometry_convert_from``)."""
-        raise TypeError(f"a geometry cannot be created from {type(other).__name__}")
+        raise WrongKindError(
+            f"a geometry cannot be created from {type(other).__name__} (geometry_convert_from)"
+        )
 
     def export(self, *args, **kwargs) -> Dict[str, Any]:
         """Quantities to write into an exported asset, by name. Nothing by default."""

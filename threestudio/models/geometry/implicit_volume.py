@@ -15,6 +15,8 @@ from threestudio.models.networks import (
     get_encoding,
     get_mlp,
 )
+from threestudio.utils.errors import WrongKindError
+from threestudio.utils.misc import loading_weights
 from threestudio.utils.typing import *
 
 NORMAL_TYPES = ("finite_difference", "finite_difference_laplacian", "analytic", "pred")
@@ -187,11 +189,18 @@ class ImplicitVolume(DensityVolume):
         """A volume with the encoding and density network of another one, and, with ``copy_net``,
         its feature network."""
         if not isinstance(other, ImplicitVolume):
-            raise TypeError(f"an implicit-volume cannot be made from {type(other).__name__}")
+            raise WrongKindError(f"an implicit-volume cannot be made from {type(other).__name__}")
         made = ImplicitVolume(cfg, **kwargs)
         parts = ["encoding", "density_network"]
         if copy_net and made.cfg.n_feature_dims == other.cfg.n_feature_dims > 0:
             parts.append("feature_network")
+        elif copy_net and other.cfg.n_feature_dims > 0:
+            threestudio.warn(
+                "the other geometry's texture is not taken over: it has "
+                f"{other.cfg.n_feature_dims} features, and this one {made.cfg.n_feature_dims}"
+            )
         for part in parts:
-            getattr(made, part).load_state_dict(getattr(other, part).state_dict())
+            state, target = getattr(other, part).state_dict(), getattr(made, part)
+            with loading_weights(target, state, f"the other geometry's {part}"):
+                target.load_state_dict(state)
         return made
