@@ -4,6 +4,7 @@ import bisect
 import math
 import os
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -17,12 +18,12 @@ from threestudio.data.uncond import (
     RandomCameraDataModuleConfig,
     RandomCameraDataset,
     RandomCameraIterableDataset,
-    _as_list,
 )
 from threestudio.utils.base import Updateable
 from threestudio.utils.config import parse_structured
 from threestudio.utils.errors import UserError
 from threestudio.utils.ops import get_ray_directions, get_rays
+from threestudio.utils.ranges import is_list
 from threestudio.utils.typing import *
 
 MAX_PIXELS = 2**26  # of a picture that is read; it is made smaller at once
@@ -34,19 +35,20 @@ class SingleImageDataModuleConfig:
     """Fields and defaults of threestudio 0.2.3. ``height`` and ``width`` may be lists of L sizes;
     entry i is in use from step ``resolution_milestones[i - 1]``."""
 
-    height: Any = 96
-    width: Any = 96
-    resolution_milestones: List[int] = field(default_factory=list)
+    height: Annotated[Any, "whole each [1, 16384]"] = 96
+    width: Annotated[Any, "whole each [1, 16384]"] = 96
+    resolution_milestones: Annotated[List[int], "ordered [1, 1e12]"] = field(default_factory=list)
     # the camera of the picture: degrees, and the distance from the origin
-    default_elevation_deg: float = 0.0
-    default_azimuth_deg: float = -180.0
-    default_camera_distance: float = 1.2
-    default_fovy_deg: float = 60.0
+    default_elevation_deg: Annotated[float, "[-90, 90]"] = 0.0
+    default_azimuth_deg: Annotated[float, "[-720, 720]"] = -180.0
+    default_camera_distance: Annotated[float, "(0, 1e6]"] = 1.2
+    default_fovy_deg: Annotated[float, "(0, 180)"] = 60.0
     image_path: str = ""  # a picture with an alpha channel, <name>_rgba.png
     use_random_camera: bool = True
     random_camera: dict = field(default_factory=dict)  # as of random-camera-datamodule
-    rays_noise_scale: float = 2e-3  # deviation of one offset of all origins, one of all directions
-    batch_size: int = 1
+    # deviation of one offset of all origins, and of one of all directions
+    rays_noise_scale: Annotated[float, "[0, 1e6]"] = 2e-3
+    batch_size: Annotated[int, "[1, 1]"] = 1  # there is one picture
     requires_depth: bool = False  # from <name>_depth.png
     requires_normal: bool = False  # from <name>_normal.png
     rays_d_normalize: bool = True
@@ -87,11 +89,11 @@ class SingleImageDataBase:
             raise UserError("data.image_path is missing: the path of a picture <name>_rgba.png")
         if cfg.use_mixed_camera_config:
             raise UserError("data.use_mixed_camera_config is not supported: set it to false")
-        if cfg.batch_size != 1:
-            raise UserError("data.batch_size is 1 here: there is one picture")
-        self.heights, self.widths = (_as_list(cfg[name], name) for name in ("height", "width"))
-        if len(self.heights) != len(self.widths) or min(*self.heights, *self.widths) < 1:
-            raise UserError("data.height and data.width take as many sizes as each other, above 0")
+        self.heights, self.widths = (
+            list(cfg[name]) if is_list(cfg[name]) else [cfg[name]] for name in ("height", "width")
+        )
+        if len(self.heights) != len(self.widths):
+            raise UserError("data.height and data.width take as many sizes as each other")
         self.image_milestones = list(cfg.resolution_milestones)
         if len(self.image_milestones) != len(self.heights) - 1:
             raise UserError(
