@@ -286,10 +286,9 @@ def numbers_of(function, optional=True):
 def test_the_options_of_libraries_are_covered(lods):
     """Lightning's, torch's and gsplat's numbers, by their own signatures."""
     import pytorch_lightning as pl
-    from gsplat.strategy import MCMCStrategy
     from torch.optim import lr_scheduler
 
-    densify = importlib.import_module("threestudio-lods.gaussian.densify")
+    gaussian = importlib.import_module("threestudio-lods.gaussian.strategies")
     strategies = importlib.import_module("threestudio-lods.system.strategy_options")
     optimizers = [c for c in vars(torch.optim).values() if inspect.isclass(c)]
     optimizers.append(threestudio.systems.optimizers.Adan)
@@ -301,8 +300,8 @@ def test_the_options_of_libraries_are_covered(lods):
         (CheckpointOptions, [pl.callbacks.ModelCheckpoint.__init__]),
         (Rates, [c.__init__ for c in optimizers]),
         (ScheduleArguments, [c.__init__ for c in schedulers]),
-        (strategies.DefaultOptions, [densify._default_strategy().__init__]),
-        (strategies.McmcOptions, [MCMCStrategy.__init__]),
+        (strategies.DefaultOptions, [gaussian.default_strategy().__init__]),
+        (strategies.McmcOptions, [gaussian.mcmc_strategy().__init__]),
     ):
         wanted = set().union(*(numbers_of(f) for f in functions)) - elsewhere
         assert len(wanted) >= 3 and wanted <= set(annotations(options)), options

@@ -45,7 +45,8 @@ class SingleImageDataModuleConfig:
     default_fovy_deg: Annotated[float, "(0, 180)"] = 60.0
     image_path: str = ""  # a picture with an alpha channel, <name>_rgba.png
     use_random_camera: bool = True
-    random_camera: dict = field(default_factory=dict)  # as of random-camera-datamodule
+    # as of random-camera-datamodule
+    random_camera: Annotated[dict, RandomCameraDataModuleConfig] = field(default_factory=dict)
     # deviation of one offset of all origins, and of one of all directions
     rays_noise_scale: Annotated[float, "[0, 1e6]"] = 2e-3
     batch_size: Annotated[int, "[1, 1]"] = 1  # there is one picture

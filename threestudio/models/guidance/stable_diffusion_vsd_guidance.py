@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -66,14 +67,17 @@ class StableDiffusionVSDGuidance(BaseModule):
         enable_sequential_cpu_offload: bool = False
         enable_attention_slicing: bool = False
         enable_channels_last_format: bool = False
-        guidance_scale: float = 7.5
-        guidance_scale_lora: float = 1.0
-        grad_clip: Optional[Any] = None  # elements are clamped to +- this; schedules allowed
+        guidance_scale: Annotated[float, "[0, 1e9]"] = 7.5
+        guidance_scale_lora: Annotated[float, "[0, 1e9]"] = 1.0
+        # elements are clamped to +- this; schedules allowed
+        grad_clip: Annotated[Optional[Any], "scheduled (0, inf]"] = None
         half_precision_weights: bool = True
         lora_cfg_training: bool = True
-        lora_n_timestamp_samples: int = 1  # draws of (t, noise) per image for loss_lora
-        min_step_percent: Any = 0.02  # schedules allowed, here and below
-        max_step_percent: Any = 0.98
+        # draws of (t, noise) per image for loss_lora
+        lora_n_timestamp_samples: Annotated[int, "[1, 1024]"] = 1
+        # schedules allowed, here and below
+        min_step_percent: Annotated[Any, "scheduled [0, 1]"] = 0.02
+        max_step_percent: Annotated[Any, "scheduled [0, 1]"] = 0.98
         view_dependent_prompting: bool = True
         camera_condition_type: str = "extrinsics"
 
