@@ -151,7 +151,7 @@ system.guidance.max_step_percent=[0,0.9,5,9] system.guidance.min_step_percent=0.
 system.guidance.grad_clip=0 system.guidance.grad_clip=[0,1,-1,9] system.guidance.lora_scale=0
 system.guidance.lora_scale=.nan system.guidance.sds_steps=-1 system.guidance.prior_inner_lr=0
 system.guidance.lora_n_timestamp_samples=0 system.guidance.timestep_schedule=monotone
-system.prompt_processor.front_threshold=.nan system.prompt_processor.negative_prompt=[a,b]
+system.prompt_processor.front_threshold=.nan
 system.sheet_views=1e12 system.sheet_views=-1 system.sheet_columns=0 system.video_fps=0
 system.video_fps=1e9 system.max_skipped_steps=0 system.on_nonfinite=go
 system.loss.lambda_sds=.inf system.loss.lambda_sds=a system.loss.lambda_sparsity=[0,1]
