@@ -123,9 +123,17 @@ def test_only_what_was_made_is_discarded(tmp_path):
         folder.hold(tmp_path / "theirs", TRAINING)
         mine = folder.make(tmp_path / "new" / "mine")
         Path(mine, "code").mkdir()
+        make_folder(mine)  # of another run, beside it
         folder.discard([Path(mine, "save")])
-    assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
-    assert [p.name for p in (tmp_path / "theirs").rglob("*")] == ["configs", "parsed.yaml"]
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*"))
+    theirs = ["theirs", "theirs/configs", "theirs/configs/parsed.yaml"]
+    assert left == ["new", "new/mine-002", *theirs]
+
+
+def test_no_empty_folder_is_left_behind(tmp_path):
+    with RunFolder() as folder:
+        folder.discard([Path(folder.make(tmp_path / "a" / "b" / "mine"), "save")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_has_results_is_not_discarded(tmp_path):
