@@ -355,7 +355,7 @@ def test_the_overlays_find_their_model_from_everywhere(tmp_path, monkeypatch, lo
 
 
 @pytest.mark.slow
-def test_a_shipped_configuration_runs_from_another_folder(tmp_path, tiny_sd):
+def test_a_shipped_configuration_runs_from_another_folder(tmp_path):
     files = [str(ROOT / "configs" / name) for name in ("lods-gs-embedding.yaml", "pocket.yaml")]
     more = ["system.prompt_processor.prompt=a red car", "trainer.max_steps=1", "data.batch_size=1"]
     more += ["data.n_test_views=2", "data.eval_width=24", "data.eval_height=24"]
