@@ -123,9 +123,17 @@ def test_only_what_was_made_is_discarded(tmp_path):
         folder.hold(tmp_path / "theirs", TRAINING)
         mine = folder.make(tmp_path / "new" / "mine")
         Path(mine, "code").mkdir()
+        make_folder(mine)  # of another run, beside it
         folder.discard([Path(mine, "save")])
-    assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
-    assert [p.name for p in (tmp_path / "theirs").rglob("*")] == ["configs", "parsed.yaml"]
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*"))
+    theirs = ["theirs", "theirs/configs", "theirs/configs/parsed.yaml"]
+    assert left == ["new", "new/mine-002", *theirs]
+
+
+def test_no_empty_folder_is_left_behind(tmp_path):
+    with RunFolder() as folder:
+        folder.discard([Path(folder.make(tmp_path / "a" / "b" / "mine"), "save")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_has_results_is_not_discarded(tmp_path):
@@ -347,7 +355,7 @@ def test_the_overlays_find_their_model_from_everywhere(tmp_path, monkeypatch, lo
 
 
 @pytest.mark.slow
-def test_a_shipped_configuration_runs_from_another_folder(tmp_path, tiny_sd):
+def test_a_shipped_configuration_runs_from_another_folder(tmp_path):
     files = [str(ROOT / "configs" / name) for name in ("lods-gs-embedding.yaml", "pocket.yaml")]
     more = ["system.prompt_processor.prompt=a red car", "trainer.max_steps=1", "data.batch_size=1"]
     more += ["data.n_test_views=2", "data.eval_width=24", "data.eval_height=24"]

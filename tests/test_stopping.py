@@ -204,7 +204,7 @@ def test_a_closed_stream_gives_its_number_to_no_file(tmp_path):
     if pid == 0:
         status = 1
         try:
-            os.close(1), os.close(2)
+            os.close(0), os.close(1), os.close(2)
             sys.stdout = sys.stderr = None
             with steady_streams():
                 handle = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
