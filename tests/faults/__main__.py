@@ -17,12 +17,12 @@ from tests.runs import ROOT  # noqa: E402
 
 sys.path.insert(0, str(ROOT))
 
-from tests.faults import checkpoints, disk, inputs, kills  # noqa: E402
+from tests.faults import caches, checkpoints, disk, inputs, kills  # noqa: E402
 from tests.faults.children import Table  # noqa: E402
 from tests.tiny_models import make_tiny_sd  # noqa: E402
 from threestudio.utils.extensions import load_extension  # noqa: E402
 
-PARTS = ("kills", "disk", "checkpoints", "prompts", "ply")
+PARTS = ("kills", "disk", "checkpoints", "prompts", "ply", "caches")
 
 
 def main(argv=None) -> int:
@@ -60,6 +60,9 @@ def main(argv=None) -> int:
                 table.row(name, trials)
         if "ply" in chosen:
             for name, trials in inputs.ply_rows(times(300), model, folder / "y", args.seed):
+                table.row(name, trials)
+        if "caches" in chosen:
+            for name, trials in caches.rows(times(50), model, folder / "k", args.seed):
                 table.row(name, trials)
         print("failed" if table.failed else "all well")
         return int(table.failed)
