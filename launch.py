@@ -65,8 +65,9 @@ def parse_args(argv):
     parser.add_argument(
         "--gradio",
         action="store_true",
-        help="for a program that watches the run: keep its state in the file 'progress' of the "
-        "run's folder instead of drawing a bar, and export after training",
+        help="for a program that starts and watches the run, as threestudio's web app does (it is "
+        "not part of this repository, and no page is opened): the state is in the file 'progress' "
+        "of the run's folder instead of a bar, the log in 'logs', and training ends with an export",
     )
     parser.add_argument(
         "--verbose", action="store_true", help="log everything, and show where errors come from"
@@ -358,6 +359,10 @@ def _begin_trial(args, argv, trial_dir: str) -> None:
         handler = logging.FileHandler(os.path.join(trial_dir, "logs"))
         handler.handleError = lambda record: None  # a full disk costs a line, not the run
         threestudio.logger.addHandler(handler)
+        print(
+            "--gradio: no page is opened here; a program can follow the run in the files "
+            f"{os.path.join(trial_dir, 'progress')} and logs beside it"
+        )
 
 
 def _report(args, cfg, system) -> None:

@@ -167,8 +167,9 @@ def test_test_validate_and_export_use_the_checkpoint(cli):
 
 
 def test_gradio_keeps_its_files(cli):
-    status, _, err = train(cli, "--gradio")
+    status, out, err = train(cli, "--gradio")
     assert status == 0 and "step/s" not in err
+    assert "no page is opened here" in out and "outputs/toy/p/progress" in out
     assert Path("outputs/toy/p/progress").read_text() == "Exporting mesh assets ..."
     assert Path("outputs/toy/p/logs").exists()
 

@@ -17,12 +17,24 @@ from tests.runs import ROOT  # noqa: E402
 
 sys.path.insert(0, str(ROOT))
 
-from tests.faults import checkpoints, disk, inputs, kills, pairs, signals, strangers  # noqa: E402
+from tests.faults import (  # noqa: E402
+    caches,
+    checkpoints,
+    disk,
+    inputs,
+    kills,
+    pairs,
+    signals,
+    strangers,
+)
 from tests.faults.children import Table  # noqa: E402
 from tests.tiny_models import make_tiny_sd  # noqa: E402
 from threestudio.utils.extensions import load_extension  # noqa: E402
 
-PARTS = ("kills", "disk", "checkpoints", "prompts", "ply", "pairs", "signals", "strangers")
+PARTS = (
+    *("kills", "disk", "checkpoints", "prompts", "ply"),
+    *("pairs", "signals", "strangers", "caches"),
+)
 
 
 def main(argv=None) -> int:
@@ -62,6 +74,9 @@ def main(argv=None) -> int:
                 table.row(name, trials)
         if "ply" in chosen:
             for name, trials in inputs.ply_rows(times(300), model, folder / "y", args.seed):
+                table.row(name, trials)
+        if "caches" in chosen:
+            for name, trials in caches.rows(times(50), model, folder / "k", args.seed):
                 table.row(name, trials)
         for part, name, n, trials in (
             ("pairs", "two runs that start at once", 50, pairs.pairs),
