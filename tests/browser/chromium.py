@@ -12,9 +12,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CHROMIUM = next((p for n in ("chromium", "chromium-browser") if (p := shutil.which(n))), None)
 MODULES = HERE / "node_modules"
-FLAGS = """--headless --no-sandbox --disable-gpu-sandbox --use-gl=angle --use-angle=swiftshader
---enable-unsafe-swiftshader --disable-background-networking --disable-component-update
---disable-sync --no-first-run --disable-dev-shm-usage --window-size=300,300""".split()
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu-sandbox --use-gl=angle --use-angle=swiftshader "
+    "--enable-unsafe-swiftshader --disable-background-networking --disable-component-update "
+    "--disable-sync --no-first-run --disable-dev-shm-usage --window-size=300,300"
+)
 
 
 def missing() -> str:
@@ -52,15 +54,13 @@ def show(page: str, model: bytes, timeout: float = 180.0, **job) -> dict[str, by
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Handler, directory=str(HERE))
-    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(HERE)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     profile = tempfile.mkdtemp()
     url = f"http://127.0.0.1:{server.server_port}/{page}"
     # a page is left open as long as a debugger could come: until it is ended here
     browser = subprocess.Popen(
-        [CHROMIUM, *FLAGS, "--remote-debugging-port=0", f"--user-data-dir={profile}", url],
+        [CHROMIUM, *FLAGS.split(), "--remote-debugging-port=0", f"--user-data-dir={profile}", url],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
