@@ -4,7 +4,7 @@ VENV ?= .venv
 PROMPT ?= a DSLR image of a hamburger
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-compat test-faults format pocket judge-report report bench clean
+.PHONY: demo test test-slow test-compat test-browser test-faults format pocket judge-report report bench clean
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,11 @@ $(COMPAT)/.ready: requirements-compat.txt
 test-compat: $(COMPAT)/.ready
 	@$(COMPAT)/bin/python -c "import sys; from importlib.metadata import version; print('python', sys.version.split()[0]); [print(name, version(name)) for name in '$(SHOWN)'.split()]"
 	$(COMPAT)/bin/python -m pytest -m '' $(COMPAT_TESTS)
+
+# glb files in a real browser: needs Chromium and npm, which gets three.js and model-viewer.
+test-browser: $(VENV)/.ready-dev
+	npm install --no-audit --no-fund --prefix tests/browser
+	$(BIN)/python -m pytest -m browser tests/test_browser.py
 
 # Kills, full disks, damaged and hostile files; about a quarter of an hour on two free cores.
 test-faults: $(VENV)/.ready-dev

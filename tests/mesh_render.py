@@ -40,8 +40,9 @@ def draw(vertices, faces, colors, position, fovy, size):
     back = np.asarray(position, float) / np.linalg.norm(position)
     right = np.cross([0.0, 1.0, 0.0], back)
     right /= np.linalg.norm(right)
-    axes = np.stack([right, np.cross(back, right), -back])
-    seen = (np.asarray(vertices, float) - position) @ axes.T
+    seen = (np.asarray(vertices, float) - position) @ np.stack(
+        [right, np.cross(back, right), -back]
+    ).T
     focal = size / 2 / np.tan(np.radians(fovy) / 2)
     pixels = np.stack([seen[:, 0], -seen[:, 1]], axis=1) / seen[:, 2:] * focal + size / 2
     points = np.c_[pixels, seen[:, 2]]

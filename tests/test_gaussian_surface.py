@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from scipy.stats import norm
 
 import threestudio
 
@@ -17,22 +18,22 @@ def surface():
 
 @pytest.fixture
 def gaussians(lods):
-    """``gaussians(means, scales, opacities, colors)`` with random rotations; plain numbers."""
+    return made
+
+
+def made(means, scales, opacities, colors):
+    """Gaussians with random rotations, of plain numbers."""
     model = importlib.import_module("threestudio-lods.gaussian.model")
-
-    def make(means, scales, opacities, colors):
-        geometry = model.Gaussians({"init_type": "none"})
-        values = {
-            "means": torch.tensor(means),
-            "scales": torch.tensor(scales).log(),
-            "quats": torch.randn(len(means), 4),
-            "opacities": torch.tensor(opacities).logit(),
-            "sh0": ((torch.tensor(colors) - 0.5) / model.SH_C0)[:, None],
-        }
-        geometry.set_gaussians({k: torch.nn.Parameter(v.float()) for k, v in values.items()})
-        return geometry
-
-    return make
+    geometry = model.Gaussians({"init_type": "none"})
+    values = {
+        "means": torch.tensor(means),
+        "scales": torch.tensor(scales).log(),
+        "quats": torch.randn(len(means), 4),
+        "opacities": torch.tensor(opacities).logit(),
+        "sh0": ((torch.tensor(colors) - 0.5) / model.SH_C0)[:, None],
+    }
+    geometry.set_gaussians({k: torch.nn.Parameter(v.float()) for k, v in values.items()})
+    return geometry
 
 
 def test_the_grid_is_the_formula(surface):
@@ -58,11 +59,11 @@ def trimesh_rotation(quats):
     return torch.tensor(np.array(matrices))
 
 
-def test_one_round_gaussian_is_a_ball(surface, gaussians):
+def test_one_round_gaussian_is_a_ball_at_a_density(surface, gaussians):
     """The radius at density d is sigma sqrt(2 ln(o / d))."""
     color = [0.8, 0.4, 0.1]
     geometry = gaussians([[0.3, -0.2, 0.5]], [[0.3] * 3], [0.9], [color])
-    found = surface.surface(geometry, resolution=64, threshold=0.5)
+    found = surface.surface(geometry, resolution=64, density=0.5)
     mesh = trimesh.Trimesh(found.v_pos.numpy(), found.t_pos_idx.numpy())
     radius = 0.3 * np.sqrt(2 * np.log(0.9 / 0.5))
     assert mesh.is_watertight and mesh.body_count == 1
@@ -76,7 +77,7 @@ def test_colours_are_those_of_the_nearest_gaussians(surface, gaussians):
     means = [*(1.0 * np.eye(3)).tolist(), *(-1.0 * np.eye(3)).tolist()]
     colors = [*np.eye(3).tolist(), *np.zeros((3, 3)).tolist()]
     geometry = gaussians(means, [[0.15] * 3] * 6, [0.9] * 6, colors)
-    found = surface.surface(geometry, resolution=96, threshold=0.5)
+    found = surface.surface(geometry, resolution=96, density=0.5)
     nearest = torch.cdist(found.v_pos, torch.tensor(means)).argmin(1)
     assert len(nearest.unique()) == 6
     assert torch.allclose(found.v_rgb, torch.tensor(colors)[nearest], atol=1e-3)
@@ -85,17 +86,118 @@ def test_colours_are_those_of_the_nearest_gaussians(surface, gaussians):
 def test_crumbs_and_faint_gaussians_are_left_out(surface, gaussians):
     means, scales = [[0.0, 0, 0], [0.9, 0, 0], [5.0, 0, 0]], [[0.3] * 3, [0.025] * 3, [0.3] * 3]
     geometry = gaussians(means, scales, [0.9, 0.9, 0.005], [[0.5] * 3] * 3)
-    found = surface.surface(geometry, resolution=160, threshold=0.5)
+    found = surface.surface(geometry, resolution=160, density=0.5)
     assert found.v_pos.amax() < 0.5
     geometry = gaussians(means[1:], scales[1:], [0.9, 0.005], [[0.5] * 3] * 2)
-    assert surface.surface(geometry, resolution=16, threshold=0.5).v_pos[:, 0].amin() > 0.8
+    assert surface.surface(geometry, resolution=16, density=0.5).v_pos[:, 0].amin() > 0.8
 
 
-@pytest.mark.parametrize("opacity, message", [(0.4, "mesh_threshold"), (0.001, "opaque enough")])
-def test_no_surface_is_one_clear_line(surface, gaussians, opacity, message):
+@pytest.mark.parametrize(
+    "opacity, level, message",
+    [
+        (0.4, {"density": 0.5}, "set system.exporter.mesh_threshold in that range"),
+        (0.001, {"density": 0.5}, "opaque enough"),
+        (0.001, {}, "opaque enough"),
+        (0.2, {}, "set system.exporter.mesh_opacity below"),
+    ],
+)
+def test_no_surface_is_one_clear_line(surface, gaussians, opacity, level, message):
     geometry = gaussians([[0.0, 0, 0]], [[0.3] * 3], [opacity], [[0.5] * 3])
-    with pytest.raises(ValueError, match=message):
-        surface.surface(geometry, resolution=32, threshold=0.5)
+    with pytest.raises(ValueError, match=message) as caught:
+        surface.surface(geometry, resolution=32, **level)
+    assert "\n" not in str(caught.value)
+
+
+# --- where light stops ----------------------------------------------------------------------------
+
+
+def test_stopped_light_is_the_formula(surface):
+    """Against the same written down for every Gaussian and point, along and against a direction.
+    What a Gaussian stops up to x is spread over its depth as a normal distribution."""
+    light = importlib.import_module("threestudio-lods.gaussian.light")
+    rng, resolution, radius = np.random.default_rng(0), 97, 1.6
+    means, opacities = rng.uniform(-0.5, 0.5, (9, 3)), rng.uniform(0.05, 0.95, 9)
+    half = rng.normal(size=(9, 3, 3)) * 0.15
+    covs = half @ half.transpose(0, 2, 1) + 0.02 * np.eye(3)
+    points = rng.uniform(-0.7, 0.7, (40, 3))
+    along = light.directions(3)
+    blobs = (torch.from_numpy(means), torch.from_numpy(covs), torch.from_numpy(opacities))
+    arguments = torch.from_numpy(points), along, np.zeros(3), radius, resolution
+    cell = 2 * radius / (resolution - 1)
+    for d, found in zip(along, light.stopped_light(blobs, *arguments)):
+        across = np.linalg.svd(d[None])[2][1:]  # two directions orthogonal to d
+        total = np.zeros((2, len(points)))
+        for mean, cov, opacity in zip(means, covs, opacities):
+            offset = (points - mean) @ across.T
+            inverse = np.linalg.inv(across @ cov @ across.T + 0.3 * cell**2 * np.eye(2))
+            power = np.einsum("ni,ij,nj->n", offset, inverse, offset)
+            tau = -np.log(1 - opacity * np.exp(-power / 2)) * (power < 9)
+            slope = d @ cov @ across.T @ inverse
+            thick = np.sqrt(d @ cov @ d - slope @ across @ cov @ d)
+            share = norm.cdf(((points - mean) @ d - offset @ slope) / thick)
+            total += [tau * share, tau * (1 - share)]
+        assert np.abs(found.numpy() - (1 - np.exp(-total))).max() < 0.02
+        assert found.max() > 0.5
+
+
+def test_directions_are_spread_over_the_half_sphere(surface):
+    light = importlib.import_module("threestudio-lods.gaussian.light")
+    d = light.directions(20)
+    assert np.allclose(np.linalg.norm(d, axis=1), 1) and (d[:, 2] > 0).all()
+    both = np.concatenate([d, -d])
+    angles = np.degrees(np.arccos((both @ both.T - 2 * np.eye(40)).max(1).clip(-1, 1)))
+    assert angles.min() > 15
+    turn = light.frame(d[3])
+    assert np.allclose(turn @ turn.T, np.eye(3)) and np.isclose(np.linalg.det(turn), 1)
+    assert np.allclose(turn[2], d[3])
+
+
+def soft_gaussians(*more):
+    """A ball of soft Gaussians (of an opacity of 0.05) with an arm along +x, so thin that only
+    half of the light is stopped by it; reddish for x > 0.2, else bluish. ``more``: (mean, scales,
+    opacity) of others."""
+    rng = np.random.default_rng(0)
+    ball = rng.normal(size=(1200, 3))
+    ball *= 0.4 * rng.random((1200, 1)) ** (1 / 3) / np.linalg.norm(ball, axis=1, keepdims=True)
+    arm = np.c_[np.linspace(0.3, 0.9, 240), 0.02 * rng.normal(size=(240, 2))]
+    means = np.concatenate([ball, arm])
+    colors = np.where(means[:, :1] > 0.2, [[0.8, 0.25, 0.3]], [[0.3, 0.4, 0.7]])
+    return made(
+        [*means.tolist(), *(one[0] for one in more)],
+        [*([[0.06] * 3] * len(means)), *(one[1] for one in more)],
+        [*([0.05] * len(means)), *(one[2] for one in more)],
+        [*colors.tolist(), *([[0.0, 1, 0]] * len(more))],
+    )
+
+
+def as_trimesh(mesh):
+    return trimesh.Trimesh(mesh.v_pos.numpy(), mesh.t_pos_idx.numpy(), process=False)
+
+
+def test_soft_gaussians_hold_together(surface):
+    found = surface.surface(soft_gaussians(), resolution=48)
+    mesh = as_trimesh(found)
+    assert mesh.is_watertight and mesh.body_count == 1 and mesh.volume > 0
+    assert 0.9 < mesh.bounds[1, 0] < 1.05  # the whole arm
+    assert np.allclose(mesh.bounds[0], -0.45, atol=0.08)
+    color = found.v_rgb.numpy()
+    inner, outer = found.v_pos[:, 0] < -0.1, found.v_pos[:, 0] > 0.5
+    assert np.allclose(color[inner], [0.3, 0.4, 0.7], atol=0.06)
+    assert np.allclose(color[outer], [0.8, 0.25, 0.3], atol=0.06)
+    # a level of the density that the ball has leaves the arm out, or the ball grows
+    level = as_trimesh(surface.surface(soft_gaussians(), resolution=48, density=1.0))
+    assert level.body_count > 1 or level.bounds[1, 0] < 0.7 or level.bounds[0, 0] < -0.55
+
+
+@pytest.mark.slow
+def test_a_veil_and_a_floater_do_not_change_the_mesh(surface):
+    """A Gaussian of 3.4 around an object of 1 (as trained ones have), and one far away, which
+    alone would set the size of the grid."""
+    alone = as_trimesh(surface.surface(soft_gaussians(), resolution=48))
+    more = ([0.5, 0.5, 0.0], [3.4] * 3, 0.04), ([0.0, 6.0, 0.0], [0.02] * 3, 0.03)
+    veiled = as_trimesh(surface.surface(soft_gaussians(*more), resolution=48))
+    assert veiled.body_count == 1
+    assert np.allclose(veiled.bounds, alone.bounds, atol=0.06)
 
 
 def test_a_mesh_that_cannot_be_does_not_take_the_other_files_along(gaussians, monkeypatch):
@@ -121,8 +223,8 @@ def test_gaussians_that_are_not_finite_are_not_in_the_mesh(surface, gaussians):
     geometry = gaussians(*values)
     with torch.no_grad():
         geometry.means[1, 0] = float("nan")
-    whole = surface.surface(geometry, resolution=24, threshold=0.5)
-    alone = surface.surface(gaussians(*(v[:1] for v in values)), resolution=24, threshold=0.5)
+    whole = surface.surface(geometry, resolution=24)
+    alone = surface.surface(gaussians(*(v[:1] for v in values)), resolution=24)
     assert torch.isfinite(whole.v_pos).all() and len(whole.v_pos) == pytest.approx(
         len(alone.v_pos), rel=0.2
     )

@@ -12,20 +12,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CHROMIUM = next((p for n in ("chromium", "chromium-browser") if (p := shutil.which(n))), None)
 MODULES = HERE / "node_modules"
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu-sandbox",
-    "--use-gl=angle",
-    "--use-angle=swiftshader",
-    "--enable-unsafe-swiftshader",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--disable-dev-shm-usage",
-    "--window-size=300,300",
-]
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu-sandbox --use-gl=angle --use-angle=swiftshader "
+    "--enable-unsafe-swiftshader --disable-background-networking --disable-component-update "
+    "--disable-sync --no-first-run --disable-dev-shm-usage --window-size=300,300"
+)
 
 
 def missing() -> str:
@@ -69,7 +60,7 @@ def show(page: str, model: bytes, timeout: float = 180.0, **job) -> dict[str, by
     url = f"http://127.0.0.1:{server.server_port}/{page}"
     # a page is left open as long as a debugger could come: until it is ended here
     browser = subprocess.Popen(
-        [CHROMIUM, *FLAGS, "--remote-debugging-port=0", f"--user-data-dir={profile}", url],
+        [CHROMIUM, *FLAGS.split(), "--remote-debugging-port=0", f"--user-data-dir={profile}", url],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )

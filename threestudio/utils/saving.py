@@ -337,9 +337,8 @@ class SaverMixin:
         colours (Nv, 3), 0..1 as they are shown, in the format of the suffix, axes as they are.
         Texture coordinates are accepted and not written: use ``save_obj`` for them.
 
-        A ``.glb`` always has normals, a material that is not metal and fully rough, and colours
-        in linear light, as glTF wants them: under light from everywhere viewers show the colours
-        that were given."""
+        A ``.glb`` always has normals, a matt material, and colours in linear light, as glTF wants
+        them: under the same light from everywhere viewers show the colours that were given."""
         path = self.get_save_path(filename)
         arrays = [self.convert_data(a) for a in (v_pos, t_pos_idx, v_nrm, v_rgb)]
         with whole_file(path, keep_suffix=True) as tmp:

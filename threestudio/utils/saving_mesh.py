@@ -18,7 +18,8 @@ def write(
     """Write a mesh in the format of the suffix; ``v_rgb`` is 0..1 as it is shown (sRGB).
 
     A glb's COLOR_0 is linear and in floats (glTF 2.0, 3.9.2; bytes would leave steps of up to 13
-    among dark shown ones), and it has normals and a material that is not metal and fully rough.
+    among dark shown ones), and it has normals and a material that is not metal, fully rough and
+    without highlights: under the same light from everywhere it shows the colours themselves.
     Other formats have bytes, as they are shown.
     """
     import trimesh
@@ -31,16 +32,20 @@ def write(
         if v_rgb is not None:
             light = images.srgb_to_linear(np.asarray(v_rgb, np.float64)).astype(np.float32)
             options["vertex_attributes"] = {"COLOR": light}
-        written = {"include_normals": True, "tree_postprocessor": _name_colors}
+        written = {"include_normals": True, "tree_postprocessor": _finish}
     elif v_rgb is not None:
         options["vertex_colors"] = images.to_uint8(v_rgb)
     trimesh.Trimesh(v_pos, t_pos_idx, **options).export(path, **written)
 
 
-def _name_colors(tree: Dict[str, Any]) -> None:
-    """As COLOR_0 trimesh writes bytes only; attributes of other names get an underscore."""
+def _finish(tree: Dict[str, Any]) -> None:
+    """As COLOR_0 trimesh writes bytes only, attributes of other names get an underscore, and
+    extensions of materials are left out."""
     for mesh in tree["meshes"]:
         for primitive in mesh["primitives"]:
             attributes = primitive["attributes"]
             if "_COLOR" in attributes:
                 attributes["COLOR_0"] = attributes.pop("_COLOR")
+    for material in tree["materials"]:
+        material["extensions"] = {"KHR_materials_specular": {"specularFactor": 0.0}}
+    tree["extensionsUsed"] = ["KHR_materials_specular"]

@@ -159,8 +159,8 @@ def write_mesh(
     faces' means; axes as they are. The file is replaced only when it is complete.
 
     ``COLOR_0`` is linear, as glTF wants it, and in floats: bytes would leave steps of up to 13
-    among dark shown ones. The material is not metal and fully rough: under light from everywhere
-    it shows the colours themselves.
+    among dark shown ones. The material is not metal, fully rough and without highlights: under the
+    same light from everywhere it shows the colours themselves.
     """
     import trimesh
     from trimesh.visual import TextureVisuals
@@ -176,12 +176,16 @@ def write_mesh(
         process=False,
     )
 
-    def name_colors(tree: Dict[str, Any]) -> None:
-        """trimesh writes bytes only as COLOR_0, and other attributes with an underscore."""
+    def finish(tree: Dict[str, Any]) -> None:
+        """trimesh writes bytes only as COLOR_0, other attributes with an underscore, and no
+        extensions."""
         for written in tree["meshes"]:
             for primitive in written["primitives"]:
                 attributes = primitive["attributes"]
                 attributes["COLOR_0"] = attributes.pop("_COLOR")
+        for material in tree["materials"]:
+            material["extensions"] = {"KHR_materials_specular": {"specularFactor": 0.0}}
+        tree["extensionsUsed"] = ["KHR_materials_specular"]
 
     with whole_file(path) as partial:
-        mesh.export(partial, file_type="glb", include_normals=True, tree_postprocessor=name_colors)
+        mesh.export(partial, file_type="glb", include_normals=True, tree_postprocessor=finish)
