@@ -23,6 +23,7 @@ from pocket.autoencoder import to_tensor
 from pocket.data import VIEWS, build, caption, draw, make, sample_camera
 from pocket.judge import load, verdict
 from pocket.scenes import COLOR_NAMES, KINDS
+from threestudio.utils.pretrained import load_complete
 
 RESULTS = Path(__file__).parent / "results"
 FRONTS = np.array([k.front for k in KINDS])
@@ -32,8 +33,13 @@ GUIDANCE, STEPS = 5.0, 25
 def load_pipeline(folder):
     """The prior as a sampler: DPM-Solver++ over the folder's own noise schedule, float32."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    # a pipeline would take a text encoder without all of its weights
+    text_encoder = load_complete(CLIPTextModel, str(folder), subfolder="text_encoder")
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, text_encoder=text_encoder, safety_checker=None
+    )
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.to(dtype=torch.float32)  # the text encoder would stay in half precision
     pipeline.set_progress_bar_config(disable=True)
