@@ -111,7 +111,7 @@ def check_prompt(cfg: Any, local_folder: Callable[[str], str | None]) -> None:
 def refuse_training(cfg: Any) -> None:
     """Raise ``ValueError`` if the config would densify, or teach the prior by itself, in several
     processes, or densify with accumulated gradients."""
-    system, trainer = cfg.system, cfg.trainer
+    system, trainer = cfg.system, _part(cfg, "trainer")
     # of the original's YAML, see system/original.py
     default = "default" if system.get("radius") is not None else "none"
     strategy = _part(system, "strategy").get("name", default)
@@ -137,9 +137,9 @@ def refuse_densification(several: bool, batches_per_step: Any) -> None:
         )
 
 
-def _part(system: Any, name: str) -> Any:
-    """A section of the config; an empty one for what is none, of which the run complains."""
-    found = system.get(name)
+def _part(config: Any, name: str) -> Any:
+    """A section of a config; an empty one for what is none, of which the run complains."""
+    found = config.get(name)
     return found if hasattr(found, "get") else {}
 
 
@@ -147,10 +147,12 @@ def processes(cfg: Any) -> int:
     """How many processes will train; at least, where ``n_gpus`` is not known yet and 1."""
     numbers = []
     for key in ("devices", "num_nodes"):
-        value = str(cfg.trainer.get(key))
+        value = str(_part(cfg, "trainer").get(key))
         numbers.append(int(value) if value.isascii() and value.isdigit() else 0)
     devices, nodes = numbers
-    if cfg.trainer.get("accelerator") != "cpu":  # there are no more of them than are visible
+    if (
+        _part(cfg, "trainer").get("accelerator") != "cpu"
+    ):  # there are no more of them than are visible
         gpus = cfg.get("n_gpus") or 1
         devices = min(devices or gpus, gpus)
     return max(devices, 1) * max(nodes, 1)
