@@ -16,7 +16,9 @@ def main(argv=None) -> int:
     """Run the command line; returns the exit status: 2 after a mistake."""
     from evaluation.command import main as command
     from threestudio.utils.errors import UserError
+    from threestudio.utils.streams import print_anything
 
+    print_anything()
     try:
         return command(argv)
     except UserError as error:

@@ -372,7 +372,7 @@ def _begin_trial(args, argv, trial_dir: str) -> None:
         remove_leftovers(trial_dir)
     command = shlex.join(["python", sys.argv[0] or "launch.py", *argv])
     with whole_file(os.path.join(trial_dir, "cmd.txt")) as tmp:
-        tmp.write_text(f"{command}\n{args}\n")
+        tmp.write_text(f"{command}\n{args}\n", encoding="utf-8", errors="backslashreplace")
     if args.gradio:
         handler = logging.FileHandler(os.path.join(trial_dir, "logs"))
         handler.handleError = lambda record: None  # a full disk costs a line, not the run
@@ -464,6 +464,9 @@ def main(argv=None) -> int:
     """Run the command line `argv`; returns the exit status: 2 after a mistake or a full disk, 130
     after Ctrl-C and 143 after SIGTERM (128 + the signal's number, as shells and schedulers know
     it), at whatever moment they come."""
+    from threestudio.utils.streams import print_anything
+
+    print_anything()
     argv = list(sys.argv[1:] if argv is None else argv)
     args, overrides = parse_args(argv)
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"

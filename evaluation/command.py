@@ -225,7 +225,7 @@ class Session:
             self.failed += 1
             log = WORK / "logs" / run.grid / f"{run.slug}-{run.digest}.txt"
             log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text(result["log"])
+            log.write_text(result["log"], encoding="utf-8")
             text = f"FAILED: {result['row']['status']}; see {log}"
         done = self.ok + self.failed + self.elsewhere
         until = self.pace.left(left, min(self.backend.slots, max(len(left), 1))) if left else "done"

@@ -424,7 +424,7 @@ def main(folder: Path) -> None:
 def forked(job: dict, folder: Path, log: Path) -> None:
     """The process of a run, as a fork of one that has imported everything."""
     os.setsid()  # Ctrl-C is for the process that started the runs
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(ROOT)

@@ -278,6 +278,9 @@ def _schedule(ends, steps: int):
 
 def main(kind: str, argv=None) -> int:
     """Entry point of the script for one kind of prior; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # a prompt with an accent may be printed in ASCII
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = parse_arguments(kind, argv)
     try:
         # Before CUDA starts: this process then sees that GPU only (-1: none).

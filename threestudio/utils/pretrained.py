@@ -5,7 +5,7 @@ import os
 import torch
 
 from threestudio.utils.errors import UserError
-from threestudio.utils.safe_models import refuse_custom_code
+from threestudio.utils.safe_models import refuse_custom_code, refuse_long_schedule
 from threestudio.utils.typing import *
 
 
@@ -22,6 +22,7 @@ def load_part(
         )
     if os.path.isdir(model):
         refuse_custom_code(model, part)
+        refuse_long_schedule(model, part)
     problem = None
     for variant in variants:
         options = kwargs if variant is None else {**kwargs, "variant": variant}
