@@ -15,7 +15,7 @@ from threestudio.utils.streams import print_anything
 
 @contextlib.contextmanager
 def ascii_only():
-    """Standard output and error in ASCII; gives a function that returns what was written to both."""
+    """Standard output and error in ASCII; gives a function that returns what they were given."""
     streams = [io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True) for _ in range(2)]
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         yield lambda: [stream.buffer.getvalue().decode("ascii") for stream in streams]
