@@ -17,7 +17,9 @@ def main(argv=None) -> int:
     from evaluation.command import main as command
     from threestudio.utils.errors import UserError
     from threestudio.utils.signals import steady_streams
+    from threestudio.utils.streams import print_anything
 
+    print_anything()
     with steady_streams():
         try:
             return command(argv)

@@ -354,7 +354,7 @@ def _begin_trial(args, argv, trial_dir: str) -> None:
     command = shlex.join(["python", sys.argv[0] or "launch.py", *argv])
     name = "cmd.txt" if args.train else f"cmd-{_mode(args)}.txt"
     with whole_file(os.path.join(trial_dir, name)) as tmp:
-        tmp.write_text(f"{command}\n{args}\n")
+        tmp.write_text(f"{command}\n{args}\n", encoding="utf-8", errors="backslashreplace")
     if args.gradio:
         handler = logging.FileHandler(os.path.join(trial_dir, "logs"))
         handler.handleError = lambda record: None  # a full disk costs a line, not the run
@@ -443,7 +443,9 @@ def main(argv=None) -> int:
     after Ctrl-C and 143 after SIGTERM (128 + the signal's number, as shells and schedulers know
     it), at whatever moment they come."""
     from threestudio.utils.signals import steady_streams
+    from threestudio.utils.streams import print_anything
 
+    print_anything()
     argv = list(sys.argv[1:] if argv is None else argv)
     args, overrides = parse_args(argv)
     with steady_streams():

@@ -260,7 +260,7 @@ class Session:
             text = f"FAILED: {result['row']['status']}"
             with suppress(OSError):  # the row is in the table
                 log.parent.mkdir(parents=True, exist_ok=True)
-                log.write_text(result["log"], errors="replace")
+                log.write_text(result["log"], encoding="utf-8", errors="replace")
                 text += f"; see {log}"
         done = self.ok + self.failed + self.elsewhere
         until = self.pace.left(left, min(self.backend.slots, max(len(left), 1))) if left else "done"

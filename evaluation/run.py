@@ -445,7 +445,7 @@ def forked(job: dict, folder: Path, log: Path) -> None:
     """The process of a run, as a fork of one that has imported everything."""
     os.setsid()  # Ctrl-C is for the process that started the runs
     try:
-        file = log.open("w")
+        file = log.open("w", encoding="utf-8")
     except OSError as error:
         os._exit(DISK_FULL if error.errno in FULL else 1)
     with file:

@@ -102,7 +102,7 @@ class Process:
         if status is None:
             return None
         file = self.folder / LOG_FILE
-        log = file.read_text(errors="replace")[-LOG:] if file.exists() else ""
+        log = file.read_text("utf-8", errors="replace")[-LOG:] if file.exists() else ""
         try:
             result = json.loads((self.folder / "result.json").read_text()) | {"log": log}
         except (OSError, ValueError):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 import threestudio
 from threestudio.models.prompt_processors.base import shift_azimuth_deg
@@ -265,6 +266,42 @@ def test_a_damaged_cache_is_recomputed(make, messages, damage):
     assert cached() == files  # mended in place, nothing left behind
     make()
     assert sum("unreadable" in m for m in messages()) == 6
+
+
+def resize(files, shape, dtype=torch.float32):
+    """Files of the cache with embeddings of another shape, and all else as it was."""
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        save_file({"embedding": torch.ones(shape, dtype=dtype)}, file, metadata)
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (7, 32), (32,)])
+def test_a_cache_of_another_shape_is_recomputed(make, messages, shape):
+    want = make()()
+    resize(cached(), shape)
+    again = make()()
+    for name in ("text_embeddings", "text_embeddings_vd", "uncond_text_embeddings"):
+        assert torch.equal(getattr(again, name), getattr(want, name))
+    assert any("Recomputing a text embedding" in line for line in messages())
+    assert make().embedding_shape() == (24, 32)
+
+
+def test_so_is_one_where_the_shape_is_not_known_before(make, messages, monkeypatch):
+    monkeypatch.setattr(Processor, "embedding_shape", lambda self: (None, None))
+    want = make()()
+    resize(cached()[:1], (7, 32))  # some differ from the others
+    assert torch.equal(make()().text_embeddings_vd, want.text_embeddings_vd)
+    resize(cached(), (7, 32))  # all differ from what is added
+    back = make(prompt_back="a blue chair")()
+    assert torch.equal(back.text_embeddings, want.text_embeddings)
+    assert len([line for line in messages() if "Recomputing the text embeddings" in line]) == 2
+
+
+def test_a_cache_of_whole_numbers_is_recomputed(make):
+    want = make()()
+    resize(cached(), (24, 32), torch.int64)
+    assert torch.equal(make()().text_embeddings, want.text_embeddings)
 
 
 def test_another_model_in_the_same_folder_is_noticed(tiny_sd, tmp_path, monkeypatch):

@@ -116,6 +116,11 @@ CASES = {
         3,
         "callbacks.NonFiniteGuard is",
     ),
+    "a callback that lacks a count": (
+        ("callbacks", "NonFiniteGuard"),
+        {"a": 1},
+        "callbacks.NonFiniteGuard has no skipped",
+    ),
     "batch steps": (("batch_steps",), ["x"], "batch_steps is no list of counts"),
     "random states": (("rng_state", "torch"), torch.zeros(3), "random states cannot be restored"),
     "no optimizer states": (("optimizer_states",), "delete", "it has no optimizer_states"),

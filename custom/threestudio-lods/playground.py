@@ -333,6 +333,9 @@ def _schedule(ends, steps: int):
 def main(kind: str, argv=None) -> int:
     """Entry point of the script for one kind of prior; returns the exit status: 128 + the signal's
     number (130 for Ctrl-C) if one stopped it."""
+    for stream in (sys.stdout, sys.stderr):  # a prompt with an accent may be printed in ASCII
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = parse_arguments(kind, argv)
     before = _stop_like_ctrl_c()
     try:

@@ -1,6 +1,7 @@
 """Damaged caches of compiled kernels: the results are the same, and poison does not act.
 
-Each trial is a process that has compiled nothing yet, so that it reads the cache: two small kernels,
+Each trial is a process that has compiled nothing yet, so that it reads the cache: two small
+kernels,
 by way of the host's cache and of the extension's, and now and then a whole run of ``launch.py``. A
 poisoned entry is a pickle that makes a file when it is loaded.
 """

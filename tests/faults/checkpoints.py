@@ -4,8 +4,11 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
 from tests.faults.children import CONFIGS, Child, command, ends_well, trial_of
 from tests.runs import read, same
+from tests.test_restore import mutated
 from threestudio.utils.checkpoint import read_checkpoint
 from threestudio.utils.errors import UserError
 from threestudio.utils.misc import load_module_weights
@@ -70,6 +73,20 @@ def _command_line(
                 )
 
 
+def _malformed(
+    n: int, expected: dict, model, folder: Path, config: str, rng: random.Random
+) -> Iterator[str]:
+    """Whole files in which something is missing or of another kind, through ``launch.py``."""
+    for i in range(n):
+        path = folder / f"malformed{i}.ckpt"
+        where, value, content = mutated(expected, rng)
+        torch.save(content, path)
+        mode = rng.choice(("--train", "--test", "--export"))
+        argv = command(config, model, folder / "again", 3, mode, f"resume={path}")
+        problem = ends_well(Child(argv, path.with_suffix(".log"), folder))
+        yield f"{mode} {where} {value!r}: {problem}" if problem else ""
+
+
 def rows(n: int, model, folder: Path, seed: int) -> Iterator[tuple[str, Iterator[str]]]:
     """Names and trials for the table."""
     folder.mkdir(parents=True)
@@ -82,5 +99,7 @@ def rows(n: int, model, folder: Path, seed: int) -> Iterator[tuple[str, Iterator
     data, expected = path.read_bytes(), read(path)
     yield "truncated checkpoint", _damaged(n, truncated, data, expected, folder, rng)
     yield "checkpoint with a flipped bit", _damaged(n, flipped, data, expected, folder, rng)
+    some = _malformed(max(n // 5, 2), expected, model, folder, config, rng)
+    yield "malformed checkpoint, through the command line", some
     few = _command_line(max(n // 50, 1), data, model, folder, config, rng)
     yield "both, through the command line", few

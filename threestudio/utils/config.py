@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import re
+import sys
 import typing
 import warnings
 from collections.abc import Iterable, Mapping
@@ -251,7 +252,9 @@ def _parse_value(arg: str, key: str, raw: str) -> Any:
         # OmegaConf's own reading, for its number formats (1e-3 is a float)
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={raw}"]))["x"]
     except UnicodeEncodeError:
-        raise UserError(f"cannot read {arg!r}: it is not text in UTF-8") from None
+        ascii_only = sys.getfilesystemencoding().lower() not in ("utf-8", "utf8")
+        hint = ", which this locale is not made for: set PYTHONUTF8=1" * ascii_only
+        raise UserError(f"cannot read {arg!r}: it is not text in UTF-8{hint}") from None
     except UserError:
         if not text:
             raise

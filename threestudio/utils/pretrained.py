@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from threestudio.utils.errors import UserError
-from threestudio.utils.safe_models import refuse_custom_code
+from threestudio.utils.safe_models import refuse_custom_code, refuse_long_schedule
 from threestudio.utils.typing import *
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,6 +37,7 @@ def load_part(
         )
     if os.path.isdir(model):
         refuse_custom_code(model, part)
+        refuse_long_schedule(model, part)
     problem = None
     for variant in variants:
         options = kwargs if variant is None else {**kwargs, "variant": variant}

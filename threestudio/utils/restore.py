@@ -202,7 +202,8 @@ def check_callback(state: Dict[str, Any], callback: Callback, where: str) -> Non
     for key in ("best_model_score", "best_model_path"):  # of Lightning's ModelCheckpoint
         if key in live and key not in state:
             raise Misfit(where, f"has no {key}")
-    conform(state, live, where, required=False)
+    # those of others may have been written by an earlier version of them
+    conform(state, live, where, required=type(callback).__module__.startswith("threestudio."))
     for key, value in state.items():
         scalar = value is None or _is_number(value) or _is_scalar(value)
         if re.search(r"(_score|_value)$", str(key)) and not scalar:

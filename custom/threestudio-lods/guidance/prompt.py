@@ -127,6 +127,9 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         model = super().fingerprint()
         return f"{model}-zero" if model and self.two_encoders and self.zero_empty else model
 
+    def embedding_shape(self) -> Tuple[Optional[int], Optional[int]]:
+        return (None, None) if self.two_encoders else super().embedding_shape()
+
     def encode(self, texts: List[str]) -> Tuple[Float[Tensor, "N T D"], List[int]]:
         if not (self.two_encoders or _in_upstream()):
             return super().encode(texts)

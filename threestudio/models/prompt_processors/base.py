@@ -200,6 +200,10 @@ class PromptProcessor(BaseObject):
     def encode(self, texts: List[str]) -> Tuple[Float[Tensor, "N T D"], List[int]]:
         raise NotImplementedError(f"{type(self).__name__} does not define encode")
 
+    def embedding_shape(self) -> Tuple[Optional[int], Optional[int]]:
+        """What is known of (T, D) without loading the model, for what the cache holds."""
+        return None, None
+
     def configure(self) -> None:
         self._cache_dir = CACHE_DIR
         self.directions = self._make_directions()
@@ -286,10 +290,20 @@ class PromptProcessor(BaseObject):
         cache = EmbeddingCache(self._cache_dir)
         known = {}
         if model is not None:
-            known = {t: e for t in texts if (e := cache.load(model, t)) is not None}
+            shape = self.embedding_shape()
+            known = {t: e for t in texts if (e := cache.load(model, t, shape)) is not None}
+            if len({e.shape for e, _ in known.values()}) > 1:
+                threestudio.warn(
+                    "Recomputing the text embeddings: those that are kept differ in shape"
+                )
+                known = {}
         missing = [t for t in texts if t not in known]
         if missing:
             embeddings, counts = self.encode(missing)
+            if any(e.shape != embeddings[0].shape for e, _ in known.values()):
+                threestudio.warn("Recomputing the text embeddings: those kept are of another shape")
+                known, missing = {}, texts
+                embeddings, counts = self.encode(missing)
             cleanup()
             known.update(zip(missing, zip(embeddings, counts)))
             if self.cfg.use_cache and (model := self.fingerprint()) is not None:

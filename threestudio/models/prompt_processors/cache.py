@@ -31,8 +31,13 @@ class EmbeddingCache:
     def path(self, model: str, text: str) -> str:
         return os.path.join(self.folder, f"{hash_prompt(model, text)}.safetensors")
 
-    def load(self, model: str, text: str) -> Optional[Tuple[Float[Tensor, "T D"], int]]:
-        """(embedding, token count), or None."""
+    def load(
+        self,
+        model: str,
+        text: str,
+        shape: Tuple[Optional[int], Optional[int]] = (None, None),
+    ) -> Optional[Tuple[Float[Tensor, "T D"], int]]:
+        """(embedding, token count), or None. `shape`: what is known of (T, D)."""
         path = self.path(model, text)
         if not os.path.isfile(path):
             return None
@@ -40,8 +45,11 @@ class EmbeddingCache:
             with safe_open(path, framework="pt") as file:
                 metadata, embedding = file.metadata(), file.get_tensor("embedding")
             same = metadata["text"] == text and metadata["model"] == model
-            if not same or embedding.ndim != 2 or not embedding.isfinite().all():
+            real = embedding.is_floating_point() and bool(embedding.isfinite().all())
+            if not same or embedding.ndim != 2 or not real:
                 raise ValueError("it holds something else")
+            if any(n not in (None, m) for n, m in zip(shape, embedding.shape)):
+                raise ValueError(f"it is {tuple(embedding.shape)}, and the model's are {shape}")
             return embedding, int(metadata["tokens"])
         except Exception as error:  # whatever is wrong with the file, the remedy is the same
             threestudio.warn(f"Recomputing a text embedding: {path} is unreadable ({error})")

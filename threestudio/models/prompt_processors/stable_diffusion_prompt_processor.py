@@ -9,7 +9,7 @@ import torch
 import threestudio
 from threestudio.models.prompt_processors.base import PromptProcessor
 from threestudio.utils.pretrained import find_model, load_part
-from threestudio.utils.safe_models import weights_identity
+from threestudio.utils.safe_models import read_object, weights_identity
 from threestudio.utils.typing import *
 
 PARTS = ("tokenizer", "text_encoder")
@@ -73,6 +73,23 @@ class StableDiffusionPromptProcessor(PromptProcessor):
             return fingerprint_folder(folder, self.parts)
         except OSError:  # a part is missing, so there is nothing to identify
             return None
+
+    def embedding_shape(self) -> Tuple[Optional[int], Optional[int]]:
+        model = self.cfg.pretrained_model_name_or_path
+        folder = model if os.path.isdir(model) else hub_folder(model)
+        encoder, tokenizer = (
+            read_object(path) if os.path.isfile(path) else {}
+            for path in (
+                os.path.join(folder or "", PARTS[1], "config.json"),
+                os.path.join(folder or "", PARTS[0], "tokenizer_config.json"),
+            )
+        )
+        lengths = [encoder.get("max_position_embeddings"), tokenizer.get("model_max_length")]
+        lengths = [n for n in lengths if isinstance(n, int)]
+        # without the encoder's own number, its default is not known here
+        T = min(lengths) if isinstance(encoder.get("max_position_embeddings"), int) else None
+        D = encoder.get("hidden_size")
+        return T, D if isinstance(D, int) else None
 
     def encode(self, texts: List[str]) -> Tuple[Float[Tensor, "N T D"], List[int]]:
         tokenizer, text_encoder = self._load()
