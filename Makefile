@@ -46,8 +46,8 @@ test-compat: $(COMPAT)/.ready
 	@$(COMPAT)/bin/python -c "import sys; from importlib.metadata import version; print('python', sys.version.split()[0]); [print(name, version(name)) for name in '$(SHOWN)'.split()]"
 	$(COMPAT)/bin/python -m pytest -m '' $(COMPAT_TESTS)
 
-# Kills, signals, runs that start together, full disks, damaged and hostile files; about twenty
-# minutes on two free cores. `python -m tests.faults pairs --count 10` does one part.
+# Kills, signals, runs that start together, full disks, damaged and hostile files.
+# `python -m tests.faults pairs --count 10` does one part.
 test-faults: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.faults
 
