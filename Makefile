@@ -52,7 +52,8 @@ test-browser: $(VENV)/.ready-dev
 	npm install --no-audit --no-fund --prefix tests/browser
 	$(BIN)/python -m pytest -m browser tests/test_browser.py
 
-# Kills, full disks, damaged and hostile files; about a quarter of an hour on two free cores.
+# Kills, signals, runs that start together, full disks, damaged and hostile files.
+# `python -m tests.faults pairs --count 10` does one part.
 test-faults: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.faults
 

@@ -1,2 +1,3 @@
-"""The fault test, ``python -m tests.faults`` (``make test-faults``): killed runs, full disks, and
-broken checkpoints, prompts and point clouds. Not part of the ordinary tests."""
+"""The fault test, ``python -m tests.faults`` (``make test-faults``): killed and interrupted runs,
+runs that start together, full disks, and broken or hostile checkpoints, prompts and point clouds.
+Not part of the ordinary tests."""
