@@ -141,10 +141,8 @@ def rows(n: int, model, folder: Path, seed: int) -> Iterator[tuple[str, Iterator
     rng = random.Random(seed)
     folder.mkdir(parents=True)
     whole = command(CONFIG, model, folder / "outputs", 1)
-    works = {
-        "damaged cache, two kernels": (_kernels, n),
-        "damaged cache, a run": (whole, max(n // 25, 1)),
-    }
+    runs = max(n // 25, 1)
+    works = {"damaged cache, two kernels": (_kernels, n), "damaged cache, a run": (whole, runs)}
     for name, (work, times) in works.items():
         good = folder / f"good{times}"
         first = Child(work, folder / f"{times}.log", folder, _before(good, False))
