@@ -1,9 +1,8 @@
 """Damaged caches of compiled kernels: the results are the same, and poison does not act.
 
 Each trial is a process that has compiled nothing yet, so that it reads the cache: two small
-kernels,
-by way of the host's cache and of the extension's, and now and then a whole run of ``launch.py``. A
-poisoned entry is a pickle that makes a file when it is loaded.
+kernels, by way of the host's cache and of the extension's, and now and then a whole run of
+``launch.py``. A poisoned entry is a pickle that makes a file when it is loaded.
 """
 
 import os
@@ -15,7 +14,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.faults.checkpoints import flipped, truncated
+from tests.faults.checkpoints import truncated
 from tests.faults.children import Child, command, ends_well
 from tests.runs import ROOT
 from threestudio.utils import kernel_cache
@@ -37,6 +36,12 @@ def _some(folder: Path, rng: random.Random) -> list[Path]:
     """One entry, the key, or all entries."""
     entries = sorted(folder.glob("*.kernel"))
     return rng.choice(([rng.choice(entries)], [rng.choice(entries)], [folder / "key"], entries))
+
+
+def _flipped(data: bytes, rng: random.Random) -> bytes:
+    out = bytearray(data)
+    out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
+    return bytes(out)
 
 
 def _of_files(change: Callable[[bytes, random.Random], bytes]) -> Callable:
@@ -91,7 +96,7 @@ def _full(folder: Path, rng: random.Random, made: Path) -> None:
 # name -> (what is done to the folder, whether the run says so in one line)
 DAMAGES = {
     "truncated": (_of_files(truncated), False),
-    "bit flipped": (_of_files(flipped), False),
+    "bit flipped": (_of_files(_flipped), False),
     "emptied": (_of_files(lambda data, rng: b""), False),
     "poisoned": (_poisoned, False),
     "links to a device": (_linked, False),
@@ -136,7 +141,8 @@ def rows(n: int, model, folder: Path, seed: int) -> Iterator[tuple[str, Iterator
     rng = random.Random(seed)
     folder.mkdir(parents=True)
     whole = command(CONFIG, model, folder / "outputs", 1)
-    works = {"damaged cache, two kernels": (_kernels, n), "damaged cache, a run": (whole, n // 25)}
+    runs = max(n // 25, 1)
+    works = {"damaged cache, two kernels": (_kernels, n), "damaged cache, a run": (whole, runs)}
     for name, (work, times) in works.items():
         good = folder / f"good{times}"
         first = Child(work, folder / f"{times}.log", folder, _before(good, False))
@@ -145,10 +151,8 @@ def rows(n: int, model, folder: Path, seed: int) -> Iterator[tuple[str, Iterator
             raise RuntimeError(f"before the damage: {problem or 'there is no cache'}")
         # a run whose own files may not grow ends for that
         damages = [d for d in DAMAGES if work is _kernels or d != "full disk"]
-        yield (
-            name,
-            _trials(work, good, folder, [damages[i % len(damages)] for i in range(times)], rng),
-        )
+        chosen = [damages[i % len(damages)] for i in range(times)]
+        yield name, _trials(work, good, folder, chosen, rng)
 
 
 def _trials(
@@ -160,9 +164,8 @@ def _trials(
         shutil.rmtree(cache, ignore_errors=True)
         shutil.copytree(good, cache)
         damage(cache / HIDDEN, rng, made)
-        child = Child(
-            work, folder / f"{good.name}-{i}.log", folder, _before(cache, damage is _full)
-        )
+        log = folder / f"{good.name}-{i}.log"
+        child = Child(work, log, folder, _before(cache, damage is _full))
         problem = ends_well(child, may_fail=False)
         lines = [line for line in child.output().splitlines() if TOLD in line]
         # the host and the extension each tell it once
