@@ -162,6 +162,14 @@ def test_contradictions_of_all_bases_count_with_defaults():
     assert refused(Derived, {"free": 7}) == "sys.free=7 is odd"
 
 
+def test_a_subclass_with_other_types_is_not_judged_by_its_bases():
+    @dataclass
+    class Scheduled(Base):
+        near: Any = 1.0
+
+    assert parse_structured(Scheduled, {"near": [0, 1.0, 2.0, 9]}).near == [0, 1.0, 2.0, 9]
+
+
 def test_whole_numbers_may_be_written_with_an_exponent():
     cfg = parse_structured(Base, {"inner": {"n": 5.0}})
     assert cfg.inner.n == 5 and isinstance(cfg.inner.n, int)

@@ -49,14 +49,15 @@ SETTINGS = {
 }
 
 
-def _positive(kind):
+def _positive(kind, most=1e9):
     def parse(text):
         value = kind(text)
-        if not value > 0:
+        if not 0 < value <= most:
             raise ValueError
         return value
 
-    parse.__name__ = f"number above 0 ({kind.__name__})"  # argparse names it in its message
+    limit = "" if math.isinf(most) else f", at most {most:g}"
+    parse.__name__ = f"number above 0{limit} ({kind.__name__})"  # argparse names it in its message
     return parse
 
 
@@ -82,11 +83,11 @@ def parse_arguments(kind: str, argv=None) -> argparse.Namespace:
     )
     add("--steps", type=_positive(int), help=f"optimiser steps {by_model('steps')}")
     scale = f"guidance scale, inf allowed {by_model('guidance_scale')}"
-    add("--guidance-scale", type=_positive(float), help=scale)
-    add("--particles", type=_positive(int), default=6, help="number of images (default 6)")
-    add("--lr", type=_positive(float), help=f"learning rate of the particles {by_model('lr')}")
+    add("--guidance-scale", type=_positive(float, math.inf), help=scale)
+    add("--particles", type=_positive(int, 65536), default=6, help="number of images (default 6)")
+    add("--lr", type=_positive(float, 1e6), help=f"learning rate of the particles {by_model('lr')}")
     learnt = f"learning rate of the {kind} {by_model('prior_lr')}"
-    add("--prior-lr", type=_positive(float), help=learnt)
+    add("--prior-lr", type=_positive(float, 1e6), help=learnt)
     add("--every", type=_positive(int), default=50, help="steps between pictures (default 50)")
     add("--output", help=f"folder (default: outputs/2d_lods_{kind}/<prompt>@<time>)")
     add("--seed", type=int, default=1, help="random seed (default 1)")

@@ -328,10 +328,15 @@ def refuse_contradictions(fields: type, config: Any, full_key) -> None:
     """Raise :class:`UserError` for what ``contradictions`` of the dataclass `fields` and its bases
     say of `config`; ``full_key(field)`` names a field."""
     for cls in reversed(fields.__mro__):
-        if "contradictions" in cls.__dict__:
-            for name, text in cls.__dict__["contradictions"](config):
-                gap = "" if text.startswith("=") else " "
-                raise UserError(f"{full_key(name)}{gap}{text}")
+        if "contradictions" not in cls.__dict__:
+            continue
+        try:
+            found = list(cls.__dict__["contradictions"](config))
+        except (TypeError, AttributeError):
+            continue  # a subclass has given the fields other types: it knows what they mean
+        for name, text in found:
+            gap = "" if text.startswith("=") else " "
+            raise UserError(f"{full_key(name)}{gap}{text}")
 
 
 def not_a_number(config: Any, prefix: str = "") -> Iterator[str]:
