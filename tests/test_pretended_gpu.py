@@ -13,10 +13,10 @@ import torch
 from tests.fakecuda import device
 from tests.runs import ROOT, launch, read, small_run
 
-# of a step that logs nothing: what the scaler and the guard against NaN have to know (Lightning's
-# optimizer step, the gradients, the parameters), whether densification can read its gradients and
-# how they are scaled, and the guidance's question about its last gradient
-WAITS = 6
+# of a step that logs nothing: two of the guard against NaN (gradients, parameters), one of the
+# scaler's step, two of densification (are its gradients finite, how are they scaled), one of the
+# guidance (was the last gradient finite), and one of Lightning (the loss, for progress bars)
+WAITS = 7
 STRATEGY = (
     "system.strategy={name: default, scene_scale: 9.0, default: {refine_start_iter: 0, "
     "refine_every: 2, refine_stop_iter: 9, grow_grad2d: 1.e-9, refine_scale2d_stop_iter: 0}}"

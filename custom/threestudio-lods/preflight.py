@@ -145,14 +145,12 @@ def _part(config: Any, name: str) -> Any:
 
 def processes(cfg: Any) -> int:
     """How many processes will train; at least, where ``n_gpus`` is not known yet and 1."""
-    numbers = []
+    trainer, numbers = _part(cfg, "trainer"), []
     for key in ("devices", "num_nodes"):
-        value = str(_part(cfg, "trainer").get(key))
+        value = str(trainer.get(key))
         numbers.append(int(value) if value.isascii() and value.isdigit() else 0)
     devices, nodes = numbers
-    if (
-        _part(cfg, "trainer").get("accelerator") != "cpu"
-    ):  # there are no more of them than are visible
+    if trainer.get("accelerator") != "cpu":  # there are no more of them than are visible
         gpus = cfg.get("n_gpus") or 1
         devices = min(devices or gpus, gpus)
     return max(devices, 1) * max(nodes, 1)
