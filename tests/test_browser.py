@@ -135,7 +135,7 @@ def test_a_gaussian_object_is_shown_in_the_colours_of_its_renders(lods, tmp_path
     renderer = threestudio.find("lods-gaussian-rasterizer")({}, **scene)
     # soft Gaussians have no surface: where the two colours meet, it shows one or the other
     for median, mean in compare(seen(path, CAMERAS), path, renderer):
-        assert median < 5 and mean < 10
+        assert median < 8 and mean < 14
 
 
 class Ball(BaseImplicitGeometry):
