@@ -352,7 +352,7 @@ def test_only_what_is_listed_is_trained(small):
     [
         ("system.loss.lambda_sparsty=1.0", "system.loss.lambda_sparsty weighs a loss that does"),
         ("system.lr_schedule={geometry.mean: [0, 1., 1., 2]}", "names 'geometry.mean', which"),
-        ("system.strategy.name=mcmmc", "use one of none, default, mcmc"),
+        ("system.strategy.name=mcmmc", "must be one of none, default, mcmc"),
         ("system.strategy={name: mcmc, mcmc: {cap: 3}}", "mcmc.cap is unknown: the fields are"),
         (
             "system.strategy={name: mcmc, mcmc: {cap_max: 119}}",

@@ -197,7 +197,7 @@ def test_accelerator_and_precision(cli):
         (["--train", "system.prompt=p", "system_type=toy-sistem"], "did you mean 'toy-system'"),
         (["--train", "system.prompt=p", "data_type="], "the config has no data_type"),
         (["--train", "system.prompt=p", "trainer.max_step=1"], "did you mean 'max_steps'"),
-        (["--train", "system.prompt=p", "trainer.max_steps=few"], "trainer or checkpoint options"),
+        (["--train", "system.prompt=p", "trainer.strategy=few"], "trainer or checkpoint options"),
         (["--train", "system.prompt=p", "checkpoint.save_lst=1"], "did you mean 'save_last'"),
         (["--train", "system.prompt=p", "system.optimizer.name=AdmaW"], "did you mean 'AdamW'"),
         (["--train", "system.prompt=p", "system.nan_at=1"], "the loss became nan at step 1"),
@@ -263,9 +263,7 @@ def test_an_extension_that_fails_is_named_when_all_else_is_said(cli, monkeypatch
     named = "extension 'h-wrong' failed to load: RuntimeError: no such header"
     before = ["on_fit_start"] if mode == "--train" else []
     assert lines[: len(before) + 1] == [*before, named] and lines.count(named) == 1
-    status, _, err = cli(
-        "--config", "toy.yaml", "--train", "system.prompt=p", "trainer.max_steps=x"
-    )
+    status, _, err = cli("--config", "toy.yaml", "--train", "system.prompt=p", "trainer.strategy=x")
     assert status == 2 and err.splitlines()[-2] == named, "an early end names it too"
     extensions.failed.clear()
 
