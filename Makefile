@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= a DSLR image of a hamburger
+# tests at a time, each on one thread
+WORKERS ?= auto
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow test-compat test-browser test-faults format pocket judge-report report bench clean
@@ -22,11 +24,11 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 # What make test leaves out, to stay below ten minutes.
 test-slow: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 # The extension with the packages that upstream threestudio 0.2.3 pins, in an environment of its own.
 # PYTHON must be 3.11: its tokenizers has no builds for later ones.

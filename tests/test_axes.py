@@ -123,5 +123,5 @@ def test_gaussians_of_other_axes_can_be_turned_upright(part, made, tmp_path):
 
 
 def test_unknown_axes_are_named(part):
-    with pytest.raises(ValueError, match=r"system\.exporter\.axes='up' is unknown: use z-up or"):
+    with pytest.raises(ValueError, match="axes must be one of z-up, y-down, not 'up'"):
         export(part, random_gaussians(k=3), None, axes="up")

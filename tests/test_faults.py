@@ -281,7 +281,9 @@ def test_a_checkpoint_of_another_system_is_one_line(cli):  # noqa: F811
     state = read(last())
     state["state_dict"] = {"other": torch.zeros(1)}
     torch.save(state, "other.ckpt")
-    one_line(train(cli, "resume=other.ckpt"), "the checkpoint does not fit ToySystem: Missing key")
+    one_line(
+        train(cli, "resume=other.ckpt"), "checkpoint other.ckpt does not fit ToySystem: Missing key"
+    )
     torch.save({"state_dict": {}}, "bare.ckpt")
     one_line(train(cli, "resume=bare.ckpt"), "is no checkpoint of a run: it has no good epoch")
 

@@ -170,7 +170,7 @@ def test_leftovers_of_other_machines_are_not_ours(tmp_path):
 
 def test_a_mistake_in_a_picture_is_not_the_disks_fault(tmp_path):
     class System(saving.SaverMixin):
-        _trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))
+        _trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), training=False, world_size=1)
 
     system = System()
     system.set_save_dir(str(tmp_path))

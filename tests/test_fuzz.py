@@ -181,7 +181,11 @@ def test_yaml(text):
 
 
 LEAVES = st.one_of(
-    st.none(), st.booleans(), st.integers(-(10**20), 10**20), st.floats(), st.text(max_size=8)
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**20), 10**20),
+    st.floats(allow_nan=False),
+    st.text(max_size=8),
 )
 TREES = st.recursive(
     LEAVES,

@@ -358,7 +358,7 @@ def test_only_what_is_listed_is_trained(small):
             "system.strategy={name: mcmc, mcmc: {cap_max: 119}}",
             "system.strategy.mcmc.cap_max=119 is below the 120 Gaussians that the run begins with",
         ),
-        ("system.geometry.max_scale=-0.1", "system.geometry.max_scale=-0.1 must be a size"),
+        ("system.geometry.max_scale=-0.1", "system.geometry.max_scale must be a number from 0"),
         ("system.geometry.init_type=none", "there are no Gaussians to train"),
         ("system.geometry.bal.n_points=3", "bal"),
         ("system.exporter.fmt=[obj]", "the formats are ply, points, glb"),

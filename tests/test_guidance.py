@@ -277,5 +277,5 @@ def test_lora_starts_as_published(make, rank):
     downs = torch.cat([p.detach().flatten() for n, p in named.items() if "lora_A" in n])
     assert downs.std().item() == pytest.approx(1 / rank, rel=0.1)
     assert all(p.abs().max() == 0 for n, p in named.items() if "lora_B" in n)
-    with pytest.raises(ValueError, match="lora_rank must be at least 1"):
+    with pytest.raises(ValueError, match="lora_rank must be a whole number from 1"):
         make("lods-lora-guidance", lora_rank=0)

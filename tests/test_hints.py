@@ -69,7 +69,7 @@ def test_a_tag_is_a_text_and_quotes_are_yamls():
         ("a ${x} car", f"config: there is no key 'x' (asked for at {KEY}): '${{' begins"),
         ("a ${ car", f"cannot read '{KEY}=a ${{ car': '${{' begins a reference"),
         ("${", f"cannot read '{KEY}=${{': '${{' begins a reference to another key"),
-        (r"\${x}", "tag: Interpolation key 'x' not found; '${' begins a reference"),
+        (r"\${x}", "config: there is no key 'x' (asked for at tag): '${' begins a reference"),
     ],
 )
 def test_a_reference_in_a_prompt_is_one_line(prompt, start):

@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused(make, tmp_path):
         (LORA, {"weights": tmp_path / "none.safetensors"}, "none.safetensors"),
         (LORA, {"weights": embedding}, "not a LoRA of the attention .* 'learnable_embedding'"),
         (LORA, {"weights": lora, "lora_rank": 8}, "its rank is 4, see lora_rank"),
-        (LORA, {"weights": lora, "lora_scale": 0.0}, "lora_scale must be"),
+        (LORA, {"weights": lora, "lora_scale": 0.0}, "lora_scale must not be 0"),
         (LORA, {"weights": nan}, "not finite"),
         (LORA, {"weights": less}, "not a LoRA of the attention .* '" + first),
         (LORA, {"weights": more}, "'text_encoder.x'"),

@@ -80,7 +80,7 @@ def test_shipped_configurations_run(small, config, capsys):
     assert launch(*small(config)) == 0
     save = trial(config) / "save"
     with Image.open(save / "it2-test-sheet.png") as sheet:
-        assert sheet.size == (4 * 24, 24)
+        assert sheet.size == (4 * 24, 2 * 24)  # five views, none of which comes twice
     with Image.open(save / "it2-0.png") as grid:  # rgb, opacity
         assert grid.size == (2 * 24, 24)
     printed = capsys.readouterr().out

@@ -2,6 +2,7 @@
 by the first one, when all are there."""
 
 import shutil
+import sys
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from tests.two_processes import OPTIONS, run_both
 from threestudio.systems.several_processes import HOOKS, TogetherAtTheEnds
 from threestudio.utils import saving
 from threestudio.utils.errors import UserError
+from threestudio.utils.extensions import load_extension
 from threestudio.utils.saving import SaverMixin
 
 # --- two processes as two threads -----------------------------------------------------------------
@@ -193,7 +195,8 @@ def test_one_process_is_left_as_it_is(tmp_path):
 
 def test_processes_build_the_same_system_and_draw_other_numbers(tmp_path, monkeypatch):
     """Initial points that are drawn at random have to be as many on all."""
-    from tests import toy_extension as toy
+    load_extension(Path(__file__).with_name("toy_extension.py"))
+    toy = sys.modules["toy_extension"]
 
     built, drawn = [], []
 

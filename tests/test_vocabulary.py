@@ -243,7 +243,7 @@ def test_what_is_trained_or_unknown_is_let_through(ask, tiny_sd):
 
 @pytest.mark.parametrize("prompt", [None, True, 3, 1e3, ["a car"], {"a": "car"}])
 def test_a_prompt_that_yaml_reads_as_something_else_is_one_line(ask, prompt):
-    with pytest.raises(ValueError, match=r"is .*, which is no text in YAML: write it in quotes"):
+    with pytest.raises(ValueError, match=r"is .*, which is not a text in YAML: write it in quotes"):
         ask(prompt)
 
 

@@ -212,7 +212,7 @@ def test_what_the_models_draw(make):
     "field, value, text",
     [
         ("camera_condition_type", "extrinsic", "did you mean 'extrinsics'"),
-        ("lora_n_timestamp_samples", 0, "1 or more"),
+        ("lora_n_timestamp_samples", 0, "from 1 to 1024"),
         ("enable_sequential_cpu_offload", True, "does not go with a LoRA"),
         ("min_step_percent", 0.99, "min_step_percent <= max_step_percent"),
     ],

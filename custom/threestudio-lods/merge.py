@@ -26,6 +26,7 @@ HOST_ONLY = {
     "system.on_nonfinite": None,
     "system.max_skipped_steps": None,
     "system.renderer.backend": "nerf-volume-renderer",
+    "system.exporter.axes": "mesh-exporter",
     "system.geometry.pos_encoding_config.backend": None,
     "trainer.accelerator": None,  # upstream's launcher sets these two itself
     "trainer.devices": None,
@@ -52,7 +53,8 @@ def for_upstream(conf: DictConfig) -> tuple[DictConfig, list[str]]:
     for key, kind in HOST_ONLY.items():
         section, _, name = key.rpartition(".")
         part = _plain(conf, section)
-        if name in part and kind in (None, _plain(conf, "system").get("renderer_type")):
+        chosen = _plain(conf, "system").get(f"{section.rpartition('.')[2]}_type", "mesh-exporter")
+        if name in part and kind in (None, chosen):
             part.pop(name)
             said.append(f"{key} is left out: upstream does not know it")
     exporter = _plain(conf, "system.exporter")

@@ -113,7 +113,9 @@ def load_custom_modules(root="custom") -> dict:
     for name, path in find_extensions(root):
         first = every.setdefault(name, path)
         if first is not path:
-            error = ImportError(f"{path} is not loaded: {first} has the same name")
+            error = ImportError(
+                f"{path.name} is not loaded: {first.name} beside it has the same name"
+            )
             _to_report[f"{name} ({path.name})"] = error
     waiting = every
     while waiting:

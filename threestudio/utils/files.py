@@ -21,13 +21,16 @@ _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>\w*)-(?P<pid>\d+)\.tmp(\.\w+)?
 
 
 @contextlib.contextmanager
-def whole_file(path, sync: bool = False, keep_suffix: bool = False) -> Iterator[Path]:
+def whole_file(
+    path, sync: bool = False, keep_suffix: bool = False, allowed: int = 0o777
+) -> Iterator[Path]:
     """A temporary path beside `path` to write to. It replaces `path` when the block ends, and is
     removed when the block fails, so that a crash or a full disk leaves the old file.
 
     ``sync``: the contents are on the disk before the name is. ``keep_suffix``: the temporary name
     ends like `path`, for writers that choose the format by it. The file is one that no other
-    process has, and has the permissions that the umask gives, whatever its writer makes of them.
+    process has, and has the permissions that the umask gives, whatever its writer makes of them;
+    of these only the bits in ``allowed``.
     Errors of the disk get the name of `path`, which those of a write lack.
     """
     path = Path(path)
@@ -36,7 +39,7 @@ def whole_file(path, sync: bool = False, keep_suffix: bool = False) -> Iterator[
     owner = f"{secrets.token_hex(4)}.{_HOST}-{os.getpid()}"
     tmp = path.with_name(f".{name}.{owner}.tmp{suffix}")
     try:
-        handle = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        handle = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 & allowed)
         try:
             mode = stat.S_IMODE(os.fstat(handle).st_mode)
         finally:

@@ -128,6 +128,8 @@ class Range:
         if self.high == math.inf and not self.high_included and not whole:
             noun = "finite number"
         bounds = f" {self.bounds()}".rstrip()
+        if self.low == self.high:
+            return f"{self.low:.10g}"
         if lists_only:
             text = f"{count} {noun}s" if count else f"a list of {noun}s"
             if "ordered" in self.kinds:

@@ -75,10 +75,21 @@ def copy_files(source, names: Iterable[str], target, part="") -> None:
             continue
         path = Path(target, part, name)
         make_plain_folder(target, path.parent)
-        with whole_file(path) as tmp:
-            tmp.write_bytes(data)
-            if not mode & stat.S_IROTH:
-                tmp.chmod(stat.S_IMODE(mode) & 0o770)  # what is not for all stays so
+        # what is not for all stays so
+        allowed = 0o777 if mode & stat.S_IROTH else stat.S_IMODE(mode) & 0o770
+        if not is_copy(path, data, allowed):
+            with whole_file(path, allowed=allowed) as tmp:
+                tmp.write_bytes(data)
+
+
+def is_copy(path: Path, data: bytes, allowed: int) -> bool:
+    """Whether ``path`` is a regular file, no link, of this content and no further permissions."""
+    try:
+        found = path.lstat()
+        plain = stat.S_ISREG(found.st_mode) and not stat.S_IMODE(found.st_mode) & ~allowed
+        return plain and found.st_size == len(data) and path.read_bytes() == data
+    except OSError:
+        return False
 
 
 def _open_plain(path, flags: int) -> int:

@@ -285,13 +285,12 @@ class Densifier:
             value = stored["state"].get(key)
             if key not in self.state or value is None:
                 continue
-            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-            if shape != ((count,) if count is not None else shape[:1]) or not shape:
+            if not isinstance(value, Tensor) or value.ndim != 1 or not value.isfinite().all():
+                raise ValueError(DAMAGED)
+            if count not in (None, len(value)):
                 raise ValueError(
                     f"the checkpoint's densification state {key} is not of the shape ({count},): "
                     "take an earlier one, or set system.strategy.name=none"
                 )
-            if not value.isfinite().all():
-                raise ValueError(DAMAGED)
             self.state[key] = value.to(device)
         self.census.load_state_dict(stored.get("census"))

@@ -188,7 +188,7 @@ class Denoiser:
             )
         except Exception as error:  # of many kinds, by library and by version
             raise ValueError(_missing(model.path, "scheduler", error)) from None
-        steps = config.get("num_train_timesteps", 1000)
+        steps = config.get("num_train_timesteps", 1000) if isinstance(config, dict) else None
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_TIMESTEPS:
             raise ValueError(
                 f"the scheduler of {name_or_path!r} has num_train_timesteps={str(steps)[:30]}, not "
