@@ -346,5 +346,5 @@ def test_states_of_densification_are_of_the_gaussians_in_the_checkpoint(lods):
         densifier = densify.Densifier("default", {})
         densifier.load_state_dict(state(grad2d=value), "cpu", 3)
     for value in (torch.zeros(4), torch.zeros(3, 1), 7, "x"):
-        with pytest.raises(ValueError, match=r"densification state grad2d is not of the shape \(3"):
+        with pytest.raises(ValueError, match=r"densification state is damaged \(grad2d is not"):
             densify.Densifier("default", {}).load_state_dict(state(grad2d=value), "cpu", 3)

@@ -285,12 +285,12 @@ class Densifier:
             value = stored["state"].get(key)
             if key not in self.state or value is None:
                 continue
-            if not isinstance(value, Tensor) or value.ndim != 1 or not value.isfinite().all():
-                raise ValueError(DAMAGED)
-            if count not in (None, len(value)):
+            of_each = isinstance(value, Tensor) and value.ndim == 1 and value.isfinite().all()
+            if not of_each or count not in (None, len(value)):
                 raise ValueError(
-                    f"the checkpoint's densification state {key} is not of the shape ({count},): "
-                    "take an earlier one, or set system.strategy.name=none"
+                    f"the checkpoint's densification state is damaged ({key} is not a finite "
+                    "number for each Gaussian): take an earlier one, or set "
+                    "system.strategy.name=none"
                 )
             self.state[key] = value.to(device)
         self.census.load_state_dict(stored.get("census"))
