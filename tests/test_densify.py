@@ -231,9 +231,9 @@ def test_changes_are_said_and_counted(said):
 
 def test_nothing_is_said_where_nothing_changes(said):
     geometry = gaussians(60)
-    said["info"].clear()
     densify(geometry, "default", STILL)
-    assert not said["info"] and geometry.count == 60
+    changes = [line for line in said["info"] if line.startswith("step ")]  # not of the backend
+    assert not changes and geometry.count == 60
 
 
 def test_counts_go_on_after_a_checkpoint():
