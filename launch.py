@@ -86,6 +86,13 @@ def parse_args(argv):
     overrides = first + overrides
     if not args.config:
         parser.error("--config needs a file")
+    if "=" in overrides:
+        parser.error("a lone '=': write key=value without spaces around the sign")
+    # shipped configs are found from every folder
+    args.config = [
+        str(HERE / file) if not os.path.exists(file) and os.path.isfile(HERE / file) else file
+        for file in args.config
+    ]
     if args.typecheck:  # jaxtyping's hook checks dataclasses too, and schedules break them
         parser.error("--typecheck is not supported: leave it out")
     return args, overrides

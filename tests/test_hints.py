@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import launch
 from tests.runs import ROOT
 from threestudio.utils.config import config_to_primitive, load_config, parse_overrides
 from threestudio.utils.errors import UserError
@@ -210,3 +211,20 @@ def test_an_unknown_name_is_short_however_many_extensions_failed(monkeypatch):
     assert "did you mean 'lods-gs-system'?" in line and len(line) < 400
     assert "(extension 'h-ext-0' failed to load: ImportError: no module xxx" in line
     assert "(so did 3 others)" in line
+
+
+def test_a_misspelt_section_is_named_where_its_value_is_missing():
+    line = refusal(GS, "system.promt_processor.prompt=a red car")
+    assert "'system.promt_processor.prompt': did you mean 'system.prompt_processor.prompt'?" in line
+
+
+def test_spaces_around_the_sign_are_named(capsys):
+    with pytest.raises(SystemExit):
+        launch.parse_args(["--train", "--config", "a.yaml", "trainer.max_steps", "=", "60"])
+    assert "without spaces around the sign" in capsys.readouterr().err
+
+
+def test_shipped_configs_are_found_from_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, _ = launch.parse_args(["--train", "--config", "configs/pocket.yaml"])
+    assert [str(ROOT / "configs/pocket.yaml")] == args.config

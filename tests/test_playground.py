@@ -168,7 +168,7 @@ def test_prompts_make_harmless_folders(play, tmp_path, prompt):
     ],
 )
 def test_bad_input_is_one_line(play, tmp_path, capsys, flags, text):
-    assert play("lora", *flags, "--output", tmp_path / "out") == 1
+    assert play("lora", *flags, "--output", tmp_path / "out") == 2
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(lines) == 1 and text in lines[0]
     assert not (tmp_path / "out").exists()

@@ -104,14 +104,14 @@ def test_a_prompt_without_one_is_refused_with_a_list_and_what_was_meant(pocket, 
     line = pocket.refusal(prompt)
     start = f"the prompt {prompt!r} names no object that this model knows{hint}: it knows the "
     assert line.startswith(f"{start}objects hamburger, snowman, ") and "\n" not in line
-    assert line.endswith(f", penguin; to force it, set {FORCE}")
+    assert line.endswith(f", penguin; to try it all the same, add {FORCE}")
     assert all(name in line for name in pocket.objects)
 
 
 def test_unknown_words_are_named_once_with_all_that_are_known(pocket):
     line = pocket.warning(["a pink robot", "a pink robot, side view", "grren"], "a pink robot")
     assert line.startswith(
-        "this model does not know 'pink', 'grren' and reads letters "
+        "this model does not know 'pink', 'grren' and reads them letter by letter "
         "('grren': did you mean 'green'?). It knows the objects hamburger, "
     )
     assert "; colors red, orange, " in line and "; views side, front, back, overhead; " in line
@@ -130,7 +130,7 @@ def test_a_part_of_a_name_is_told_what_it_is_a_part_of(pocket):
 def test_a_long_list_is_cut(module):
     objects = tuple(f"thing{i}" for i in range(100))
     line = module.Vocabulary({"objects": objects}).refusal("a boat")
-    assert "thing59 and 40 more (see vocabulary.json); to force" in line
+    assert "thing59 and 40 more (see vocabulary.json); to try" in line
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_another_model_brings_its_own_list_and_large_models_none(make, tiny_sd, 
     assert warnings() == []
     (folder / "vocabulary.json").write_text(json.dumps(words))
     make(pretrained_model_name_or_path=str(folder), prompt="a zorgl")
-    with pytest.raises(ValueError, match="it knows the objects zorgl; to force"):
+    with pytest.raises(ValueError, match="it knows the objects zorgl; to try"):
         make(pretrained_model_name_or_path=str(folder), prompt="a hamburger")
     assert warnings() == []
 
@@ -280,8 +280,8 @@ def test_the_playground_refuses_it_before_the_model_is_loaded(lods, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     monkeypatch.setattr(threestudio, "find", lambda name: pytest.fail(name))
-    assert playground.main("lora", ["--model", "pocket", "--prompt", "a boat"]) == 1
-    assert "to force it, set --allow-unknown-words" in capsys.readouterr().err
+    assert playground.main("lora", ["--model", "pocket", "--prompt", "a boat"]) == 2
+    assert "to try it all the same, add --allow-unknown-words" in capsys.readouterr().err
     playground.refuse_unknown("pocket", "a boat", True)
 
 

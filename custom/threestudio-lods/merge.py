@@ -61,7 +61,7 @@ def for_upstream(conf: DictConfig) -> tuple[DictConfig, list[str]]:
     kind = _plain(conf, "system").get("exporter_type", "mesh-exporter")
     new = FORMATS.get(exporter.get("fmt")) if kind == "mesh-exporter" else None
     if new:
-        said.append(f"system.exporter.fmt is {new}, since upstream has no {exporter.fmt}")
+        said.append(f"system.exporter.fmt is now {new}: upstream has no {exporter.fmt}")
         exporter.fmt = new
     return conf, said
 
@@ -143,6 +143,8 @@ def main(argv=None) -> int:
         return 2
     for line in said:
         print(line, file=sys.stderr)
+    if args.output is not None:
+        print(f"wrote {args.output}", file=sys.stderr)
     return 0
 
 

@@ -345,7 +345,7 @@ def main(kind: str, argv=None) -> int:
         run(kind, args)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt as stop:
         return 128 + getattr(stop, "signum", signal.SIGINT)
     finally:

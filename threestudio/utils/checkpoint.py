@@ -120,7 +120,9 @@ def read_checkpoint(path, map_location=None) -> dict:
         if not bad:
             return content
         problem = f"{path} is no checkpoint of a run: it has no good {', '.join(bad)}"
-    good = newest_checkpoint(path.parent, exclude=path.name) if path.parent.is_dir() else None
+    # of another folder than a run's the files are not looked at: it may be anyone's
+    run = path.suffix == ".ckpt" and path.parent.is_dir()
+    good = newest_checkpoint(path.parent, exclude=path.name) if run else None
     raise UserError(problem + (f": the newest good one beside it is {good[0]}" if good else ""))
 
 

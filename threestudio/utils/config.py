@@ -20,7 +20,15 @@ from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConf
 
 import threestudio
 from threestudio.utils.errors import UserError, nearest
-from threestudio.utils.hints import INTERPOLATION, full_key, is_text, quoted, unquoted, walk
+from threestudio.utils.hints import (
+    INTERPOLATION,
+    full_key,
+    is_text,
+    misspelt,
+    quoted,
+    unquoted,
+    walk,
+)
 from threestudio.utils.ranges import annotations as declared_annotations
 from threestudio.utils.ranges import (
     are_texts,
@@ -320,6 +328,9 @@ def _missing(conf, prefix: str = "") -> list[str]:
 
 def _complain_of_missing(conf: DictConfig) -> None:
     missing = _missing(conf)
+    for key in missing:
+        if meant := misspelt(key, conf):
+            raise UserError(f"the config has no {meant!r}: did you mean {key!r}?")
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         example = " ".join(f'{key}="..."' for key in missing)

@@ -53,6 +53,20 @@ def full_key(name: str, base: Any, fields: Collection[str] = ()) -> str:
     return ""
 
 
+def misspelt(missing: str, config: Any) -> str:
+    """The key of a value in `config` that was meant for the key `missing`: as deep, and the same
+    but for a few letters of one of its names. "" if there is none."""
+    want = missing.split(".")
+    keys = dict(walk(config))
+    for key, value in keys.items():
+        names = key.split(".")
+        pairs = [(a, b) for a, b in zip(names, want) if a != b]
+        alone = isinstance(value, (str, int, float)) and value != "???" and len(names) == len(want)
+        if alone and len(pairs) == 1 and difflib.SequenceMatcher(None, *pairs[0]).ratio() > 0.85:
+            return key
+    return ""
+
+
 def quoted(value: str) -> str:
     """A value as a shell takes it."""
     return '"' + re.sub(r'([\\"$`])', r"\\\1", value) + '"'

@@ -121,7 +121,7 @@ class Vocabulary:
         return (
             f"the prompt {_short(prompt)} names no object that this model knows"
             f"{self._hints(self.unknown([prompt]))}: it knows the {self.listing('objects')}; "
-            f"to force it, set {force}"
+            f"to try it all the same, add {force}"
         )
 
     def warning(self, texts: Iterable[str], prompt: str = "") -> str:
@@ -131,7 +131,7 @@ class Vocabulary:
         lines = []
         if unknown:
             lines.append(
-                f"this model does not know {_several(unknown)} and reads letters"
+                f"this model does not know {_several(unknown)} and reads them letter by letter"
                 f"{self._hints(unknown)}"
             )
         part = self.parts_in(prompt)[:1]

@@ -331,12 +331,12 @@ class PromptProcessor(BaseObject):
         hint = ""
         if not self.cfg.view_dependent_prompt_front and longest in self.prompts_vd:
             hint = (
-                "; words about the view stand at the end and may be lost too: shorten the prompt "
-                "or set view_dependent_prompt_front=true"
+                "; words about the view stand at the end and may be lost, too. Shorten the prompt, "
+                "or set system.prompt_processor.view_dependent_prompt_front=true"
             )
         threestudio.warn(
-            f"The text model reads at most {limit} tokens but the prompt has {counts[longest]}: "
-            f"its end is dropped{hint}"
+            f"The text model reads at most {limit} tokens, and the prompt has {counts[longest]} (a "
+            f"rare word is several): its end is dropped{hint}"
         )
 
     def __call__(self) -> PromptProcessorOutput:
