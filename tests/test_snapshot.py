@@ -262,3 +262,10 @@ def test_a_result_knows_what_was_changed_since_the_commit(repository, monkeypatc
     assert machine.commit() == clean  # which no result depends on
     Path("launch.py").unlink()
     assert machine.commit() == f"{clean}-dirty"
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"a\xffb.py"), "a\nb.py", "a\tb.py", "-n.py"])
+def test_files_of_unusual_names_are_copied(repository, name):
+    Path(name).write_text("unusual")
+    run_git("add", "--", name)
+    assert snapshot() == {"kept.py": "kept", name: "unusual"}
