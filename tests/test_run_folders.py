@@ -373,3 +373,31 @@ def test_a_user_error_names_the_process(tmp_path):
         folder.hold(tmp_path, TRAINING)
     assert (tmp_path / TRAINING).exists(), "and keeps its lock"
     lock.release()
+
+
+def test_what_a_lock_would_be_written_through_is_refused(tmp_path):
+    """The folder of a run may be somebody else's, with a link to a file of mine."""
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / TRAINING).symlink_to(tmp_path / "mine")
+    with RunFolder() as folder, pytest.raises(UserError, match="is a link"):
+        folder.hold(tmp_path, TRAINING)
+    assert (tmp_path / "mine").read_text() == "precious" and (tmp_path / TRAINING).is_symlink()
+
+
+@pytest.mark.parametrize("left", [TRAINING, "cmd.txt"])
+def test_a_run_within_the_folder_of_another_is_not_discarded_with_it(tmp_path, left):
+    with RunFolder() as folder:
+        path = Path(folder.make(tmp_path / "outer"))
+        (path / "tag" / "inner").mkdir(parents=True)
+        (path / "tag" / "inner" / left).write_text("")
+        folder.discard([path / "ckpts", path / "save"])
+        assert (path / "tag" / "inner" / left).exists()
+
+
+def test_what_the_snapshot_has_copied_is_no_other_run(tmp_path):
+    with RunFolder() as folder:
+        path = Path(folder.make(tmp_path / "mine"))
+        (path / "code" / "notes").mkdir(parents=True)
+        (path / "code" / "notes" / "cmd.txt").write_text("")
+        folder.discard([path / "save"])
+        assert not path.exists()

@@ -36,9 +36,13 @@ class Lock:
         self._handle: int | None = None
 
     def acquire(self) -> bool:
-        """Whether this process holds it now; does not wait."""
+        """Whether this process holds it now; does not wait. Raises :class:`UserError` where `path`
+        is a link, whose target would be emptied: the folder may be somebody else's."""
         while self._handle is None:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            if os.path.islink(self.path):
+                raise UserError(f"{self.path} is a link, where the lock of a run belongs: remove it")
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+            handle = os.open(self.path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
             try:
                 if fcntl is not None:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,11 +214,27 @@ class RunFolder:
         held = {os.path.dirname(lock.path) for lock in self._locks}
         for folder in reversed(self._made):
             if folder in held:
-                shutil.rmtree(folder, ignore_errors=True)
+                if not self._has_others(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
             else:
                 with contextlib.suppress(OSError):  # other runs are in it
                     os.rmdir(folder)
         self._made.clear()
+
+    def _has_others(self, folder: str) -> bool:
+        """Whether another run is, or was, in a folder within this one."""
+        own = {os.path.realpath(lock.path) for lock in self._locks}
+        for inner, folders, names in os.walk(folder):
+            if inner == folder:
+                folders[:] = [name for name in folders if name != "code"]  # a copy of any files
+                continue
+            for name in names:
+                locked = name in (TRAINING, RESULTS)
+                if locked and os.path.realpath(os.path.join(inner, name)) not in own:
+                    return True
+                if name.startswith("cmd") and name.endswith(".txt"):
+                    return True
+        return False
 
 
 # --- which folder ---------------------------------------------------------------------------------
