@@ -347,8 +347,12 @@ def run(args, overrides, argv, gpus) -> int:
 def _begin_trial(args, argv, trial_dir: str) -> None:
     """Write the command into the run's folder, now that nothing in the config can fail any more."""
     import threestudio
+    from threestudio.utils.errors import UserError
     from threestudio.utils.files import remove_leftovers, whole_file
 
+    logs = os.path.join(trial_dir, "logs")
+    if args.gradio and os.path.islink(logs):  # the folder may be somebody else's
+        raise UserError(f"{logs} is a link, and would be written through: remove it")
     if args.train:  # anything else may look at a run that goes on
         remove_leftovers(trial_dir)
     command = shlex.join(["python", sys.argv[0] or "launch.py", *argv])
@@ -356,7 +360,7 @@ def _begin_trial(args, argv, trial_dir: str) -> None:
     with whole_file(os.path.join(trial_dir, name)) as tmp:
         tmp.write_text(f"{command}\n{args}\n", encoding="utf-8", errors="backslashreplace")
     if args.gradio:
-        handler = logging.FileHandler(os.path.join(trial_dir, "logs"))
+        handler = logging.FileHandler(logs)
         handler.handleError = lambda record: None  # a full disk costs a line, not the run
         threestudio.logger.addHandler(handler)
         print(

@@ -401,3 +401,13 @@ def test_what_the_snapshot_has_copied_is_no_other_run(tmp_path):
         (path / "code" / "notes" / "cmd.txt").write_text("")
         folder.discard([path / "save"])
         assert not path.exists()
+
+
+@pytest.mark.parametrize("name, status", [("progress", 0), ("logs", 2)])
+def test_what_a_watcher_reads_is_not_written_through_a_link(cli, name, status):  # noqa: F811
+    assert train(cli, "trainer.max_steps=1")[0] == 0
+    mine = Path("mine")
+    mine.write_text("precious")
+    Path(f"outputs/toy/p/{name}").symlink_to(mine.absolute())
+    assert train(cli, "--gradio", f"resume={last()}", "trainer.max_steps=2")[0] == status
+    assert mine.read_text() == "precious"

@@ -40,7 +40,7 @@ class Lock:
         is a link, whose target would be emptied: the folder may be somebody else's."""
         while self._handle is None:
             if os.path.islink(self.path):
-                raise UserError(f"{self.path} is a link, where the lock of a run belongs: remove it")
+                raise UserError(f"{self.path} is a link instead of a lock: remove it")
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
             handle = os.open(self.path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
             try:
