@@ -384,7 +384,7 @@ def test_what_a_lock_would_be_written_through_is_refused(tmp_path):
     assert (tmp_path / "mine").read_text() == "precious" and (tmp_path / TRAINING).is_symlink()
 
 
-@pytest.mark.parametrize("left", [TRAINING, "cmd.txt"])
+@pytest.mark.parametrize("left", [TRAINING, "cmd.txt", "a.ckpt"])
 def test_a_run_within_the_folder_of_another_is_not_discarded_with_it(tmp_path, left):
     with RunFolder() as folder:
         path = Path(folder.make(tmp_path / "outer"))
@@ -411,3 +411,34 @@ def test_what_a_watcher_reads_is_not_written_through_a_link(cli, name, status): 
     Path(f"outputs/toy/p/{name}").symlink_to(mine.absolute())
     assert train(cli, "--gradio", f"resume={last()}", "trainer.max_steps=2")[0] == status
     assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize("mark", ["cmd.txt", TRAINING])
+def test_checkpoints_do_not_go_among_those_of_a_run_that_goes_on(cli, mark):  # noqa: F811
+    (RUN / "ckpts").mkdir(parents=True)
+    (RUN / mark).write_text("")
+    status, out, _ = train(cli, f"checkpoint.dirpath={RUN}/ckpts", "tag=t", "trainer.max_steps=1")
+    assert status == 0 and not list((RUN / "ckpts").iterdir())
+    assert f"checkpoints go to {RUN}/ckpts-002" in out
+
+
+@pytest.mark.parametrize("name", ["ckpts", "save"])
+def test_nothing_goes_through_a_link_into_another_run(cli, name):  # noqa: F811
+    for tag in ("a", "b"):
+        assert train(cli, f"tag={tag}", "trainer.max_steps=1")[0] == 0
+    mine, link = RUN.with_name("a") / name, RUN.with_name("b") / name
+    shutil.rmtree(link)
+    link.symlink_to(mine.absolute())
+    before = tree(mine)
+    resume = f"resume={RUN.with_name('b')}/ckpts/last.ckpt"
+    status, _, err = train(cli, "tag=b", resume, "trainer.max_steps=2")
+    assert status == 2 and "is a link into the run in" in err
+    assert tree(mine) == before
+
+
+def test_a_folder_of_checkpoints_on_another_disk_is_used(cli):  # noqa: F811
+    assert train(cli, "trainer.max_steps=1")[0] == 0
+    shutil.move(RUN / "ckpts", "disk")
+    (RUN / "ckpts").symlink_to(Path("disk").absolute())
+    assert train(cli, f"resume={last()}", "trainer.max_steps=2")[0] == 0
+    assert read("disk/last.ckpt")["global_step"] == 2

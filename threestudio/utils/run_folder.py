@@ -232,7 +232,7 @@ class RunFolder:
                 locked = name in (TRAINING, RESULTS)
                 if locked and os.path.realpath(os.path.join(inner, name)) not in own:
                     return True
-                if name.startswith("cmd") and name.endswith(".txt"):
+                if name.endswith(".ckpt") or (name.startswith("cmd") and name.endswith(".txt")):
                     return True
         return False
 
@@ -279,6 +279,8 @@ def settle(
         folder.hold(cfg.trial_dir, TRAINING if train else RESULTS)
         if train and not _is_inside(beside, cfg.trial_dir):
             folder.hold(beside, TRAINING)
+        for inner in (os.path.join(cfg.trial_dir, "save"), *[checkpoint_folder(cfg)] * train):
+            _refuse_link_to_a_run(inner)
     else:
         _make(folder, cfg, train)
 
@@ -295,7 +297,7 @@ def _make(folder: RunFolder, cfg: Any, train: bool) -> None:
         return
     if _is_inside(ckpts, wanted):
         cfg.checkpoint.dirpath = os.path.join(cfg.trial_dir, os.path.relpath(ckpts, wanted))
-    elif not folder.hold_unused(ckpts):
+    elif _is_of_a_run(ckpts) or not folder.hold_unused(ckpts):
         root = _same(ckpts, cfg.exp_root_dir)  # beside it would be outside of it
         cfg.checkpoint.dirpath = folder.make(os.path.join(ckpts, "ckpts") if root else ckpts)
         print(f"{ckpts} is another run's: checkpoints go to {cfg.checkpoint.dirpath}", flush=True)
@@ -311,6 +313,23 @@ def _move(cfg: Any, home: str, beside: str) -> None:
     cfg.exp_root_dir = str(Path(*parts[: -len(old)])) if same_name else cfg.exp_dir
     if cfg.checkpoint.get("dirpath") or not _same(os.path.join(home, "ckpts"), beside):
         cfg.checkpoint.dirpath = beside
+
+
+def _refuse_link_to_a_run(folder: str) -> None:
+    """Raise :class:`UserError` if `folder` is a link into another run, whose files would be
+    replaced. A link to anywhere else is one to another disk."""
+    if os.path.islink(os.path.normpath(folder)) and _is_of_a_run(folder):
+        above = os.path.dirname(os.path.realpath(folder))
+        raise UserError(
+            f"{folder} is a link into the run in {above}, whose files would be replaced: name that "
+            "run, or put a folder in the place of the link"
+        )
+
+
+def _is_of_a_run(folder: str) -> bool:
+    """Whether a run, which goes on or has ended, has the folder that `folder` really is in."""
+    above = os.path.dirname(os.path.realpath(folder))
+    return any(os.path.exists(os.path.join(above, name)) for name in ("cmd.txt", TRAINING))
 
 
 def _same(a, b) -> bool:
