@@ -200,6 +200,7 @@ def _load(args, overrides, gpus, roots):
     from threestudio.utils.misc import find_last_path
     from threestudio.utils.preflight import ask_extensions, read_config
     from threestudio.utils.restore import check_structure
+    from threestudio.utils.run_folder import resume_of_copy
 
     cfg = read_config(args.config, overrides, _mode(args), count_gpus(gpus, args.gpu))
     if cfg.n_gpus > 1:  # which the first time nobody knew
@@ -207,6 +208,7 @@ def _load(args, overrides, gpus, roots):
     check_parts(cfg, _mode(args))
     if cfg.resume is None:
         return cfg, None
+    cfg.resume = resume_of_copy(cfg, args.config, overrides, args.train)
     cfg.resume = find_checkpoint(find_last_path(cfg.resume))
     checkpoint = read_checkpoint(cfg.resume)
     check_structure(checkpoint, cfg.resume, _mode(args))

@@ -442,3 +442,26 @@ def test_a_folder_of_checkpoints_on_another_disk_is_used(cli):  # noqa: F811
     (RUN / "ckpts").symlink_to(Path("disk").absolute())
     assert train(cli, f"resume={last()}", "trainer.max_steps=2")[0] == 0
     assert read("disk/last.ckpt")["global_step"] == 2
+
+
+@pytest.mark.parametrize("mode", ["--test", "--export", "--train"])
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_copied_run_that_was_resumed_finds_its_own_checkpoint(cli, mode, copied):  # noqa: F811
+    """Its saved config names the checkpoint that it was resumed from, where that was."""
+    train(cli, "trainer.max_steps=1")
+    train(cli, f"resume={last()}", "trainer.max_steps=2")
+    (shutil.copytree if copied else shutil.move)(RUN, "copy")
+    before = tree("outputs")
+    status, out, _ = cli("--config", "copy/configs/parsed.yaml", mode)
+    assert status == 0 and "results in copy" in out
+    assert tree("outputs") == before
+
+
+def test_a_run_from_anothers_checkpoint_is_tested_with_its_own(cli):  # noqa: F811
+    train(cli, "trainer.max_steps=1")
+    train(cli, f"resume={last()}", "tag=new", "trainer.max_steps=2")
+    parsed = str(RUN.with_name("new") / "configs" / "parsed.yaml")
+    before = tree(RUN)
+    assert f"results in {RUN.with_name('new')}\n" in cli("--config", parsed, "--test")[1]
+    assert f"results in {RUN.with_name('new-002')}\n" in cli("--config", parsed, "--train")[1]
+    assert tree(RUN) == before

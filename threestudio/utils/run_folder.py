@@ -253,6 +253,25 @@ def folder_of(checkpoint) -> str:
     return folder
 
 
+def resume_of_copy(cfg: Any, files: Sequence[str], overrides: Iterable[str], train: bool) -> str:
+    """What ``resume`` means where it stands in the saved config of a run, and nothing else names
+    one: that run's own checkpoints, also if it was copied or moved since. A training that the run
+    has begun with a checkpoint of another run is begun with that again."""
+    if len(files) != 1 or any(text.partition("=")[0] == "resume" for text in overrides):
+        return cfg.resume
+    home = os.path.normpath(os.path.join(os.path.dirname(files[0]), ".."))
+    saved = os.path.realpath(files[0]) == os.path.realpath(f"{home}/configs/parsed.yaml")
+    if (
+        not saved
+        or not any(Path(home, "ckpts").glob("*.ckpt"))
+        or _same(folder_of(cfg.resume), home)
+    ):
+        return cfg.resume
+    if train and not _same(os.path.dirname(cfg.resume), checkpoint_folder(cfg)):
+        return cfg.resume
+    return home
+
+
 def settle(
     folder: RunFolder, cfg: Any, files: Sequence[str], overrides: Iterable[str], train: bool
 ) -> None:
