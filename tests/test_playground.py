@@ -261,10 +261,9 @@ def test_commands_import_no_3d_code(tiny_sd, tmp_path):
     assert not [m for m in modules if m.startswith(three_d)]
 
 
-def test_what_stops_a_run_stops_the_playground():
+def test_what_stops_a_run_stops_the_playground(playground):
     from threestudio.utils.signals import stop_signals
 
-    playground = importlib.import_module("threestudio-lods.playground")
     before = playground._stop_like_ctrl_c()
     try:
         assert {*before, signal.SIGINT} == set(stop_signals())
