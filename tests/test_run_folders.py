@@ -465,3 +465,11 @@ def test_a_run_from_anothers_checkpoint_is_tested_with_its_own(cli):  # noqa: F8
     assert f"results in {RUN.with_name('new')}\n" in cli("--config", parsed, "--test")[1]
     assert f"results in {RUN.with_name('new-002')}\n" in cli("--config", parsed, "--train")[1]
     assert tree(RUN) == before
+
+
+def test_a_lock_among_the_checkpoints_is_no_result(tmp_path):
+    with RunFolder() as folder:
+        folder.make(tmp_path / "mine")
+        folder.hold(tmp_path / "ck", TRAINING)
+        folder.discard([tmp_path / "ck", tmp_path / "mine" / "save"])
+        assert not list(tmp_path.iterdir())

@@ -208,8 +208,10 @@ class RunFolder:
     def discard(self, results: Iterable[str]) -> None:
         """Remove the folders that were made for a run which has ended before it had any result (a
         file in one of the folders `results`), and those above them if nothing else is in there."""
+        own = {Path(lock.path) for lock in self._locks}
         for folder in results:
-            if any(path.is_file() or path.is_symlink() for path in Path(folder).rglob("*")):
+            found = (path for path in Path(folder).rglob("*") if path not in own)
+            if any(path.is_file() or path.is_symlink() for path in found):
                 return
         held = {os.path.dirname(lock.path) for lock in self._locks}
         for folder in reversed(self._made):
