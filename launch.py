@@ -207,6 +207,7 @@ def _load(args, overrides, gpus, roots):
     from threestudio.utils.misc import find_last_path
     from threestudio.utils.preflight import ask_extensions, read_config
     from threestudio.utils.restore import check_structure
+    from threestudio.utils.run_folder import resume_of_copy
 
     cfg = read_config(args.config, overrides, _mode(args), count_gpus(gpus, args.gpu))
     if cfg.n_gpus > 1:  # which the first time nobody knew
@@ -214,6 +215,7 @@ def _load(args, overrides, gpus, roots):
     check_parts(cfg, _mode(args))
     if cfg.resume is None:
         return cfg, None
+    cfg.resume = resume_of_copy(cfg, args.config, overrides, args.train)
     cfg.resume = find_checkpoint(find_last_path(cfg.resume))
     checkpoint = read_checkpoint(cfg.resume)
     check_structure(checkpoint, cfg.resume, _mode(args))
@@ -354,8 +356,12 @@ def run(args, overrides, argv, gpus) -> int:
 def _begin_trial(args, argv, trial_dir: str) -> None:
     """Write the command into the run's folder, now that nothing in the config can fail any more."""
     import threestudio
+    from threestudio.utils.errors import UserError
     from threestudio.utils.files import remove_leftovers, whole_file
 
+    logs = os.path.join(trial_dir, "logs")
+    if args.gradio and os.path.islink(logs):  # the folder may be somebody else's
+        raise UserError(f"{logs} is a link, and would be written through: remove it")
     if args.train:  # anything else may look at a run that goes on
         remove_leftovers(trial_dir)
     command = shlex.join(["python", sys.argv[0] or "launch.py", *argv])
@@ -363,7 +369,7 @@ def _begin_trial(args, argv, trial_dir: str) -> None:
     with whole_file(os.path.join(trial_dir, name)) as tmp:
         tmp.write_text(f"{command}\n{args}\n", encoding="utf-8", errors="backslashreplace")
     if args.gradio:
-        handler = logging.FileHandler(os.path.join(trial_dir, "logs"))
+        handler = logging.FileHandler(logs)
         handler.handleError = lambda record: None  # a full disk costs a line, not the run
         threestudio.logger.addHandler(handler)
         print(

@@ -176,3 +176,19 @@ def test_the_run_asks_again_when_it_knows_the_number(monkeypatch, capsys, tmp_pa
     assert launch(configs, words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: densification would change") and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wanted, visible",
+    [
+        ("0" * 5000, None),
+        ("0," * 2000, None),
+        ("0", "x" * 5000),
+        (UUID, "0," * 2000),
+        ("9", "0," * 9),
+    ],
+)
+def test_a_long_list_is_refused_in_a_short_line(wanted, visible):
+    with pytest.raises(UserError) as error:
+        choose_gpus(wanted, visible)
+    assert len(str(error.value)) < 400

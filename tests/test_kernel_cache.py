@@ -124,6 +124,7 @@ DAMAGE = {
     "a bit flipped in the code": lambda path: flip(path, -1),
     "a link": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a folder": lambda path: (path.unlink(), path.mkdir(), (path / "x").write_text("")),
 }
 
 

@@ -145,3 +145,15 @@ def test_only_checkpoints_of_the_folder_are_removed(tmp_path, monkeypatch):
         io.remove_checkpoint(tmp_path / name)
         assert not (tmp_path / name).exists()
     assert len(said) == 7
+
+
+@pytest.mark.parametrize("monitor", [None, "x"])
+def test_what_is_behind_a_link_is_not_taken_for_the_runs_own(tmp_path, monitor):
+    """The folder of a run may be a stranger's, with a link to checkpoints of mine."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.ckpt").write_bytes(b"")
+    (tmp_path / "ckpts").symlink_to(tmp_path / "mine")
+    callback = BestCheckpoints(dirpath=tmp_path / "ckpts", monitor=monitor, save_top_k=1)
+    scores = {"a.ckpt": torch.tensor(1.0)}
+    callback.load_state_dict({"best_model_path": "a.ckpt", "best_k_models": scores})
+    assert callback.best_model_path == "" and callback.best_k_models == {}

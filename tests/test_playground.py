@@ -259,3 +259,14 @@ def test_commands_import_no_3d_code(tiny_sd, tmp_path):
     assert not roots & {"numba", "gsplat", "trimesh", "plyfile", "nerfacc"}
     three_d = ("threestudio-lods.gaussian", "threestudio-lods.system")
     assert not [m for m in modules if m.startswith(three_d)]
+
+
+def test_what_stops_a_run_stops_the_playground(playground):
+    from threestudio.utils.signals import stop_signals
+
+    before = playground._stop_like_ctrl_c()
+    try:
+        assert {*before, signal.SIGINT} == set(stop_signals())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

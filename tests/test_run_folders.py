@@ -373,3 +373,103 @@ def test_a_user_error_names_the_process(tmp_path):
         folder.hold(tmp_path, TRAINING)
     assert (tmp_path / TRAINING).exists(), "and keeps its lock"
     lock.release()
+
+
+def test_what_a_lock_would_be_written_through_is_refused(tmp_path):
+    """The folder of a run may be somebody else's, with a link to a file of mine."""
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / TRAINING).symlink_to(tmp_path / "mine")
+    with RunFolder() as folder, pytest.raises(UserError, match="is a link"):
+        folder.hold(tmp_path, TRAINING)
+    assert (tmp_path / "mine").read_text() == "precious" and (tmp_path / TRAINING).is_symlink()
+
+
+@pytest.mark.parametrize("left", [TRAINING, "cmd.txt", "a.ckpt"])
+def test_a_run_within_the_folder_of_another_is_not_discarded_with_it(tmp_path, left):
+    with RunFolder() as folder:
+        path = Path(folder.make(tmp_path / "outer"))
+        (path / "tag" / "inner").mkdir(parents=True)
+        (path / "tag" / "inner" / left).write_text("")
+        folder.discard([path / "ckpts", path / "save"])
+        assert (path / "tag" / "inner" / left).exists()
+
+
+def test_what_the_snapshot_has_copied_is_no_other_run(tmp_path):
+    with RunFolder() as folder:
+        path = Path(folder.make(tmp_path / "mine"))
+        (path / "code" / "notes").mkdir(parents=True)
+        (path / "code" / "notes" / "cmd.txt").write_text("")
+        folder.discard([path / "save"])
+        assert not path.exists()
+
+
+@pytest.mark.parametrize("name, status", [("progress", 0), ("logs", 2)])
+def test_what_a_watcher_reads_is_not_written_through_a_link(cli, name, status):  # noqa: F811
+    assert train(cli, "trainer.max_steps=1")[0] == 0
+    mine = Path("mine")
+    mine.write_text("precious")
+    Path(f"outputs/toy/p/{name}").symlink_to(mine.absolute())
+    assert train(cli, "--gradio", f"resume={last()}", "trainer.max_steps=2")[0] == status
+    assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize("mark", ["cmd.txt", TRAINING])
+def test_checkpoints_do_not_go_among_those_of_a_run_that_goes_on(cli, mark):  # noqa: F811
+    (RUN / "ckpts").mkdir(parents=True)
+    (RUN / mark).write_text("")
+    status, out, _ = train(cli, f"checkpoint.dirpath={RUN}/ckpts", "tag=t", "trainer.max_steps=1")
+    assert status == 0 and not list((RUN / "ckpts").iterdir())
+    assert f"checkpoints go to {RUN}/ckpts-002" in out
+
+
+@pytest.mark.parametrize("name", ["ckpts", "save"])
+def test_nothing_goes_through_a_link_into_another_run(cli, name):  # noqa: F811
+    for tag in ("a", "b"):
+        assert train(cli, f"tag={tag}", "trainer.max_steps=1")[0] == 0
+    mine, link = RUN.with_name("a") / name, RUN.with_name("b") / name
+    shutil.rmtree(link)
+    link.symlink_to(mine.absolute())
+    before = tree(mine)
+    resume = f"resume={RUN.with_name('b')}/ckpts/last.ckpt"
+    status, _, err = train(cli, "tag=b", resume, "trainer.max_steps=2")
+    assert status == 2 and "is a link into the run in" in err
+    assert tree(mine) == before
+
+
+def test_a_folder_of_checkpoints_on_another_disk_is_used(cli):  # noqa: F811
+    assert train(cli, "trainer.max_steps=1")[0] == 0
+    shutil.move(RUN / "ckpts", "disk")
+    (RUN / "ckpts").symlink_to(Path("disk").absolute())
+    assert train(cli, f"resume={last()}", "trainer.max_steps=2")[0] == 0
+    assert read("disk/last.ckpt")["global_step"] == 2
+
+
+@pytest.mark.parametrize("mode", ["--test", "--export", "--train"])
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_copied_run_that_was_resumed_finds_its_own_checkpoint(cli, mode, copied):  # noqa: F811
+    """Its saved config names the checkpoint that it was resumed from, where that was."""
+    train(cli, "trainer.max_steps=1")
+    train(cli, f"resume={last()}", "trainer.max_steps=2")
+    (shutil.copytree if copied else shutil.move)(RUN, "copy")
+    before = tree("outputs")
+    status, out, _ = cli("--config", "copy/configs/parsed.yaml", mode)
+    assert status == 0 and "results in copy" in out
+    assert tree("outputs") == before
+
+
+def test_a_run_from_anothers_checkpoint_is_tested_with_its_own(cli):  # noqa: F811
+    train(cli, "trainer.max_steps=1")
+    train(cli, f"resume={last()}", "tag=new", "trainer.max_steps=2")
+    parsed = str(RUN.with_name("new") / "configs" / "parsed.yaml")
+    before = tree(RUN)
+    assert f"results in {RUN.with_name('new')}\n" in cli("--config", parsed, "--test")[1]
+    assert f"results in {RUN.with_name('new-002')}\n" in cli("--config", parsed, "--train")[1]
+    assert tree(RUN) == before
+
+
+def test_a_lock_among_the_checkpoints_is_no_result(tmp_path):
+    with RunFolder() as folder:
+        folder.make(tmp_path / "mine")
+        folder.hold(tmp_path / "ck", TRAINING)
+        folder.discard([tmp_path / "ck", tmp_path / "mine" / "save"])
+        assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """What is copied of the code, and that asking git about a folder runs nothing of that folder."""
 
+import hashlib
 import os
 import subprocess
 from pathlib import Path
@@ -262,3 +263,28 @@ def test_a_result_knows_what_was_changed_since_the_commit(repository, monkeypatc
     assert machine.commit() == clean  # which no result depends on
     Path("launch.py").unlink()
     assert machine.commit() == f"{clean}-dirty"
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"a\xffb.py"), "a\nb.py", "a\tb.py", "-n.py"])
+def test_files_of_unusual_names_are_copied(repository, name):
+    Path(name).write_text("unusual")
+    run_git("add", "--", name)
+    assert snapshot() == {"kept.py": "kept", name: "unusual"}
+
+
+@pytest.mark.parametrize("name", ["../ret.txt", ".git/tokens", ".GIT/tokens", "/tmp/ret.txt"])
+def test_names_that_lead_out_of_the_repository_are_not_followed(repository, name):
+    """git adds no such name, but lists those of an index that somebody else has written."""
+    added = "x" * len(name)
+    Path(added).write_text("harmless")
+    Path("../ret.txt").write_text("secret"), Path(".git/tokens").write_text("secret")
+    run_git("add", added)
+    index = Path(".git/index")
+    data = index.read_bytes()[:-20].replace(added.encode(), name.encode())
+    index.write_bytes(data + hashlib.sha1(data).digest())
+    assert name in git.tracked_files(repository)
+    before = {path for path in repository.parent.rglob("*") if ".git" not in path.parts}
+    assert snapshot() == {"kept.py": "kept"}
+    left = {path for path in repository.parent.rglob("*") if ".git" not in path.parts} - before
+    assert all(path.is_relative_to(repository / "run") for path in left)
+    assert not (repository / "run" / "ret.txt").exists()

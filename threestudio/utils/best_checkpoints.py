@@ -20,6 +20,11 @@ class BestCheckpoints(ModelCheckpoint):
     from their scores.
     """
 
+    def __init__(self, dirpath: Any = None, *args, **kwargs) -> None:
+        super().__init__(dirpath, *args, **kwargs)
+        # asked here: Lightning keeps what the link leads to
+        self._linked = dirpath is not None and os.path.islink(os.path.normpath(dirpath))
+
     @property
     def state_key(self) -> str:
         # that of Lightning's class: checkpoints of before, and of upstream, are continued
@@ -50,9 +55,12 @@ class BestCheckpoints(ModelCheckpoint):
             self.kth_value = self.best_k_models[self.kth_best_model_path]
 
     def _own(self, path: Any) -> str:
-        """The file of that name in this run's folder, or ""."""
+        """The file of that name in this run's folder, or "". A folder that is a link may be that of
+        others' files."""
         name = PurePath(path).name if isinstance(path, str) else ""
         if not name or "\0" in name or name == "last.ckpt" or self.dirpath is None:
+            return ""
+        if self._linked:
             return ""
         own = os.path.join(self.dirpath, name)
         return own if is_checkpoint_of(own, self.dirpath) else ""

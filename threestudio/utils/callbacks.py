@@ -305,7 +305,8 @@ class ProgressCallback(Callback):
         """Replace the line. A disk that is full costs a line, not the run."""
         with contextlib.suppress(OSError):
             self.save_path.parent.mkdir(parents=True, exist_ok=True)
-            self.save_path.write_text(message)
+            with whole_file(self.save_path) as tmp:  # not through a link
+                tmp.write_text(message)
         self._written_at = time.monotonic()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:

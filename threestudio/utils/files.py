@@ -35,7 +35,8 @@ def whole_file(
     """
     path = Path(path)
     suffix = path.suffix if keep_suffix else ""
-    name = (path.stem if keep_suffix else path.name).encode()[:180].decode(errors="ignore")
+    name = (path.stem if keep_suffix else path.name).encode(errors="replace")
+    name = name[:180].decode(errors="ignore")
     owner = f"{secrets.token_hex(4)}.{_HOST}-{os.getpid()}"
     tmp = path.with_name(f".{name}.{owner}.tmp{suffix}")
     try:

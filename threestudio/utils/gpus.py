@@ -44,30 +44,36 @@ def choose_gpus(wanted: str | None, visible: str | None, installed: int | None =
     Raises :class:`UserError` for what is no such place, with one line.
     """
     listed = None if visible is None else visible_gpus(visible)
+    shown = _short(visible or "")
     if wanted is None:
         return ["0"] if listed is None else listed
-    chosen = []
+    chosen, said = [], _short(wanted)
     for word in (part.strip() for part in wanted.split(",")):
         if _ID.fullmatch(word) and (listed is None or word in listed):
             chosen.append(word)
         elif not (word.isascii() and word.isdigit() and len(word) < 10):
             hint = "numbers, such as 0 or 0,1 (trainer.accelerator=cpu is for the CPU)"
             if _ID.fullmatch(word):
-                hint = f"one of {VISIBLE}={visible}"
-            raise UserError(f"--gpu {wanted}: {word!r} is no GPU here; give {hint}")
+                hint = f"one of {VISIBLE}={shown}"
+            raise UserError(f"--gpu {said}: {_short(word)!r} is no GPU here; give {hint}")
         elif listed is not None and int(word) >= len(listed):
-            here = f"the {len(listed)} that {VISIBLE}={visible} leaves" if listed else "any"
-            remedy = "" if listed else f": {VISIBLE}={visible} hides all; leave --gpu out for a CPU"
+            here = f"the {len(listed)} that {VISIBLE}={shown} leaves" if listed else "any"
+            remedy = "" if listed else f": {VISIBLE}={shown} hides all; leave --gpu out for a CPU"
             raise UserError(
-                f"--gpu {wanted}: {int(word)} is not among {here}, counted from 0{remedy}"
+                f"--gpu {said}: {int(word)} is not among {here}, counted from 0{remedy}"
             )
         elif listed is None and installed is not None and int(word) >= installed:
-            raise UserError(f"--gpu {wanted}: this machine has {installed} GPU(s), counted from 0")
+            raise UserError(f"--gpu {said}: this machine has {installed} GPU(s), counted from 0")
         else:
             chosen.append(str(int(word)) if listed is None else listed[int(word)])
     if len(set(chosen)) < len(chosen):
-        raise UserError(f"--gpu {wanted} names a GPU twice")
+        raise UserError(f"--gpu {said} names a GPU twice")
     return chosen
+
+
+def _short(text: str) -> str:
+    """A text as it stands in a message."""
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @contextlib.contextmanager

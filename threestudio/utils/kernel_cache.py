@@ -201,7 +201,11 @@ def _write(folder: int, name: str, data: bytes) -> None:
     try:
         with open(os.open(partial, flags, 0o600, dir_fd=folder), "wb") as file:
             file.write(data)
-        os.replace(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
+        try:
+            os.replace(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except IsADirectoryError:  # which is put aside
+            os.rename(name, f"{partial}-found", src_dir_fd=folder, dst_dir_fd=folder)
+            os.replace(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(partial, dir_fd=folder)

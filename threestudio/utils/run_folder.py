@@ -36,9 +36,13 @@ class Lock:
         self._handle: int | None = None
 
     def acquire(self) -> bool:
-        """Whether this process holds it now; does not wait."""
+        """Whether this process holds it now; does not wait. Raises :class:`UserError` where `path`
+        is a link, whose target would be emptied: the folder may be somebody else's."""
         while self._handle is None:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            if os.path.islink(self.path):
+                raise UserError(f"{self.path} is a link instead of a lock: remove it")
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+            handle = os.open(self.path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
             try:
                 if fcntl is not None:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -204,17 +208,35 @@ class RunFolder:
     def discard(self, results: Iterable[str]) -> None:
         """Remove the folders that were made for a run which has ended before it had any result (a
         file in one of the folders `results`), and those above them if nothing else is in there."""
+        own = {Path(lock.path) for lock in self._locks}
         for folder in results:
-            if any(path.is_file() or path.is_symlink() for path in Path(folder).rglob("*")):
+            found = (path for path in Path(folder).rglob("*") if path not in own)
+            if any(path.is_file() or path.is_symlink() for path in found):
                 return
         held = {os.path.dirname(lock.path) for lock in self._locks}
         for folder in reversed(self._made):
             if folder in held:
-                shutil.rmtree(folder, ignore_errors=True)
+                if not self._has_others(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
             else:
                 with contextlib.suppress(OSError):  # other runs are in it
                     os.rmdir(folder)
         self._made.clear()
+
+    def _has_others(self, folder: str) -> bool:
+        """Whether another run is, or was, in a folder within this one."""
+        own = {os.path.realpath(lock.path) for lock in self._locks}
+        for inner, folders, names in os.walk(folder):
+            if inner == folder:
+                folders[:] = [name for name in folders if name != "code"]  # a copy of any files
+                continue
+            for name in names:
+                locked = name in (TRAINING, RESULTS)
+                if locked and os.path.realpath(os.path.join(inner, name)) not in own:
+                    return True
+                if name.endswith(".ckpt") or (name.startswith("cmd") and name.endswith(".txt")):
+                    return True
+        return False
 
 
 # --- which folder ---------------------------------------------------------------------------------
@@ -231,6 +253,25 @@ def folder_of(checkpoint) -> str:
     if os.path.basename(os.path.abspath(folder)) == "ckpts":
         return os.path.normpath(os.path.join(folder, ".."))
     return folder
+
+
+def resume_of_copy(cfg: Any, files: Sequence[str], overrides: Iterable[str], train: bool) -> str:
+    """What ``resume`` means where it stands in the saved config of a run, and nothing else names
+    one: that run's own checkpoints, also if it was copied or moved since. A training that the run
+    has begun with a checkpoint of another run is begun with that again."""
+    if len(files) != 1 or any(text.partition("=")[0] == "resume" for text in overrides):
+        return cfg.resume
+    home = os.path.normpath(os.path.join(os.path.dirname(files[0]), ".."))
+    saved = os.path.realpath(files[0]) == os.path.realpath(f"{home}/configs/parsed.yaml")
+    if (
+        not saved
+        or not any(Path(home, "ckpts").glob("*.ckpt"))
+        or _same(folder_of(cfg.resume), home)
+    ):
+        return cfg.resume
+    if train and not _same(os.path.dirname(cfg.resume), checkpoint_folder(cfg)):
+        return cfg.resume
+    return home
 
 
 def settle(
@@ -259,6 +300,8 @@ def settle(
         folder.hold(cfg.trial_dir, TRAINING if train else RESULTS)
         if train and not _is_inside(beside, cfg.trial_dir):
             folder.hold(beside, TRAINING)
+        for inner in (os.path.join(cfg.trial_dir, "save"), *[checkpoint_folder(cfg)] * train):
+            _refuse_link_to_a_run(inner)
     else:
         _make(folder, cfg, train)
 
@@ -275,7 +318,7 @@ def _make(folder: RunFolder, cfg: Any, train: bool) -> None:
         return
     if _is_inside(ckpts, wanted):
         cfg.checkpoint.dirpath = os.path.join(cfg.trial_dir, os.path.relpath(ckpts, wanted))
-    elif not folder.hold_unused(ckpts):
+    elif _is_of_a_run(ckpts) or not folder.hold_unused(ckpts):
         root = _same(ckpts, cfg.exp_root_dir)  # beside it would be outside of it
         cfg.checkpoint.dirpath = folder.make(os.path.join(ckpts, "ckpts") if root else ckpts)
         print(f"{ckpts} is another run's: checkpoints go to {cfg.checkpoint.dirpath}", flush=True)
@@ -291,6 +334,23 @@ def _move(cfg: Any, home: str, beside: str) -> None:
     cfg.exp_root_dir = str(Path(*parts[: -len(old)])) if same_name else cfg.exp_dir
     if cfg.checkpoint.get("dirpath") or not _same(os.path.join(home, "ckpts"), beside):
         cfg.checkpoint.dirpath = beside
+
+
+def _refuse_link_to_a_run(folder: str) -> None:
+    """Raise :class:`UserError` if `folder` is a link into another run, whose files would be
+    replaced. A link to anywhere else is one to another disk."""
+    if os.path.islink(os.path.normpath(folder)) and _is_of_a_run(folder):
+        above = os.path.dirname(os.path.realpath(folder))
+        raise UserError(
+            f"{folder} is a link into the run in {above}, whose files would be replaced: name that "
+            "run, or put a folder in the place of the link"
+        )
+
+
+def _is_of_a_run(folder: str) -> bool:
+    """Whether a run, which goes on or has ended, has the folder that `folder` really is in."""
+    above = os.path.dirname(os.path.realpath(folder))
+    return any(os.path.exists(os.path.join(above, name)) for name in ("cmd.txt", TRAINING))
 
 
 def _same(a, b) -> bool:

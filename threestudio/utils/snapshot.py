@@ -22,7 +22,10 @@ CODE = {".py", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".glsl"
 
 def is_plain(folder, name: str) -> bool:
     """Whether ``folder/name`` is a regular file that can be read, and neither it nor a folder
-    between the two is a link."""
+    between the two is a link. One that leads out of `folder`, or to what git keeps for itself, is
+    none: the list of a repository from somebody else can hold such names."""
+    if os.path.isabs(name) or {"..", ".git"} & {part.lower() for part in Path(name).parts}:
+        return False
     path = Path(folder, name)
     try:
         between = [p for p in path.parents if Path(folder) in p.parents]
