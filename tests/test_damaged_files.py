@@ -1,9 +1,11 @@
 """Mesh and ply files of others that are damaged: one line in words, and no colour that is none."""
 
 import importlib
+import io
 
 import numpy as np
 import pytest
+from PIL import Image
 
 TRIANGLE = "v 0 0 0 {0} 0 0\nv 1 0 0 {0} 0 0\nv 0 1 0 {0} 0 0\nf 1 2 {1}\n"
 POINTS = "ply\nformat ascii 1.0\n{}end_header\n0 0 0\n1 0 0\n0 1 0\n0 0 1\n"
@@ -43,3 +45,18 @@ def test_colours_that_are_not_finite_are_grey_and_said(load, tmp_path, monkeypat
     assert len(said) == 1 and "are not finite in places" in said[0]
     (tmp_path / "a.obj").write_text(TRIANGLE.format("1", 3))
     assert (load(tmp_path / "a.obj").rgb == [1, 0, 0]).all() and len(said) == 1
+
+
+def test_a_grey_picture_of_16_bits_is_scaled_and_not_clipped(lods):
+    parts = importlib.import_module(f"{lods.__name__}.gaussian.mesh_parts")
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 32896], [257, 65535]], np.uint16)).save(file, "png")
+    pixels = parts.Picture(file.getvalue()).pixels()
+    assert pixels.dtype == np.uint8 and pixels.shape == (2, 2, 3)
+    assert (pixels[..., 0] == [[0, 128], [1, 255]]).all()
+
+
+def test_a_picture_that_is_none_is_told_without_an_address(lods):
+    parts = importlib.import_module(f"{lods.__name__}.gaussian.mesh_parts")
+    with pytest.raises(ValueError, match=r"cannot be read \(of no known format\)"):
+        parts.Picture(b"no picture")
