@@ -94,7 +94,7 @@ def test_override_values(raw, value):
         ([PROMPT, "--fast"], "unknown option '--fast'"),
         ([PROMPT, "fast"], "cannot read 'fast'"),
         ([PROMPT, "systm.x=1"], "no field 'systm': did you mean 'system'?"),
-        ([PROMPT, "seed=abc"], "field 'seed'"),
+        ([PROMPT, "seed=abc"], "seed must be a whole number"),
         ([PROMPT, "data.width=${nothing.here}"], "at data.width"),
         ([PROMPT, "data.width=${broken"], "cannot read 'data.width=${broken'"),
         (["system.prompt_processor.prompt=", "use_timestamp=false"], "tag is empty"),

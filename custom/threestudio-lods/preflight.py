@@ -59,7 +59,7 @@ def check_kind(cfg: Any) -> None:
         return  # of another extension, whose options are its own
     for key in OPTIONS[not gaussians]:
         section, _, name = key.rpartition(".")
-        options = (cfg.system.get(section) or {}) if section else cfg.system
+        options = _part(cfg.system, section) if section else cfg.system
         if name in options:
             raise ValueError(
                 f"system.{key} is of {other}, and {cfg.system_type} makes {own}: take the overlay "
@@ -77,7 +77,7 @@ def check_prompt(cfg: Any, local_folder: Callable[[str], str | None]) -> None:
     system = cfg.system
     kind = system.get("prompt_processor_type")
     kind = kind or (PROCESSORS[0] if cfg.system_type in SYSTEMS else None)
-    options = system.get("prompt_processor") or {}
+    options = _part(system, "prompt_processor")
     name, prompt = (options.get(k) for k in ("pretrained_model_name_or_path", "prompt"))
     if kind not in PROCESSORS or "prompt" not in options:
         return
@@ -165,9 +165,9 @@ def model_names(system: Any) -> list[str]:
         keys["guidance"].append("pretrained_model_name_or_path_lora")
     found: dict[str, None] = {}
     for part, names in keys.items():
-        kind = system.get(f"{part}_type") or ("lods-" if part == "prompt_processor" else "")
+        kind = str(system.get(f"{part}_type") or ("lods-" * (part == "prompt_processor")))
         if kind.startswith("lods-") and ":" not in kind:  # a mixin may load something else
-            values = (system.get(part) or {}).get
+            values = _part(system, part).get
             found |= {value: None for name in names if isinstance(value := values(name), str)}
     return [name for name in found if name]
 

@@ -258,6 +258,11 @@ class BaseLift3DSystem(BaseSystem):
         """This system's geometry, made from that of the run which wrote `checkpoint`."""
         threestudio.info(f"Initializing geometry from {checkpoint} ...")
         config = os.path.join(os.path.dirname(checkpoint), "..", "configs", "parsed.yaml")
+        if not os.path.isfile(config):
+            raise UserError(
+                f"system.geometry_convert_from={checkpoint} is not in the folder of its run, whose "
+                f"config would be {os.path.normpath(config)}"
+            )
         old = parse_structured(BaseLift3DSystem.Config, _known(load_config(config).system))
         old.geometry.pop("weights", None)  # the checkpoint brings them
         old.geometry.update(self.cfg.geometry_convert_override)

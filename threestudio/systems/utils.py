@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import threestudio
+from threestudio.systems.optimizer_options import Rates
 from threestudio.systems.optimizers import Adan, fused_adam
 from threestudio.utils.config import config_to_primitive
 from threestudio.utils.errors import UserError, nearest
@@ -65,9 +66,11 @@ def parse_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimiz
     config = _primitive(config)
     _refuse_unknown(config, ("name", "args", "params"), "optimizer")
     cls = _optimizer_class(config.get("name"))
+    _check_betas(cls, config.get("args"), "optimizer.args")
     if config.get("params"):
         groups = []
         for name, args in config["params"].items():
+            _check_group(cls, name, args or {}, config["params"])
             parameters = get_parameters(model, name)
             if parameters:
                 groups.append({"params": parameters, "name": name, **(args or {})})
@@ -79,8 +82,30 @@ def parse_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimiz
         groups = list(model.parameters())
     try:
         return cls(groups, **(config.get("args") or {}))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"optimizer.args do not fit {config['name']}: {error}") from None
+
+
+def _check_betas(cls: type, args: Any, where: str) -> None:
+    """Adam has two and Adan three, of which torch complains late, or not at all."""
+    default = inspect.signature(cls).parameters.get("betas")
+    wanted = getattr(default, "default", None)
+    betas = (args or {}).get("betas")
+    if isinstance(wanted, (list, tuple)) and betas is not None and len(betas) != len(wanted):
+        raise UserError(f"{where}.betas must be {len(wanted)} numbers, not {betas}")
+
+
+def _check_group(cls: type, name: str, args: Dict[str, Any], groups: Iterable[str]) -> None:
+    """Refuse options of a group that no optimiser reads: torch keeps them without a word. Those of
+    another optimiser may stay in a config whose ``optimizer.name`` is replaced."""
+    where = f"optimizer.params.{name}"
+    known = {*list(inspect.signature(cls).parameters)[1:], *Rates.__annotations__, "initial_lr"}
+    for key, value in args.items():
+        if key not in known:
+            meant = f"{name}.{key}"
+            hint = nearest(meant, set(groups) - {name}) if isinstance(value, dict) else ""
+            raise UserError(f"{where} has no option {key!r}{hint or nearest(key, known)}")
+    _check_betas(cls, args, where)
 
 
 def _refuse_unknown(keys: Iterable[str], known: Tuple[str, ...], where: str) -> None:

@@ -29,6 +29,7 @@ from threestudio.utils.hints import (
     unquoted,
     walk,
 )
+from threestudio.utils.layers import refuse_empty_sections, refuse_other_kinds
 from threestudio.utils.ranges import annotations as declared_annotations
 from threestudio.utils.ranges import (
     are_texts,
@@ -121,9 +122,13 @@ def _refuse_outside(checkpoint: dict, root: str) -> None:
                 f"checkpoint.dirpath={folder} is outside of exp_root_dir={root}: leave it out, or "
                 "set exp_root_dir"
             )
-    name = str(checkpoint.get("filename") or "")
+    name = checkpoint.get("filename") or ""
+    if not isinstance(name, str):
+        raise UserError(f"checkpoint.filename must be a text, not {shown(name)}")
     if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
         raise UserError(f"checkpoint.filename={name!r} leads out of the folder of the checkpoints")
+    if re.search(r"[{}]", re.sub(r"\{[^{}]*\}", "", name)):
+        raise UserError(f"checkpoint.filename={name!r} has a brace without its other one")
 
 
 @dataclass
@@ -212,7 +217,11 @@ def _load_yaml(text_or_path: str, from_string: bool) -> DictConfig:
         there = [str(p) for p in folder.glob("*.yaml")] if folder.is_dir() else []
         hint = nearest(str(text_or_path), there)
         raise UserError(f"config file {text_or_path} not found{hint}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{where} is not text in UTF-8: save it as that") from None
     except OSError as error:
+        if error.strerror is None:  # OmegaConf's, of a single value
+            raise UserError(f"{where} is not a YAML mapping") from None
         raise UserError(f"config file {where} cannot be read: {error.strerror}") from None
     except GrammarParseError as error:
         key = re.search(r"full_key: (\S+)", str(error))
@@ -291,9 +300,12 @@ def parse_overrides(cli_args: Iterable[str], base: DictConfig | None = None) -> 
         if arg.startswith("-"):
             raise UserError(_what_to_write(arg, args[i + 1 : i + 2], base, top_level))
         if not equals or not key:
-            write = unquoted(args[:i], args[i:])
+            is_key = "." in arg and arg in dict(walk(base or {}))
+            write = "" if is_key else unquoted(args[:i], args[i:])
             hint = f"put the value in quotes: {write}" if write else "options of a config are "
             raise UserError(f"cannot read {arg!r}: {hint}" + "written key=value" * (not write))
+        if not all(key.split(".")):
+            raise UserError(f"cannot read {arg!r}: a part of the key {key!r} is empty")
         if "." not in key and key not in top_level and (meant := full_key(key, base)):
             raise UserError(f"the config has no field {key!r}: did you mean {meant!r}?")
         value = _parse_value(arg, key, raw)
@@ -344,6 +356,8 @@ def _in_config(error: OmegaConfBaseException, conf: DictConfig | None) -> str:
     for key, value in walk(conf) if lost else ():
         if isinstance(value, str) and re.search(rf"\$\{{\s*{re.escape(lost[1])}\s*\}}", value):
             return f"config: there is no key {lost[1]!r} (asked for at {key}): {INTERPOLATION}"
+    if value := re.search(r"node `(\S+)` is not a container", str(error)):
+        return f"config: {value[1]} takes a mapping (asked for at {error.full_key})"
     where = f" (at {error.full_key})" if error.full_key else ""
     return f"config: {_first_line(error)}{where}"
 
@@ -368,8 +382,12 @@ def load_config(
     try:
         with bounded_interpolation():
             layers = [_load_yaml(y, from_string) for y in yamls]
+            refuse_other_kinds(layers)
             overrides = parse_overrides(cli_args, OmegaConf.merge(*layers))
-            conf = merge_layers([*layers, overrides, OmegaConf.create(dict(kwargs))])
+            layers += [overrides, OmegaConf.create(dict(kwargs))]
+            refuse_other_kinds(layers)
+            conf = merge_layers(layers)
+            refuse_empty_sections(conf)
             _complain_of_missing(conf)
             OmegaConf.resolve(conf)
             for key in not_a_number(conf):
@@ -378,10 +396,8 @@ def load_config(
         raise UserError(_in_config(error, conf)) from None
     except UserError as error:  # OmegaConf adds lines to an error that passes through it
         raise UserError(_first_line(error)) from None
-    except TypeError as error:  # a mapping meets a list
-        raise UserError(
-            f"config: {_first_line(error)}: a list is replaced as a whole, as in key=[1,2]"
-        ) from None
+    except TypeError as error:
+        raise UserError(f"config: {_first_line(error)}") from None
     except RecursionError:
         raise UserError("config: its interpolations go too deep, or in a circle") from None
     return parse_structured(ExperimentConfig, conf, where="the config")
@@ -506,6 +522,8 @@ def parse_structured(fields, cfg=None, where: str = "", prefix: str = "") -> Any
         raise
     except OmegaConfBaseException as error:
         key = error.full_key or error.key
+        if typing.get_origin(hints.get(key)) is typing.Annotated:  # whose own words are plainer
+            checked(full_key(key), values.get(key), hints[key])
         raise UserError(f"{where}, field {full_key(key)!r}: {_first_line(error)}") from None
     # such as a field without default that is not given, or an int that no float can hold
     except (TypeError, ValueError, OverflowError) as error:

@@ -27,7 +27,8 @@ class WrongKindError(UserError, TypeError):
 def nearest(word: str, choices: Iterable[str]) -> str:
     """``": did you mean 'x'?"`` for the closest of `choices`, or ``""`` if none is close."""
     word, choices = str(word), list(choices)
-    found = difflib.get_close_matches(word, choices, n=1, cutoff=0.55)
+    found = [c for c in choices if word != c and word.lower() == str(c).lower()][:1]
+    found = found or difflib.get_close_matches(word, choices, n=1, cutoff=0.55)
     if not found:  # 'embedding-guidance' for 'lods-embedding-guidance', which a ratio can miss
         found = [c for c in choices if len(word) >= 4 and (word in c or c in word)][:1]
     if not found:  # 'sds' or 'sdss' for 'lods-sds-guidance'

@@ -79,8 +79,8 @@ def unquoted(before: Sequence[str], rest: Sequence[str]) -> str:
     key, equals, value = (before[-1] if before else "").partition("=")
     if not equals or key.startswith("-"):
         return ""
-    words = [value]
-    for word in rest:
+    words = [value, *rest[:1]]
+    for word in rest[1:]:
         if "=" in word or word.startswith("-"):
             break
         words.append(word)
@@ -134,9 +134,26 @@ def refuse_overlay(files: Sequence[str], missing: str) -> None:
     problem = f"the config has no {missing}: there is nothing to run"
     full = full_configs_for(files) if not any(_is_full(_read(file)) for file in files) else []
     if full:
-        what = "is an overlay" if len(files) == 1 else "are overlays"
+        what = "is an overlay, which comes" if len(files) == 1 else "are overlays, which come"
         problem = (
-            f"{', '.join(files)} {what}, which comes after a full config: --config {full[0]} "
+            f"{', '.join(files)} {what} after a full config: --config {full[0]} "
             f"{' '.join(files)}" + f" (or {', '.join(full[1:])})" * (len(full) > 1)
         )
     raise UserError(problem)
+
+
+def refuse_order(files: Sequence[str]) -> None:
+    """Raise :class:`UserError` if the first file is an overlay of which a full config after it
+    replaces most values: nothing would be left of what it is for."""
+    contents = [_read(file) for file in files]
+    later = next((i for i, content in enumerate(contents) if _is_full(content)), 0)
+    if not later:
+        return
+    values = {key for key, value in walk(contents[0]) if not isinstance(value, dict)}
+    replaced = values & {key for key, _ in walk(contents[later])}
+    if len(replaced) > len(values) / 2:
+        order = " ".join([files[later], *(file for file in files if file != files[later])])
+        raise UserError(
+            f"{files[later]} replaces most of what {files[0]} says, because later files win: write "
+            f"--config {order}"
+        )

@@ -74,6 +74,8 @@ def choose_device(trainer_args: Mapping[str, Any]) -> Dict[str, Any]:
             print("no CUDA device: running on the CPU", flush=True)
             args["accelerator"], args["devices"], kind = "cpu", 1, "cpu"
     else:
+        if accelerator == "mps" and not torch.backends.mps.is_available():
+            raise UserError("trainer.accelerator=mps: there is no such device here: leave it out")
         kind = accelerator
         args.setdefault("devices", 1)
     if kind == "cpu" and str(args.get("precision")) in ("16", "16-mixed", "16-true"):

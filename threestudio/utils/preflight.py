@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError
 from threestudio.utils.extensions import find_extensions, last_line
-from threestudio.utils.hints import REQUIRED, refuse_overlay
+from threestudio.utils.hints import REQUIRED, refuse_order, refuse_overlay
 
 HOOK = "preflight.py"
 
@@ -36,6 +36,7 @@ def read_config(
     for key in REQUIRED:
         if not cfg[key]:
             refuse_overlay(files, key)
+    refuse_order(files)
     if mode != "train" and cfg.resume is None:
         raise UserError(f"--{mode} needs a trained model: add resume=path/to/last.ckpt")
     return cfg

@@ -191,6 +191,10 @@ def sample_mesh(
             if not said:
                 threestudio.warn(f"colours of '{path}' cannot be read ({error}): they are grey")
             said = True
+    known = np.isfinite(points.rgb).all(1)
+    if not known.all():
+        points.rgb[~known] = 0.5
+        threestudio.warn(f"colours of '{path}' are not finite in places: they are grey there")
     return points
 
 

@@ -38,6 +38,8 @@ def read_mesh(path: Path) -> List[Part]:
         check_pictures(parts)
     except Exception as error:
         detail = " ".join(str(error).split())[:200] or type(error).__name__
+        if not isinstance(error, (ValueError, OSError, MemoryError)):
+            detail = "it is damaged, or refers to what it does not hold" + f" ({detail})"
         raise ValueError(f"'{path}' cannot be read as a mesh: {detail}") from error
     return parts
 

@@ -60,6 +60,9 @@ class Picture:
             )
 
     def pixels(self) -> UInt[np.ndarray, "H W 3"]:
+        if self.image.mode.startswith("I"):  # 16 bits of grey, which pillow clips at 255
+            grey = (np.asarray(self.image).clip(0, 65535) / 257).round().astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=2)
         return np.asarray(self.image.convert("RGB"))
 
     def at(
@@ -89,12 +92,14 @@ def open_picture(data: bytes):
     """A picture of pillow's, not decoded yet. Raises ValueError if it cannot be one."""
     import warnings
 
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its size, which is checked here
             return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:  # whose text is the address of an object
+        raise ValueError("a picture of it cannot be read (of no known format)") from error
     except Exception as error:
         raise ValueError(f"a picture of it cannot be read ({error})") from error
 

@@ -170,6 +170,10 @@ def read_ply(path: Union[str, Path]) -> Dict[str, Any]:
         axes = _axes_of(data.comments)
     except Exception as error:
         detail = " ".join(f"{error}".split())[:200] or type(error).__name__
+        if isinstance(error, KeyError):
+            detail = f"it has no element or type {detail}"
+        elif isinstance(error, IndexError):
+            detail = "its header is damaged"
         raise ValueError(f"'{path}' is not a readable ply file: {detail}") from error
     if n == 0:
         raise ValueError(f"'{path}' holds no points")

@@ -1,5 +1,6 @@
 """``lods-gs-system``: text to 3D Gaussians."""
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -29,6 +30,19 @@ class StrategyConfig:
     scene_scale: Annotated[float, "(0, 1e6]"] = 1.0
     default: Annotated[dict, DefaultOptions] = field(default_factory=dict)
     mcmc: Annotated[dict, McmcOptions] = field(default_factory=dict)
+
+    def contradictions(self):
+        """Misspelt options of the strategy that is not chosen, whose own class does not see them:
+        (field, what is wrong)."""
+        for name, options in (("default", DefaultOptions), ("mcmc", McmcOptions)):
+            known = list(options.__annotations__)
+            for key in self[name] or {} if name != self.name else {}:
+                near = difflib.get_close_matches(str(key), known, 1, 0.8)
+                if key not in known and near:
+                    yield (
+                        f"{name}.{key}",
+                        f"is no option of this strategy: did you mean {near[0]!r}?",
+                    )
 
 
 @threestudio.register("lods-gs-system")
