@@ -48,7 +48,7 @@ def test_a_list_may_follow_a_value_that_followed_a_mapping():
     "text, said",
     [
         (b"5", "is not a YAML mapping"),
-        (b"name: \xff", "is not text in UTF-8: save it as that"),
+        (b"name: \xff", "is not valid YAML: save it as text in UTF-8"),
         (b"data: [1]", "data takes a mapping: data.name=value, not [1]"),
         (b"checkpoint: {filename: [a]}", "checkpoint.filename must be a text, not ['a']"),
     ],

@@ -218,7 +218,7 @@ def _load_yaml(text_or_path: str, from_string: bool) -> DictConfig:
         hint = nearest(str(text_or_path), there)
         raise UserError(f"config file {text_or_path} not found{hint}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{where} is not text in UTF-8: save it as that") from None
+        raise UserError(f"{where} is not valid YAML: save it as text in UTF-8") from None
     except OSError as error:
         if error.strerror is None:  # OmegaConf's, of a single value
             raise UserError(f"{where} is not a YAML mapping") from None
