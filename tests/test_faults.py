@@ -323,6 +323,7 @@ def test_a_signal_before_anything_is_built(cli, monkeypatch, name):  # noqa: F81
 def test_a_killed_run_goes_on_as_if_it_had_not_been(cli):  # noqa: F811
     flags = ["system.prompt=p", "trainer.max_steps=200", "checkpoint.every_n_train_steps=20"]
     command = [sys.executable, str(ROOT / "launch.py"), "--config", "toy.yaml", "--train", *flags]
+    command += ["--extensions", "custom"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     victim = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
