@@ -70,7 +70,7 @@ def test_upstream_gets_what_it_knows(tool, pair, capsys, lods, tmp_path):
     assert tool.main([*paths(*pair), "-o", str(out)]) == 0
     merged = OmegaConf.load(out)
     assert merged.system.get("exporter", {}).get("fmt") in (None, "obj-mtl", "obj")
-    assert ("exporter.fmt is obj-mtl" in capsys.readouterr().err) == ("ngp" in pair[0])
+    assert ("exporter.fmt is now obj-mtl" in capsys.readouterr().err) == ("ngp" in pair[0])
     own = set(threestudio.find(merged.system_type).Config.__dataclass_fields__)
     hosts = own - set(CONFIGS["threestudio.systems.base:BaseLift3DSystem"])
     assert not set(merged.system) & hosts & {"on_nonfinite", "max_skipped_steps"}
