@@ -3,6 +3,7 @@
 import contextlib
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,3 +55,13 @@ def test_so_do_the_other_commands(lods, command, tmp_path, monkeypatch):
         else:
             assert playground.main("lora", ["--model", "./caf\u00e9"]) == 2
     assert "caf\\xe9" in "".join(written())
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, ValueError])
+def test_a_stream_that_cannot_be_written_is_no_end(error, monkeypatch):
+    def reconfigure(**options):
+        raise error
+
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(reconfigure=reconfigure))
+    monkeypatch.setattr("sys.stderr", None)
+    print_anything()

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -335,7 +336,9 @@ def main(kind: str, argv=None) -> int:
     """Entry point of the script for one kind of prior; returns the exit status: 128 + the signal's
     number (130 for Ctrl-C) if one stopped it."""
     for stream in (sys.stdout, sys.stderr):  # a prompt with an accent may be printed in ASCII
-        if hasattr(stream, "reconfigure"):
+        with contextlib.suppress(
+            AttributeError, OSError, ValueError
+        ):  # closed, or its reader is gone
             stream.reconfigure(errors="backslashreplace")
     args = parse_arguments(kind, argv)
     before = _stop_like_ctrl_c()
