@@ -113,3 +113,9 @@ def test_the_first_signal_in_training_waits_the_second_does_not(signum, capfd):
             os.kill(os.getpid(), signum)
     assert signal.getsignal(signum) is before
     assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
+def test_of_a_folder_that_is_not_there_no_other_file_is_suggested(folder):
+    with pytest.raises(UserError) as caught:
+        read_checkpoint(folder / "nothing")
+    assert "newest good one" not in str(caught.value)
