@@ -59,7 +59,7 @@ def make_model(kind: str, folder: Path) -> Path:
     from tests.tiny_models import WORDS, make_tiny_sd
 
     if kind == "pocket":
-        return ROOT / "custom/threestudio-lods/models/pocket"
+        return ROOT / "custom/threestudio-lods/lods/models/pocket"
     if kind == "tiny":
         return make_tiny_sd(folder)
     import diffusers

@@ -55,7 +55,7 @@ SCALE, STRENGTH, RANK, TOKENS = 1000.0, 0.5, 4, 77
 def build(model: str, pixels: int, device: str, dtype: torch.dtype):
     """UNet, VAE and schedule of random weights, or the pocket prior's."""
     if model == "pocket":
-        folder = ROOT / "custom/threestudio-lods/models/pocket"
+        folder = ROOT / "custom/threestudio-lods/lods/models/pocket"
         unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
         vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae")
         # read as noise, which is all that the original knew
@@ -214,9 +214,9 @@ class Ours:
     def __init__(self, guidance: str, unet, vae, schedule, one_call: bool = False, **options):
         import threestudio
 
-        parts = importlib.import_module("threestudio-lods.guidance.denoiser")
+        parts = importlib.import_module("lods.models.unet")
         denoiser = parts.Denoiser(unet, vae, schedule, unet.device)
-        self.formulas = importlib.import_module("threestudio-lods.guidance.formulas")
+        self.formulas = importlib.import_module("lods.scores")
         self.one_call = one_call
 
         class Made(threestudio.find(GUIDANCES[guidance])):

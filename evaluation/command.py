@@ -123,8 +123,8 @@ def check_priors(runs: List[Run]) -> None:
 
 def check_prompts(runs: List[Run]) -> None:
     """Refuse a prompt in which a run's model knows no object, before a process finds out."""
-    check_prompt = importlib.import_module("threestudio-lods.preflight").check_prompt
-    local_folder = importlib.import_module("threestudio-lods.guidance.cards").local_folder
+    check_prompt = importlib.import_module("lods.preflight").check_prompt
+    local_folder = importlib.import_module("lods.models.cards").local_folder
     distinct: Dict[tuple, set] = {}  # what a config depends on here -> prompts
     for run in (run for run in runs if run.prior != TRUE):
         overrides = [o for o in run.overrides if o.startswith("system.prompt_processor")]

@@ -237,7 +237,7 @@ def latents_data(cfg) -> LatentsData:
 
 def latents(run: Run, cfg, folder: Path) -> Made:
     """Distil particles with the loop of the 2D playground."""
-    playground = importlib.import_module("threestudio-lods.playground")
+    playground = importlib.import_module("lods.playground")
     data = latents_data(cfg)
     system = parse_structured(LatentsSystem, cfg.system, "system of the 2D canvas")
     rates = {name: dict(group) for name, group in system.optimizer.get("params", {}).items()}

@@ -15,7 +15,7 @@ import numpy as np
 from threestudio.utils.files import whole_file
 from threestudio.utils.signals import steady_streams
 
-OUT = Path("custom/threestudio-lods/models/pocket")
+OUT = Path("custom/threestudio-lods/lods/models/pocket")
 STAGES = ("data", "vae", "latents", "unet", "views", "save", "judge", "report")
 # what the pictures are made with
 WORLD = ("data.py", "raycast.py", "scenes.py")

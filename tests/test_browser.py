@@ -89,7 +89,7 @@ def test_a_colour_chart_is_shown_as_it_is(lods, tmp_path, writer):
         saver.set_save_dir(str(tmp_path))
         saver.save_mesh(path.name, **file_arrays(mesh, "glb"))
     else:
-        write = importlib.import_module("threestudio-lods.gaussian.mesh_file").write_mesh
+        write = importlib.import_module("lods.gaussians.mesh_file").write_mesh
         y_up = mesh.v_pos[:, [1, 2, 0]], mesh.t_pos_idx, mesh.v_rgb, mesh.v_nrm[:, [1, 2, 0]]
         write(path, *y_up)
     [picture] = seen(path)
@@ -124,9 +124,9 @@ def compare(pictures, path, renderer):
 
 def test_a_gaussian_object_is_shown_in_the_colours_of_its_renders(lods, tmp_path):
     geometry = soft_gaussians()
-    surface = importlib.import_module("threestudio-lods.gaussian.surface").surface
+    surface = importlib.import_module("lods.gaussians.surface").surface
     mesh = surface(geometry, resolution=64)
-    write = importlib.import_module("threestudio-lods.gaussian.mesh_file").write_mesh
+    write = importlib.import_module("lods.gaussians.mesh_file").write_mesh
     path = tmp_path / "gaussians.glb"
     turn = [1, 2, 0]
     write(path, mesh.v_pos[:, turn], mesh.t_pos_idx, mesh.v_rgb, mesh.v_nrm[:, turn])
@@ -182,7 +182,7 @@ def test_model_viewer_shows_a_matt_grey_ball(lods, tmp_path):
     import trimesh
 
     ball = trimesh.creation.icosphere(4)
-    write = importlib.import_module("threestudio-lods.gaussian.mesh_file").write_mesh
+    write = importlib.import_module("lods.gaussians.mesh_file").write_mesh
     path = tmp_path / "ball.glb"
     v_pos, faces = torch.from_numpy(ball.vertices).float(), torch.from_numpy(ball.faces)
     write(path, v_pos, faces, torch.full_like(v_pos, 139 / 255))

@@ -17,12 +17,12 @@ from tests.tiny_models import KINDS
 from threestudio import find
 
 SD15, OLD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"
-POCKET = ROOT / "custom" / "threestudio-lods" / "models" / "pocket"
+POCKET = ROOT / "custom" / "threestudio-lods" / "lods" / "models" / "pocket"
 
 
 @pytest.fixture(scope="module")
 def cards(lods):
-    return importlib.import_module("threestudio-lods.guidance.cards")
+    return importlib.import_module("lods.models.cards")
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_the_cards_are_whole(cards):
         assert not card.memory_measured and card.memory_gb > 0
     ids = [repo for card in known.values() for repo in card.ids + card.aliases]
     assert len(ids) == len(set(ids)) == 7
-    default = importlib.import_module("threestudio-lods.guidance.denoiser").DEFAULT_MODEL
+    default = importlib.import_module("lods.models.unet").DEFAULT_MODEL
     assert cards.find_card(default) is known["sd21-base"]
 
 
@@ -153,7 +153,7 @@ def test_a_revision_reaches_the_text_model(cards, hub, monkeypatch):
     hub("a/one", "text_encoder/config.json", commit="d" * 40)
     pinned = hub("a/one", "text_encoder/config.json", ref="v1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    prompt = importlib.import_module("threestudio-lods.guidance.prompt")
+    prompt = importlib.import_module("lods.threestudio.prompt")
     assert Path(prompt._text_model(cards.resolve("two"))) == pinned
     with pytest.raises(ValueError, match=r"a/one at revision v2 is neither"):
         prompt._text_model(cards.Model("a/one", "v2"))
@@ -221,7 +221,7 @@ def test_the_command_says_it_in_one_line(hub, capsys):
 
 
 def denoiser(name, **options):
-    return importlib.import_module("threestudio-lods.guidance.denoiser").Denoiser.from_pretrained(
+    return importlib.import_module("lods.models.unet").Denoiser.from_pretrained(
         name, **options
     )
 
@@ -375,7 +375,7 @@ def test_a_vae_that_may_be_half_stays_half(xl, tmp_path):
     vae = AutoencoderKL.from_pretrained(xl, subfolder="vae", torch_dtype=torch.bfloat16)
     vae.register_to_config(force_upcast=False)
     unet = UNet2DConditionModel.from_pretrained(xl, subfolder="unet", torch_dtype=torch.bfloat16)
-    kind = importlib.import_module("threestudio-lods.guidance.denoiser").Denoiser
+    kind = importlib.import_module("lods.models.unet").Denoiser
     made = kind(unet, vae, DDPMScheduler.from_pretrained(xl, subfolder="scheduler"))
     assert made.vae_dtype == made.vae.dtype == torch.bfloat16
 
@@ -390,7 +390,7 @@ def test_a_vae_that_may_be_half_stays_half(xl, tmp_path):
 )
 def test_other_conditions_are_refused(xl, fields, text):
     config = denoiser(xl).unet.config
-    pooled = importlib.import_module("threestudio-lods.guidance.denoiser")._pooled_width
+    pooled = importlib.import_module("lods.models.unet")._pooled_width
     assert pooled(config) == 40
     changed = type(config)({**config, **fields})
     with pytest.raises(ValueError, match=text):

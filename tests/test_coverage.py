@@ -13,7 +13,7 @@ SHOWN[1, 2, 3] = 0.01
 
 @pytest.fixture
 def module(lods):
-    return importlib.import_module("threestudio-lods.system.coverage")
+    return importlib.import_module("lods.threestudio.systems.coverage")
 
 
 @pytest.fixture

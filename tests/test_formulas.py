@@ -11,7 +11,7 @@ SHAPE = (3, 4, 5, 5)
 
 @pytest.fixture(scope="module")
 def formulas(lods):
-    return importlib.import_module("threestudio-lods.guidance.formulas")
+    return importlib.import_module("lods.scores")
 
 
 @pytest.fixture

@@ -436,8 +436,8 @@ def valid_plys(ply):
 
 @pytest.mark.parametrize("kind", range(4))
 def test_plys(lods, kind):
-    ply = importlib.import_module("threestudio-lods.gaussian.ply")
-    initialize = importlib.import_module("threestudio-lods.gaussian.initialize")
+    ply = importlib.import_module("lods.gaussians.ply")
+    initialize = importlib.import_module("lods.gaussians.initialize")
     valid = valid_plys(ply)[kind]
     read = 0
 

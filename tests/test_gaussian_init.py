@@ -11,17 +11,17 @@ from plyfile import PlyData, PlyElement
 
 @pytest.fixture(scope="module")
 def init(lods):
-    return importlib.import_module("threestudio-lods.gaussian.initialize")
+    return importlib.import_module("lods.gaussians.initialize")
 
 
 @pytest.fixture(scope="module")
 def ply(lods):
-    return importlib.import_module("threestudio-lods.gaussian.ply")
+    return importlib.import_module("lods.gaussians.ply")
 
 
 @pytest.fixture(scope="module")
 def Gaussians(lods):
-    return importlib.import_module("threestudio-lods.gaussian.model").Gaussians
+    return importlib.import_module("lods.threestudio.geometry").Gaussians
 
 
 # -- initial values --------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def test_ball_is_uniform_and_reproducible(Gaussians):
 
 
 def test_axes_rotation(init):
-    axes = importlib.import_module("threestudio-lods.gaussian.axes").AXES
+    axes = importlib.import_module("lods.gaussians.axes").AXES
     for front, up in (("+x", "+z"), ("-y", "+z"), ("+z", "+y"), ("-x", "-y")):
         R = init.axes_rotation(front, up)
         assert np.allclose(R @ axes[front], [1, 0, 0])

@@ -13,7 +13,7 @@ import threestudio
 
 @pytest.fixture
 def surface():
-    return importlib.import_module("threestudio-lods.gaussian.surface")
+    return importlib.import_module("lods.gaussians.surface")
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def gaussians(lods):
 
 def made(means, scales, opacities, colors):
     """Gaussians with random rotations, of plain numbers."""
-    model = importlib.import_module("threestudio-lods.gaussian.model")
+    model = importlib.import_module("lods.threestudio.geometry")
     geometry = model.Gaussians({"init_type": "none"})
     values = {
         "means": torch.tensor(means),
@@ -114,7 +114,7 @@ def test_no_surface_is_one_clear_line(surface, gaussians, opacity, level, messag
 def test_stopped_light_is_the_formula(surface):
     """Against the same written down for every Gaussian and point, along and against a direction.
     What a Gaussian stops up to x is spread over its depth as a normal distribution."""
-    light = importlib.import_module("threestudio-lods.gaussian.light")
+    light = importlib.import_module("lods.gaussians.light")
     rng, resolution, radius = np.random.default_rng(0), 97, 1.6
     means, opacities = rng.uniform(-0.5, 0.5, (9, 3)), rng.uniform(0.05, 0.95, 9)
     half = rng.normal(size=(9, 3, 3)) * 0.15
@@ -141,7 +141,7 @@ def test_stopped_light_is_the_formula(surface):
 
 
 def test_directions_are_spread_over_the_half_sphere(surface):
-    light = importlib.import_module("threestudio-lods.gaussian.light")
+    light = importlib.import_module("lods.gaussians.light")
     d = light.directions(20)
     assert np.allclose(np.linalg.norm(d, axis=1), 1) and (d[:, 2] > 0).all()
     both = np.concatenate([d, -d])

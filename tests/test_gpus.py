@@ -171,7 +171,7 @@ def test_the_run_asks_again_when_it_knows_the_number(monkeypatch, capsys, tmp_pa
     words = ["system.prompt_processor.prompt=a car", "system.strategy.name=default"]
     words.append(
         "system.prompt_processor.pretrained_model_name_or_path="
-        f"{ROOT / 'custom/threestudio-lods/models/pocket'}"
+        f"{ROOT / 'custom/threestudio-lods/lods/models/pocket'}"
     )
     assert launch(configs, words) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -32,7 +32,7 @@ def make(lods, tiny_sd):
 
 @pytest.fixture(scope="module")
 def formulas(lods):
-    return importlib.import_module("threestudio-lods.guidance.formulas")
+    return importlib.import_module("lods.scores")
 
 
 def latents(n=2, seed=1):

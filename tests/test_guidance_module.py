@@ -37,7 +37,7 @@ def make(lods, tiny_sd):
 
 @pytest.fixture(scope="module")
 def denoiser_module(lods):
-    return importlib.import_module("threestudio-lods.guidance.denoiser")
+    return importlib.import_module("lods.models.unet")
 
 
 def images(n=2, size=16, channels=3, seed=1):

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def memory(lods):
-    return importlib.import_module("threestudio-lods.guidance.memory")
+    return importlib.import_module("lods.models.memory")
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_offload_is_for_a_gpu(make, memory, monkeypatch):
 
 def test_tiles_are_nearly_the_whole(lods, memory):
     """On the pocket prior's VAE and a smooth picture: an approximation, with a usable gradient."""
-    name = str(ROOT / "custom/threestudio-lods/models/pocket")
+    name = str(ROOT / "custom/threestudio-lods/lods/models/pocket")
     ramp = torch.linspace(0, 1, 64)
     picture = torch.stack(torch.broadcast_tensors(ramp, ramp[:, None], torch.tensor(0.5)), -1)
     results = []
@@ -203,7 +203,7 @@ class OneAttention(nn.Module):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_strengths_survive_compilation(memory, lods, backend):
-    RowLora = importlib.import_module("threestudio-lods.guidance.lora").RowLora
+    RowLora = importlib.import_module("lods.learned.lora").RowLora
     torch.manual_seed(0)
     model, x = OneAttention().requires_grad_(False), torch.randn(2, 3, 8)
     lora = RowLora(model)

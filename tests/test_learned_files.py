@@ -224,7 +224,7 @@ def test_a_pickle_is_not_read(make, tmp_path, name):
 def test_one_model_has_one_name(make, tmp_path, monkeypatch):
     """A file that names the folder of a card was learnt on that card's model."""
     path = make(EMBEDDING).save_learned(tmp_path / "embedding.safetensors")
-    module = importlib.import_module("threestudio-lods.guidance.base")
+    module = importlib.import_module("lods.methods.base")
     names = {"a/folder": "a-card"}
     monkeypatch.setattr(module, "canonical", lambda name: names.get(name, name))
     said = []

@@ -11,7 +11,7 @@ from threestudio.utils.errors import UserError
 from threestudio.utils.extensions import load_extension
 from threestudio.utils.safe_models import MAX_TIMESTEPS, refuse_long_schedule
 
-POCKET = ROOT / "custom" / "threestudio-lods" / "models" / "pocket"
+POCKET = ROOT / "custom" / "threestudio-lods" / "lods" / "models" / "pocket"
 
 
 @pytest.fixture

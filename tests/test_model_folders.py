@@ -15,7 +15,7 @@ import threestudio
 from pocket.portable import make_portable
 
 ROOT = Path(__file__).resolve().parent.parent
-POCKET = ROOT / "custom" / "threestudio-lods" / "models" / "pocket"
+POCKET = ROOT / "custom" / "threestudio-lods" / "lods" / "models" / "pocket"
 # What the pocket prior gave in September 2026 with transformers 5.23 and diffusers 0.42, and before
 # its files were rewritten. `python -m tests.test_model_folders` records it anew.
 RECORDED = Path(__file__).parent / "data" / "pocket_outputs.safetensors"
@@ -33,7 +33,7 @@ def processor(name, model, **fields):
 def outputs():
     """Embeddings of the texts, and on one noisy latent the UNet's noise, the VAE's picture and the
     mean of its latents."""
-    denoiser = importlib.import_module("threestudio-lods.guidance.denoiser")
+    denoiser = importlib.import_module("lods.models.unet")
     made = processor("lods-prompt-processor", POCKET)
     embeddings = made.encode(list(TEXTS))[0]
     prior = denoiser.Denoiser.from_pretrained("pocket")
@@ -114,7 +114,7 @@ def without(source, folder, file, lost=None):
 
 
 def denoise(model):
-    importlib.import_module("threestudio-lods.guidance.denoiser").Denoiser.from_pretrained(
+    importlib.import_module("lods.models.unet").Denoiser.from_pretrained(
         str(model)
     )
 

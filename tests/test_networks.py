@@ -51,7 +51,7 @@ def test_spherical_harmonics_are_those_of_scipy():
 
 
 def test_spherical_harmonics_are_those_of_the_gaussians(lods):
-    renderer = importlib.import_module("threestudio-lods.gaussian.renderer")
+    renderer = importlib.import_module("lods.threestudio.renderer")
     d = directions()
     theirs = renderer.spherical_harmonics(d, 3)
     torch.testing.assert_close(real_spherical_harmonics(d, 4)[:, 1:], theirs)

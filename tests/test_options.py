@@ -68,7 +68,7 @@ def test_schedules_that_make_sense_are_not(make):
 
 
 def test_one_model_by_two_names_is_loaded_once(lods, make, tiny_sd, monkeypatch):
-    module = importlib.import_module("threestudio-lods.guidance.lods_lora")
+    module = importlib.import_module("lods.methods.lods_lora")
     name = tiny_sd(sample_size=4)
     monkeypatch.setattr(module, "canonical", lambda x: name if x == "another" else x)
     guidance = make("lora", pretrained_model_name_or_path_lora="another")
@@ -76,7 +76,7 @@ def test_one_model_by_two_names_is_loaded_once(lods, make, tiny_sd, monkeypatch)
 
 
 def test_a_folder_beside_the_extension_has_one_name(lods, tmp_path, monkeypatch):
-    cards = importlib.import_module("threestudio-lods.guidance.cards")
+    cards = importlib.import_module("lods.models.cards")
     folder = cards.CARDS.parent / cards.all_cards()["pocket"].folder
     monkeypatch.chdir(folder.parent)
     for name in ("pocket", str(folder), folder.name, f"../{folder.parent.name}/{folder.name}"):
@@ -89,7 +89,7 @@ def test_a_folder_beside_the_extension_has_one_name(lods, tmp_path, monkeypatch)
     [(None, 2, "2"), ("", 0, "-1"), ("5,7", 1, "7"), ("5,7", -1, "-1"), ("5,7", 2, None)],
 )
 def test_the_playground_sees_the_gpu_that_is_asked_for(lods, monkeypatch, visible, gpu, want):
-    playground = importlib.import_module("threestudio-lods.playground")
+    playground = importlib.import_module("lods.playground")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -103,7 +103,7 @@ def test_the_playground_sees_the_gpu_that_is_asked_for(lods, monkeypatch, visibl
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_radius_is_the_largest_of_all_cameras(lods, turned):
     """Whichever camera comes last."""
-    strategies = importlib.import_module("threestudio-lods.gaussian.strategies")
+    strategies = importlib.import_module("lods.gaussians.strategies")
     args = {"refine_scale2d_stop_iter": 100, "refine_start_iter": 50, "refine_every": 100}
     strategy = strategies.default_strategy()(**args)
     state = strategy.initialize_state(scene_scale=1.0)

@@ -19,7 +19,7 @@ KINDS = ["lora", "embedding"]
 
 @pytest.fixture(scope="module")
 def playground(lods):
-    return importlib.import_module("threestudio-lods.playground")
+    return importlib.import_module("lods.playground")
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_commands_import_no_3d_code(tiny_sd, tmp_path):
         (folder,) = (tmp_path / "outputs" / f"2d_lods_{kind}").iterdir()
         assert (folder / f"{kind}.safetensors").is_file()
     modules = json.loads(done.stdout.split("MODULES ")[1])
-    assert "threestudio-lods.guidance.lods_lora" in modules
+    assert "lods.methods.lods_lora" in modules
     roots = {m.split(".")[0] for m in modules}
     assert not roots & {"numba", "gsplat", "trimesh", "plyfile", "nerfacc"}
     three_d = ("threestudio-lods.gaussian", "threestudio-lods.system")

@@ -14,7 +14,7 @@ from pocket.judge import load, verdict
 from pocket.tokenizer import save_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "custom/threestudio-lods/models/pocket"
+MODEL = ROOT / "custom/threestudio-lods/lods/models/pocket"
 
 
 def _inside(kind, param, p):

@@ -298,8 +298,8 @@ def test_the_options_of_libraries_are_covered(lods):
     import pytorch_lightning as pl
     from torch.optim import lr_scheduler
 
-    gaussian = importlib.import_module("threestudio-lods.gaussian.strategies")
-    strategies = importlib.import_module("threestudio-lods.system.strategy_options")
+    gaussian = importlib.import_module("lods.gaussians.strategies")
+    strategies = importlib.import_module("lods.threestudio.systems.strategy_options")
     optimizers = [c for c in vars(torch.optim).values() if inspect.isclass(c)]
     optimizers.append(threestudio.systems.optimizers.Adan)
     schedulers = [c for c in vars(lr_scheduler).values() if inspect.isclass(c)]

@@ -162,7 +162,7 @@ def test_versions_are_taken_by_one_alone(tmp_path):
 def test_a_file_has_the_permissions_of_the_umask(tmp_path, lods):
     from safetensors.torch import save_file
 
-    ours = sys.modules["threestudio-lods.whole_file"].whole_file
+    ours = sys.modules["lods.files"].whole_file
     for mask in (0o022, 0o027):
         before = os.umask(mask)
         try:
@@ -341,7 +341,7 @@ def test_nothing_in_the_current_folder_runs_unless_it_is_asked_for(tmp_path, mon
 def test_the_overlays_find_their_model_from_everywhere(tmp_path, monkeypatch, lods):
     from threestudio.utils.pretrained import find_model
 
-    cards = sys.modules["threestudio-lods.guidance.cards"]
+    cards = sys.modules["lods.models.cards"]
     name = OmegaConf.load(ROOT / "configs/pocket.yaml").system.prompt_processor
     name = name.pretrained_model_name_or_path
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,7 @@ from tests.runs import ROOT
 
 @pytest.fixture(scope="module")
 def ply(lods):
-    return importlib.import_module("threestudio-lods.gaussian.ply")
+    return importlib.import_module("lods.gaussians.ply")
 
 
 def start_from(path, **cfg):
@@ -279,7 +279,7 @@ def test_instances_are_counted(lods, tmp_path, monkeypatch):
     path = tmp_path / "many.glb"
     path.write_bytes(glb(gltf_tree(nodes=[{"mesh": 0}] * 50), TRIANGLE))
     assert start_from(path).count == 50
-    mesh_file = importlib.import_module("threestudio-lods.gaussian.mesh_file")
+    mesh_file = importlib.import_module("lods.gaussians.mesh_file")
     monkeypatch.setattr(mesh_file, "MAX_VALUES", 199)  # 50 times 3 vertices and a triangle
     with pytest.raises(ValueError, match="instances have 200") as caught:
         start_from(path)

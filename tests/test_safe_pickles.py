@@ -275,7 +275,7 @@ def test_shap_e_reads_pickled_weights_as_data(bomb, lods, monkeypatch):
         return torch.load("weights.bin", weights_only=False)
 
     monkeypatch.setattr(diffusers.ShapEPipeline, "from_pretrained", load)
-    denoiser = importlib.import_module("threestudio-lods.guidance.denoiser")
+    denoiser = importlib.import_module("lods.models.unet")
     monkeypatch.setattr(denoiser, "load_complete", lambda *args, **kwargs: None)
     before = torch.load
     with pytest.raises(ValueError, match="UnpicklingError"):

@@ -173,7 +173,7 @@ def test_random_states_that_are_none(state):
 
 
 def test_a_densification_state_that_is_none(lods):
-    densify = importlib.import_module("threestudio-lods.gaussian.densify")
+    densify = importlib.import_module("lods.gaussians.densify")
     for stored in ("x", {}, {"name": "default", "state": [1]}):
         with pytest.raises(ValueError, match="densification state is damaged"):
             densify.Densifier("default", {}).load_state_dict(stored, "cpu")

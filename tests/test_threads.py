@@ -11,7 +11,7 @@ from evaluation.machine import ROOT
 RUN = {
     "host": "from threestudio.utils.parallel import run_kernel as run",
     "extension": "import sys; sys.path.insert(0, 'custom'); import importlib; "
-    "run = importlib.import_module('threestudio-lods.gaussian.raster_simd').run",
+    "run = importlib.import_module('lods.gaussians.backends.simd').run",
 }
 CODE = """
 import numba, torch

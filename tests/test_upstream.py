@@ -120,7 +120,7 @@ PAIRS = {"gs": "pocket.yaml", "ngp": "pocket-ngp.yaml"}
 def test_shipped_keys_are_upstreams(lods, backbone, learnt, overlay):
     """Upstream's parts get no field that only ours know."""
     files = [f"lods-{backbone}-{learnt}.yaml", *([PAIRS[backbone]] if overlay else [])]
-    merged = importlib.import_module("threestudio-lods.merge")
+    merged = importlib.import_module("lods.merge")
     cfg = merged.for_upstream(merged.merge([ROOT / "configs" / name for name in files]))[0]
     assert cfg.data_type == "random-camera-datamodule"
     kinds = {"threestudio.data.uncond:RandomCameraDataModuleConfig": cfg.data}
