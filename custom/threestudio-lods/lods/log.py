@@ -20,7 +20,8 @@ def send_to(host: Any) -> None:
 
 
 def _is_first_process() -> bool:
-    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(rank in (None, "", "0") for rank in ranks)
 
 
 def _tell(level: str, host_level: str, message: str) -> None:

@@ -92,7 +92,7 @@ def stopped_light(
     center: Float[np.ndarray, "3"],
     radius: float,
     resolution: int,
-) -> Iterable[Float[Tensor, "2 *R"]]:
+) -> Iterable[Float[Tensor, " 2 *R"]]:
     """For each direction in turn, A at ``points`` for light along it and against it.
 
     ``gaussians``: means, covariances and opacities (0..1). Light starts on the faces of a cube

@@ -144,7 +144,7 @@ class Denoiser:
                 f"the model predicts {self.prediction_type!r}; known are "
                 f"{formulas.PREDICTION_TYPES}"
             )
-        self.alphas_cumprod: Float[Tensor, T] = scheduler.alphas_cumprod.to(self.device).float()
+        self.alphas_cumprod: Float[Tensor, " T"] = scheduler.alphas_cumprod.to(self.device).float()
         self.num_train_timesteps: int = len(self.alphas_cumprod)
         self.latent_channels: int = unet.config.in_channels
         self.latent_size: int = unet.config.sample_size
