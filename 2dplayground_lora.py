@@ -5,8 +5,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent / "custom" / "threestudio-lods"))
 
-from lods.playground import main  # noqa: E402
-from threestudio.utils.signals import steady_streams  # noqa: E402
+from lods.playground import main
+
+from threestudio.utils.signals import steady_streams
 
 if __name__ == "__main__":
     with steady_streams():

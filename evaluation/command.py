@@ -134,7 +134,7 @@ def check_prompts(runs: List[Run]) -> None:
         for prompt in sorted(prompts):
             cfg.system.prompt_processor.prompt = prompt
             try:
-                check_prompt(cfg, local_folder)
+                check_prompt(cfg)
             except ValueError as error:
                 raise UserError(str(error)) from None
 

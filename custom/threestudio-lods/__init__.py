@@ -1,7 +1,7 @@
 """LODS for threestudio: importing this folder registers its guidances, Gaussians and systems.
 
-It is the door of a threestudio host. All code is in the package ``lods`` beside this file, which has
-that one name always: where it is not installed, this folder goes to the end of ``sys.path``.
+It is the door of a threestudio host. All code is in the package ``lods`` beside this file, which
+has that one name always: where it is not installed, this folder goes to the end of ``sys.path``.
 """
 
 import importlib.util
@@ -17,8 +17,8 @@ import lods.threestudio  # noqa: E402
 
 if Path(lods.__file__).resolve().parent != _HERE / "lods":
     lods.threestudio.warn(
-        f"lods is the installed package {lods.__version__} in {Path(lods.__file__).parent}, not the "
-        f"one in {_HERE}: uninstall threestudio-lods to use that"
+        f"lods {lods.__version__} is the package installed in {Path(lods.__file__).parent}, not "
+        f"the one in {_HERE}: uninstall threestudio-lods to use that"
     )
 
 __all__ = ["lods"]

@@ -80,9 +80,9 @@ def load(
         settings: fields of the method's ``Config``, of
             :class:`lods.models.memory.ModelSettings`, and of :class:`lods.prompts.TextSettings`.
 
-    Returns an ``nn.Module`` whose parameters are the learned part: ``method(images, cameras)`` gives
-    :class:`lods.Losses`, ``method.step(i)`` moves its schedules to step i, and ``method.save(path)``
-    writes the learned part.
+    Returns an ``nn.Module`` whose parameters are the learned part: ``method(images, cameras)``
+    gives :class:`lods.Losses`, ``method.step(i)`` moves its schedules to step i, and
+    ``method.save(path)`` writes the learned part.
 
     Raises ``ValueError``, one line, for a name, a prompt or a setting that makes no sense, before
     anything is loaded.

@@ -17,9 +17,17 @@ import threading
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lods.files import whole_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lods.methods import Method
+    from lods.models.base import Model
+    from torch import Tensor
 
 POCKET = Path(__file__).resolve().parent / "models" / "pocket"
 

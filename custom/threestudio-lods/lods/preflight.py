@@ -32,8 +32,8 @@ INNER_STEPS = (
 
 def preflight(cfg: Any, mode: str) -> None:
     """Raise ``ValueError``, one line, for what cannot be trained by several processes, for a model
-    that is no folder, card or hub id, for a card (``lods/models/cards.yaml``) or hub id that is not on
-    this machine while there is no network, and for a prompt in which the model knows no object.
+    that is no folder, card or hub id, for a card (``lods/models/cards.yaml``) or hub id that is not
+    on this machine while there is no network, and for a prompt in which the model knows no object.
 
     What is not certain is left to the run: systems of others, and everything of the hub where a
     connection to it can be opened.
@@ -106,8 +106,8 @@ def check_prompt(cfg: Any) -> None:
 
 
 def refuse_training(cfg: Any) -> None:
-    """Raise ``ValueError`` if the config would densify, or let the method learn by itself, in several
-    processes, or densify with accumulated gradients."""
+    """Raise ``ValueError`` if the config would densify, or let the method learn by itself, in
+    several processes, or densify with accumulated gradients."""
     system, trainer = cfg.system, _part(cfg, "trainer")
     # of the original's YAML, see lods/threestudio/systems/original.py
     default = "default" if system.get("radius") is not None else "none"

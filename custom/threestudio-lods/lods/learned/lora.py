@@ -63,8 +63,8 @@ class RowLora(nn.Module):
 
     @contextlib.contextmanager
     def strength(self, rows: float | Float[Tensor, " B"]):
-        """Within this, the UNet's calls use these strengths, one for all rows or one for each of the
-        first rows (0 for those after them)."""
+        """Within this, the UNet's calls use these strengths, one for all rows or one for each of
+        the first rows (0 for those after them)."""
         before, self._strength = self._strength, rows
         try:
             yield

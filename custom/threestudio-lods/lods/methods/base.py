@@ -22,8 +22,8 @@ Latents = Float[Tensor, "B c h w"]
 
 @dataclass(frozen=True)
 class Losses:
-    """``terms`` by name, each a scalar: ``loss_sds``, whose gradient is the method's, and the losses
-    of its learned part; ``numbers`` to log. ``total`` is what to call ``backward`` on."""
+    """``terms`` by name, each a scalar: ``loss_sds``, whose gradient is the method's, and the
+    losses of its learned part; ``numbers`` to log. ``total`` is what to call ``backward`` on."""
 
     terms: dict[str, Float[Tensor, ""]]
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -214,8 +214,8 @@ class Method(nn.Module):
         return self.losses(z, self.prompts.conditions(cameras, self.other_texts))
 
     def losses(self, latents: Latents, conditions: Conditions) -> Losses:
-        """``loss_sds`` = 1/2 sum (z - stopgrad(z - g))^2 / B, whose gradient is g / B; the losses of
-        the learned part; and, to log, ``grad_norm`` (of g), ``min_step`` and ``max_step``."""
+        """``loss_sds`` = 1/2 sum (z - stopgrad(z - g))^2 / B, whose gradient is g / B; the losses
+        of the learned part; and, to log, ``grad_norm`` (of g), ``min_step`` and ``max_step``."""
         learning = self.learn(latents, conditions)
         grad = self.clean(self.distil(latents, conditions))
         target = (latents - grad).detach()

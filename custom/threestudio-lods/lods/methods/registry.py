@@ -28,8 +28,9 @@ _listeners: list[Callable[[str, "type[Method]"], None]] = []
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Class decorator: enter a method under ``name``, for ``lods.load(name, ...)``; in a threestudio
-    run it is ``guidance_type: <name>-guidance``. Raises ``ValueError`` if the name is taken."""
+    """Class decorator: enter a method under ``name``, for ``lods.load(name, ...)``; in a
+    threestudio run it is ``guidance_type: <name>-guidance``. Raises ``ValueError`` if the name is
+    taken."""
 
     def enter(cls: M) -> M:
         own = f"lods.methods.{BUILT_IN.get(name)}" == cls.__module__

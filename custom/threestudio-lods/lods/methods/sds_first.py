@@ -18,7 +18,7 @@ class SDSFirst:
 
     w(t) [ cfg_s(eps(x_t; y), eps(x_t; n)) - eps ] / s,  s = ``scale``,
 
-    times ``guidance_scale`` for a method whose gradient grows with that. The learned part is learned
+    times ``guidance_scale`` for a method whose gradient grows with that. The learned part learns
     from the first step on.
     """
 

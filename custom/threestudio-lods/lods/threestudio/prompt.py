@@ -28,8 +28,8 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
 
     For a model shaped like SDXL an embedding (T + 1, D) is, for each of the T tokens, the last but
     one hidden states of both text encoders one after the other, and in its last row the second
-    encoder's pooled embedding, with zeros after it (see :class:`lods.models.unet.UNetModel`). An empty
-    text is all zeros if the model says ``force_zeros_for_empty_prompt``, as in diffusers.
+    encoder's pooled embedding, with zeros after it (see :class:`lods.models.unet.UNetModel`). An
+    empty text is all zeros if the model says ``force_zeros_for_empty_prompt``, as in diffusers.
 
     What it returns has one method more, ``other_text(kind)``: the same for a text that a method
     compares the prompt with, embedded when it is asked for. "source" tells what the renders look
@@ -37,9 +37,9 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
     worth something in words that the model knows: the pocket model would read the published ones
     letter by letter, and cut them off after 14 tokens, so that pocket.yaml has others.
 
-    A model whose folder has a ``vocabulary.json`` (see :mod:`lods.models.vocabulary`) is not asked for what it
-    does not know: a prompt without any of its objects is refused, and other words that it lacks are
-    named in one warning, at every start.
+    A model whose folder has a ``vocabulary.json`` (see :mod:`lods.models.vocabulary`) is not asked
+    for what it does not know: a prompt without any of its objects is refused, and other words that
+    it lacks are named in one warning, at every start.
     """
 
     @dataclass
