@@ -13,7 +13,7 @@ from PIL import Image
 from plyfile import PlyData, PlyElement
 
 from tests.glb_files import linear, material_of, read_glb, shown
-from tests.test_safe_files import glb
+from tests.safety.test_files import glb
 
 QUAD = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], "<f4")
 UV = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], "<f4")  # glTF's v points down the picture
