@@ -30,7 +30,8 @@ DRAWN = ALL[:-2]  # those whose noise is drawn, not found by inversion
 def make(lods, tiny_sd):
     def build(name, prediction_type="epsilon", **fields):
         fields.setdefault("pretrained_model_name_or_path", tiny_sd(prediction_type=prediction_type))
-        fields.setdefault("bridge_start", 0)  # its own gradient from the first step on
+        if "bridge" in name:
+            fields.setdefault("bridge_start", 0)  # its own gradient from the first step on
         return find(name)(fields)
 
     return build
