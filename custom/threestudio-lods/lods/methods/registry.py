@@ -65,7 +65,7 @@ def find(name: str) -> "type[Method]":
 def names() -> list[str]:
     """The names of all methods, those from outside last."""
     _import_ours()
-    return sorted(_methods, key=lambda name: not is_ours(_methods[name]))
+    return sorted(_methods, key=lambda name: (not is_ours(_methods[name]), name))
 
 
 def ours() -> "dict[str, type[Method]]":
