@@ -73,7 +73,7 @@ def test_no_module_of_the_library_has_a_second_name():
 
 
 def test_every_method_is_a_guidance():
-    for name in registry.BUILT_IN:
+    for name in registry.ours():
         guidance = threestudio.find(f"{name}-guidance")
         assert guidance.method_class is registry.find(name)
         assert guidance.__doc__ == guidance.method_class.__doc__

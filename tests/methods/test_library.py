@@ -15,7 +15,7 @@ from lods.methods import registry
 import threestudio
 from tests.ideal_model import IdealModel
 
-NAMES = list(registry.BUILT_IN)
+NAMES = list(registry.ours())
 LEARNING = ["lods-embedding", "lods-lora", "lods-vsd"]
 PROMPT = "a red car"
 OWN = {"lods-bridge": {"bridge_start": 0}, "lods-sdi": {"inversion_steps": 2}}
@@ -176,7 +176,7 @@ def test_a_method_that_learns_nothing_writes_nothing(tmp_path, name):
     ("words", "said"),
     [
         ({"method": "lods-lorra"}, "there is no method 'lods-lorra' (did you mean 'lods-lora'?)"),
-        ({"method": "nothing"}, "there is no method 'nothing': lods-embedding, lods-lora"),
+        ({"method": "nothing"}, "there is no method 'nothing': lods-bridge, lods-csd, "),
         ({"guidence_scale": 3}, "has no setting 'guidence_scale' (did you mean 'guidance_scale'?)"),
         ({"enable_vae_slice": 1}, "(did you mean 'enable_vae_slicing'?)"),
         ({"source_sufix": "x"}, "(did you mean 'source_suffix'?)"),

@@ -57,7 +57,7 @@ WANTED = {  # in units of w(t) alpha / sigma, of z and the pictures under the fo
 
 
 def test_all_methods_are_asked_of():
-    assert {f"lods-{name}" for name in WANTED} == set(registry.BUILT_IN)
+    assert {f"lods-{name}" for name in WANTED} == set(registry.ours())
 
 
 @pytest.mark.parametrize("name", WANTED)

@@ -20,7 +20,7 @@ from threestudio.utils.errors import UserError
 from threestudio.utils.schedules import C
 
 NAN, INF = math.nan, math.inf
-CONFIGS = [registry.find(name).Config for name in registry.BUILT_IN] + [ModelSettings, TextSettings]
+CONFIGS = [registry.find(name).Config for name in registry.ours()] + [ModelSettings, TextSettings]
 VALUES = [
     *(0, 1, -1, 2, 0.5, 0.02, -0.0, 1.0, 1e-300, 7.5, 100, 1000, 1001, 1e6, 1e9, 1e12, 2e12),
     *(INF, -INF, NAN, True, False, None, "", "0.5", "sds", "auto", "negative", "x"),
