@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
+from threestudio.run.streams import steady_streams
 from threestudio.utils.extensions import load_extension
-from threestudio.utils.signals import steady_streams
 
 if __name__ == "__main__":
     extension = Path(__file__).resolve().parent / "custom" / "threestudio-lods"

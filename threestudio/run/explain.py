@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import threestudio
-from threestudio.utils.checkpoint import newest_checkpoint
+from threestudio.utils.checkpoint_files import newest_checkpoint
 from threestudio.utils.errors import StoppedError, UserError
 from threestudio.utils.files import FULL, NO_FOLDER, disk_advice, disk_error
 from threestudio.utils.typing import *

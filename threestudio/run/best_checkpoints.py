@@ -6,7 +6,7 @@ from pathlib import PurePath
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from threestudio.utils.checkpoint import is_checkpoint_of
+from threestudio.utils.checkpoint_files import is_checkpoint_of
 from threestudio.utils.typing import *
 
 

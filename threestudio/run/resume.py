@@ -58,7 +58,7 @@ def _take(content: Any, key: Any, kind: type, where: str) -> Any:
 
 def check_structure(content: Dict[str, Any], path: Any, mode: str) -> None:
     """Raise :class:`UserError`, one line, if the parts of a checkpoint (see
-    :func:`~threestudio.utils.checkpoint.read_checkpoint`) are not what Lightning looks for in
+    :func:`~threestudio.utils.checkpoint_files.read_checkpoint`) are not what Lightning looks for in
     `mode`, "train", "validate", "test" or "export"."""
     try:
         _check_parts(content, mode)
