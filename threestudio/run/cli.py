@@ -28,7 +28,8 @@ def main(
     it), at whatever moment they come.
 
     `prog`: what is typed to call the program, the name of a Python file or the words of an
-    installed command; messages that tell how to go on use it. `home`: the folder in which ``custom/`` and ``configs/`` are.
+    installed command; messages that tell how to go on use it. `home`: the folder in which
+    ``custom/`` and ``configs/`` are.
     """
     print_anything()
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -88,10 +88,9 @@ def find_callbacks(
 def said_again(cfg: DictConfig) -> list[str]:
     """What a command that reads this run's saved config must say for its callbacks to run: an
     override, or nothing."""
-    entries = config_to_primitive(cfg.trainer.get("callbacks") or [])
     if not any(is_foreign(name) for _, name, _ in _entries(cfg)):
         return []
-    return [f"{KEY}={json.dumps(entries)}"]
+    return [f"{KEY}={json.dumps(config_to_primitive(cfg.trainer.callbacks))}"]
 
 
 def is_foreign(name: str) -> bool:
@@ -101,7 +100,7 @@ def is_foreign(name: str) -> bool:
 
 
 def _entries(cfg: DictConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for i, entry in enumerate(config_to_primitive(cfg.trainer.get("callbacks") or [])):
+    for i, entry in enumerate(config_to_primitive(cfg.trainer).get("callbacks") or []):
         arguments = {} if isinstance(entry, str) else dict(entry)
         name = entry if isinstance(entry, str) else arguments.pop("name")
         yield f"{KEY}[{i}]", name, arguments

@@ -122,10 +122,8 @@ def _wrong_callbacks(value: Any) -> Iterator[tuple[str, str]]:
         mapping = isinstance(entry, (Mapping, DictConfig))
         name = entry.get("name") if mapping else entry
         if not isinstance(name, str) or not name:
-            yield (
-                f"callbacks[{i}]",
-                f"takes a name, or {{name: ..., arguments}}, not {shown(entry)}",
-            )
+            text = f"takes a name, or a mapping of name and arguments, not {shown(entry)}"
+            yield f"callbacks[{i}]", text
         elif mapping and not all(isinstance(key, str) for key in entry):
             yield f"callbacks[{i}]", "takes arguments by their names"
 
