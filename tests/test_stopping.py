@@ -12,11 +12,11 @@ import pytest
 
 from tests.runs import read
 from tests.test_host_launch import cli, last, train  # noqa: F401 (a fixture)
+from threestudio.run.callbacks import SharedFolder
 from threestudio.run.checkpoint import LastCheckpoint
 from threestudio.run.interrupt import Interrupted, InterruptGuard
 from threestudio.run.signals import EarlySignal, stop_signals
 from threestudio.run.streams import steady_streams
-from threestudio.utils.callbacks import SharedFolder
 
 ASKED = (signal.SIGINT, signal.SIGTERM)
 SOFT = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import threestudio
@@ -35,6 +35,7 @@ from threestudio.utils.ranges import shown
 
 KEY = "trainer.callbacks"
 _LIGHTNING = "pytorch_lightning"
+_THEIRS = f"{_LIGHTNING}.callbacks."
 _PLAIN = {bool, int, float, str, NoneType}
 
 
@@ -70,7 +71,7 @@ def find_callbacks(
     Raises :class:`UserError`, one line with the full key, for a name that nothing has (and the
     nearest that is there), a class that is no callback, and arguments that it does not take.
     """
-    repeated = any(word.partition("=")[0].split("[")[0] == KEY for word in overrides)
+    repeated = any(word.partition("=")[0] == KEY for word in overrides)
     saved = "" if repeated else next((file for file in files if is_saved_config(file)), "")
     found = []
     for where, name, arguments in _entries(cfg):
@@ -96,7 +97,7 @@ def said_again(cfg: DictConfig) -> list[str]:
 def is_foreign(name: str) -> bool:
     """Whether `name` is an import path to code that neither an extension nor Lightning has
     brought."""
-    return name not in threestudio.__modules__ and name.split(".")[0] not in (name, _LIGHTNING)
+    return "." in name and name not in threestudio.__modules__ and not name.startswith(_THEIRS)
 
 
 def _entries(cfg: DictConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -111,16 +112,16 @@ def _entries(cfg: DictConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def _find(where: str, name: str) -> type[Callback]:
     cls = threestudio.__modules__.get(name)
-    if cls is None and ":" in name:  # a composition of registered classes
-        cls = threestudio.find(name)
     if cls is None:
         cls = _import(where, name)
     if not (isinstance(cls, type) and issubclass(cls, Callback)):
         raise UserError(f"{where}: {name} is no callback: it takes a subclass of {_LIGHTNING}'s")
-    if issubclass(cls, Checkpoint) and cls.__module__.startswith(f"{_LIGHTNING}."):
+    if cls.__module__.startswith(f"{_LIGHTNING}.") and any(
+        parameter.endswith("path") for parameter in inspect.signature(cls).parameters
+    ):  # the run's own stay in the folder that the user has named
         raise UserError(
-            f"{where}: {name} would write checkpoints beside those of the run: set the section "
-            "checkpoint instead"
+            f"{where}: {name} writes files wherever its arguments say: leave it out (checkpoints "
+            "are set in the section checkpoint)"
         )
     return cls
 
@@ -154,7 +155,7 @@ def _is_callback(value: Any) -> bool:
 
 def _unknown(where: str, name: str) -> UserError:
     known = [key for key, cls in threestudio.__modules__.items() if _is_callback(cls)]
-    known += [f"{_LIGHTNING}.callbacks.{each}" for each in pl.callbacks.__all__]
+    known += [f"{_THEIRS}{each}" for each in pl.callbacks.__all__]
     return UserError(
         f"{where}: {name!r} is neither a registered callback nor the path of one that Python can "
         f"import{nearest(name, known)}{extensions.what_failed()}"
