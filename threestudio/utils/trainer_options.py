@@ -40,7 +40,7 @@ class TrainerOptions(TypedDict, total=False):
     limit_predict_batches: Share
     overfit_batches: Share
     val_check_interval: Any  # see `contradictions`
-    callbacks: Any  # see `_wrong_callbacks`
+    callbacks: list | None  # see `_wrong_callbacks`
     check_val_every_n_epoch: Annotated[int | None, f"[1, {MOST}"]
     num_sanity_val_steps: Steps
     log_every_n_steps: Annotated[int | None, f"[0, {MOST}"]
