@@ -103,14 +103,14 @@ def _make_parser(program: Program) -> _Parser:
     mode.add_argument("--validate", action="store_true", help="render the validation views")
     mode.add_argument("--test", action="store_true", help="render the test views and the video")
     mode.add_argument("--export", action="store_true", help="export the 3D object")
-    beside = "custom/ beside launch.py" if program.name.endswith(".py") else "this program"
+    script = program.name.endswith(".py")
+    always = f"in custom/ beside {program.name}" if script else "that come with this program"
     parser.add_argument(
         "--extensions",
         action="append",
         default=[],
         metavar="FOLDER",
-        help=f"also load the extensions in FOLDER, whose code is run (those in {beside} always "
-        "are)",
+        help=f"also load the extensions in FOLDER, whose code is run (those {always} always are)",
     )
     parser.add_argument(
         "--gradio",
