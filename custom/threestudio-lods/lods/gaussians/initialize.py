@@ -341,8 +341,7 @@ def initial_gaussians(
         source = shap_e.points(rng, device)
     else:
         raise ValueError(
-            f"{where}init_type='{cfg.init_type}' is unknown: "
-            "use ball, file, shap-e or none"
+            f"{where}init_type='{cfg.init_type}' is unknown: use ball, file, shap-e or none"
         )
     if source is None:
         n_rest = (cfg.sh_degree + 1) ** 2 - 1

@@ -14,7 +14,8 @@ below ``$XDG_CACHE_HOME`` or ``~/.cache``, one file for each function, types and
   warning says so, and the kernels are compiled at each start.
 
 The name of a file has a digest of the function's source file and of those in its package that
-this imports, so a changed helper or constant is compiled anew. What was not used for 90 days is removed.
+this imports, so a changed helper or constant is compiled anew. What was not used for 90 days is
+removed.
 
 A threestudio extension must stand alone, so threestudio-lods has this file too; a test keeps the
 two alike.

@@ -130,9 +130,9 @@ def degree_of(rest: Float[Tensor, "N K 3"]) -> int:
 class Gaussians(GaussianParameters):
     """Gaussians to draw, to train and to write, without a host:
 
-        gaussians = Gaussians.ball(2000)
-        images, alphas, info = gaussians.render(lods.gaussians.orbit(8, distance=2.5))
-        gaussians.write_ply("ball.ply")
+    gaussians = Gaussians.ball(2000)
+    images, alphas, info = gaussians.render(lods.gaussians.orbit(8, distance=2.5))
+    gaussians.write_ply("ball.ply")
     """
 
     def __init__(self, tensors: dict[str, Tensor], device: Any = None) -> None:

@@ -166,4 +166,5 @@ def rasterization(
     if backgrounds is not None and D:
         behind = F.pad(backgrounds.float(), (0, int(with_depth)))
         image = image + (1 - alpha) * behind[:, None, None]
-    return results(image, alpha, means2d, conics, depths, torch.stack(radii), opacities, render_mode)
+    drawn = means2d, conics, depths, torch.stack(radii), opacities
+    return results(image, alpha, *drawn, render_mode)
