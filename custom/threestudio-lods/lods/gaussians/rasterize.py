@@ -78,7 +78,8 @@ def rasterization(
         render_mode: ``RGB``; ``D``, accumulated depth sum_i w_i z_i; ``ED``, expected depth, the
             former over the alpha; ``RGB+D`` and ``RGB+ED``, with the depth as the last channel.
         absgrad: also leaves ``info["means2d"].absgrad`` after backward (AbsGS, arXiv 2404.10484).
-        channel_chunk: at most so many channels are blended at a time, to save memory.
+        channel_chunk: at most so many channels are blended at a time, to save memory; ``cpu``
+            blends 4, whatever more is allowed.
         sparse_grad, rasterize_mode, distributed, camera_model, segmented, covars, with_ut,
         with_eval3d, ..., viewmats_rs: see gsplat. Its backend takes them all, the others refuse
             every value but the default.

@@ -5,6 +5,7 @@ of :class:`Backend` as it needs. It gets the arguments of :func:`lods.gaussians.
 name, checked and complete; one that names a few of them takes the rest as ``**rest``.
 """
 
+import enum
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -59,7 +60,7 @@ def unsupported(arguments: dict[str, Any], **also: tuple[Any, ...]) -> str:
     empty if there is none."""
     for name, plain in PLAIN.items():
         value, allowed = arguments[name], (plain, *also.get(name, ()))
-        value = getattr(value, "name", value)  # of gsplat's enumerations
+        value = value.name if isinstance(value, enum.Enum) else value  # gsplat's
         if any(value is one or (not isinstance(value, Tensor) and value == one) for one in allowed):
             continue
         if plain is None:

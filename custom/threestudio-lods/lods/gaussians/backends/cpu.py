@@ -269,7 +269,7 @@ class _Composite(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, means2d, conics, opacities, colors, depths, backgrounds, with_depth, extents, width,
-        height, keep_absgrad, chunk, tile,
+        height, keep_absgrad, tile,
     ):  # fmt: skip
         cameras, n = depths.shape
         channels = colors.shape[-1] + int(with_depth)
@@ -287,8 +287,8 @@ class _Composite(torch.autograd.Function):
         if backgrounds is not None:
             background[:, : colors.shape[-1]] = _array(backgrounds)
         states, ends = kernels.new_states(workers, 5, tile), np.empty(len(order), np.int64)
-        for first in range(0, channels, chunk):
-            last = min(first + chunk, channels)
+        for first in range(0, channels, CHANNELS):
+            last = min(first + CHANNELS, channels)
             run(kernels.set_channels, workers, records, rank, color, depth, first, last)
             run(
                 kernels.blend, workers, records, ids, begins, order, tile, background, first,
@@ -297,7 +297,7 @@ class _Composite(torch.autograd.Function):
         # Planes are what the kernels and a VAE like; callers see gsplat's (C, H, W, D).
         image, alpha = image.permute(0, 2, 3, 1), (1 - left).unsqueeze(-1)
         ctx.lists = records, rank, starts, begins, ids, slots, ends, order
-        ctx.settings = shape, tile, workers, backgrounds is not None, keep_absgrad, chunk
+        ctx.settings = shape, tile, workers, backgrounds is not None, keep_absgrad
         ctx.save_for_backward(opacities, colors, depths, image, left)
         return image, alpha
 
@@ -305,7 +305,7 @@ class _Composite(torch.autograd.Function):
     def backward(ctx, g_image, g_alpha):
         records, rank, starts, begins, ids, slots, ends, order = ctx.lists
         opacities, colors, depths, image, left = ctx.saved_tensors
-        shape, tile, workers, has_background, keep_absgrad, chunk = ctx.settings
+        shape, tile, workers, has_background, keep_absgrad = ctx.settings
         cameras, n = depths.shape
         g_image = g_image.permute(0, 3, 1, 2)
         maps = [_array(x).ravel() for x in (image.permute(0, 3, 1, 2), left, g_image, g_alpha)]
@@ -319,11 +319,11 @@ class _Composite(torch.autograd.Function):
             np.empty(len(slots) * kernels.SLOT, np.float32),
             np.empty((workers, 16), "f4"),
         )
-        for first in range(0, shape[1], chunk):
-            last = min(first + chunk, shape[1])
+        for first in range(0, shape[1], CHANNELS):
+            last = min(first + CHANNELS, shape[1])
             if first > 0:
                 maps[3] = 0 * maps[3]  # the alphas' share is counted once
-            if shape[1] > chunk:
+            if shape[1] > CHANNELS:
                 run(kernels.set_channels, workers, records, rank, color, depth, first, last)
             run(
                 kernels.unblend, workers, records, ids, slots, begins, ends, order, tile, first,
@@ -340,7 +340,7 @@ class _Composite(torch.autograd.Function):
         if has_background:
             d_background = (left[:, None] * g_image[:, : colors.shape[-1]]).sum((2, 3))
         d_colors = d_colors.view(colors.shape)
-        return d_means2d, d_conics, d_opacities, d_colors, d_depths, d_background, *[None] * 7
+        return d_means2d, d_conics, d_opacities, d_colors, d_depths, d_background, *[None] * 6
 
 
 def _float(tensor):
@@ -358,7 +358,7 @@ def project(
 
 def composite(
     means2d, conics, opacities, colors, depths, extents, width, height, backgrounds=None,
-    with_depth=False, keep_absgrad=None, chunk=CHANNELS, tile=None,
+    with_depth=False, keep_absgrad=None, tile=None,
 ):  # fmt: skip
     """See ``reference.composite``; single precision, on the CPU. ``colors`` (N, D) shared by
     the cameras, or (C, N, D). ``keep_absgrad(Tensor (C, N, 2))`` is called during backward with
@@ -367,22 +367,22 @@ def composite(
     inputs = [_float(x) for x in (means2d, conics, opacities, colors, depths)]
     backgrounds = None if backgrounds is None else _float(backgrounds)
     return _Composite.apply(
-        *inputs, backgrounds, with_depth, _float(extents), width, height, keep_absgrad,
-        min(chunk, CHANNELS), tile,
-    )  # fmt: skip
+        *inputs, backgrounds, with_depth, _float(extents), width, height, keep_absgrad, tile
+    )
 
 
 # ------------------------------------------------------------------------------- backend
 def refuses(**arguments: Any) -> str:
     """Why the compiled rasteriser cannot draw this; empty if it can."""
-    channels, at_once = channels_of(arguments), min(arguments["channel_chunk"], CHANNELS)
-    if arguments["absgrad"] and channels > at_once:
-        return f"absgrad is for {at_once} channels at most, not {channels}: depth counts as one"
+    channels, chunk = channels_of(arguments), arguments["channel_chunk"]
+    if arguments["absgrad"] and channels > CHANNELS:
+        return f"absgrad is for {CHANNELS} channels at most, not {channels}: depth counts as one"
+    if chunk < CHANNELS:
+        return f"channel_chunk={chunk} is not supported, only {CHANNELS} or more"
     return unsupported(arguments, tile_size=(TILE,))
 
 
 def rasterization(**arguments: Any) -> Drawn:
     """See :func:`lods.gaussians.rasterization`."""
-    chunk = arguments["channel_chunk"]
     tile = None if arguments["tile_size"] == PLAIN["tile_size"] else arguments["tile_size"]
-    return project_and_blend(project, composite, arguments, chunk=chunk, tile=tile)
+    return project_and_blend(project, composite, arguments, tile=tile)
