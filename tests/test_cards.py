@@ -221,9 +221,7 @@ def test_the_command_says_it_in_one_line(hub, capsys):
 
 
 def denoiser(name, **options):
-    return importlib.import_module("lods.models.unet").Denoiser.from_pretrained(
-        name, **options
-    )
+    return importlib.import_module("lods.models.unet").Denoiser.from_pretrained(name, **options)
 
 
 def test_the_pocket_prior_is_as_its_card_says(monkeypatch, tmp_path):

@@ -114,9 +114,7 @@ def without(source, folder, file, lost=None):
 
 
 def denoise(model):
-    importlib.import_module("lods.models.unet").Denoiser.from_pretrained(
-        str(model)
-    )
+    importlib.import_module("lods.models.unet").Denoiser.from_pretrained(str(model))
 
 
 def guide(model):

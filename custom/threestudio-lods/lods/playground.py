@@ -1,4 +1,4 @@
-"""The 2D playground: a few latents are distilled from a prompt, with a learnt prior.
+"""The 2D playground: a few latents are distilled from a prompt, with one of the LODS methods.
 
 ``main("lora")`` and ``main("embedding")`` are the two commands. Nothing here knows of 3D.
 """
@@ -17,22 +17,30 @@ import threading
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lods.files import whole_file
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lods.methods import Method
+    from lods.models.base import Model
+    from torch import Tensor
+
 POCKET = Path(__file__).resolve().parent / "models" / "pocket"
 
-# Per model and prior: the published settings for Stable Diffusion
+# Per model and method: the published settings for Stable Diffusion
 # (original implementation of arXiv:2312.04820; but the negative prompt is empty, where it has a new
-# token for its LoRA), and what suits the pocket prior.
+# token for its LoRA), and what suits the pocket model.
 #   batch      particles in one UNet call
 #   drawn      which ones: true, as many as there are in every step, drawn with replacement, as in
 #              the original; false, all of them once, so that none rests
 #   start      uniform numbers in -1..1 of whose mean a latent starts: 4 in the original, whose
 #              particles are 8 times as large as latents and resized bilinearly (deviation 0.289)
 #   t_max      max_step_percent, from the first step to the last (linear)
-#   samples    draws of (t, noise) per particle for the prior's own loss
+#   samples    draws of (t, noise) per particle for the learned part's loss
 _SD = {"prompt": "an astronaut is riding a horse", "lr": 3e-2, "samples": 1}
 _SD |= {"batch": 3, "drawn": True, "start": 4}
 _POCKET = {"prompt": "a DSLR image of a hamburger", "lr": 3e-2, "samples": 1}
@@ -65,7 +73,7 @@ def parse_arguments(kind: str, argv=None) -> argparse.Namespace:
     """The command line; what is None there gets the default of the chosen model later."""
     parser = argparse.ArgumentParser(
         description=f"Distil images from a prompt with LODS ({kind}). Without arguments: Stable "
-        "Diffusion if there is a GPU and the model can be had, else the embedded pocket prior."
+        "Diffusion if there is a GPU and the model can be had, else the embedded pocket model."
     )
     add = parser.add_argument
 
@@ -74,7 +82,7 @@ def parse_arguments(kind: str, argv=None) -> argparse.Namespace:
         return f"(default: {pocket}; for Stable Diffusion {large})"
 
     add("--prompt", help=f"what to make {by_model('prompt')}")
-    unknown = "take a prompt in which the pocket prior knows no object"
+    unknown = "take a prompt in which the pocket model knows no object"
     add("--allow-unknown-words", action="store_true", help=unknown)
     add(
         "--model",
@@ -95,20 +103,17 @@ def parse_arguments(kind: str, argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def choose_model(model, load_model_config, default_model: str):
+def choose_model(model: str | None) -> tuple[str, str, str]:
     """(folder or hub id, "stable-diffusion" or "pocket", why in a few words)."""
-    if model == "pocket":
-        return str(POCKET), "pocket", "as asked"
-    if model is not None:
-        pocket = Path(model).resolve() == POCKET
-        return model, "pocket" if pocket else "stable-diffusion", "as asked"
-    if not torch.cuda.is_available():
-        return str(POCKET), "pocket", "there is no CUDA GPU; --model takes any Stable Diffusion"
-    try:
-        load_model_config(default_model, "unet")
-    except ValueError as error:
-        return str(POCKET), "pocket", str(error)
-    return default_model, "stable-diffusion", "there is a CUDA GPU and the model can be had"
+    from lods.models import choose
+
+    if model is None:
+        name, why = choose()
+    else:
+        name, why = model, "as asked"
+    if name == "pocket" or Path(name).resolve() == POCKET:
+        return str(POCKET) if name == "pocket" else name, "pocket", why
+    return name, "stable-diffusion", why
 
 
 def initial_particles(shape, start: int, device):
@@ -119,32 +124,30 @@ def initial_particles(shape, start: int, device):
 
 
 def optimise(
-    guidance,
-    prompt_utils,
-    particles,
+    method: "Method",
+    particles: "Tensor",
     steps: int,
     lr: float,
     prior_lr: float,
     batch: int,
     drawn: bool = False,
+    losses_of: "Callable[[Tensor], dict[str, Any]] | None" = None,
 ):
     """Generator of one dict of numbers per optimiser step; ``particles`` (N, c, h, w), a leaf
-    tensor, and what the guidance learns are updated in place. A step's loss is the mean over all
-    particles, or, with ``drawn``, over ceil(N / batch) batches that are drawn with replacement."""
-    groups = [{"params": [particles], "lr": lr}]
-    learnt = [p for p in guidance.parameters() if p.requires_grad]
-    if learnt:
-        groups.append({"params": learnt, "lr": prior_lr})
+    tensor, and the method's learned part are updated in place. A step's loss is the mean over all
+    particles, or, with ``drawn``, over ceil(N / batch) batches that are drawn with replacement.
+    ``losses_of``: what gives the losses of some particles by name; by default the method does."""
+    groups: list[dict[str, Any]] = [{"params": [particles], "lr": lr}]
+    learned = [p for p in method.parameters() if p.requires_grad]
+    if learned:
+        groups.append({"params": learned, "lr": prior_lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for step in range(steps):
-        guidance.do_update_step(0, step)
+        method.step(step)
         optimizer.zero_grad()
-        numbers: dict = {}
+        numbers: dict[str, Any] = {}
         for part in _drawn_batches(particles, batch) if drawn else particles.split(batch):
-            front = torch.zeros(len(part), device=part.device)  # all seen from the front
-            out = guidance(
-                part.permute(0, 2, 3, 1), prompt_utils, front, front, front, rgb_as_latents=True
-            )
+            out = method(latents=part).terms if losses_of is None else losses_of(part)
             share = 1 / math.ceil(len(particles) / batch) if drawn else len(part) / len(particles)
             losses = {k: v * share for k, v in out.items() if "loss_" in k}
             sum(losses.values()).backward()
@@ -160,9 +163,9 @@ def _drawn_batches(particles, batch: int):
 
 
 @torch.no_grad()
-def decode(guidance, particles):
+def decode(model: "Model", particles):
     """uint8 pictures (N, H, W, 3) of the particles."""
-    images = torch.cat([guidance.denoiser.decode(p) for p in particles.detach().split(4)])
+    images = torch.cat([model.decode(p) for p in particles.detach().split(4)])
     return (images.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
 
 
@@ -180,18 +183,18 @@ def save_grid(path: Path, images) -> Path:
     return path
 
 
-def save_results(folder: Path, guidance, particles, kind: str) -> Path:
-    """Grid, single pictures, latents and what was learnt; returns the grid's path."""
+def save_results(folder: Path, method: "Method", particles, kind: str) -> Path:
+    """Grid, single pictures, latents and the learned part; returns the grid's path."""
     from PIL import Image
     from safetensors.torch import save_file
 
-    images = decode(guidance, particles)
+    images = decode(method.model, particles)
     for i, image in enumerate(images):
         with whole_file(folder / f"particle_{i:02d}.png") as partial:
             Image.fromarray(image).save(partial)
     with whole_file(folder / "latents.safetensors") as partial:
         save_file({"latents": particles.detach().cpu().contiguous()}, partial)
-    guidance.save_learned(folder / f"{kind}.safetensors")
+    method.save(folder / f"{kind}.safetensors")
     return save_grid(folder / "final.png", images)
 
 
@@ -201,20 +204,6 @@ def default_folder(kind: str, prompt: str) -> Path:
     name = re.sub(r"\W+", "_", prompt)[:80].encode()[:120].decode(errors="ignore")
     name = name.strip("_") or "prompt"
     return Path("outputs") / f"2d_lods_{kind}" / f"{name}@{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def refuse_unknown(model: str, prompt: str, allowed: bool) -> None:
-    """Raise ``ValueError`` for a prompt without any object that the model knows (see
-    :mod:`.guidance.vocabulary`), before the model is loaded."""
-    from lods.models.cards import local_folder
-    from lods.models.vocabulary import Vocabulary
-
-    folder = local_folder(model)
-    vocabulary = Vocabulary.read(folder) if folder else None
-    if vocabulary is None or allowed or not prompt.strip():  # which the prompt processor refuses
-        return
-    if refusal := vocabulary.refusal(prompt, "--allow-unknown-words"):
-        raise ValueError(refusal)
 
 
 def new_folder(path: Path, config: str) -> Path:
@@ -238,43 +227,30 @@ def run(kind: str, args: argparse.Namespace) -> Path:
     Raises ``ValueError`` for bad input, and ``KeyboardInterrupt`` after it has saved what there is.
     """
     # The libraries are heavy, so that bad flags and --help answer before they load.
-    from lods.models.cards import resolve
-    from lods.models.unet import DEFAULT_MODEL, load_model_config
+    import lods
+    from lods.prompts import TextSettings, check_words
     from tqdm import tqdm
 
-    import threestudio
-
-    from . import guidance as registers_the_priors  # noqa: F401
-
-    def look_for(name, part):
-        found = resolve(name)
-        return load_model_config(found.path, part, found.revision)
-
-    model, family, why = choose_model(args.model, look_for, DEFAULT_MODEL)
+    model, family, why = choose_model(args.model)
     defaults = SETTINGS[family, kind]
     settings = {
         key: defaults[key] if getattr(args, key) is None else getattr(args, key)
         for key in ("prompt", "steps", "guidance_scale", "lr", "prior_lr")
     }
     print(f"Model: {model} ({why}).", flush=True)
-    refuse_unknown(model, settings["prompt"], args.allow_unknown_words)
+    if settings["prompt"].strip():  # an empty one is refused below
+        known = TextSettings(allow_unknown_words=args.allow_unknown_words)
+        check_words(model, settings["prompt"], known, "--allow-unknown-words")
     torch.manual_seed(args.seed)
-    prior = threestudio.find(f"lods-{kind}-guidance")(
-        {
-            "pretrained_model_name_or_path": model,
-            "guidance_scale": settings["guidance_scale"],
-            "lora_n_timestamp_samples": defaults["samples"],
-            "max_step_percent": _schedule(defaults["t_max"], settings["steps"]),
-        }
+    method = lods.load(
+        f"lods-{kind}",
+        model,
+        settings["prompt"],
+        guidance_scale=settings["guidance_scale"],
+        lora_n_timestamp_samples=defaults["samples"],
+        max_step_percent=_schedule(defaults["t_max"], settings["steps"]),
+        allow_unknown_words=True,
     )
-    with torch.random.fork_rng(devices=[]):  # a text encoder that is made, not cached, may draw
-        prompt_utils = threestudio.find("lods-prompt-processor")(
-            {
-                "pretrained_model_name_or_path": model,
-                "prompt": settings["prompt"],
-                "allow_unknown_words": args.allow_unknown_words,
-            }
-        )()
 
     wanted = Path(args.output) if args.output else default_folder(kind, settings["prompt"])
     config = {**vars(args), **defaults, **settings, "model": model, "why": why, "kind": kind}
@@ -284,12 +260,10 @@ def run(kind: str, args: argparse.Namespace) -> Path:
     if folder != wanted:
         print(f"{wanted} holds another run: this one goes to {folder}", flush=True)
 
-    size = prior.denoiser.latent_size
-    shape = (args.particles, prior.denoiser.latent_channels, size, size)
-    particles = initial_particles(shape, defaults["start"], prior.device).requires_grad_()
+    shape = (args.particles, *method.model.latent_shape)
+    particles = initial_particles(shape, defaults["start"], method.model.device).requires_grad_()
     loop = optimise(
-        prior,
-        prompt_utils,
+        method,
         particles,
         settings["steps"],
         settings["lr"],
@@ -313,26 +287,24 @@ def run(kind: str, args: argparse.Namespace) -> Path:
                 shown = {k[5:]: f"{v:.3g}" for k, v in numbers.items() if "loss_" in k}
                 bar.set_postfix(shown, refresh=False)
                 if done % args.every == 0 and done < settings["steps"]:
-                    save_grid(folder / f"{done:05d}.png", decode(prior, particles))
+                    save_grid(folder / f"{done:05d}.png", decode(method.model, particles))
         except KeyboardInterrupt as stop:
             interrupted = stop
             print(f"Interrupted after step {done}: saving what there is.", flush=True)
-    grid = save_results(folder, prior, particles, kind)
-    print(f"Pictures: {grid}\nLearnt {kind}: {folder / (kind + '.safetensors')}", flush=True)
+    grid = save_results(folder, method, particles, kind)
+    print(f"Pictures: {grid}\nLearned {kind}: {folder / (kind + '.safetensors')}", flush=True)
     if interrupted is not None:
         raise interrupted
     return folder
 
 
 def _schedule(ends, steps: int):
-    from omegaconf import OmegaConf
-
     first, last = ends
-    return first if first == last else OmegaConf.create([0, first, last, steps])
+    return first if first == last else [0, first, last, steps]
 
 
 def main(kind: str, argv=None) -> int:
-    """Entry point of the script for one kind of prior; returns the exit status: 128 + the signal's
+    """Entry point of the script for one LODS method; returns the exit status: 128 + the signal's
     number (130 for Ctrl-C) if one stopped it."""
     for stream in (sys.stdout, sys.stderr):  # a prompt with an accent may be printed in ASCII
         with contextlib.suppress(

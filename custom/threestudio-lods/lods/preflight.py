@@ -1,20 +1,19 @@
 """Before anything is loaded: can the models that the config names be had, can they read its prompt,
 and can it be trained on so many GPUs?
 
-``launch.py`` of this repository executes this file alone and early; upstream's does not know it,
-and finds out when the models are loaded.
+The launcher of this repository asks it early, through ``preflight.py`` beside the package, before
+torch is imported; upstream's does not know it, and finds out when the models are loaded.
 """
 
-import importlib.util
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from lods.models import cards
+from lods.models.vocabulary import FORCE, Vocabulary
+
 SYSTEMS = ("lods-gs-system", "lods-ngp-system")  # both load their models in every mode
 # by whether the system makes Gaussians: the geometries that it is meant for, the options that none
-# of the other kind has, and the overlay for the pocket prior
+# of the other kind has, and the overlay for the pocket model
 GEOMETRY = {True: ("lods-gaussians",), False: ("implicit-volume", "volume-grid")}
 OPTIONS = {
     True: ("strategy", "lr_schedule", "geometry.init_type", "geometry.ball", "geometry.sh_degree"),
@@ -26,20 +25,19 @@ OVERLAY = {True: "pocket.yaml", False: "pocket-ngp.yaml"}
 PROCESSORS = ("lods-prompt-processor", "stable-diffusion-prompt-processor")
 LEARNING = ("lods-embedding-guidance", "lods-lora-guidance", "lods-vsd-guidance")
 INNER_STEPS = (
-    "prior_inner_steps would teach the prior of each GPU something else: train on one GPU "
+    "prior_inner_steps would teach the learned part of each GPU something else: train on one GPU "
     "(--gpu 0), or set system.guidance.prior_inner_steps=0"
 )
 
 
 def preflight(cfg: Any, mode: str) -> None:
     """Raise ``ValueError``, one line, for what cannot be trained by several processes, for a model
-    that is no folder, card or hub id, for a card (``models/cards.yaml``) or hub id that is not on
-    this machine while there is no network, and for a prompt in which the model knows no object.
+    that is no folder, card or hub id, for a card (``lods/models/cards.yaml``) or hub id that is not
+    on this machine while there is no network, and for a prompt in which the model knows no object.
 
     What is not certain is left to the run: systems of others, and everything of the hub where a
     connection to it can be opened.
     """
-    cards = _load(HERE / "guidance" / "cards.py")
     if cfg.system_type in SYSTEMS:
         check_kind(cfg)
         if mode == "train":
@@ -47,7 +45,7 @@ def preflight(cfg: Any, mode: str) -> None:
         for name in model_names(cfg.system):
             cards.refuse_early(name)
     if cfg.get("resume") is None:  # what has been trained stays of use
-        check_prompt(cfg, cards.local_folder)
+        check_prompt(cfg)
 
 
 def check_kind(cfg: Any) -> None:
@@ -67,12 +65,12 @@ def check_kind(cfg: Any) -> None:
             )
 
 
-def check_prompt(cfg: Any, local_folder: Callable[[str], str | None]) -> None:
+def check_prompt(cfg: Any) -> None:
     """Raise ``ValueError``, one line, for an empty prompt, and for one without any object that the
     model of the prompt processor knows, where its ``vocabulary.json`` lists them.
 
     Of the host's own prompt processor, which does not look at words, the words that the model
-    lacks are named here. ``local_folder``: that of :mod:`.guidance.cards`.
+    lacks are named here.
     """
     system = cfg.system
     kind = system.get("prompt_processor_type")
@@ -92,12 +90,11 @@ def check_prompt(cfg: Any, local_folder: Callable[[str], str | None]) -> None:
             "the prompt is empty: set system.prompt_processor.prompt, for example "
             "'a DSLR image of a hamburger'"
         )
-    folder = local_folder(name) if name and isinstance(name, str) else None
-    words = _load(HERE / "guidance" / "vocabulary.py")
-    vocabulary = words.Vocabulary.read(folder) if folder else None
+    folder = cards.local_folder(name) if name and isinstance(name, str) else None
+    vocabulary = Vocabulary.read(folder) if folder else None
     if vocabulary is None or prompt.startswith("lib:"):  # which the host looks up
         return
-    own, force = kind == PROCESSORS[0], words.FORCE
+    own, force = kind == PROCESSORS[0], FORCE
     if not own:
         force = f"system.prompt_processor_type={PROCESSORS[0]} {force}"
     refusal = vocabulary.refusal(prompt, force)
@@ -109,10 +106,10 @@ def check_prompt(cfg: Any, local_folder: Callable[[str], str | None]) -> None:
 
 
 def refuse_training(cfg: Any) -> None:
-    """Raise ``ValueError`` if the config would densify, or teach the prior by itself, in several
-    processes, or densify with accumulated gradients."""
+    """Raise ``ValueError`` if the config would densify, or let the method learn by itself, in
+    several processes, or densify with accumulated gradients."""
     system, trainer = cfg.system, _part(cfg, "trainer")
-    # of the original's YAML, see system/original.py
+    # of the original's YAML, see lods/threestudio/systems/original.py
     default = "default" if system.get("radius") is not None else "none"
     strategy = _part(system, "strategy").get("name", default)
     several = processes(cfg) > 1
@@ -170,14 +167,3 @@ def model_names(system: Any) -> list[str]:
             values = _part(system, part).get
             found |= {value: None for name in names if isinstance(value := values(name), str)}
     return [name for name in found if name]
-
-
-def _load(file: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"{__name__}_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[spec.name]
-    return module

@@ -24,9 +24,9 @@ def knots(value: Iterable[Any]) -> list[tuple[float, float]]:
         items.insert(0, 0)
     if len(items) < 4 or len(items) % 2:
         raise ValueError(
-            f"the schedule {items} has {len(items)} items: write [start_value, end_value, end_step] "
-            "or [start_step, start_value, end_value, end_step], which may go on with more pairs of "
-            "a value and its step"
+            f"the schedule {items} has {len(items)} items: write [start_value, end_value, end_step]"
+            " or [start_step, start_value, end_value, end_step], and on with more pairs of a value "
+            "and its step"
         )
     first, *rest = items
     return [(first, rest[0]), *zip(rest[2::2], rest[1::2])]

@@ -17,6 +17,7 @@ This is the notation that the threestudio of this repository reads from the clas
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import re
 import types
@@ -75,7 +76,7 @@ def annotations(config: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for cls in reversed(config.__mro__):
         own = typing.get_type_hints(cls, include_extras=True) if cls is not object else {}
-        for name in cls.__dict__.get("__annotations__", {}):
+        for name in inspect.get_annotations(cls):
             before, now = found.get(name), own[name]
             plain = typing.get_origin(now) is not Annotated
             inherits = plain and before is not None and split(before)[0] == now

@@ -1,4 +1,4 @@
-"""Updates of what a prior learns, made by the prior itself within a step."""
+"""Updates of a learned part that its method makes within a step."""
 
 from collections.abc import Iterable
 
@@ -12,11 +12,11 @@ class InnerAdam(nn.Module):
 
     def __init__(self, parameters, lr: float, betas=(0.9, 0.999), eps: float = 1e-8):
         super().__init__()
-        self.learnt = tuple(parameters)  # in a tuple they are not registered a second time
+        self.learned = tuple(parameters)  # in a tuple they are not registered a second time
         self.lr, self.betas, self.eps = lr, betas, eps
-        device = self.learnt[0].device
+        device = self.learned[0].device
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
-        for i, parameter in enumerate(self.learnt):
+        for i, parameter in enumerate(self.learned):
             self.register_buffer(f"mean_{i}", torch.zeros_like(parameter))
             self.register_buffer(f"square_{i}", torch.zeros_like(parameter))
 
@@ -25,7 +25,7 @@ class InnerAdam(nn.Module):
         """One update; elements of a gradient that are not finite count as 0."""
         self.count += 1
         one, two = (1 - beta**self.count for beta in self.betas)
-        for i, (parameter, grad) in enumerate(zip(self.learnt, loss_gradients)):
+        for i, (parameter, grad) in enumerate(zip(self.learned, loss_gradients)):
             grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
             mean, square = getattr(self, f"mean_{i}"), getattr(self, f"square_{i}")
             mean.lerp_(grad, 1 - self.betas[0])

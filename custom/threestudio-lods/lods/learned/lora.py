@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from lods.learned.files import read_safetensors, write_safetensors
 from torch import Tensor, nn
@@ -55,13 +56,15 @@ class RowLora(nn.Module):
         node.add_module(last, leaf)
 
     def _scale(self, module, inputs, output: Tensor) -> Tensor:
-        if isinstance(self._strength, Tensor):
-            return output * self._strength.view(-1, *[1] * (output.ndim - 1))
-        return output * self._strength
+        if not isinstance(self._strength, Tensor):
+            return output * self._strength
+        rows = F.pad(self._strength, (0, len(output) - len(self._strength)))
+        return output * rows.view(-1, *[1] * (output.ndim - 1))
 
     @contextlib.contextmanager
     def strength(self, rows: float | Float[Tensor, " B"]):
-        """Within this, the UNet's calls use these strengths, one for all rows or one for each."""
+        """Within this, the UNet's calls use these strengths, one for all rows or one for each of
+        the first rows (0 for those after them)."""
         before, self._strength = self._strength, rows
         try:
             yield

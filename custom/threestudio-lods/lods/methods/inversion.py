@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
-from lods import scores as formulas
-from lods.models.unet import Denoiser
+from lods import scores
+from lods.models.base import Schedule
 from torch import Tensor
 
 
 def ddim_invert(
-    denoiser: Denoiser,
+    schedule: Schedule,
     predict: Callable[[Tensor, Tensor], Tensor],
     z: Float[Tensor, "B c h w"],
     steps: Int[Tensor, "K B"],
@@ -28,11 +28,11 @@ def ddim_invert(
     """
     x, now = z, (torch.ones_like(steps[0]).to(z), torch.zeros_like(steps[0]).to(z))
     for low, high in itertools.pairwise(steps):
-        then = denoiser.alpha_sigma(high)
-        x = formulas.ddim(x, predict(x, low), now, then)
+        then = schedule.alpha_sigma(high)
+        x = scores.ddim(x, predict(x, low), now, then)
         if eta:
             variance = (now[1] / then[1]) ** 2 * (1 - (then[0] / now[0]) ** 2)
             noise = torch.randn_like(x, memory_format=torch.contiguous_format)
-            x = x + eta * formulas.rows(variance.clamp_min(0).sqrt(), x) * noise
+            x = x + eta * scores.rows(variance.clamp_min(0).sqrt(), x) * noise
         now = then
     return x

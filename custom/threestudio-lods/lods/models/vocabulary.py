@@ -4,8 +4,7 @@ Its tokenizer takes any other word apart into letters, which mean nothing to the
 then distils some other object without a word. Large models have no such file, and every text is
 fine with them.
 
-``preflight.py`` executes this file alone, before torch is imported: it imports nothing of this
-package or of threestudio.
+It is read before torch is imported, and imports nothing heavy.
 """
 
 import difflib

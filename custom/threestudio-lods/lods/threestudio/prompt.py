@@ -1,4 +1,4 @@
-"""Prompts for the priors: threestudio's prompt processor, which also takes cards and SDXL."""
+"""Prompts for the guidances: threestudio's prompt processor, which also takes cards and SDXL."""
 
 import hashlib
 import os
@@ -6,11 +6,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from lods.models.cards import Model, first_line, missing, resolve
-from lods.models.unet import load_complete, load_model_config
+from lods.models.cards import Location, first_line, missing, resolve
+from lods.models.files import load_complete
+from lods.models.text import encode, has_two_encoders, zeros_for_empty
 from lods.models.vocabulary import Vocabulary
+from lods.prompts import BAD_PICTURES, RENDERS
 from torch import Tensor
 
 import threestudio
@@ -19,35 +20,26 @@ StableDiffusionPromptProcessor = threestudio.find("stable-diffusion-prompt-proce
 
 PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 TEXT_FILES = ("tokenizer*/*", "text_encoder*/*.json", "text_encoder*/model*.safetensors")
-# the words of the published codes: of SDS-Bridge, arXiv:2406.09417, and NFSD, arXiv:2310.17590
-RENDERS = (
-    ", oversaturated, smooth, pixelated, cartoon, foggy, hazy, blurry, bad structure, noisy, "
-    "malformed"
-)
-BAD_PICTURES = (
-    "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, "
-    "low-resolution, gloomy"
-)
 
 
 @threestudio.register("lods-prompt-processor")
 class LODSPromptProcessor(StableDiffusionPromptProcessor):
-    """``pretrained_model_name_or_path`` may be a card of ``models/cards.yaml`` too.
+    """``pretrained_model_name_or_path`` may be a card of ``lods/models/cards.yaml`` too.
 
     For a model shaped like SDXL an embedding (T + 1, D) is, for each of the T tokens, the last but
     one hidden states of both text encoders one after the other, and in its last row the second
-    encoder's pooled embedding, with zeros after it (see :class:`.denoiser.Denoiser`). An empty
-    text is all zeros if the model says ``force_zeros_for_empty_prompt``, as in diffusers.
+    encoder's pooled embedding, with zeros after it (see :class:`lods.models.unet.UNetModel`). An
+    empty text is all zeros if the model says ``force_zeros_for_empty_prompt``, as in diffusers.
 
-    What it returns has one method more, ``other_text(kind)``: the same for a text that a prior
+    What it returns has one method more, ``other_text(kind)``: the same for a text that a method
     compares the prompt with, embedded when it is asked for. "source" tells what the renders look
     like now, and has the words for the view as the prompt does; "nfsd_negative" has not. A text is
-    worth something in words that the model knows: the pocket prior would read the published ones
+    worth something in words that the model knows: the pocket model would read the published ones
     letter by letter, and cut them off after 14 tokens, so that pocket.yaml has others.
 
-    A model whose folder has a ``vocabulary.json`` (see :mod:`.vocabulary`) is not asked for what it
-    does not know: a prompt without any of its objects is refused, and other words that it lacks are
-    named in one warning, at every start.
+    A model whose folder has a ``vocabulary.json`` (see :mod:`lods.models.vocabulary`) is not asked
+    for what it does not know: a prompt without any of its objects is refused, and other words that
+    it lacks are named in one warning, at every start.
     """
 
     @dataclass
@@ -67,11 +59,11 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         self._given = {f.name: getattr(self.cfg, f.name) for f in fields(self.Config)}
         model = resolve(self.cfg.pretrained_model_name_or_path)
         self.vocabulary = Vocabulary.read(model.path)
-        self.two_encoders = _has_two_encoders(model)
+        self.two_encoders = has_two_encoders(model)
         self.cfg.pretrained_model_name_or_path = _text_model(model)
         if self.two_encoders:
             self.parts = PARTS
-            self.zero_empty = _zeros_for_empty(model)
+            self.zero_empty = zeros_for_empty(model)
         if _in_upstream():  # whose own hook would take an encoder without all of its weights
             self.cfg.spawn = False  # a new process does not know this extension by its name
             self.spawn_func = self.write_embeddings
@@ -134,41 +126,10 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "N T D"], list[int]]:
         if not (self.two_encoders or _in_upstream()):
             return super().encode(texts)
-        from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+        zero_empty = self.two_encoders and self.zero_empty
+        return encode(texts, self._part, self.two_encoders, zero_empty, self.device)
 
-        states = []
-        for tokens, part, kind in (
-            ("tokenizer", "text_encoder", CLIPTextModel),
-            ("tokenizer_2", "text_encoder_2", CLIPTextModelWithProjection),
-        )[: 1 + self.two_encoders]:
-            tokenizer = self._part(AutoTokenizer, tokens, trust_remote_code=False)
-            # one after the other, so that only one of them takes memory
-            encoder = self._part(kind, part, use_safetensors=True)
-            encoder = encoder.to(self.device, torch.float32).eval()
-            limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-            counts = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
-            ids = tokenizer(
-                texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-            ).input_ids
-            with torch.no_grad():
-                output = encoder(ids.to(self.device), output_hidden_states=self.two_encoders)
-            if not self.two_encoders:
-                return output[0], counts
-            states.append(output.hidden_states[-2])
-            pooled = output[0]
-        rows = torch.cat(states, dim=-1)
-        if pooled.ndim != 2 or pooled.shape[-1] > rows.shape[-1]:
-            raise ValueError(
-                f"the pooled text embedding is {tuple(pooled.shape)}, which does not fit into a "
-                f"row of {rows.shape[-1]}: the model's text encoders are not SDXL's"
-            )
-        row = F.pad(pooled, (0, rows.shape[-1] - pooled.shape[-1]))[:, None]
-        embeddings = torch.cat([rows, row], dim=1)
-        if self.zero_empty:
-            embeddings[[not text for text in texts]] = 0
-        return embeddings, [count + 1 for count in counts]  # the pooled row counts as a token
-
-    def _part(self, cls: Any, part: str, **kwargs) -> Any:
+    def _part(self, cls: Any, part: str, **kwargs: Any) -> Any:
         if not _in_upstream():  # the host checks more
             return self.load_part(cls, part, **kwargs)
         path = self.cfg.pretrained_model_name_or_path
@@ -189,29 +150,7 @@ def _in_upstream() -> bool:
     return hasattr(StableDiffusionPromptProcessor, "spawn_func")
 
 
-def _has_two_encoders(model: Model) -> bool:
-    try:
-        config = load_model_config(model.path, "unet", model.revision)
-    except ValueError:  # no UNet: only text parts, or nothing, of which the base class complains
-        return False
-    return config.get("addition_embed_type") == "text_time"
-
-
-def _zeros_for_empty(model: Model) -> bool:
-    """What ``model_index.json`` says; true, diffusers' default, where it says nothing."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        config = DiffusionPipeline.load_config(model.path, revision=model.revision)
-    except Exception as error:  # of many kinds, by library and by version
-        raise ValueError(
-            f"model_index.json of {model.path!r} cannot be read ({first_line(error)}): it says how "
-            "an empty prompt is embedded"
-        ) from None
-    return bool(config.get("force_zeros_for_empty_prompt", True))
-
-
-def _text_model(model: Model) -> str:
+def _text_model(model: Location) -> str:
     """The folder or id for the base class, which knows of no revision: a card that has one is
     downloaded to a folder first, without the UNet."""
     if model.revision is None or os.path.isdir(model.path):
