@@ -180,8 +180,8 @@ class _Reader:
         else:
             data = self.uri(image.get("uri"))
         sampler = self.item("samplers", texture["sampler"]) if "sampler" in texture else {}
-        wrap = tuple(WRAPS.get(sampler.get(name), "repeat") for name in ("wrapS", "wrapT"))
-        return Picture(data, wrap)
+        u, v = (WRAPS.get(sampler.get(name), "repeat") for name in ("wrapS", "wrapT"))
+        return Picture(data, (u, v))
 
     def look(self, primitive: dict[str, Any]) -> dict[str, Any]:
         """The fields of :class:`Part` that tell its colour."""

@@ -287,7 +287,7 @@ class ShapEInit:
         """The vertices of the mesh, in Shap-E's own axes."""
         try:
             from diffusers import ShapEPipeline  # type: ignore
-            from lods.models.unet import load_complete
+            from lods.models.files import load_complete
             from transformers import CLIPTextModelWithProjection
 
             name = self.pretrained_model_name_or_path
