@@ -427,7 +427,7 @@ def valid_plys(ply):
     g = torch.Generator().manual_seed(0)
     shapes = {"means": (6, 3), "scales": (6, 3), "quats": (6, 4), "opacities": (6,)}
     shapes |= {"sh0": (6, 1, 3), "shN": (6, 3, 3)}
-    ply.write_gaussians("g.ply", **{k: torch.randn(s, generator=g) for k, s in shapes.items()})
+    ply.write_ply("g.ply", **{k: torch.randn(s, generator=g) for k, s in shapes.items()})
     ply.write_points("p.ply", torch.randn(6, 3, generator=g), torch.rand(6, 3, generator=g))
     box = trimesh.creation.box()
     box.export("m.ply")

@@ -257,7 +257,7 @@ def test_commands_import_no_3d_code(tiny_sd, tmp_path):
     assert "lods.methods.lods_lora" in modules
     roots = {m.split(".")[0] for m in modules}
     assert not roots & {"numba", "gsplat", "trimesh", "plyfile", "nerfacc"}
-    three_d = ("threestudio-lods.gaussian", "threestudio-lods.system")
+    three_d = ("lods.gaussians.", "lods.threestudio.")
     assert not [m for m in modules if m.startswith(three_d)]
 
 
