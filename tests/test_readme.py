@@ -1,152 +1,153 @@
-"""The README's section on the comparison, from small tables and from the committed one."""
+"""What the README tells a reader to type works: its Python blocks run, and its commands parse."""
 
+import argparse
+import ast
+import contextlib
+import importlib
 import re
-from statistics import fmean
+import shlex
+import textwrap
 
-import numpy as np
+import lods
 import pytest
-from PIL import Image, ImageDraw
 
-from evaluation import overview, readme
-from evaluation.grid import TRUE, load_grid
-from evaluation.montage import GAP, LINE, layout, wrapped
-from evaluation.results import read, sections, values
-from evaluation.table import sheet_path
-from tests.test_report import MINUS, PRIORS, change, made, make_rows, nested, number, write_csv
-from threestudio.utils.errors import UserError
+from tests.runs import ROOT
+from threestudio.utils.config import load_config
 
-
-def test_the_readme_says_what_the_table_says(tmp_path):
-    text = readme.README.read_text()
-    written = text.split(readme.MARKS[0])[1].split(readme.MARKS[1])[0]
-    assert written.strip() == readme.results().strip()  # else: make report
-    copy = tmp_path / "README.md"
-    copy.write_text(text)
-    rows = make_rows((*PRIORS, "true-renders"))
-    change(rows, "vsd", "frechet", lambda x: x - 7)
-    made(tmp_path, rows)
-    readme.update(copy, tmp_path)
-    before, after = (t.split(readme.MARKS[0])[0] for t in (text, copy.read_text()))
-    assert before == after and copy.read_text().endswith(text.split(readme.MARKS[1])[1])
-    vsd = next(line for line in copy.read_text().splitlines() if line.startswith("| vsd |"))
-    cells = [cell.strip() for cell in vsd.split("|")[1:-1]]
-    assert cells[:2] == ["vsd", "24"] and cells[-2] == f"**{MINUS}7.0 [{MINUS}7.0, {MINUS}7.0]**"
-    want = nested(rows, "object_accuracy", "vsd")
-    mean = 100 * fmean(fmean(seeds.values()) for seeds in want.values())
-    assert number(cells[2]) == pytest.approx(mean, abs=0.051)
-    assert "nothing below is final" in copy.read_text()
-    whole = [run.identity | {"status": "ok"} for run in load_grid(overview.GRID).runs]
-    assert overview.progress(whole) == "" and f" 1 of its {len(whole)} runs" in overview.progress(
-        [*rows, whole[7]]
-    )
-    stale = [{**whole[7], "settings": "scene_lr=9"}, {**whole[7], "grid": "study"}]
-    assert (
-        " 1 of its " in (told := overview.progress([whole[7], *stale])) and ", 1 row there" in told
-    )
-    whole[3] |= {"status": "broken"}
-    assert overview.progress(whole).startswith(f"1 run of {len(whole)} failed")
-    assert overview.progress(stale[1:]) == ""  # a table of other grids
-    copy.write_text("no marks")
-    with pytest.raises(UserError, match="put them where results go"):
-        readme.update(copy, tmp_path)
+README = (ROOT / "README.md").read_text()
+FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
+INDENTED = re.compile(r"(?<=\n\n)((?:(?: {4}[^\n]*)?\n)+)")
+PROGRAM = re.compile(r"(?:.*/)?(launch\.py|evaluate\.py|2dplayground_\w+\.py|merge\.py|lods)")
 
 
-def test_a_study_has_a_picture_and_no_table(tmp_path):
-    grid, canvas = readme.STUDY
-    rows = [{**r, "grid": grid} for r in make_rows(("sds", "csd", "lods-lora"), (canvas,))]
-    made(tmp_path, rows)
-    picture = readme.PICTURES[readme.STUDY]
-    readme.draw(tmp_path)
-    assert not (tmp_path / picture.file).exists()  # there are no sheets yet
-    assert picture.file not in readme.results(tmp_path)
-    (tmp_path / "sheets" / grid).mkdir(parents=True)
-    prompt = sorted({r["prompt"] for r in rows})[1]
-    colors = {"sds": (250, 0, 0), "lods-lora": (0, 0, 250)}  # there is no sheet of csd
-    for prior, color in colors.items():
-        file = sheet_path(tmp_path, grid, canvas, prior, prompt, "0")
-        Image.new("RGB", (128, 32), color).save(file, lossless=True)
-    readme.draw(tmp_path)
-    with Image.open(tmp_path / picture.file) as image:
-        page = np.asarray(image.convert("RGB")).astype(int)
-    prompts = sorted({r["prompt"] for r in rows})
-    left, heads = layout(ImageDraw.Draw(Image.new("RGB", (1, 1))), picture.priors, prompts, 64)
-    top = 4 + LINE * max(map(len, heads))
-    for prior in ("sds", "csd", "lods-lora"):
-        row, column = picture.priors.index(prior), 1
-        y, x = top + row * (32 + GAP), left + column * (64 + GAP)
-        inside, beside = page[y + 2 : y + 30, x + 2 : x + 62], page[y : y + 32, x - GAP : x - 1]
-        assert np.abs(inside - np.array(colors.get(prior, (255, 255, 255)))).max() < 12
-        assert beside.min() > 240
-    others = make_rows()
-    write_csv(tmp_path / "results.csv", [*others, *rows])
-    before, after = readme.results(tmp_path).split(f"(docs/evaluation/{picture.file})")
-    assert "8 prompts, 3 seeds" in before and "| lods-embedding | 24 |" in before
-    assert "has the lowest mean Frechet distance" in before
-    assert "| lods-lora |" not in before + after  # which is in the study only
+def blocks(*languages):
+    """The code blocks in these languages; an indented one has none, or is Python by its start."""
+    found = FENCED.findall(README)
+    for code in map(textwrap.dedent, INDENTED.findall(FENCED.sub("", README))):
+        found.append(("python" if code.startswith(("import ", "from ")) else "", code))
+    return [code for language, code in found if language in languages and code.strip()]
 
 
-def test_headings_are_wrapped_and_not_cut():
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    prompt = "a picture of an orange birthday cake"
-    for text in (prompt, "x" * 100, f"{prompt} {'y' * 60} z", "a"):
-        lines = wrapped(draw, text, 100)
-        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-        assert all(0 < draw.textlength(line) <= 100 for line in lines)
-    assert " ".join(wrapped(draw, prompt, 100)) == prompt  # broken between words
-    left, _ = layout(draw, ["sds", "a-prior-with-a-very-long-name"], [], 100)
-    assert left > draw.textlength("a-prior-with-a-very-long-name") + 4
+def commands():
+    """The words of each command line of the shell blocks, from its program on."""
+    found = []
+    for block in blocks("bash", "sh", "console", "shell", ""):
+        for line in block.replace("\\\n", " ").splitlines():
+            with contextlib.suppress(ValueError):  # what is no shell, as a table of files
+                lexer = shlex.shlex(line.lstrip("$ "), posix=True, punctuation_chars="&;|")
+                lexer.whitespace_split = True
+                found += split(list(lexer))
+    return found
 
 
-def test_what_carries_over_says_what_the_table_says():
-    """The mean distances of docs/carry-over.md, of the contestants of the study."""
-    text = (readme.README.parent / "docs/carry-over.md").read_text()
-    found = {
-        s.canvas: s for s in sections(read(readme.FOLDER / "results.csv")) if s.grid == "improve"
-    }
-    # numbers of a line in their order -> whose means they are
-    told = {
-        "2d": {
-            "| learn faster": "lods-lora lods-lora-fast sds csd vsd-100 vsd-100-fast",
-            "| learn more often": "lods-lora lods-lora-4",
-            "| four draws": "lods-lora lods-lora-draws",
-            "| four times as often": "lods-lora-4-fast",
-            "| timesteps that fall": "lods-lora lods-lora-monotone",
-            "| the first half as SDS": "lods-lora lods-lora-after-sds",
-            "| towards guided samples": "lods-lora-fast-guided lods-lora-fast",
-            "| the embedding in place": "lods-embedding lods-embedding-4 lods-embedding-4-fast",
-            "| a low scale": "sds-5 vsd-2.5-fast lods-lora-10-fast",
-        },
-        "gaussians": {
-            "after the 200 steps": f"lods-lora-fast sds {TRUE}",
-            "(`prompt_scale=2`) it has": "lods-lora-fast-guided",
-        },
-    }
-    prompts = {"chair": "a red chair", "table": "a blue table"}
-    runs = found["gaussians"].runs
-    for kind, prompt in prompts.items():
-        pair = (runs["lods-lora-fast"], runs["lods-lora-fast-guided"])
-        before, after = (values(of, "frechet")[prompt, "0"] for of in pair)
-        assert f"{kind} {before:.0f} becomes {after:.0f}" in text
-    for canvas, lines in told.items():
-        runs = found[canvas].runs | {TRUE: found[canvas].ceiling}
-        for start, names in lines.items():
-            (rest,) = text.split(start)[1:]
-            said = re.findall(r"(?<![\w.-])\d+(?!\w|\.\d)", rest.split("| ", 1)[-1])
-            means = [fmean(values(runs[n], "frechet").values()) for n in names.split()]
-            assert list(map(int, said[: len(means)])) == list(map(round, means)), (canvas, start)
-    better = {
-        "| learn faster": "lods-lora-fast",
-        "| learn more often": "lods-lora-4",
-        "| four draws": "lods-lora-draws",
-        "| four times as often": "lods-lora-4-fast",
-        "| timesteps that fall": "lods-lora-monotone",
-        "| the first half as SDS": "lods-lora-after-sds",
-        "| towards guided samples": "lods-lora-fast-guided",
-        "| the embedding in place": "lods-embedding-4 lods-embedding-4-fast",
-    }
-    runs = {name: values(rows, "frechet") for name, rows in found["2d"].runs.items()}
-    for start, names in better.items():
-        base = runs["lods-embedding" if "embedding" in start else "lods-lora"]
-        counts = [sum(runs[n][key] < base[key] for key in base) for n in names.split()]
-        (line,) = (x for x in text.splitlines() if x.startswith(start))
-        assert re.findall(r"(\d) of 6", line) == list(map(str, counts)), start
+def split(words):
+    command: list[str] = []
+    for word in [*words, ";"]:
+        if set(word) <= set("&;|"):
+            starts = [i for i, w in enumerate(command[:4]) if PROGRAM.fullmatch(w)]
+            if starts:
+                yield command[starts[0] :]
+            command = []
+        else:
+            command.append(word)
+
+
+class Parsed(BaseException):
+    """The command line has been understood; nothing of it is done."""
+
+
+@pytest.fixture
+def only_parsed(monkeypatch):
+    """argparse ends a program where its arguments are right."""
+    depth = [0]
+
+    def ending(original):
+        def parse(self, *args, **kwargs):
+            depth[0] += 1
+            try:
+                result = original(self, *args, **kwargs)
+            finally:
+                depth[0] -= 1
+            if depth[0] == 0:
+                raise Parsed
+            return result
+
+        return parse
+
+    for name in ("parse_args", "parse_known_args", "parse_intermixed_args"):
+        original = getattr(argparse.ArgumentParser, name)
+        monkeypatch.setattr(argparse.ArgumentParser, name, ending(original))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def call(program, words):
+    if program.startswith("2dplayground_"):
+        kind = program.removeprefix("2dplayground_").removesuffix(".py")
+        return importlib.import_module("lods.playground").main(kind, words)
+    module = {"launch.py": "launch", "evaluate.py": "evaluate", "merge.py": "lods.merge"}
+    main = importlib.import_module(module.get(program, "lods.cli")).main
+    return main(words)
+
+
+def configs_of(words):
+    """What stands after ``--config``, which takes several."""
+    found, taking = [], False
+    for word in words:
+        if word.startswith("-"):
+            taking = word in ("--config", "--grid")
+            _, _, value = word.partition("=")
+            if word.startswith(("--config=", "--grid=")):
+                found.append(value)
+        elif taking and "=" not in word:
+            found.append(word)
+    return found
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_a_command_is_understood_and_names_what_is_there(only_parsed, words):
+    program, rest = PROGRAM.fullmatch(words[0])[1], words[1:]
+    files = [file for file in configs_of(rest) if "<" not in file]  # <run> is the reader's own
+    with pytest.raises(Parsed):
+        call(program, rest)
+    for file in files:
+        names = [ROOT / file, ROOT / "configs" / f"{file}.yaml"]
+        assert any(name.is_file() for name in names), file
+    if program == "launch.py" and files:
+        load_config(*files, cli_args=[w for w in rest if "=" in w and not w.startswith("-")])
+
+
+@pytest.mark.parametrize(
+    "target", re.findall(r"^make ([\w-]+)", "\n".join(blocks("bash", "sh", "")), re.M)
+)
+def test_a_target_of_make_is_there(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+class FewSteps(ast.NodeTransformer):
+    """Loops of hundreds of steps become loops of two."""
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        count = node.args[-1] if node.args else None
+        if getattr(node.func, "id", "") == "range" and isinstance(count, ast.Constant):
+            count.value = min(count.value, 2)
+        return node
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return lods.models.load("pocket", "cpu")
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])
+def test_a_block_of_python_runs_as_it_stands(pocket, tmp_path, monkeypatch, code):
+    """With the pocket model, whatever it names, and in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lods.models, "load", lambda *args, **settings: pocket)
+    tree = ast.fix_missing_locations(FewSteps().visit(ast.parse(code)))
+    exec(compile(tree, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_there_are_commands():
+    assert commands()
