@@ -16,9 +16,9 @@ from PIL import Image
 
 import threestudio
 from tests.browser import chromium
+from tests.gaussians.clouds import soft_gaussians
 from tests.glb_files import linear, read_glb, shown
 from tests.mesh_render import draw
-from tests.test_gaussian_surface import soft_gaussians
 from threestudio.data.cameras import camera_batch
 from threestudio.models.geometry.base import BaseImplicitGeometry
 from threestudio.models.mesh import Mesh
@@ -39,6 +39,7 @@ def seen(path, cameras=((0.0, 0.0),), light="flat", page="three.html"):
     sent = chromium.show(page, path.read_bytes(), **job)
     pictures = [Image.open(io.BytesIO(sent[f"{i}.png"])) for i in range(len(views))]
     if folder := os.environ.get("BROWSER_PICTURES"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
         for i, picture in enumerate(pictures):
             picture.save(Path(folder) / f"{path.stem}-{page.split('.')[0]}-{light}-{i}.png")
     return [np.asarray(picture.convert("RGB")).astype(float) for picture in pictures]

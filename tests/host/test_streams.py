@@ -10,7 +10,7 @@ import pytest
 
 import evaluate
 from tests.host.test_launch import cli, train  # noqa: F401 (a fixture)
-from threestudio.utils.streams import print_anything
+from threestudio.run.streams import print_anything
 
 
 @contextlib.contextmanager

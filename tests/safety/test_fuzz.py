@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-import launch
+from tests.runs import ROOT
 from threestudio.models.prompt_processors.base import PromptProcessor
 from threestudio.models.prompt_processors.cache import hash_prompt
 from threestudio.models.prompt_processors.dummy_prompt_processor import DummyPromptProcessor
-from threestudio.utils.checkpoint import AtomicCheckpointIO
+from threestudio.run.checkpoint import AtomicCheckpointIO
+from threestudio.run.messages import explain_error
 from threestudio.utils.config import (
     ExperimentConfig,
     dump_config,
@@ -43,7 +44,7 @@ def budget(examples):
 
 def explained(error: Exception) -> None:
     """launch.py has one line for this error, which can be printed."""
-    line = launch._explain(error)
+    line = explain_error(error, ROOT)
     assert line and "\n" not in line and len(line) < 1500, repr(error)
     line.encode()
 
@@ -426,7 +427,7 @@ def valid_plys(ply):
     g = torch.Generator().manual_seed(0)
     shapes = {"means": (6, 3), "scales": (6, 3), "quats": (6, 4), "opacities": (6,)}
     shapes |= {"sh0": (6, 1, 3), "shN": (6, 3, 3)}
-    ply.write_gaussians("g.ply", **{k: torch.randn(s, generator=g) for k, s in shapes.items()})
+    ply.write_ply("g.ply", **{k: torch.randn(s, generator=g) for k, s in shapes.items()})
     ply.write_points("p.ply", torch.randn(6, 3, generator=g), torch.rand(6, 3, generator=g))
     box = trimesh.creation.box()
     box.export("m.ply")

@@ -1,8 +1,8 @@
 """The initial sizes of Gaussians, from the distances to their nearest neighbours.
 
-``scipy`` (a k-d tree in float64, any machine) is the twin; ``simple-knn``, the CUDA extension of
-3DGS, and ``gswarp`` have the function ``distCUDA2``, the mean of the three squared distances in
-float32.
+``scipy`` (a k-d tree in float64, any machine) is the reference; ``simple-knn``, the CUDA
+extension of 3DGS, and ``gswarp`` have the function ``distCUDA2``, the mean of the three squared
+distances in float32.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from lods import log
-from scipy.spatial import cKDTree
+from scipy.spatial import cKDTree  # type: ignore[attr-defined]
 
 # In the order that ``auto`` tries them: a package, its module, and how to get it. The package that
 # pip knows as simple-knn is another one.

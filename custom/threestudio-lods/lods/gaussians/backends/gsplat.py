@@ -1,8 +1,11 @@
-"""gsplat's CUDA kernels behind our signature (github.com/nerfstudio-project/gsplat, Apache-2.0)."""
+"""gsplat's CUDA kernels behind our function (github.com/nerfstudio-project/gsplat, Apache-2.0)."""
 
+import importlib
 from functools import lru_cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @lru_cache(maxsize=1)
@@ -13,11 +16,11 @@ def missing() -> str:
     if not torch.cuda.is_available():
         return "there is no CUDA device; use backend='cpu'"
     try:
-        from gsplat.cuda._backend import _C
+        compiled = importlib.import_module("gsplat.cuda._backend")._C
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         return f"gsplat cannot be loaded ({reason}); pip install gsplat, with a CUDA toolkit (nvcc)"
-    if _C is None:
+    if compiled is None:
         return (
             "gsplat is installed without its CUDA kernels; install a CUDA toolkit (nvcc), or a "
             "prebuilt wheel from https://docs.gsplat.studio/whl"
@@ -25,21 +28,16 @@ def missing() -> str:
     return ""
 
 
-def refuses(*scene) -> str:
-    """Why gsplat cannot draw this: it can draw everything."""
-    return ""
-
-
-def rasterization(
-    means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane, far_plane,
-    eps2d, backgrounds, render_mode, absgrad,
-):  # fmt: skip
-    """See ``rasterize.rasterization``."""
+def rasterization(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """See :func:`lods.gaussians.rasterization`; every argument goes to gsplat as it is, tensors in
+    single precision."""
     from gsplat import rasterization as gsplat_rasterization
+    from gsplat.cuda._wrapper import RollingShutterType
 
-    return gsplat_rasterization(
-        means.float(), quats.float(), scales.float(), opacities.float(), colors.float(),
-        viewmats.float(), Ks.float(), width, height, near_plane=near_plane, far_plane=far_plane,
-        eps2d=eps2d, backgrounds=None if backgrounds is None else backgrounds.float(),
-        render_mode=render_mode, absgrad=absgrad, packed=False,
-    )  # fmt: skip
+    shutter = arguments["rolling_shutter"]
+    if isinstance(shutter, str):
+        arguments["rolling_shutter"] = RollingShutterType[shutter]
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            arguments[name] = value.float()
+    return gsplat_rasterization(**arguments)
