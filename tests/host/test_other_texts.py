@@ -1,4 +1,4 @@
-"""The texts that some priors compare the prompt with, of ``lods-prompt-processor``."""
+"""The texts that some methods compare the prompt with, of ``lods-prompt-processor``."""
 
 import pytest
 import torch
