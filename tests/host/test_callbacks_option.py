@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_host_launch import cli, last, train  # noqa: F401 (a fixture)
+from tests.host.test_launch import cli, last, train  # noqa: F401 (a fixture)
 from threestudio.run.named_callbacks import said_again
 from threestudio.run.preflight import read_config
 from threestudio.utils.config import parse_overrides
