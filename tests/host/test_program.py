@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT
 from tests.host.test_launch import CONFIG, cli  # noqa: F401 (a fixture)
+from tests.runs import ROOT
 from threestudio.run.arguments import Program, find_config, parse_args
 from threestudio.run.cli import main
 from threestudio.utils.errors import UserError
