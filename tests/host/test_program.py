@@ -21,7 +21,7 @@ def home(tmp_path):
     for name in ("custom", "configs"):
         (tmp_path / "home" / name).mkdir(parents=True)
     link = tmp_path / "home" / "custom" / "toy_extension.py"
-    link.symlink_to(Path(__file__).with_name("toy_extension.py"))
+    link.symlink_to(ROOT / "tests" / "toy_extension.py")
     (tmp_path / "home" / "configs" / "toy.yaml").write_text(CONFIG)
     (tmp_path / "home" / "configs" / "toys.yaml").write_text("{}")
     return tmp_path / "home"
