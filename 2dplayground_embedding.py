@@ -1,13 +1,15 @@
-"""Distil a few images from a prompt with LODS and a learnt embedding; ``--help`` says how."""
+"""Distil a few images from a prompt with LODS and a learned embedding; ``--help`` says how."""
 
 import sys
 from pathlib import Path
 
-from threestudio.utils.extensions import load_extension
-from threestudio.utils.signals import steady_streams
+sys.path.append(str(Path(__file__).resolve().parent / "custom" / "threestudio-lods"))
+
+from lods.playground import main
+
+from threestudio.run.streams import steady_streams
 
 if __name__ == "__main__":
-    extension = Path(__file__).resolve().parent / "custom" / "threestudio-lods"
     with steady_streams():
-        status = load_extension(extension, submodule="playground").main("embedding")
+        status = main("embedding")
     sys.exit(status)

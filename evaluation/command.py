@@ -2,7 +2,6 @@
 
 import argparse
 import base64
-import importlib
 import os
 import statistics
 from contextlib import closing, suppress
@@ -125,8 +124,8 @@ def check_methods(runs: List[Run]) -> None:
 
 def check_prompts(runs: List[Run]) -> None:
     """Refuse a prompt in which a run's model knows no object, before a process finds out."""
-    check_prompt = importlib.import_module("threestudio-lods.preflight").check_prompt
-    local_folder = importlib.import_module("threestudio-lods.guidance.cards").local_folder
+    from lods.preflight import check_prompt
+
     distinct: Dict[tuple, set] = {}  # what a config depends on here -> prompts
     for run in (run for run in runs if run.method != TRUE):
         overrides = [o for o in run.overrides if o.startswith("system.prompt_processor")]
@@ -137,7 +136,7 @@ def check_prompts(runs: List[Run]) -> None:
         for prompt in sorted(prompts):
             cfg.system.prompt_processor.prompt = prompt
             try:
-                check_prompt(cfg, local_folder)
+                check_prompt(cfg)
             except ValueError as error:
                 raise UserError(str(error)) from None
 

@@ -1,7 +1,6 @@
 """One run: distil (or draw), look at it from all sides, judge it."""
 
 import base64
-import importlib
 import io
 import itertools
 import math
@@ -227,7 +226,8 @@ def latents_data(cfg) -> LatentsData:
 
 def latents(run: Run, cfg, folder: Path) -> Made:
     """Distil particles with the loop of the 2D playground."""
-    playground = importlib.import_module("threestudio-lods.playground")
+    from lods import playground
+
     data = latents_data(cfg)
     system = parse_structured(LatentsSystem, cfg.system, "system of latents")
     rates = {name: dict(group) for name, group in system.optimizer.get("params", {}).items()}
@@ -242,17 +242,23 @@ def latents(run: Run, cfg, folder: Path) -> Made:
     utils = threestudio.find(system.prompt_processor_type)(system.prompt_processor)()
     recorder = Recorder()
     recorder.watch(guidance)
-    size = guidance.denoiser.latent_size
-    shape = (data.n_particles, guidance.denoiser.latent_channels, size, size)
-    particles = torch.rand(shape, device=guidance.device).mul_(2).sub_(1).requires_grad_()
+    method = guidance.method
+
+    def losses_of(part):
+        front = torch.zeros(len(part), device=part.device)  # all seen from the front
+        rows = part.permute(0, 2, 3, 1)
+        return guidance(rows, utils, front, front, front, rgb_as_latents=True)
+
+    shape = (data.n_particles, *method.model.latent_shape)
+    particles = torch.rand(shape, device=method.model.device).mul_(2).sub_(1).requires_grad_()
     loop = playground.optimise(
-        guidance,
-        utils,
+        method,
         particles,
         cfg.trainer.max_steps,
         rates["particles"]["lr"],
         rates["guidance"]["lr"],
         data.batch_size,
+        losses_of=losses_of,
     )
     start = time.perf_counter()
     for numbers in loop:
@@ -264,7 +270,7 @@ def latents(run: Run, cfg, folder: Path) -> Made:
         raise StoppedError("the particles are not finite at the end")
     seconds = time.perf_counter() - start
     name, peak = device_and_peak()
-    pictures = Pictures(truth.to_tensor(playground.decode(guidance, particles)))
+    pictures = Pictures(truth.to_tensor(playground.decode(method.model, particles)))
     return Made(pictures, recorder.steps(), seconds, peak, name)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from pocket.tools import say, whole_file
 
-OUT = Path("custom/threestudio-lods/models/pocket")
+OUT = Path("custom/threestudio-lods/lods/models/pocket")
 STAGES = ("data", "vae", "latents", "unet", "views", "save", "judge", "report")
 # what the pictures are made with
 WORLD = ("data.py", "raycast.py", "scenes.py")

@@ -242,7 +242,7 @@ def report(folder, rounds: int = 3, count: int = 300):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="custom/threestudio-lods/models/pocket")
+    parser.add_argument("--model", default="custom/threestudio-lods/lods/models/pocket")
     parser.add_argument("--rounds", type=int, default=3, help="samples per object and view")
     parser.add_argument("--count", type=int, default=300, help="held-out pictures for noise.csv")
     options = parser.parse_args()

@@ -1,7 +1,6 @@
 """Fixtures shared by all tests: the extension, loaded as launch.py loads it, and tiny models."""
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def lods():
-    """The extension package, under the name that launch.py gives it: ``threestudio-lods``."""
+    """The package ``lods``, which the extension's door has imported as launch.py does."""
     from threestudio.utils.extensions import load_extension
 
-    return load_extension(ROOT / "custom" / "threestudio-lods")
+    return load_extension(ROOT / "custom" / "threestudio-lods").lods
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +37,6 @@ def tiny_sd(tmp_path_factory):
 
 
 def pytest_configure(config):
-    """Under ``nohup`` the signal of a closed terminal is ignored, and would be by all that the
-    tests start."""
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    from tests.hangups import hear_hangups
+
+    hear_hangups()

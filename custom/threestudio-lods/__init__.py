@@ -1,5 +1,24 @@
-"""LODS for threestudio: importing this package registers its guidances, Gaussians and systems."""
+"""LODS for threestudio: importing this folder registers its guidances, Gaussians and systems.
 
-from . import gaussian, guidance, system
+It is the door of a threestudio host. All code is in the package ``lods`` beside this file, which
+has that one name always: where it is not installed, this folder goes to the end of ``sys.path``.
+"""
 
-__all__ = ["gaussian", "guidance", "system"]
+import importlib.util
+import sys
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+_spec = importlib.util.find_spec("lods")
+if _spec is None:
+    sys.path.append(str(_HERE))
+
+import lods.threestudio  # noqa: E402
+
+if Path(lods.__file__).resolve().parent != _HERE / "lods":
+    lods.threestudio.warn(
+        f"lods {lods.__version__} is the package installed in {Path(lods.__file__).parent}, not "
+        f"the one in {_HERE}: uninstall threestudio-lods to use that"
+    )
+
+__all__ = ["lods"]

@@ -34,7 +34,7 @@ class Backend:
     CameraModelType = SimpleNamespace(PINHOLE=0, ORTHO=1, FISHEYE=2, FTHETA=3)
 
     def __init__(self) -> None:
-        self.raster = importlib.import_module("threestudio-lods.gaussian.raster_cpu")
+        self.raster = importlib.import_module("lods.gaussians.backends.cpu")
         self.last: dict = {}  # of the last projection, what its arguments leave out later
 
     # -- projection ----------------------------------------------------------------------------

@@ -1,0 +1,32 @@
+"""From where each image is seen."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """One camera a row, on threestudio's conventions.
+
+    ``elevation`` and ``azimuth`` are in degrees (azimuth 0 sees the front, 180 the back),
+    ``distance`` in world units. ``c2w`` is camera to world with OpenGL axes (x right, y up, z
+    backward), ``mvp`` the product of projection and world to camera; both are read by VSD only.
+    """
+
+    elevation: Float[Tensor, " B"]
+    azimuth: Float[Tensor, " B"]
+    distance: Float[Tensor, " B"]
+    c2w: Float[Tensor, "B 4 4"] | None = None
+    mvp: Float[Tensor, "B 4 4"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.elevation)
+
+    @property
+    def views(
+        self,
+    ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """(elevation, azimuth, distance)."""
+        return self.elevation, self.azimuth, self.distance

@@ -1,0 +1,1 @@
+"""Learned parts: what a method learns beside what it distils."""

@@ -1,0 +1,137 @@
+"""LoRA on the attention of a UNet, with a strength of its own for every row of a batch."""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from lods.learned.files import read_safetensors, write_safetensors
+from torch import Tensor, nn
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+_PARTS = {"A": "down", "B": "up"}  # diffusers' names of the two factors
+
+
+class RowLora(nn.Module):
+    """Low-rank updates (arXiv:2106.09685) of a UNet's attention projections, injected by peft:
+
+    row b of a projection gives  W x_b + r_b B A x_b,  with A (rank, in) ~ N(0, 1/rank^2), B
+    (out, rank) zero at first, both float32, and r_b the row's strength, set by :meth:`strength`
+    for the calls within it and 0 outside: there the UNet is what it was.
+
+    The parameters are named as in the UNet (``down_blocks.0...to_q.lora_A.weight``); the UNet
+    itself is not part of this module.
+    """
+
+    def __init__(self, unet: nn.Module, rank: int = 4):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, not {rank}")
+        from peft import LoraConfig, inject_adapter_in_model
+
+        # lora_alpha = r: peft's own factor is 1, the strength is ours alone.
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS)
+        )
+        inject_adapter_in_model(config, unet)
+        self._strength: float | Tensor = 0.0
+        for name, layer in list(unet.named_modules()):
+            if hasattr(layer, "lora_A"):
+                for part in ("lora_A", "lora_B"):
+                    # peft makes them in the UNet's dtype; half precision would lose the updates
+                    self._enter(f"{name}.{part}", getattr(layer, part)["default"].float())
+                layer.lora_B["default"].register_forward_hook(self._scale)
+
+    def _enter(self, path: str, leaf: nn.Module) -> None:
+        *parents, last = path.split(".")
+        node: nn.Module = self
+        for parent in parents:
+            if parent not in dict(node.named_children()):
+                node.add_module(parent, nn.Module())
+            node = node.get_submodule(parent)
+        node.add_module(last, leaf)
+
+    def _scale(self, module, inputs, output: Tensor) -> Tensor:
+        if not isinstance(self._strength, Tensor):
+            return output * self._strength
+        rows = F.pad(self._strength, (0, len(output) - len(self._strength)))
+        return output * rows.view(-1, *[1] * (output.ndim - 1))
+
+    @contextlib.contextmanager
+    def strength(self, rows: float | Float[Tensor, " B"]):
+        """Within this, the UNet's calls use these strengths, one for all rows or one for each of
+        the first rows (0 for those after them)."""
+        before, self._strength = self._strength, rows
+        try:
+            yield
+        finally:
+            self._strength = before
+
+    def same_strength(self) -> Callable[[], Any]:
+        """A function that makes contexts with the strengths of now, for what is computed again
+        when they have ended."""
+        rows = self._strength
+        return lambda: self.strength(rows)
+
+    def save(self, path, strength: float, metadata: dict[str, str]) -> Path:
+        """Write a LoRA that ``StableDiffusionPipeline.load_lora_weights`` reads, under the names
+        that every diffusers since 0.14 knows; at its default weight of 1 it acts with
+        ``strength``, which is multiplied into B here."""
+        tensors = {}
+        for name, value in self.state_dict().items():
+            factor = strength if name.endswith("lora_B.weight") else 1.0
+            tensors[_file_name(name)] = value * factor
+        return write_safetensors(path, tensors, {"format": "pt", **metadata})
+
+    def load(self, path, strength: float) -> dict[str, str]:
+        """Take over the LoRA of a file, ours or another of the UNet's attention (names of diffusers
+        or of peft), such that with ``strength`` it acts as the file says. Returns the file's
+        metadata. Raises ``ValueError`` for a file of something else, another rank or another UNet.
+        """
+        tensors, metadata = read_safetensors(path)
+        own = self.state_dict()
+        names = {_file_name(name): name for name in own}
+        names |= {f"unet.{name}": name for name in own}
+        found = {names.get(key): value for key, value in tensors.items()}
+        if set(found) != set(own) or len(found) != len(tensors):
+            odd = [k for k in tensors if k not in names]
+            odd += [_file_name(name) for name in own if name not in found] or list(tensors)
+            raise ValueError(
+                f"{path} is not a LoRA of the attention of this UNet (and of nothing else): see "
+                f"{odd[0]!r}"
+            )
+        alpha = _peft_factor(metadata, path)
+        for name, value in found.items():
+            if value.shape != own[name].shape:
+                rank = value.shape[0 if "lora_A" in name else -1]
+                raise ValueError(
+                    f"the LoRA in {path} does not fit: {name} is {tuple(value.shape)} there and "
+                    f"{tuple(own[name].shape)} here (its rank is {rank}, see lora_rank)"
+                )
+            factor = alpha / strength if name.endswith("lora_B.weight") else 1.0
+            own[name].copy_(value.float() * factor)
+        return metadata
+
+
+def _file_name(name: str) -> str:
+    """``X.to_out.0.lora_A.weight`` of the UNet as ``unet.X.processor.to_out_lora.down.weight``."""
+    module, projection, part = re.fullmatch(
+        r"(.*)\.(to_[a-z]+)(?:\.0)?\.lora_([AB])\.weight", name
+    ).groups()
+    return f"unet.{module}.processor.{projection}_lora.{_PARTS[part]}.weight"
+
+
+def _peft_factor(metadata: dict[str, str], path) -> float:
+    """alpha / rank of a file in which peft noted them; 1 in any other."""
+    try:
+        noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        factor = noted.get("unet.lora_alpha", 1.0) / noted.get("unet.r", 1.0)
+        if not 0 < factor < 1e4:
+            raise ValueError(f"alpha / rank is {factor}")
+        return factor
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: lora_adapter_metadata cannot be read ({error})") from None

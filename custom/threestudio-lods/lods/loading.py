@@ -1,0 +1,50 @@
+"""``lods.load``: a method, its model and its prompt."""
+
+import dataclasses
+from typing import Any
+
+from lods import settings as fields
+from lods.methods.base import Method
+from lods.methods.options import tell
+from lods.methods.registry import find
+from lods.models.memory import ModelSettings
+from lods.prompts import EmbeddedPrompts, TextSettings
+
+
+def load_method(
+    method: str,
+    model: Any,
+    prompt: str,
+    negative_prompt: str,
+    device: Any,
+    settings: dict[str, Any],
+) -> Method:
+    """See :func:`lods.load`."""
+    cls = find(method)
+    parts = {"method": cls.Config, "model": ModelSettings, "texts": TextSettings}
+    given: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    names = {part: {f.name for f in dataclasses.fields(kind)} for part, kind in parts.items()}
+    for name, value in settings.items():
+        part = next((part for part in parts if name in names[part]), None)
+        if part is None:
+            known = sorted(set().union(*names.values()))
+            raise ValueError(f"{method} has no setting {name!r}{fields.nearest(name, known)}")
+        given[part][name] = value
+    config = fields.make(cls.Config, given["method"])
+    text_settings = fields.make(TextSettings, given["texts"])
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError("the prompt is empty: give prompt='a DSLR image of a hamburger'")
+    if isinstance(model, str):
+        from lods.models import load
+        from lods.prompts import check_words
+
+        check_words(model, prompt, text_settings)
+        model = load(model, device, **given["model"])
+    elif given["model"]:
+        raise ValueError(
+            f"{next(iter(given['model']))} is a setting of a model that is loaded here"
+        )
+    tell(config, cls.unread, cls.grows_with_scale)
+    made = cls(model, config)
+    made.start(EmbeddedPrompts(model, prompt, negative_prompt, text_settings))
+    return made

@@ -1,0 +1,298 @@
+"""What all methods share: encode, draw (t, noise), ask for the gradient, make it a loss."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from lods import log, schedules, scores, settings
+from lods.cameras import Cameras
+from lods.methods import predictions
+from lods.methods.conditions import Conditions, Prompts
+from lods.methods.sds_first import SDSFirst
+from lods.models.base import Model
+from torch import Tensor, nn
+
+Latents = Float[Tensor, "B c h w"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """``terms`` by name, each a scalar: ``loss_sds``, whose gradient is the method's, and the
+    losses of its learned part; ``numbers`` to log. ``total`` is what to call ``backward`` on."""
+
+    terms: dict[str, Float[Tensor, ""]]
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Float[Tensor, ""]:
+        """The sum of all terms."""
+        return torch.stack(list(self.terms.values())).sum()
+
+
+class Method(nn.Module):
+    """One way to make a gradient for images out of a frozen model's predictions.
+
+    ``method(images)`` returns :class:`Losses`. A method defines :meth:`gradient`, and its own
+    ``Config`` if it has settings; where it needs them :meth:`diffuse` (how x_t is made) and
+    ``other_texts`` (beside prompt and null prompt). The parameters of the module are the learned
+    part (see :class:`lods.methods.learning.LearningMethod`); the model is frozen and not part of
+    its ``state_dict``.
+    """
+
+    @dataclass
+    class Config:
+        """The settings of all methods."""
+
+        # s of the formulas, above 0; .inf for the LODS methods
+        guidance_scale: Annotated[float, "(0, inf]"] = 7.5
+        # so many first steps follow SDS over its scale, see :mod:`.sds_first`
+        sds_steps: Annotated[int, "[0, 1e12]"] = 0
+        sds_scale: Annotated[float, "(0, 1e9]"] = 100.0
+        # t is drawn from int(T min) .. int(T max), both included; schedules allowed
+        min_step_percent: Annotated[Any, "scheduled [0, 1]"] = 0.02
+        max_step_percent: Annotated[Any, "scheduled [0, 1]"] = 0.98
+        # how: random, or monotone, the same t for all rows, which falls with the step (of HiFA,
+        # arXiv:2305.18766): max - (max - min) sqrt(step / timestep_schedule_steps)
+        timestep_schedule: Annotated[str, ("random", "monotone")] = "random"
+        timestep_schedule_steps: Annotated[int, "[0, 1e12]"] = 0
+        # every element of the gradient is clamped to +- this; schedules allowed
+        grad_clip: Annotated[Any | None, "scheduled (0, inf]"] = None
+        # w(t), see scores.weight
+        weighting_strategy: Annotated[str, scores.WEIGHTINGS] = "sds"
+
+        def contradictions(self):
+            """Fields that do not go together: (field, what is wrong)."""
+            yield from _wrong_timesteps(self)
+            if self.timestep_schedule == "monotone" and self.timestep_schedule_steps < 1:
+                yield (
+                    "timestep_schedule",
+                    "=monotone needs the number of steps in which t falls: set "
+                    "timestep_schedule_steps, for example to trainer.max_steps",
+                )
+
+    # whether the gradient grows with guidance_scale, which then has to be finite
+    grows_with_scale: ClassVar[bool] = False
+    other_texts: ClassVar[tuple[str, ...]] = ()  # names for Conditions.others: "source", "bad"
+    unread: ClassVar[tuple[str, ...]] = ()  # settings of all methods that this one does not read
+
+    def __init__(self, model: Model, config: Any = None, **values: Any):
+        """``config``: an instance of the class's ``Config``, or ``values`` for one."""
+        super().__init__()
+        self.model = model
+        self.cfg = settings.make(type(self).Config, values) if config is None else config
+        self.prompts: Prompts | None = None
+        self._lost: Tensor | None = None  # share of the last gradient that was not finite
+        self._warned: set[bool] = set()
+        self.step(0)
+        self.create_learned()
+        self.distil = SDSFirst(self, *self.sds_stage())
+        for each in self.models():
+            each.prepare(self.recompute_context)
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def gradient(
+        self, x_t: Latents, t: Int[Tensor, " B"], eps: Latents, conditions: Conditions
+    ) -> Latents:
+        """The gradient with respect to the latents z (called without autograd); ``eps`` is the
+        noise of :meth:`diffuse`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define gradient")
+
+    def diffuse(
+        self, latents: Latents, t: Int[Tensor, " B"], conditions: Conditions
+    ) -> tuple[Latents, Latents]:
+        """x_t, and the noise that ``gradient`` compares predictions with: here freshly drawn."""
+        return predictions.fresh_noise(self.model, latents, t)
+
+    def create_learned(self) -> None:
+        """Make the learned part; called once, when the model is there."""
+
+    def learn(self, latents: Latents, conditions: Conditions) -> dict[str, Float[Tensor, ""]]:
+        """The losses of the learned part on detached latents; none here."""
+        return {}
+
+    def start_from(self, prompts: Prompts) -> None:
+        """Start the learned part from the prompts' embeddings; called once, by :meth:`start`."""
+
+    def models(self) -> tuple[Model, ...]:
+        """All models that are called: ``self.model``, and others of the learned part."""
+        return (self.model,)
+
+    def sds_stage(self) -> tuple[int, float]:
+        """(steps, scale) of the SDS that comes before the method's own gradient."""
+        return self.cfg.sds_steps, self.cfg.sds_scale
+
+    def recompute_context(self) -> Callable[[], AbstractContextManager[Any]]:
+        """What makes the context in which the network runs now, see
+        :func:`lods.models.memory.checkpoint_blocks`."""
+        return nullcontext
+
+    # -- what a gradient is made of --------------------------------------------------------------
+
+    def predict(self, x_t, t, conditions: Conditions, *texts) -> predictions.Predictions:
+        """The noise predictions under these texts, in rows of one call; with the negatives of
+        Perp-Neg in the conditions the first is composed with them."""
+        return predictions.predict(self.model, x_t, t, conditions, *texts)
+
+    def weight(self, t: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """w(t) of the configured ``weighting_strategy``."""
+        return self.model.schedule.weight(t, self.cfg.weighting_strategy)
+
+    def timesteps(self, rows: int, device: torch.device) -> Int[Tensor, " B"]:
+        """t of each row, by ``timestep_schedule``."""
+        if self.cfg.timestep_schedule == "monotone":
+            done = min(self.now / self.cfg.timestep_schedule_steps, 1.0) ** 0.5
+            t = round(self.max_step - (self.max_step - self.min_step) * done)
+            return torch.full((rows,), t, device=device)
+        return torch.randint(self.min_step, self.max_step + 1, (rows,), device=device)
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def step(self, step: int, epoch: int = 0) -> None:
+        """Set what depends on the step: the range of t and the clip."""
+        self.now = step
+        T = self.model.schedule.steps
+        low = schedules.value_at(self.cfg.min_step_percent, step, epoch)
+        high = schedules.value_at(self.cfg.max_step_percent, step, epoch)
+        if not 0 <= low <= high <= 1:  # a schedule in epochs, which the Config cannot see
+            raise ValueError(
+                f"0 <= min_step_percent <= max_step_percent <= 1 is needed, not {low} and {high} "
+                f"(at step {step})"
+            )
+        self.min_step, self.max_step = (min(int(T * share), T - 1) for share in (low, high))
+        clip = self.cfg.grad_clip
+        self.grad_clip = None if clip is None else schedules.value_at(clip, step, epoch)
+
+    def start(self, prompts: Prompts) -> None:
+        """Take these prompts, and start the learned part from them; a second call changes nothing.
+
+        Raises ``ValueError`` if the embeddings are of another model.
+        """
+        if self.prompts is not None:
+            return
+        width = prompts.plain("null").shape[-1]
+        if width != self.model.text_width:
+            raise ValueError(
+                f"the prompt's embeddings have width {width}, the guidance's model takes "
+                f"{self.model.text_width}: give prompt_processor and guidance the same "
+                "pretrained_model_name_or_path, and for SDXL set "
+                "system.prompt_processor_type=lods-prompt-processor"
+            )
+        self.start_from(prompts)
+        self.prompts = prompts
+
+    def latents_of(self, images: Float[Tensor, "B 3 H W"]) -> Latents:
+        """Latents of images in 0..1, which are resized to the model's size first."""
+        return self.model.encode(resized(images, self.model.image_size))
+
+    def forward(
+        self,
+        images: Float[Tensor, "B 3 H W"] | None = None,
+        cameras: Cameras | None = None,
+        latents: Latents | None = None,
+    ) -> Losses:
+        """The losses of images in 0..1, or of ``latents``, seen from these cameras (by default
+        all from the front). Raises ``ValueError`` for neither or both, for other shapes, and
+        without prompts."""
+        if self.prompts is None:
+            raise ValueError("the method has no prompt yet: make it by lods.load, or call start")
+        if (images is None) == (latents is None):
+            raise ValueError("give either images (B, 3, H, W) in 0..1, or latents=")
+        if images is not None and (images.ndim != 4 or images.shape[1] != 3):
+            raise ValueError(f"images are (B, 3, H, W), not {tuple(images.shape)}")
+        z = self.latents_of(images) if latents is None else latents
+        if z.ndim != 4 or tuple(z.shape[1:]) != tuple(self.model.latent_shape):
+            raise ValueError(
+                f"latents of this model are (B, {', '.join(map(str, self.model.latent_shape))}), "
+                f"not {tuple(z.shape)}"
+            )
+        if cameras is not None and len(cameras) != len(z):
+            many = "camera" if len(cameras) == 1 else "cameras"
+            raise ValueError(f"{len(cameras)} {many} for {len(z)} images: give one each, or none")
+        if cameras is None:
+            front = torch.zeros(len(z), device=z.device)
+            cameras = Cameras(front, front, front)
+        return self.losses(z, self.prompts.conditions(cameras, self.other_texts))
+
+    def losses(self, latents: Latents, conditions: Conditions) -> Losses:
+        """``loss_sds`` = 1/2 sum (z - stopgrad(z - g))^2 / B, whose gradient is g / B; the losses
+        of the learned part; and, to log, ``grad_norm`` (of g), ``min_step`` and ``max_step``."""
+        learning = self.learn(latents, conditions)
+        grad = self.clean(self.distil(latents, conditions))
+        target = (latents - grad).detach()
+        loss = 0.5 * F.mse_loss(latents, target, reduction="sum") / len(latents)
+        numbers = {
+            "grad_norm": grad.norm(),
+            "min_step": self.min_step,
+            "max_step": self.max_step,
+        }
+        return Losses({"loss_sds": loss, **learning}, numbers)
+
+    def own_gradient(
+        self, latents: Latents, t: Int[Tensor, " B"], conditions: Conditions
+    ) -> Latents:
+        """The method's gradient for one draw of the noise, before it is cleaned."""
+        x_t, eps = self.diffuse(latents, t, conditions)
+        return self.gradient(x_t, t, eps, conditions)
+
+    @torch.no_grad()
+    def clean(self, raw: Latents) -> Latents:
+        """``raw`` with its elements that are not finite as 0, then clamped to +- ``grad_clip``.
+
+        It warns once that some were not finite, and once that all were, a step later: a GPU would
+        have to be waited for to know this step's share."""
+        share = 0.0 if self._lost is None else float(self._lost)
+        if share > 0 and (share == 1) not in self._warned:
+            self._warned.add(share == 1)
+            log.warn(
+                f"guidance: {100 * share:.3g} % of a gradient's elements were nan or inf, and "
+                "count as 0" + (": nothing is learned from such a step" if share == 1 else "")
+            )
+        self._lost = (~torch.isfinite(raw)).float().mean()
+        grad = torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0)
+        return grad if self.grad_clip is None else grad.clamp(-self.grad_clip, self.grad_clip)
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path | None:
+        """Write the learned part to a safetensors file and return its path; None, and nothing
+        written, for a method that learns nothing."""
+        return None
+
+    def load(self, path: str | Path) -> dict[str, str]:
+        """Start the learned part from a file of :meth:`save`; returns the file's metadata."""
+        raise ValueError(f"{type(self).__name__} learns nothing: the file {path} has no use")
+
+
+def resized(x: Float[Tensor, "B C H W"], size: int) -> Float[Tensor, "B C h w"]:
+    """``x`` with ``size`` pixels a side, bilinearly."""
+    if x.shape[-2:] == (size, size):
+        return x
+    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+
+
+def _wrong_timesteps(cfg: Any):
+    """``(field, what is wrong)`` where timesteps or clip of a later step make no sense."""
+    names = ("min_step_percent", "max_step_percent", "grad_clip")
+    values = [getattr(cfg, name) for name in names]
+    for name, value in zip(names, values):
+        try:
+            schedules.value_at(0 if value is None else value, 0)
+        except TypeError as error:
+            yield name, f"is no schedule: {error}"
+            return
+    for step in schedules.steps_of(*values):
+        low, high = (schedules.value_at(value, step) for value in values[:2])
+        if not 0 <= low <= high <= 1:
+            yield (
+                "min_step_percent",
+                "and max_step_percent must be 0 <= min_step_percent <= max_step_percent <= 1, "
+                f"not {low:g} and {high:g} (at step {step})",
+            )
+        if values[2] is not None and not schedules.value_at(values[2], step) > 0:
+            yield "grad_clip", f"must be above 0, or null for none (at step {step})"

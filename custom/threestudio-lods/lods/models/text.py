@@ -1,0 +1,125 @@
+"""CLIP text encoders, one as in Stable Diffusion 1 and 2, or two as in SDXL."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from lods.models.cards import Location, first_line, resolve
+from lods.models.files import load_complete, load_model_config, refuse_code
+from torch import Tensor
+
+# (tokenizer, text encoder) and the class of the encoder in transformers
+ENCODERS = (
+    ("tokenizer", "text_encoder", "CLIPTextModel"),
+    ("tokenizer_2", "text_encoder_2", "CLIPTextModelWithProjection"),
+)
+Loader = Callable[..., Any]
+
+
+def has_two_encoders(location: Location) -> bool:
+    """Whether the UNet of the model takes SDXL's embeddings; false where it has no UNet."""
+    try:
+        config = load_model_config(location.path, "unet", location.revision)
+    except ValueError:  # only text parts, or nothing, of which whoever loads them complains
+        return False
+    return config.get("addition_embed_type") == "text_time"
+
+
+def zeros_for_empty(location: Location) -> bool:
+    """Whether SDXL's embedding of an empty text is all zeros: what ``model_index.json`` says; true,
+    diffusers' default, where it says nothing."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        config = DiffusionPipeline.load_config(location.path, revision=location.revision)
+    except Exception as error:  # of many kinds, by library and by version
+        raise ValueError(
+            f"model_index.json of {location.path!r} cannot be read ({first_line(error)}): it says "
+            "how an empty prompt is embedded"
+        ) from None
+    return bool(config.get("force_zeros_for_empty_prompt", True))
+
+
+def encode(
+    texts: Sequence[str],
+    load: Loader,
+    two_encoders: bool,
+    zero_empty: bool,
+    device: torch.device | str,
+) -> tuple[Float[Tensor, "N T D"], list[int]]:
+    """Embeddings of texts, and the number of tokens that each has before it is cut off.
+
+    One encoder: its last hidden states. Two: for each token the last but one hidden states of both
+    one after the other, and in a last row the second encoder's pooled embedding with zeros after it
+    (see :class:`lods.models.unet.UNetModel`); an empty text is all zeros with ``zero_empty``.
+    ``load(cls, part, **kwargs)`` loads one part of the model, one after the other, so that only one
+    encoder takes memory.
+    """
+    import transformers
+
+    texts, states, counts, pooled = list(texts), [], [], torch.empty(0)
+    for tokenizer_part, encoder_part, kind in ENCODERS[: 1 + two_encoders]:
+        # not left to its default, which asks at the terminal
+        tokenizer = load(transformers.AutoTokenizer, tokenizer_part, trust_remote_code=False)
+        encoder = load(getattr(transformers, kind), encoder_part, use_safetensors=True)
+        encoder = encoder.to(device, torch.float32).eval()
+        limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        counts = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
+        ids = tokenizer(
+            texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        ).input_ids
+        with torch.no_grad():
+            output = encoder(ids.to(device), output_hidden_states=two_encoders)
+        if not two_encoders:
+            return output[0], counts
+        states.append(output.hidden_states[-2])
+        pooled = output[0]
+    rows = torch.cat(states, dim=-1)
+    if pooled.ndim != 2 or pooled.shape[-1] > rows.shape[-1]:
+        raise ValueError(
+            f"the pooled text embedding is {tuple(pooled.shape)}, which does not fit into a "
+            f"row of {rows.shape[-1]}: the model's text encoders are not SDXL's"
+        )
+    row = F.pad(pooled, (0, rows.shape[-1] - pooled.shape[-1]))[:, None]
+    embeddings = torch.cat([rows, row], dim=1)
+    if zero_empty:
+        embeddings[[not text for text in texts]] = 0
+    return embeddings, [count + 1 for count in counts]  # the pooled row counts as a token
+
+
+class ClipText:
+    """The text encoders of a card, folder or hub id. ``encoder(texts)`` loads them, embeds all
+    texts in one call and lets them go again: a prompt is embedded once."""
+
+    def __init__(self, name: str, shape: tuple[int, int], device: torch.device | str = "cpu"):
+        self.name, self.shape, self.device = name, shape, device
+
+    def __call__(self, texts: Sequence[str]) -> Float[Tensor, "N T D"]:
+        """Embeddings (N, T, D), float32. Raises ``ValueError``, one line, for a model that is
+        missing or damaged."""
+        location = resolve(self.name)
+        two = has_two_encoders(location)
+        zero = two and zeros_for_empty(location)
+
+        def load(cls: Any, part: str, **kwargs: Any) -> Any:
+            if os.path.isdir(location.path):
+                refuse_code(location.path, part)
+            options = {**kwargs, "revision": location.revision}
+            try:
+                if issubclass(cls, torch.nn.Module):
+                    return load_complete(cls, location.path, part, **options)
+                return cls.from_pretrained(location.path, subfolder=part, **options)
+            except ValueError:
+                raise
+            except Exception as error:  # of many kinds, by library and by version
+                raise ValueError(
+                    f"the {part} of {self.name!r} cannot be loaded ({first_line(error)}): download "
+                    "the model again"
+                ) from None
+
+        # an encoder that is made may draw random numbers; a prompt shall not change the run's
+        with torch.random.fork_rng(devices=[]):
+            return encode(texts, load, two, zero, self.device)[0].float()

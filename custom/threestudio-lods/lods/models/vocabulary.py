@@ -1,0 +1,157 @@
+"""The words that a small model knows, where ``vocabulary.json`` in its folder lists them.
+
+Its tokenizer takes any other word apart into letters, which mean nothing to the model, and the run
+then distils some other object without a word. Large models have no such file, and every text is
+fine with them.
+
+It is read before torch is imported, and imports nothing heavy.
+"""
+
+import difflib
+import itertools
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+FILE = "vocabulary.json"
+FORCE = "system.prompt_processor.allow_unknown_words=true"
+MAX_BYTES = 1_000_000
+LISTED = 60  # entries of a group that a message lists
+NEAR = 0.76  # similarity of a suggestion: "hamburgr" and "cars" have one, "pink" is not "pine"
+_ENDINGS = re.compile(r"['\u2019](s|t|re|ve|m|ll|d)\b")  # CLIP's tokenizer cuts them off
+
+
+def words_of(text: str) -> list[str]:
+    """The words of ``text`` as CLIP's tokenizer sees them, in lower case, and its symbols that are
+    not punctuation (an emoji is a word that no small model knows)."""
+    text = _ENDINGS.sub(" ", unicodedata.normalize("NFC", text).lower())
+    kinds: list[str] = []
+    for c in text:
+        category = unicodedata.category(c)
+        if category[0] in "LN":
+            kinds.append("word")
+        elif category[0] == "M" or c == "\u200d":  # accents and joiners belong to what they follow
+            kinds.append(kinds[-1] if kinds else "")
+        else:
+            kinds.append("symbol" if category[0] == "S" and c > "\x7f" else "")
+    pairs = itertools.groupby(zip(text, kinds), key=lambda pair: pair[1])
+    return ["".join(c for c, _ in group) for kind, group in pairs if kind]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """``groups``: names in lower case, of one word or more, by what they are for: "objects", and
+    whatever else the file has ("colors", "views")."""
+
+    groups: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def read(cls, folder) -> "Vocabulary | None":
+        """Of the model in ``folder``; None where it has no such file. Raises ``ValueError``, one
+        line, for a file that is not an object of lists of names, "objects" among them."""
+        path = os.path.join(folder, FILE)
+        if not os.path.isfile(path):
+            return None
+        try:
+            with open(path, "rb") as file:
+                data = file.read(MAX_BYTES + 1)
+            content = json.loads(data) if len(data) <= MAX_BYTES else None
+        except (OSError, ValueError, RecursionError):
+            content = None
+        lists = list(content.values()) if isinstance(content, dict) else []
+        names = [name for each in lists if isinstance(each, list) for name in each]
+        right = all(isinstance(each, list) for each in lists) and "objects" in (content or ())
+        if not right or not all(isinstance(name, str) and words_of(name) for name in names):
+            raise ValueError(
+                f"{path} is not an object of lists of words, with one called objects: mend it, or "
+                "remove it, and no prompt is looked at"
+            )
+        return cls({key: tuple(" ".join(words_of(n)) for n in v) for key, v in content.items()})
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        return self.groups["objects"]
+
+    @property
+    def words(self) -> list[str]:
+        """Every single word that is known."""
+        names = itertools.chain(*self.groups.values())
+        return list(dict.fromkeys(word for name in names for word in name.split()))
+
+    def unknown(self, texts: Iterable[str]) -> list[str]:
+        """The words of these texts that the model does not know, each once."""
+        known = set(self.words)
+        return [w for w in dict.fromkeys(w for t in texts for w in words_of(t)) if w not in known]
+
+    def objects_in(self, text: str) -> list[str]:
+        """The objects that ``text`` names in full."""
+        spaced = f" {' '.join(words_of(text))} "
+        return [name for name in self.objects if f" {name} " in spaced]
+
+    def parts_in(self, text: str) -> list[str]:
+        """The words of ``text`` that are an object's name or a part of one ("bear")."""
+        parts = {word for name in self.objects for word in name.split()}
+        return [word for word in words_of(text) if word in parts]
+
+    def nearest(self, word: str) -> str:
+        """What ``word`` may be a slip for; "" if nothing is near."""
+        names = dict.fromkeys([*self.objects, *self.words])
+        spelt = {name.replace(" ", ""): name for name in reversed(names)}
+        near = difflib.get_close_matches(word, spelt, n=1, cutoff=NEAR)
+        return spelt[near[0]] if near else ""
+
+    def listing(self, *keys: str) -> str:
+        """``objects hamburger, car; colors red, blue`` of these groups."""
+        parts = []
+        for key in keys:
+            names = self.groups.get(key, ())
+            more = f" and {len(names) - LISTED} more (see {FILE})" if len(names) > LISTED else ""
+            parts += [f"{key} {', '.join(names[:LISTED])}{more}"] if names else []
+        return "; ".join(parts)
+
+    def refusal(self, prompt: str, force: str = FORCE) -> str:
+        """One line for a prompt without any word of an object; "" for any other. ``force``: what
+        the user sets to have it all the same."""
+        if self.parts_in(prompt):
+            return ""
+        return (
+            f"the prompt {_short(prompt)} names no object that this model knows"
+            f"{self._hints(self.unknown([prompt]))}: it knows the {self.listing('objects')}; "
+            f"to try it all the same, add {force}"
+        )
+
+    def warning(self, texts: Iterable[str], prompt: str = "") -> str:
+        """One line on the words of these texts that the model does not know, and on a ``prompt``
+        that names a part of an object only; "" if there is nothing to say."""
+        unknown = self.unknown(texts)
+        lines = []
+        if unknown:
+            lines.append(
+                f"this model does not know {_several(unknown)} and reads them letter by letter"
+                f"{self._hints(unknown)}"
+            )
+        part = self.parts_in(prompt)[:1]
+        if part and not self.objects_in(prompt):
+            whole = [name for name in self.objects if part[0] in name.split()]
+            lines.append(f"{part[0]!r} alone is no object that it knows: write {_several(whole)}")
+        if not lines:
+            return ""
+        every = self.listing("objects", *(key for key in self.groups if key != "objects"))
+        return f"{'; '.join(lines)}. It knows the {every}"
+
+    def _hints(self, unknown: list[str]) -> str:
+        near = {word: self.nearest(word) for word in unknown}
+        hints = [f"{_short(w)}: did you mean {n!r}?" for w, n in near.items() if n][:3]
+        return f" ({' '.join(hints)})" if hints else ""
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:60] + "...")
+
+
+def _several(words: list[str]) -> str:
+    more = f" and {len(words) - 5} more words" if len(words) > 5 else ""
+    return ", ".join(map(_short, words[:5])) + more

@@ -1,0 +1,169 @@
+"""Before anything is loaded: can the models that the config names be had, can they read its prompt,
+and can it be trained on so many GPUs?
+
+The launcher of this repository asks it early, through ``preflight.py`` beside the package, before
+torch is imported; upstream's does not know it, and finds out when the models are loaded.
+"""
+
+import sys
+from typing import Any
+
+from lods.models import cards
+from lods.models.vocabulary import FORCE, Vocabulary
+
+SYSTEMS = ("lods-gs-system", "lods-ngp-system")  # both load their models in every mode
+# by whether the system makes Gaussians: the geometries that it is meant for, the options that none
+# of the other kind has, and the overlay for the pocket model
+GEOMETRY = {True: ("lods-gaussians",), False: ("implicit-volume", "volume-grid")}
+OPTIONS = {
+    True: ("strategy", "lr_schedule", "geometry.init_type", "geometry.ball", "geometry.sh_degree"),
+    False: ("geometry.pos_encoding_config", "renderer.num_samples_per_ray"),
+}
+OVERLAY = {True: "pocket.yaml", False: "pocket-ngp.yaml"}
+# those of which a prompt is looked at: the first is these systems' default, the second is the
+# host's own, which can be given a model of this extension
+PROCESSORS = ("lods-prompt-processor", "stable-diffusion-prompt-processor")
+LEARNING = ("lods-embedding-guidance", "lods-lora-guidance", "lods-vsd-guidance")
+INNER_STEPS = (
+    "prior_inner_steps would teach the learned part of each GPU something else: train on one GPU "
+    "(--gpu 0), or set system.guidance.prior_inner_steps=0"
+)
+
+
+def preflight(cfg: Any, mode: str) -> None:
+    """Raise ``ValueError``, one line, for what cannot be trained by several processes, for a model
+    that is no folder, card or hub id, for a card (``lods/models/cards.yaml``) or hub id that is not
+    on this machine while there is no network, and for a prompt in which the model knows no object.
+
+    What is not certain is left to the run: systems of others, and everything of the hub where a
+    connection to it can be opened.
+    """
+    if cfg.system_type in SYSTEMS:
+        check_kind(cfg)
+        if mode == "train":
+            refuse_training(cfg)
+        for name in model_names(cfg.system):
+            cards.refuse_early(name)
+    if cfg.get("resume") is None:  # what has been trained stays of use
+        check_prompt(cfg)
+
+
+def check_kind(cfg: Any) -> None:
+    """Raise ``ValueError``, one line, for options of Gaussians in the config of a radiance field,
+    and the reverse: an overlay of the other kind."""
+    gaussians = cfg.system_type == SYSTEMS[0]
+    own, other = ("Gaussians", "a radiance field")[:: 1 if gaussians else -1]
+    if cfg.system.get("geometry_type", GEOMETRY[gaussians][0]) not in GEOMETRY[gaussians]:
+        return  # of another extension, whose options are its own
+    for key in OPTIONS[not gaussians]:
+        section, _, name = key.rpartition(".")
+        options = _part(cfg.system, section) if section else cfg.system
+        if name in options:
+            raise ValueError(
+                f"system.{key} is of {other}, and {cfg.system_type} makes {own}: take the overlay "
+                f"configs/{OVERLAY[gaussians]}, or leave the key out"
+            )
+
+
+def check_prompt(cfg: Any) -> None:
+    """Raise ``ValueError``, one line, for an empty prompt, and for one without any object that the
+    model of the prompt processor knows, where its ``vocabulary.json`` lists them.
+
+    Of the host's own prompt processor, which does not look at words, the words that the model
+    lacks are named here.
+    """
+    system = cfg.system
+    kind = system.get("prompt_processor_type")
+    kind = kind or (PROCESSORS[0] if cfg.system_type in SYSTEMS else None)
+    options = _part(system, "prompt_processor")
+    name, prompt = (options.get(k) for k in ("pretrained_model_name_or_path", "prompt"))
+    if kind not in PROCESSORS or "prompt" not in options:
+        return
+    if not isinstance(prompt, str):
+        shown = "null" if prompt is None else str(prompt)[:40]
+        raise ValueError(
+            f"system.prompt_processor.prompt is {shown}, which is not a text in YAML: write it in "
+            "quotes"
+        )
+    if not prompt.strip():
+        raise ValueError(
+            "the prompt is empty: set system.prompt_processor.prompt, for example "
+            "'a DSLR image of a hamburger'"
+        )
+    folder = cards.local_folder(name) if name and isinstance(name, str) else None
+    vocabulary = Vocabulary.read(folder) if folder else None
+    if vocabulary is None or prompt.startswith("lib:"):  # which the host looks up
+        return
+    own, force = kind == PROCESSORS[0], FORCE
+    if not own:
+        force = f"system.prompt_processor_type={PROCESSORS[0]} {force}"
+    refusal = vocabulary.refusal(prompt, force)
+    if refusal and not (own and options.get("allow_unknown_words")):
+        raise ValueError(refusal)
+    warning = "" if own else vocabulary.warning([prompt], prompt)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def refuse_training(cfg: Any) -> None:
+    """Raise ``ValueError`` if the config would densify, or let the method learn by itself, in
+    several processes, or densify with accumulated gradients."""
+    system, trainer = cfg.system, _part(cfg, "trainer")
+    # of the original's YAML, see lods/threestudio/systems/original.py
+    default = "default" if system.get("radius") is not None else "none"
+    strategy = _part(system, "strategy").get("name", default)
+    several = processes(cfg) > 1
+    if cfg.system_type == SYSTEMS[0] and strategy != "none":
+        refuse_densification(several, trainer.get("accumulate_grad_batches", 1))
+    inner = _part(system, "guidance").get("prior_inner_steps")
+    if several and inner and system.get("guidance_type") in LEARNING:
+        raise ValueError(INNER_STEPS)
+
+
+def refuse_densification(several: bool, batches_per_step: Any) -> None:
+    """Raise ``ValueError`` if Gaussians cannot be densified by such a training."""
+    if batches_per_step not in (None, 1):
+        raise ValueError(
+            "densification needs every step: set trainer.accumulate_grad_batches=1 (and a "
+            "larger data.batch_size), or system.strategy.name=none"
+        )
+    if several:
+        raise ValueError(
+            "densification would change the Gaussians of each GPU differently: train on one GPU "
+            "(--gpu 0), or set system.strategy.name=none"
+        )
+
+
+def _part(config: Any, name: str) -> Any:
+    """A section of a config; an empty one for what is none, of which the run complains."""
+    found = config.get(name)
+    return found if hasattr(found, "get") else {}
+
+
+def processes(cfg: Any) -> int:
+    """How many processes will train; at least, where ``n_gpus`` is not known yet and 1."""
+    trainer, numbers = _part(cfg, "trainer"), []
+    for key in ("devices", "num_nodes"):
+        value = str(trainer.get(key))
+        numbers.append(int(value) if value.isascii() and value.isdigit() else 0)
+    devices, nodes = numbers
+    if trainer.get("accelerator") != "cpu":  # there are no more of them than are visible
+        gpus = cfg.get("n_gpus") or 1
+        devices = min(devices or gpus, gpus)
+    return max(devices, 1) * max(nodes, 1)
+
+
+def model_names(system: Any) -> list[str]:
+    """What the prompt processor and the guidance of this extension load, as far as the config
+    says it; each once."""
+    keys = {"prompt_processor": ["pretrained_model_name_or_path"]}
+    keys["guidance"] = list(keys["prompt_processor"])
+    if system.get("guidance_type") in ("lods-lora-guidance", "lods-vsd-guidance"):
+        keys["guidance"].append("pretrained_model_name_or_path_lora")
+    found: dict[str, None] = {}
+    for part, names in keys.items():
+        kind = str(system.get(f"{part}_type") or ("lods-" * (part == "prompt_processor")))
+        if kind.startswith("lods-") and ":" not in kind:  # a mixin may load something else
+            values = _part(system, part).get
+            found |= {value: None for name in names if isinstance(value := values(name), str)}
+    return [name for name in found if name]

@@ -1,0 +1,16 @@
+"""The adapters for a threestudio host: importing this registers guidances, Gaussians, systems.
+
+They take from threestudio the names that upstream has, so that they work there unchanged.
+"""
+
+from lods import log
+
+import threestudio
+
+log.send_to(threestudio)
+
+from lods.threestudio import exporter, geometry, guidance, prompt, renderer, systems  # noqa: E402
+
+warn = threestudio.warn
+
+__all__ = ["exporter", "geometry", "guidance", "prompt", "renderer", "systems", "warn"]

@@ -1,0 +1,82 @@
+"""Gaussians as files that viewers open."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from lods.gaussians.axes import PLY_AXES
+from lods.gaussians.surface import surface
+from omegaconf import ListConfig
+
+import threestudio
+from threestudio.models.exporters.base import Exporter, ExporterOutput
+from threestudio.models.mesh import Mesh
+
+FORMATS = {  # fmt -> (ending of the file, save_<type> of the system)
+    "ply": (".ply", "gaussian_ply"),
+    "points": ("-points.ply", "point_ply"),
+    "glb": (".glb", "gaussian_mesh"),
+}
+
+
+@threestudio.register("lods-gaussian-exporter")
+class GaussianExporter(Exporter):
+    """'ply': all parameters in the standard 3DGS layout; 'points': centres and colours only;
+    'glb': a coloured mesh, where the Gaussians stop the light (see :mod:`lods.gaussians.surface`).
+
+    Both ply files are in threestudio's axes, z up and the front on +x, or with ``axes`` 'y-down'
+    as 3DGS has them, whose viewers then show the object upright: x right, y down, the front on -z.
+    A glb is always y up with the front on +z, as glTF prescribes."""
+
+    @dataclass
+    class Config(Exporter.Config):
+        fmt: Any = field(default_factory=lambda: ["ply", "points"])  # one or a list of FORMATS
+        save_name: str = "gaussians"
+        # of ply and points: z-up, to go on from, or y-down, for 3DGS viewers
+        axes: Annotated[str, tuple(PLY_AXES)] = "z-up"
+        # glb: points of the grid along each axis, and the share of the light, 0..1, that is stopped
+        # where the surface is; or, if given, the density there
+        mesh_resolution: Annotated[int, "[8, 2048]"] = 128
+        mesh_opacity: Annotated[float, "(0, 1)"] = 0.15
+        mesh_threshold: Annotated[float | None, "(0, inf)"] = None
+
+    cfg: Config
+
+    geometry_needs = ("gaussians", "base_colors")
+
+    def configure(self, *args, **kwargs) -> None:
+        super().configure(*args, **kwargs)
+        several = isinstance(self.cfg.fmt, (list, tuple, ListConfig))
+        self.formats = list(self.cfg.fmt) if several else [self.cfg.fmt]
+        for fmt in self.formats:
+            if fmt not in FORMATS:
+                raise ValueError(
+                    f"system.exporter.fmt has '{fmt}': the formats are {', '.join(FORMATS)}"
+                )
+
+    def _mesh(self) -> Mesh:
+        cfg = self.cfg
+        found = surface(self.geometry, cfg.mesh_resolution, cfg.mesh_opacity, cfg.mesh_threshold)
+        mesh = Mesh(found.vertices, found.faces)
+        mesh.set_vertex_color(found.rgb)
+        return mesh
+
+    def __call__(self) -> list[ExporterOutput]:
+        outputs = []
+        for fmt in self.formats:
+            ending, save_type = FORMATS[fmt]
+            if fmt == "ply":
+                params = {**self.geometry.export(), "axes": self.cfg.axes}
+            elif fmt == "glb":
+                try:
+                    mesh = self._mesh()
+                except ValueError as error:
+                    if len(self.formats) == 1:
+                        raise
+                    threestudio.warn(f"no glb beside the other formats: {error}")
+                    continue
+                params = {"mesh": mesh}
+            else:
+                params = {"xyz": self.geometry.means, "rgb": self.geometry.base_colors()}
+                params["axes"] = self.cfg.axes
+            outputs.append(ExporterOutput(self.cfg.save_name + ending, save_type, params))
+        return outputs

@@ -1,0 +1,71 @@
+"""A cloud of 3D Gaussians as a threestudio geometry."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+import torch.nn as nn
+from lods.gaussians.initialize import INIT_TYPES, BallInit, FileInit, ShapEInit, initial_gaussians
+from lods.gaussians.neighbours import KNN_BACKENDS
+from lods.gaussians.parameters import GaussianParameters, degree_of
+
+import threestudio
+from threestudio.models.geometry.base import BaseGeometry
+
+
+@threestudio.register("lods-gaussians")
+class Gaussians(GaussianParameters, BaseGeometry):
+    """Gaussians whose start and degree a configuration says; see
+    :class:`lods.gaussians.parameters.GaussianParameters` for the parameters."""
+
+    settings_name = "system.geometry."
+
+    @dataclass
+    class Config(BaseGeometry.Config):
+        sh_degree: Annotated[int, "[0, 3]"] = 0  # 0: one colour from all sides; up to 3
+        init_type: Annotated[str, INIT_TYPES] = "ball"  # ball | file | shap-e | none
+        init_seed: Annotated[int, "[0, 4294967295]"] = 0
+        # of points; a 3DGS ply brings its own. The scale: times the rms distance to the 3 nearest
+        # neighbours
+        init_opacity: Annotated[float, "(0, 1)"] = 0.1
+        init_scale: Annotated[float, "(0, 1e6]"] = 1.0
+        # world units: no standard deviation grows above it in training, since a huge and faint
+        # Gaussian is a veil before the views; 0: no limit
+        max_scale: Annotated[float, "[0, 1e6]"] = 0.0
+        # who finds the neighbours: auto | simple-knn | gswarp (both CUDA) | scipy
+        knn_backend: Annotated[str, KNN_BACKENDS] = "auto"
+        # the settings of each init_type: BallInit, FileInit and ShapEInit in initialize.py
+        ball: Annotated[dict, BallInit] = field(default_factory=dict)
+        file: Annotated[dict, FileInit] = field(default_factory=dict)
+        shap_e: Annotated[dict, ShapEInit] = field(default_factory=dict)
+
+    cfg: Config
+
+    def configure(self) -> None:
+        if not 0 <= self.cfg.sh_degree <= 3:
+            raise ValueError(f"system.geometry.sh_degree={self.cfg.sh_degree} must be 0 to 3")
+        if not 0 <= self.cfg.max_scale < math.inf:
+            raise ValueError(
+                f"system.geometry.max_scale={self.cfg.max_scale} must be a size in world units, or "
+                "0 for no limit"
+            )
+        params = initial_gaussians(self.cfg, torch.device(self.device), self.settings_name)
+        n_rest = (self.cfg.sh_degree + 1) ** 2 - 1
+        if n_rest and "shN" not in params:  # a file of degree 0
+            params["shN"] = torch.zeros(len(params["means"]), n_rest, 3)
+        stored = params["shN"].shape[1] if "shN" in params else 0
+        if stored != n_rest:
+            degree = degree_of(params["shN"]) if stored else 0
+            raise ValueError(
+                f"'{self.cfg.file.path}' has spherical harmonics of degree {degree}: "
+                f"set system.geometry.sh_degree={degree}"
+            )
+        for name, value in params.items():
+            setattr(self, name, nn.Parameter(value.to(self.device)))
+        if self.count > 0:
+            threestudio.info(f"{self.count} Gaussians from init_type={self.cfg.init_type}")
+
+    def limit_scales(self) -> None:
+        """After a step of the optimizer: no standard deviation above ``max_scale``."""
+        self.clamp_scales(self.cfg.max_scale)

@@ -1,0 +1,278 @@
+"""Every method of the library as a threestudio guidance, registered as ``<name>-guidance``."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from lods import settings
+from lods.cameras import Cameras
+from lods.methods import registry
+from lods.methods.base import Method, resized
+from lods.methods.conditions import Conditions
+from lods.methods.options import tell
+from lods.models import memory
+from lods.models.cards import DEFAULT_MODEL
+from lods.models.families import load_family
+from lods.models.memory import ModelSettings
+from torch import Tensor
+
+import threestudio
+from threestudio.utils.base import BaseModule
+
+WHERE = "system.guidance."
+OTHER_TEXTS = {"source": "source", "bad": "nfsd_negative"}  # ours -> the prompt processor's
+
+
+@dataclass
+class HostSettings:
+    """What a guidance reads beside the settings of its method and of its model."""
+
+    # a diffusers folder (relative to the current one, or absolute), a hub id, or a card of
+    # lods/models/cards.yaml: sd15, sd21-base, sd21, sdxl, pocket
+    pretrained_model_name_or_path: str = DEFAULT_MODEL
+    # prompts with "front view" etc. by camera; false: the plain prompt
+    view_dependent_prompting: bool = True
+
+
+@dataclass
+class Accepted:
+    """Keys of existing configurations that nothing reads, nor did in the original."""
+
+    guidance_scale_lora: Annotated[float, "(-inf, inf)"] = 1.0
+
+
+class HostPrompts:
+    """What a threestudio prompt processor returns, as :class:`lods.methods.conditions.Prompts`."""
+
+    def __init__(self, prompt_utils: Any, view_dependent: bool, asked_by: str):
+        self.utils, self.view_dependent, self.asked_by = prompt_utils, view_dependent, asked_by
+        self._others: dict[str, Any] = {}
+
+    def _other(self, text: str) -> Any:
+        if text not in self._others:
+            if not hasattr(self.utils, "other_text"):
+                raise ValueError(
+                    f"{self.asked_by} needs another text beside the prompt: set "
+                    "system.prompt_processor_type=lods-prompt-processor"
+                )
+            self._others[text] = self.utils.other_text(OTHER_TEXTS[text])
+        return self._others[text]
+
+    def plain(self, text: str) -> Float[Tensor, "T D"]:
+        """See :class:`lods.methods.conditions.Prompts`."""
+        if text == "null":
+            return self.utils.uncond_text_embeddings[0]
+        return (self.utils if text == "prompt" else self._other(text)).text_embeddings[0]
+
+    def conditions(self, cameras: Cameras, others: Sequence[str] = ()) -> Conditions:
+        """See :class:`lods.methods.conditions.Prompts`. With Perp-Neg the prompt's embeddings are
+        between those of the views, and those of a source text with them."""
+        if not getattr(self.utils, "use_perp_neg", False):
+            prompt, null = self._rows(self.utils, cameras)
+            negatives, weights = (), None
+        else:
+            if not self.view_dependent:
+                raise ValueError(
+                    "use_perp_neg needs system.guidance.view_dependent_prompting=true, or set "
+                    "system.prompt_processor.use_perp_neg=false"
+                )
+            rows, weights = self.utils.get_text_embeddings_perp_neg(*cameras.views, True)
+            n = len(weights)
+            prompt, null = rows[:n], rows[n : 2 * n]
+            negatives = rows[2 * n :].unflatten(0, (n, -1)).unbind(1)
+        found = {}
+        for text in others:
+            if text == "source":
+                found[text] = self._rows(self._other(text), cameras)[0]
+            else:
+                found[text] = self._other(text).text_embeddings.expand(len(prompt), -1, -1)
+        return Conditions(prompt, null, negatives, weights, found, cameras)
+
+    def _rows(self, utils: Any, cameras: Cameras) -> tuple[Tensor, Tensor]:
+        """(embeddings of the text, of the negative prompt), a row a camera."""
+        if getattr(self.utils, "use_perp_neg", False):
+            rows, weights = utils.get_text_embeddings_perp_neg(*cameras.views, True)
+            return rows[: len(weights)], rows[len(weights) : 2 * len(weights)]
+        return utils.get_text_embeddings(*cameras.views, self.view_dependent).chunk(2)
+
+
+class MethodGuidance(BaseModule):
+    """``guidance(rgb, prompt_utils, elevation, azimuth, camera_distances) -> {"loss_sds", ...}``.
+
+    It holds a ``method`` (:class:`lods.methods.base.Method`), whose attributes can be read from it,
+    and whose learned part is in its ``state_dict`` without the word ``method``.
+
+    ``weights`` starts the learned part from a file: path.safetensors, written by ``save_learned``
+    (a LoRA also by others), or path.ckpt:guidance of a checkpoint.
+    """
+
+    name: ClassVar[str]
+    method_class: ClassVar[type[Method]]
+    tolerated: ClassVar[dict[str, tuple[Any, ...]]]  # keys without effect, and their quiet values
+
+    @dataclass
+    class Config(BaseModule.Config):
+        pass
+
+    cfg: Config
+
+    def configure(self) -> None:
+        cls, cfg = self.method_class, self.cfg
+        device = torch.device(self.device)
+        config = settings.make(cls.Config, _part(cfg, cls.Config), WHERE)
+        frozen = settings.make(ModelSettings, _part(cfg, ModelSettings), WHERE)
+        for key, quiet in self.tolerated.items():
+            if cfg[key] not in quiet:
+                threestudio.warn(f"guidance: {key}={cfg[key]} has no effect")
+        tell(config, cls.unread, cls.grows_with_scale)
+        memory.check(frozen, device, WHERE)
+        model = load_family(cfg.pretrained_model_name_or_path, device, frozen)
+        self.method = cls(model, config)
+        self._register_state_dict_hook(_leave_out_method)
+        self._register_load_state_dict_pre_hook(_put_in_method)
+        self._prompts: HostPrompts | None = None
+        if str(cfg.weights or "").endswith(".safetensors"):
+            self.load_learned(cfg.weights)
+            cfg.weights = None  # anything else is a checkpoint, which BaseModule reads
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            method = self.__dict__.get("_modules", {}).get("method")
+            if method is None:
+                raise
+            return getattr(method, name)
+
+    def update_step(self, epoch: int, global_step: int, on_load_weights: bool = False) -> None:
+        """Move the method's schedules to this step."""
+        self.method.step(global_step, epoch)
+
+    def initialize(self, prompt_utils: Any) -> None:
+        """Start the learned part from the prompt's embeddings; a second call changes nothing.
+
+        Raises ``ValueError`` if the embeddings are of another model than the guidance.
+        """
+        self.method.start(self.prompts_of(prompt_utils))
+
+    def prompts_of(self, prompt_utils: Any) -> HostPrompts:
+        """``prompt_utils`` as methods read them."""
+        if self._prompts is None or self._prompts.utils is not prompt_utils:
+            dependent, asked_by = self.cfg.view_dependent_prompting, type(self).__name__
+            self._prompts = HostPrompts(prompt_utils, dependent, asked_by)
+        return self._prompts
+
+    def encode(
+        self, rgb: Float[Tensor, "B H W C"], rgb_as_latents: bool = False
+    ) -> Float[Tensor, "B c h w"]:
+        """Latents of images in 0..1 (C = 3), resized to the model's size; or, with
+        ``rgb_as_latents``, the input itself (C = c), resized to the latents' size."""
+        model = self.method.model
+        channels, size, _ = model.latent_shape
+        channels = channels if rgb_as_latents else 3
+        if rgb.ndim != 4 or rgb.shape[-1] != channels:
+            raise ValueError(
+                f"the guidance takes (B, H, W, {channels}) with rgb_as_latents={rgb_as_latents}, "
+                f"not {tuple(rgb.shape)}"
+            )
+        x = rgb.permute(0, 3, 1, 2).float()
+        return resized(x, size) if rgb_as_latents else self.method.latents_of(x)
+
+    def forward(
+        self,
+        rgb: Float[Tensor, "B H W C"],
+        prompt_utils: Any,
+        elevation: Float[Tensor, " B"],
+        azimuth: Float[Tensor, " B"],
+        camera_distances: Float[Tensor, " B"],
+        rgb_as_latents: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Losses for rendered images in 0..1 (or latents) seen from these cameras (degrees): those
+        of :meth:`lods.methods.base.Method.losses`, and its numbers to log."""
+        self.initialize(prompt_utils)
+        latents = self.encode(rgb, rgb_as_latents)
+        matrices = kwargs.get("c2w"), kwargs.get("mvp_mtx")
+        cameras = Cameras(elevation, azimuth, camera_distances, *matrices)
+        prompts = self.prompts_of(prompt_utils)
+        conditions = prompts.conditions(cameras, self.method.other_texts)
+        found = self.method.losses(latents, conditions)
+        return found.terms | found.numbers
+
+    def loss_is_scaled(self) -> None:
+        """To be called where the trainer multiplies the loss itself, as a GradScaler does."""
+        if hasattr(self.method, "loss_is_scaled"):
+            self.method.loss_is_scaled()
+
+    def save_learned(self, path: str | Path) -> Path | None:
+        """See :meth:`lods.methods.base.Method.save`."""
+        return self.method.save(path)
+
+    def load_learned(self, path: str | Path) -> dict[str, str]:
+        """Start from a file of ``save_learned``; returns the file's metadata."""
+        return self.method.load(path)
+
+
+def _leave_out_method(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}method.")]:
+        state[prefix + key.removeprefix(f"{prefix}method.")] = state.pop(key)
+
+
+def _put_in_method(state: dict[str, Any], prefix: str, *args: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[f"{prefix}method.{key.removeprefix(prefix)}"] = state.pop(key)
+
+
+def _part(cfg: Any, kind: type) -> dict[str, Any]:
+    return {field.name: cfg[field.name] for field in dataclasses.fields(kind)}
+
+
+def _fields(*kinds: type) -> dict[str, dataclasses.Field]:
+    return {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
+
+
+def guidance_for(name: str, cls: type[Method]) -> type[MethodGuidance]:
+    """The guidance of a method. Its ``Config`` has the fields of the method, of a model and of the
+    host, and accepts those of our other methods, so that a YAML switches method by
+    ``guidance_type`` alone."""
+    bases = (cls.Config, ModelSettings, HostSettings, Accepted, BaseModule.Config)
+    own = _fields(*bases)
+    others: dict[str, tuple[Any, Any]] = {}
+    quiet: dict[str, set[Any]] = {"guidance_scale_lora": {1.0, 7.5}}
+    for other in registry.ours().values():
+        config = other.Config
+        hints = settings.annotations(config)
+        for key, field in _fields(config).items():
+            if key not in own:
+                others.setdefault(key, (hints[key], field.default))
+                quiet.setdefault(key, set()).add(field.default)
+    for key in cls.unread:
+        quiet[key] = {own[key].default}
+    made = [(key, hint, default) for key, (hint, default) in others.items()]
+    config = dataclasses.make_dataclass("Config", made, bases=bases)
+    config.__module__ = __name__
+    tolerated = {key: (*values, *[""] * (None in values)) for key, values in quiet.items()}
+    kind = type(
+        f"{cls.__name__}Guidance",
+        (MethodGuidance,),
+        {
+            "__doc__": cls.__doc__,
+            "__module__": cls.__module__,
+            "Config": config,
+            "name": name,
+            "method_class": cls,
+            "tolerated": tolerated,
+        },
+    )
+    return kind
+
+
+def _register(name: str, cls: type[Method]) -> None:
+    threestudio.register(f"{name}-guidance")(guidance_for(name, cls))
+
+
+registry.on_register(_register)

@@ -1,0 +1,105 @@
+"""From Gaussians and cameras to images."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from jaxtyping import Float
+from lods.gaussians import backends
+from lods.gaussians.cameras import intrinsics, world_to_camera
+from lods.gaussians.rasterize import rasterization
+from torch import Tensor
+
+import threestudio
+from threestudio.models.renderers.base import Rasterizer
+from threestudio.utils.ops import get_ray_directions, get_rays
+
+
+@threestudio.register("lods-gaussian-rasterizer")
+class GaussianRasterizer(Rasterizer):
+    """Rasterises a ``lods-gaussians`` geometry; the background module paints what is behind."""
+
+    @dataclass
+    class Config(Rasterizer.Config):
+        near_plane: Annotated[float, "(0, 1e6]"] = 0.01
+        far_plane: Annotated[float, "(0, 1e12]"] = 100.0
+        # pixels^2 added to the projected variances, so that nothing aliases
+        eps2d: Annotated[float, "(0, 1e4]"] = 0.3
+        # auto | cpu | reference | gsplat | gswarp | diff-gaussian-rasterization, or the name of a
+        # rasteriser that was registered (lods.gaussians.register_backend) or is installed
+        backend: str = "auto"
+
+        def contradictions(self):
+            """Fields that do not go together: (field, what is wrong)."""
+            if self.near_plane >= self.far_plane:
+                yield "far_plane", f"must be above near_plane={self.near_plane:g}"
+            if not backends.is_known(self.backend):
+                yield "backend", backends.unknown(self.backend)
+
+    cfg: Config
+
+    geometry_needs = ("gaussians", "base_colors")
+
+    def colors(self, camera_positions: Float[Tensor, "B 3"]) -> Float[Tensor, "*B N 3"]:
+        """Colours (N, 3), or (B, N, 3) where they depend on the view."""
+        return self.geometry.colors(camera_positions)
+
+    def forward(
+        self,
+        c2w: Float[Tensor, "B 4 4"],
+        fovy: Float[Tensor, " B"],
+        height: int,
+        width: int,
+        rays_d: Float[Tensor, "B H W 3"] | None = None,
+        absgrad: bool = False,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """Render all cameras in one call.
+
+        ``c2w`` has OpenGL axes, ``fovy`` is vertical and in radians; the rest of a batch is
+        ignored. ``absgrad`` asks the rasteriser for absolute gradients too. Returns
+
+        - ``comp_rgb`` = ``comp_rgb_fg`` + (1 - ``opacity``) ``comp_rgb_bg`` (B, H, W, 3), not
+          clamped;
+        - ``opacity`` (B, H, W, 1), the true accumulated alpha in 0..1;
+        - ``depth`` (B, H, W, 1), the expected z in camera space, world units, 0 where nothing is;
+        - ``info``, the rasteriser's dictionary that densification reads.
+        """
+        g = self.geometry
+        # projections lose too many bits in 16-bit floats
+        with torch.autocast(c2w.device.type, enabled=False):
+            c2w, fovy = c2w.float(), fovy.float()
+            rendered, alpha, info = rasterization(
+                g.means,
+                g.quats,
+                g.scales.exp(),
+                g.opacities.sigmoid(),
+                self.colors(c2w[:, :3, 3]),
+                world_to_camera(c2w),
+                intrinsics(fovy, height, width),
+                width,
+                height,
+                near_plane=self.cfg.near_plane,
+                far_plane=self.cfg.far_plane,
+                eps2d=self.cfg.eps2d,
+                packed=False,
+                render_mode="RGB+ED",
+                absgrad=absgrad,
+                backend=self.cfg.backend,
+            )
+        foreground, depth = rendered[..., :3], rendered[..., 3:]
+        if rays_d is None:
+            focal = 0.5 * height / torch.tan(0.5 * fovy)
+            directions = get_ray_directions(height, width, focal=1.0).to(c2w)
+            directions = directions.repeat(len(c2w), 1, 1, 1)
+            directions[..., :2] /= focal[:, None, None, None]
+            _, rays_d = get_rays(directions, c2w, keepdim=True)
+        background = self.background(dirs=rays_d)
+        return {
+            "comp_rgb": foreground + (1 - alpha) * background,
+            "comp_rgb_fg": foreground,
+            "comp_rgb_bg": background,
+            "opacity": alpha,
+            "depth": depth,
+            "info": info,
+        }
