@@ -16,11 +16,11 @@ from evaluation.machine import ROOT, code, commit
 from evaluation.on_ray import OnRay
 from evaluation.table import Table, key_of
 from evaluation.workers import WORK, Local, make_job
+from threestudio.run.signals import stop_signals
 from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.extensions import load_custom_modules, report_failures
 from threestudio.utils.files import FULL
-from threestudio.utils.signals import stop_signals
 from threestudio.utils.typing import *
 
 QUICK = ROOT / "evaluation/grids/quick.yaml"

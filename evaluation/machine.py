@@ -7,7 +7,7 @@ import resource
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
-from threestudio.utils.git import NoGit, blob_hash, changed_files, head, staged, untracked_files
+from threestudio.run.git import NoGit, blob_hash, changed_files, head, staged, untracked_files
 
 ROOT = Path(__file__).resolve().parent.parent
 # what a result depends on; tables and grids may change while a grid runs

@@ -12,9 +12,9 @@ from packaging.version import Version
 
 from evaluation.machine import ROOT
 from evaluation.workers import Process, failure
+from threestudio.run.git import NoGit, untracked_files
+from threestudio.run.snapshot import CODE
 from threestudio.utils.errors import UserError
-from threestudio.utils.git import NoGit, untracked_files
-from threestudio.utils.snapshot import CODE
 from threestudio.utils.typing import *
 
 LEAST_RAY = "2.52.0"  # the first with token authentication

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from threestudio.run.streams import steady_streams
 from threestudio.utils.files import whole_file
-from threestudio.utils.signals import steady_streams
 
 OUT = Path("custom/threestudio-lods/lods/models/pocket")
 STAGES = ("data", "vae", "latents", "unet", "views", "save", "judge", "report")

@@ -12,8 +12,8 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from threestudio.run.git import NoGit, tracked_files
 from threestudio.utils.files import whole_file
-from threestudio.utils.git import NoGit, tracked_files
 
 MAX_BYTES = 1_000_000  # larger files are weights or pictures
 # what an extension that git does not track consists of; not what may hold keys, such as YAML

@@ -247,6 +247,11 @@ def checkpoint_folder(cfg: Any) -> str:
     return cfg.checkpoint.get("dirpath") or os.path.join(cfg.trial_dir, "ckpts")
 
 
+def last_checkpoint(cfg: Any) -> str:
+    """Where it keeps the checkpoint of its last step."""
+    return os.path.join(checkpoint_folder(cfg), "last.ckpt")
+
+
 def folder_of(checkpoint) -> str:
     """The folder of the run that a checkpoint belongs to: its own, or that above ``ckpts``."""
     folder = os.path.dirname(str(checkpoint)) or "."
@@ -345,6 +350,13 @@ def _refuse_link_to_a_run(folder: str) -> None:
             f"{folder} is a link into the run in {above}, whose files would be replaced: name that "
             "run, or put a folder in the place of the link"
         )
+
+
+def is_saved_config(file: str) -> bool:
+    """Whether a config file is one that a run keeps beside its checkpoints, in ``configs``."""
+    folder = os.path.dirname(os.path.realpath(file))
+    ckpts = os.path.join(os.path.dirname(folder), "ckpts")
+    return os.path.basename(folder) == "configs" and (_is_of_a_run(folder) or os.path.isdir(ckpts))
 
 
 def _is_of_a_run(folder: str) -> bool:

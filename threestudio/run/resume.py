@@ -8,14 +8,15 @@ import inspect
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from packaging.version import InvalidVersion, Version
 from pytorch_lightning.callbacks import Callback
+from torch import Tensor
 
 from threestudio.utils.errors import UserError
 from threestudio.utils.misc import capture_rng_state, restore_rng_state
-from threestudio.utils.typing import *
 
 MAX_COUNT = 2**53  # of steps, batches and epochs
 LOOPS = {"train": "fit", "validate": "validate", "test": "test", "export": "predict"}
@@ -56,9 +57,9 @@ def _take(content: Any, key: Any, kind: type, where: str) -> Any:
 # --- what can be said without the run -------------------------------------------------------------
 
 
-def check_structure(content: Dict[str, Any], path: Any, mode: str) -> None:
+def check_structure(content: dict[str, Any], path: Any, mode: str) -> None:
     """Raise :class:`UserError`, one line, if the parts of a checkpoint (see
-    :func:`~threestudio.utils.checkpoint.read_checkpoint`) are not what Lightning looks for in
+    :func:`~threestudio.utils.checkpoint_files.read_checkpoint`) are not what Lightning looks for in
     `mode`, "train", "validate", "test" or "export"."""
     try:
         _check_parts(content, mode)
@@ -68,7 +69,7 @@ def check_structure(content: Dict[str, Any], path: Any, mode: str) -> None:
         check_random_states(content.get("rng_state"), path)
 
 
-def _check_parts(content: Dict[str, Any], mode: str) -> None:
+def _check_parts(content: dict[str, Any], mode: str) -> None:
     for key in ("epoch", "global_step"):
         if not _is_count(content[key]):
             raise Misfit(f"its {key} {content[key]!r:.40}", "is no count")
@@ -100,7 +101,7 @@ def _check_parts(content: Dict[str, Any], mode: str) -> None:
             _take(state, "param_groups", list, f"optimizer_states[{i}]")
 
 
-def _check_counters(content: Dict[str, Any], loop: Dict[str, Any]) -> None:
+def _check_counters(content: dict[str, Any], loop: dict[str, Any]) -> None:
     """The loops count the steps and epochs that the checkpoint says."""
     automatic = ("epoch_loop.automatic_optimization.optim_progress", "optimizer", "step", "total")
     manual = ("epoch_loop.manual_optimization.optim_step_progress", "total")
@@ -181,7 +182,7 @@ def _counts(value: Any, live: Any, where: str) -> None:
         raise Misfit(where, f"is no count: {value!s:.40}")
 
 
-def check_loop(state: Dict[str, Any], live: Dict[str, Any], where: str) -> None:
+def check_loop(state: dict[str, Any], live: dict[str, Any], where: str) -> None:
     """The states and the progress of a loop and its children; any of them may be missing."""
     for key in live.keys() & state.keys():
         if not key.endswith("state_dict"):
@@ -196,7 +197,7 @@ def check_loop(state: Dict[str, Any], live: Dict[str, Any], where: str) -> None:
             raise Misfit(f"{where}.{key}", "has _batches_that_stepped, which is no count")
 
 
-def check_callback(state: Dict[str, Any], callback: Callback, where: str) -> None:
+def check_callback(state: dict[str, Any], callback: Callback, where: str) -> None:
     """What `callback` is to load: laid out as what it would save now."""
     live = callback.state_dict()
     for key in ("best_model_score", "best_model_path"):  # of Lightning's ModelCheckpoint
@@ -222,7 +223,7 @@ class _Slot:
     shaped: bool
 
 
-def _slots(optimizer: torch.optim.Optimizer, group: Dict[str, Any]) -> Optional[List[_Slot]]:
+def _slots(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[_Slot] | None:
     """What `optimizer` keeps for each parameter of a group, learnt from one step of another such
     optimizer; None where that cannot be had."""
     takes = inspect.signature(type(optimizer).__init__).parameters
@@ -245,13 +246,13 @@ def _slots(optimizer: torch.optim.Optimizer, group: Dict[str, Any]) -> Optional[
     return slots
 
 
-def check_optimizer(state: Dict[str, Any], live: torch.optim.Optimizer, where: str) -> None:
+def check_optimizer(state: dict[str, Any], live: torch.optim.Optimizer, where: str) -> None:
     """Groups, options and states of an optimizer, against those of the run and the shapes of its
     parameters."""
     own, groups = live.param_groups, state["param_groups"]
     if len(groups) != len(own):
         raise Misfit(where, f"has {len(groups)} groups of parameters, and the run has {len(own)}")
-    parameters: Dict[Any, Tuple[Any, str, Optional[List[_Slot]]]] = {}
+    parameters: dict[Any, tuple[Any, str, list[_Slot] | None]] = {}
     for i, (group, mine) in enumerate(zip(groups, own)):
         here = f"{where}.param_groups[{i}]"
         conform(group, {}, here)
@@ -274,7 +275,7 @@ def check_optimizer(state: Dict[str, Any], live: torch.optim.Optimizer, where: s
         _check_slots(kept, parameter, slots, f"{where}.state of {name}")
 
 
-def _check_options(group: Dict[str, Any], mine: Dict[str, Any], where: str) -> None:
+def _check_options(group: dict[str, Any], mine: dict[str, Any], where: str) -> None:
     for key, value in mine.items():
         numeric = isinstance(value, (int, float, tuple, list)) and not isinstance(value, bool)
         if key == "params" or (key not in group and not numeric):
@@ -291,7 +292,7 @@ def _check_options(group: Dict[str, Any], mine: Dict[str, Any], where: str) -> N
         raise Misfit(f"{where}.betas", "are not between 0 and 1")
 
 
-def _check_slots(kept: Any, parameter: Tensor, slots: Optional[List[_Slot]], where: str) -> None:
+def _check_slots(kept: Any, parameter: Tensor, slots: list[_Slot] | None, where: str) -> None:
     if not isinstance(kept, dict):
         raise Misfit(where, "is no dict")
     if slots is None or not kept:  # an optimizer begins anew where it has nothing
@@ -310,7 +311,7 @@ def _check_slots(kept: Any, parameter: Tensor, slots: Optional[List[_Slot]], whe
             raise Misfit(f"{where}: {slot.name}", f"has the shape {shapes}")
 
 
-def check_scheduler(state: Dict[str, Any], live: Any, where: str) -> None:
+def check_scheduler(state: dict[str, Any], live: Any, where: str) -> None:
     """What a learning-rate scheduler takes over as its attributes."""
     own = live.state_dict()
     conform(state, own, where, required=False)
@@ -326,9 +327,9 @@ class RestoreCheck(Callback):
 
     def __init__(self, path: Any = "") -> None:
         self.path = path
-        self._content: Optional[Dict[str, Any]] = None  # until the optimizers are there
+        self._content: dict[str, Any] | None = None  # until the optimizers are there
 
-    def on_load_checkpoint(self, trainer, pl_module, checkpoint: Dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
         try:
             self._check(trainer, checkpoint)
         except Misfit as misfit:
@@ -336,7 +337,7 @@ class RestoreCheck(Callback):
         if trainer.training:
             self._content = checkpoint
 
-    def _check(self, trainer, content: Dict[str, Any]) -> None:
+    def _check(self, trainer, content: dict[str, Any]) -> None:
         for callback in trainer.callbacks:
             state = content["callbacks"].get(callback.state_key)
             if state:

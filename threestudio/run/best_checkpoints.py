@@ -2,12 +2,13 @@
 
 import os
 from pathlib import PurePath
+from typing import Any
 
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor
 
-from threestudio.utils.checkpoint import is_checkpoint_of
-from threestudio.utils.typing import *
+from threestudio.utils.checkpoint_files import is_checkpoint_of
 
 
 class BestCheckpoints(ModelCheckpoint):

@@ -16,10 +16,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from threestudio.run.overlays import REQUIRED, refuse_order, refuse_overlay
 from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError
 from threestudio.utils.extensions import find_extensions, last_line
-from threestudio.utils.hints import REQUIRED, refuse_order, refuse_overlay
 
 HOOK = "preflight.py"
 

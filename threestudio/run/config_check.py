@@ -1,14 +1,15 @@
 """A config against the classes that it names, before any of them is built."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from omegaconf import DictConfig
 
 import threestudio
 from threestudio.utils.config import parse_structured
-from threestudio.utils.errors import UserError
+from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.trainer_options import never_ends
-from threestudio.utils.typing import *
 
 _BUILT = ("geometry", "material", "background", "renderer")  # parts that every Lift3D system builds
 
@@ -50,12 +51,21 @@ def check_parts(cfg: DictConfig, mode: str) -> None:
             _parse(cls, cfg.system[part])
 
 
+def check_names(function: Callable, values: Iterable[str], where: str) -> None:
+    """Raise :class:`UserError` for arguments that `function` does not have, or that a config does
+    not give, with the nearest that it has."""
+    names = set(inspect.signature(function).parameters) - {"self", "callbacks", "plugins"}
+    for key in values:
+        if key not in names:
+            raise UserError(f"{where} has no option {key!r}{nearest(key, names)}")
+
+
 def _parse(cls: type, section: Any) -> Any:
     fields = getattr(cls, "Config", None)
     return None if fields is None else parse_structured(fields, section)
 
 
-def _check_fit(part: str, classes: Dict[str, type], options: Any) -> None:
+def _check_fit(part: str, classes: dict[str, type], options: Any) -> None:
     """Renderers and exporters name the methods that they call of their geometry in
     ``geometry_needs``."""
     geometry = classes.get("geometry")

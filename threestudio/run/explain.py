@@ -2,24 +2,25 @@
 
 import re
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import threestudio
-from threestudio.utils.checkpoint import newest_checkpoint
+from threestudio.utils.checkpoint_files import newest_checkpoint
 from threestudio.utils.errors import StoppedError, UserError
 from threestudio.utils.files import FULL, NO_FOLDER, disk_advice, disk_error
-from threestudio.utils.typing import *
 
 _KINDS = (ValueError, KeyError, OmegaConfBaseException, MisconfigurationException, OSError)
 _NO_MEMORY = re.compile(r"CUDA error: out of memory|can't allocate memory|not enough memory", re.I)
 
 
-def explain(error: BaseException, ours: Iterable[Path]) -> Optional[str]:
+def explain(error: BaseException, ours: Iterable[Path]) -> str | None:
     """One line for a mistake that the user can mend, None for any other error. Errors raised in
     the folders `ours` are taken to say it themselves."""
     text = " ".join(str(error).split())
@@ -39,7 +40,7 @@ def explain(error: BaseException, ours: Iterable[Path]) -> Optional[str]:
     return text if said else f"{text} (--verbose shows where)"
 
 
-def why_stopped(error: BaseException, cfg: DictConfig, folder) -> Optional[UserError]:
+def why_stopped(error: BaseException, cfg: DictConfig, folder) -> UserError | None:
     """The error that says why a run with the config `cfg` ended, with what to change and the
     checkpoint in `folder` to resume from: for full disks, too little memory and values that are
     not finite. None for any other error."""

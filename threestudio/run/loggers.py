@@ -1,6 +1,7 @@
 """Lightning's loggers, such that a log which cannot be written does not end a training."""
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
@@ -8,7 +9,6 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import threestudio
 from threestudio.utils.files import disk_advice, disk_error
-from threestudio.utils.typing import *
 
 
 class Lenient:

@@ -1,11 +1,14 @@
 """NaN and infinity, noticed within the step that they appear in."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from pytorch_lightning.callbacks import Callback
+from torch import Tensor
 
 import threestudio
 from threestudio.utils.errors import StoppedError, UserError, nearest
-from threestudio.utils.typing import *
 
 POLICIES = ("stop", "skip")
 _NAMED = 5  # tensors in a report
@@ -35,14 +38,14 @@ class NonFiniteGuard(Callback):
             raise UserError(f"system.max_skipped_steps must be at least 1, not {patience}")
         self.policy, self.patience = policy, patience
         self.skipped = 0  # steps of the whole run
-        self._in_a_row: Dict[str, int] = {}  # optimizer's number -> its skipped steps
-        self._loss: Optional[Tensor] = None  # of all batches since the last step
+        self._in_a_row: dict[str, int] = {}  # optimizer's number -> its skipped steps
+        self._loss: Tensor | None = None  # of all batches since the last step
         self._stepped = False
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "in_a_row": dict(self._in_a_row)}
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         try:
             self.skipped = int(state["skipped"])
             self._in_a_row = {str(k): int(n) for k, n in state["in_a_row"].items()}
@@ -111,7 +114,7 @@ class NonFiniteGuard(Callback):
                 "stops here; lower the learning rates"
             )
 
-    def _report(self, pl_module, parameters: List[Tensor]) -> str:
+    def _report(self, pl_module, parameters: list[Tensor]) -> str:
         if self._loss is not None and not _is_finite(self._loss):
             terms = {k: v for k, v in pl_module.loss_terms.items() if not _is_finite(v)}
             parts = ", ".join(f"{name} is {float(value)}" for name, value in terms.items())
@@ -127,14 +130,14 @@ class NonFiniteGuard(Callback):
 
 
 @torch.no_grad()
-def all_finite(tensors: List[Tensor]) -> bool:
+def all_finite(tensors: list[Tensor]) -> bool:
     """Whether no element of any tensor is NaN or infinite. One pass over the memory and one
     synchronisation: the norms first, element by element only where one of them overflows."""
     tensors = [_values(t) for t in tensors]
     tensors = [t for t in tensors if t.numel() and t.is_floating_point()]
     if not tensors:
         return True
-    kinds: Dict[Any, List[Tensor]] = {}
+    kinds: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     sums = [torch.stack(torch._foreach_norm(same)).float().sum() for same in kinds.values()]
@@ -150,12 +153,12 @@ def _is_finite(value: Any) -> bool:
     return bool(torch.isfinite(torch.as_tensor(value).detach()).all())
 
 
-def _named(pl_module, parameters: List[Tensor]) -> Iterable[Tuple[str, Tensor]]:
+def _named(pl_module, parameters: list[Tensor]) -> Iterable[tuple[str, Tensor]]:
     names = {id(p): name for name, p in pl_module.named_parameters()}
     return [(names.get(id(p), "a parameter"), p) for p in parameters]
 
 
-def _describe(tensors: Iterable[Tuple[str, Tensor]]) -> str:
+def _describe(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = []
     for name, tensor in tensors:
         bad = int((~torch.isfinite(_values(tensor.detach()))).sum())
