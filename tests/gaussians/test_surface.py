@@ -1,42 +1,17 @@
 """Meshes of Gaussians."""
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
 import trimesh
+from lods.gaussians import light, surface
+from lods.threestudio.exporter import GaussianExporter
 from scipy.stats import norm
 
-import threestudio
+from tests.gaussians.clouds import made, soft_gaussians
 
 
-@pytest.fixture
-def surface():
-    return importlib.import_module("lods.gaussians.surface")
-
-
-@pytest.fixture
-def gaussians(lods):
-    return made
-
-
-def made(means, scales, opacities, colors):
-    """Gaussians with random rotations, of plain numbers."""
-    model = importlib.import_module("lods.threestudio.geometry")
-    geometry = model.Gaussians({"init_type": "none"})
-    values = {
-        "means": torch.tensor(means),
-        "scales": torch.tensor(scales).log(),
-        "quats": torch.randn(len(means), 4),
-        "opacities": torch.tensor(opacities).logit(),
-        "sh0": ((torch.tensor(colors) - 0.5) / model.SH_C0)[:, None],
-    }
-    geometry.set_gaussians({k: torch.nn.Parameter(v.float()) for k, v in values.items()})
-    return geometry
-
-
-def test_the_grid_is_the_formula(surface):
+def test_the_grid_is_the_formula():
     torch.manual_seed(0)
     n, size = 12, 17
     means, scales = 0.5 * torch.randn(n, 3), (0.1 + 0.3 * torch.rand(n, 3)).log()
@@ -59,37 +34,37 @@ def trimesh_rotation(quats):
     return torch.tensor(np.array(matrices))
 
 
-def test_one_round_gaussian_is_a_ball_at_a_density(surface, gaussians):
+def test_one_round_gaussian_is_a_ball_at_a_density():
     """The radius at density d is sigma sqrt(2 ln(o / d))."""
     color = [0.8, 0.4, 0.1]
-    geometry = gaussians([[0.3, -0.2, 0.5]], [[0.3] * 3], [0.9], [color])
+    geometry = made([[0.3, -0.2, 0.5]], [[0.3] * 3], [0.9], [color])
     found = surface.surface(geometry, resolution=64, density=0.5)
-    mesh = trimesh.Trimesh(found.v_pos.numpy(), found.t_pos_idx.numpy())
+    mesh = trimesh.Trimesh(found.vertices.numpy(), found.faces.numpy())
     radius = 0.3 * np.sqrt(2 * np.log(0.9 / 0.5))
     assert mesh.is_watertight and mesh.body_count == 1
     assert mesh.volume == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.02)  # positive: outside
     assert np.allclose(mesh.bounds.mean(0), [0.3, -0.2, 0.5], atol=1e-3)
-    assert torch.allclose(found.v_rgb, torch.tensor(color).expand(len(found.v_rgb), 3), atol=1e-4)
+    assert torch.allclose(found.rgb, torch.tensor(color).expand(len(found.rgb), 3), atol=1e-4)
 
 
-def test_colours_are_those_of_the_nearest_gaussians(surface, gaussians):
+def test_colours_are_those_of_the_nearest_gaussians():
     """One Gaussian far out on each axis, red, green and blue, and their mirror images in black."""
     means = [*(1.0 * np.eye(3)).tolist(), *(-1.0 * np.eye(3)).tolist()]
     colors = [*np.eye(3).tolist(), *np.zeros((3, 3)).tolist()]
-    geometry = gaussians(means, [[0.15] * 3] * 6, [0.9] * 6, colors)
+    geometry = made(means, [[0.15] * 3] * 6, [0.9] * 6, colors)
     found = surface.surface(geometry, resolution=96, density=0.5)
-    nearest = torch.cdist(found.v_pos, torch.tensor(means)).argmin(1)
+    nearest = torch.cdist(found.vertices, torch.tensor(means)).argmin(1)
     assert len(nearest.unique()) == 6
-    assert torch.allclose(found.v_rgb, torch.tensor(colors)[nearest], atol=1e-3)
+    assert torch.allclose(found.rgb, torch.tensor(colors)[nearest], atol=1e-3)
 
 
-def test_crumbs_and_faint_gaussians_are_left_out(surface, gaussians):
+def test_crumbs_and_faint_gaussians_are_left_out():
     means, scales = [[0.0, 0, 0], [0.9, 0, 0], [5.0, 0, 0]], [[0.3] * 3, [0.025] * 3, [0.3] * 3]
-    geometry = gaussians(means, scales, [0.9, 0.9, 0.005], [[0.5] * 3] * 3)
+    geometry = made(means, scales, [0.9, 0.9, 0.005], [[0.5] * 3] * 3)
     found = surface.surface(geometry, resolution=160, density=0.5)
-    assert found.v_pos.amax() < 0.5
-    geometry = gaussians(means[1:], scales[1:], [0.9, 0.005], [[0.5] * 3] * 2)
-    assert surface.surface(geometry, resolution=16, density=0.5).v_pos[:, 0].amin() > 0.8
+    assert found.vertices.amax() < 0.5
+    geometry = made(means[1:], scales[1:], [0.9, 0.005], [[0.5] * 3] * 2)
+    assert surface.surface(geometry, resolution=16, density=0.5).vertices[:, 0].amin() > 0.8
 
 
 @pytest.mark.parametrize(
@@ -101,8 +76,8 @@ def test_crumbs_and_faint_gaussians_are_left_out(surface, gaussians):
         (0.2, {}, "set system.exporter.mesh_opacity below"),
     ],
 )
-def test_no_surface_is_one_clear_line(surface, gaussians, opacity, level, message):
-    geometry = gaussians([[0.0, 0, 0]], [[0.3] * 3], [opacity], [[0.5] * 3])
+def test_no_surface_is_one_clear_line(opacity, level, message):
+    geometry = made([[0.0, 0, 0]], [[0.3] * 3], [opacity], [[0.5] * 3])
     with pytest.raises(ValueError, match=message) as caught:
         surface.surface(geometry, resolution=32, **level)
     assert "\n" not in str(caught.value)
@@ -111,10 +86,9 @@ def test_no_surface_is_one_clear_line(surface, gaussians, opacity, level, messag
 # --- where light stops ----------------------------------------------------------------------------
 
 
-def test_stopped_light_is_the_formula(surface):
+def test_stopped_light_is_the_formula():
     """Against the same written down for every Gaussian and point, along and against a direction.
     What a Gaussian stops up to x is spread over its depth as a normal distribution."""
-    light = importlib.import_module("lods.gaussians.light")
     rng, resolution, radius = np.random.default_rng(0), 97, 1.6
     means, opacities = rng.uniform(-0.5, 0.5, (9, 3)), rng.uniform(0.05, 0.95, 9)
     half = rng.normal(size=(9, 3, 3)) * 0.15
@@ -140,8 +114,7 @@ def test_stopped_light_is_the_formula(surface):
         assert found.max() > 0.5
 
 
-def test_directions_are_spread_over_the_half_sphere(surface):
-    light = importlib.import_module("lods.gaussians.light")
+def test_directions_are_spread_over_the_half_sphere():
     d = light.directions(20)
     assert np.allclose(np.linalg.norm(d, axis=1), 1) and (d[:, 2] > 0).all()
     both = np.concatenate([d, -d])
@@ -152,36 +125,18 @@ def test_directions_are_spread_over_the_half_sphere(surface):
     assert np.allclose(turn[2], d[3])
 
 
-def soft_gaussians(*more):
-    """A ball of soft Gaussians (of an opacity of 0.05) with an arm along +x, so thin that only
-    half of the light is stopped by it; reddish for x > 0.2, else bluish. ``more``: (mean, scales,
-    opacity) of others."""
-    rng = np.random.default_rng(0)
-    ball = rng.normal(size=(1200, 3))
-    ball *= 0.4 * rng.random((1200, 1)) ** (1 / 3) / np.linalg.norm(ball, axis=1, keepdims=True)
-    arm = np.c_[np.linspace(0.3, 0.9, 240), 0.02 * rng.normal(size=(240, 2))]
-    means = np.concatenate([ball, arm])
-    colors = np.where(means[:, :1] > 0.2, [[0.8, 0.25, 0.3]], [[0.3, 0.4, 0.7]])
-    return made(
-        [*means.tolist(), *(one[0] for one in more)],
-        [*([[0.06] * 3] * len(means)), *(one[1] for one in more)],
-        [*([0.05] * len(means)), *(one[2] for one in more)],
-        [*colors.tolist(), *([[0.0, 1, 0]] * len(more))],
-    )
-
-
 def as_trimesh(mesh):
-    return trimesh.Trimesh(mesh.v_pos.numpy(), mesh.t_pos_idx.numpy(), process=False)
+    return trimesh.Trimesh(mesh.vertices.numpy(), mesh.faces.numpy(), process=False)
 
 
-def test_soft_gaussians_hold_together(surface):
+def test_soft_gaussians_hold_together():
     found = surface.surface(soft_gaussians(), resolution=48)
     mesh = as_trimesh(found)
     assert mesh.is_watertight and mesh.body_count == 1 and mesh.volume > 0
     assert 0.9 < mesh.bounds[1, 0] < 1.05  # the whole arm
     assert np.allclose(mesh.bounds[0], -0.45, atol=0.08)
-    color = found.v_rgb.numpy()
-    inner, outer = found.v_pos[:, 0] < -0.1, found.v_pos[:, 0] > 0.5
+    color = found.rgb.numpy()
+    inner, outer = found.vertices[:, 0] < -0.1, found.vertices[:, 0] > 0.5
     assert np.allclose(color[inner], [0.3, 0.4, 0.7], atol=0.06)
     assert np.allclose(color[outer], [0.8, 0.25, 0.3], atol=0.06)
     # a level of the density that the ball has leaves the arm out, or the ball grows
@@ -190,7 +145,7 @@ def test_soft_gaussians_hold_together(surface):
 
 
 @pytest.mark.slow
-def test_a_veil_and_a_floater_do_not_change_the_mesh(surface):
+def test_a_veil_and_a_floater_do_not_change_the_mesh():
     """A Gaussian of 3.4 around an object of 1 (as trained ones have), and one far away, which
     alone would set the size of the grid."""
     alone = as_trimesh(surface.surface(soft_gaussians(), resolution=48))
@@ -200,13 +155,13 @@ def test_a_veil_and_a_floater_do_not_change_the_mesh(surface):
     assert np.allclose(veiled.bounds, alone.bounds, atol=0.06)
 
 
-def test_a_mesh_that_cannot_be_does_not_take_the_other_files_along(gaussians, monkeypatch):
+def test_a_mesh_that_cannot_be_does_not_take_the_other_files_along(monkeypatch):
     said = []
     monkeypatch.setattr("threestudio.warn", said.append)
-    geometry = gaussians([[0.0, 0, 0]], [[0.3] * 3], [0.001], [[0.5] * 3])
+    geometry = made([[0.0, 0, 0]], [[0.3] * 3], [0.001], [[0.5] * 3])
 
     def export(*formats):
-        kind = threestudio.find("lods-gaussian-exporter")
+        kind = GaussianExporter
         return kind({"fmt": list(formats)}, geometry=geometry, material=None, background=None)()
 
     assert [out.save_name for out in export("ply", "glb", "points")] == [
@@ -218,13 +173,13 @@ def test_a_mesh_that_cannot_be_does_not_take_the_other_files_along(gaussians, mo
         export("glb")
 
 
-def test_gaussians_that_are_not_finite_are_not_in_the_mesh(surface, gaussians):
+def test_gaussians_that_are_not_finite_are_not_in_the_mesh():
     values = [[0.0, 0, 0], [9.0, 0, 0]], [[0.3] * 3] * 2, [0.99] * 2, [[0.5] * 3] * 2
-    geometry = gaussians(*values)
+    geometry = made(*values)
     with torch.no_grad():
         geometry.means[1, 0] = float("nan")
     whole = surface.surface(geometry, resolution=24)
-    alone = surface.surface(gaussians(*(v[:1] for v in values)), resolution=24)
-    assert torch.isfinite(whole.v_pos).all() and len(whole.v_pos) == pytest.approx(
-        len(alone.v_pos), rel=0.2
+    alone = surface.surface(made(*(v[:1] for v in values)), resolution=24)
+    assert torch.isfinite(whole.vertices).all() and len(whole.vertices) == pytest.approx(
+        len(alone.vertices), rel=0.2
     )

@@ -9,30 +9,25 @@ import math
 import numpy as np
 import pytest
 import torch
+from lods.gaussians import mesh_file, mesh_parts, ply
+from lods.threestudio.geometry import Gaussians
 from PIL import Image
 from plyfile import PlyData, PlyElement
 
-from tests.glb_files import linear, material_of, read_glb, shown
-from tests.test_safe_files import glb
+from tests.glb_files import glb, linear, material_of, read_glb, shown
 
 QUAD = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], "<f4")
 UV = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], "<f4")  # glTF's v points down the picture
 TWO = np.array([0, 1, 2, 0, 2, 3], "<u2")
 
 
-@pytest.fixture(scope="module")
-def part(lods):
-    """``part("ply")``: a module of the Gaussians."""
-    return lambda name: importlib.import_module(f"threestudio-lods.gaussian.{name}")
-
-
 @pytest.fixture
-def start(part):
+def start():
     """``start(path, **settings of the file) -> (means, colours)`` of Gaussians that start there."""
 
     def make(path, n_points=400, **file):
         cfg = {"init_type": "file", "file": {"path": str(path), "n_points": n_points, **file}}
-        geometry = part("model").Gaussians(cfg)
+        geometry = Gaussians(cfg)
         return geometry.means.detach().numpy(), geometry.base_colors().detach().numpy()
 
     return make
@@ -41,7 +36,7 @@ def start(part):
 @pytest.fixture
 def said(monkeypatch):
     messages = []
-    monkeypatch.setattr("threestudio.warn", messages.append)
+    monkeypatch.setattr("lods.log.warn", messages.append)
     return messages
 
 
@@ -96,7 +91,7 @@ def pbr(**settings):
 # --- glb, written -------------------------------------------------------------------------------
 
 
-def test_a_mesh_of_gaussians_is_a_glb_that_viewers_show_as_it_is(part, tmp_path):
+def test_a_mesh_of_gaussians_is_a_glb_that_viewers_show_as_it_is(tmp_path):
     mesh = importlib.import_module("threestudio.models.mesh").Mesh
     tetrahedron = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
     faces = torch.tensor([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
@@ -104,7 +99,7 @@ def test_a_mesh_of_gaussians_is_a_glb_that_viewers_show_as_it_is(part, tmp_path)
     colors = torch.tensor([[0.0, 0.5, 1.0], [139 / 255, 0.001, 0.03], [0.9, 0.2, 0.04], [2, -1, 0]])
     made.set_vertex_color(colors)
     path = tmp_path / "m.glb"
-    part("mesh_file").write_mesh(path, tetrahedron, faces, colors, made.v_nrm)
+    mesh_file.write_mesh(path, tetrahedron, faces, colors, made.v_nrm)
     tree, attributes, indices = read_glb(path)
     assert np.array_equal(attributes["POSITION"], tetrahedron)
     assert np.array_equal(indices, faces)
@@ -238,7 +233,7 @@ def test_nodes_are_placed_by_their_parents(start, tmp_path):
 @pytest.mark.parametrize(
     "mode, indices", [(5, [0, 1, 3, 2]), (6, [0, 1, 2, 3]), (4, [0, 1, 2, 0, 2, 3])]
 )
-def test_strips_and_fans_are_triangles(part, tmp_path, mode, indices):
+def test_strips_and_fans_are_triangles(tmp_path, mode, indices):
     content = scene(indices=np.array(indices, "|u1"))
     path = tmp_path / "a.glb"
     path.write_bytes(content.replace(b'"attributes"', b'"mode": %d, "attributes"' % mode))
@@ -247,11 +242,11 @@ def test_strips_and_fans_are_triangles(part, tmp_path, mode, indices):
     text = json.loads(data[20 : 20 + int.from_bytes(data[12:16], "little") + size])
     blob = bytes(data[-text["buffers"][0]["byteLength"] :])
     path.write_bytes(glb(text, blob))
-    [made] = part("mesh_file").read_mesh(path)
+    [made] = mesh_file.read_mesh(path)
     assert made.areas().tolist() == [0.5, 0.5]
 
 
-def test_gltf_is_y_up_unless_said_otherwise(start, part, tmp_path):
+def test_gltf_is_y_up_unless_said_otherwise(start, tmp_path):
     """A box 1 wide, 3 high and 5 deep; and a file of ours is where it was."""
     tree = scene(nodes=[{"mesh": 0, "scale": [2, 6, 1]}])
     (tmp_path / "a.glb").write_bytes(tree)
@@ -262,7 +257,7 @@ def test_gltf_is_y_up_unless_said_otherwise(start, part, tmp_path):
     xyz = torch.tensor([[0.5, 0, 0], [0, 0.3, 0], [0, 0, 0.9], [0.1, 0.1, 0.1]])
     faces = torch.tensor([[0, 1, 2], [1, 2, 3]])
     color = torch.tensor([[0.2, 0.5, 0.7]]).expand(4, 3)
-    part("mesh_file").write_mesh(tmp_path / "b.glb", xyz[:, [1, 2, 0]], faces, color)
+    mesh_file.write_mesh(tmp_path / "b.glb", xyz[:, [1, 2, 0]], faces, color)
     means, colors = start(tmp_path / "b.glb", n_points=4000)
     assert np.allclose([means.min(0), means.max(0)], [[0, 0, 0], [0.5, 0.3, 0.9]], atol=0.05)
     assert np.allclose(colors, color[0], atol=1e-4)
@@ -315,7 +310,7 @@ def test_colours_of_a_ply_have_any_range(start, tmp_path, kind, scale, faces):
     assert np.allclose(colors, rgb, atol=3e-3)
 
 
-def test_rows_of_a_ply_that_are_not_finite_are_left_out_and_counted(start, part, tmp_path, said):
+def test_rows_of_a_ply_that_are_not_finite_are_left_out_and_counted(start, tmp_path, said):
     rows = [[*point, 9, 9, 9] for point in [*TRIANGLE, [1, 1, 0], [math.nan, 0, 0]]]
     write_ply(tmp_path / "a.ply", rows, ["f4"] * 3 + ["u1"] * 3)
     assert len(start(tmp_path / "a.ply")[0]) == 4
@@ -328,7 +323,6 @@ def test_rows_of_a_ply_that_are_not_finite_are_left_out_and_counted(start, part,
     assert np.isfinite(means).all() and (means[:, :2].sum(1) <= 1 + 1e-6).all()
     assert len(said) == 2 and "1 of 2 triangles are not finite" in said[1]
     # Gaussians
-    ply = part("ply")
     data = np.ones(5, dtype=[(name, "f8") for name in ply.gaussian_properties(0)])
     data["opacity"][0], data["y"][1], data["scale_2"][2] = math.nan, math.inf, 300
     for i in range(4):
@@ -339,14 +333,14 @@ def test_rows_of_a_ply_that_are_not_finite_are_left_out_and_counted(start, part,
     assert ["2 of 5" in said[2], "length 0" in said[3], "beyond float32" in said[4]] == [True] * 3
 
 
-def test_a_compressed_ply_is_named(part, tmp_path):
+def test_a_compressed_ply_is_named(tmp_path):
     names = ["packed_position", "packed_rotation", "packed_scale", "packed_color"]
     vertex = np.zeros(256, dtype=[(name, "u4") for name in names])
     chunk = np.zeros(1, dtype=[(f"{end}_{axis}", "f4") for end in ("min", "max") for axis in "xyz"])
     elements = [PlyElement.describe(chunk, "chunk"), PlyElement.describe(vertex, "vertex")]
     PlyData(elements).write(str(tmp_path / "a.ply"))
     with pytest.raises(ValueError, match=r"a\.ply' is a compressed ply.* uncompressed") as caught:
-        part("ply").read_ply(tmp_path / "a.ply")
+        ply.read_ply(tmp_path / "a.ply")
     assert "\n" not in str(caught.value)
 
 
@@ -423,8 +417,8 @@ def test_pictures_that_are_too_large_are_not_decoded(start, tmp_path, kind, side
     refused(start, path, f"picture has {side} x {side} pixels")
 
 
-def test_many_large_pictures_are_counted_together(part):
-    parts = part("mesh_parts")
+def test_many_large_pictures_are_counted_together():
+    parts = mesh_parts
     image = Image.new("L", (8192, 8192))
     made = [parts.Part(QUAD, TWO.reshape(2, 3), picture=parts.Picture(image)) for _ in range(5)]
     parts.check_pictures(made[:4])

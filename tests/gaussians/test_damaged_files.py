@@ -1,10 +1,11 @@
-"""Mesh and ply files of others that are damaged: one line in words, and no colour that is none."""
+"""Damaged mesh and ply files of others: one line in words, and no colour that is none."""
 
-import importlib
 import io
 
 import numpy as np
 import pytest
+from lods.gaussians.initialize import FileInit
+from lods.gaussians.mesh_parts import Picture
 from PIL import Image
 
 TRIANGLE = "v 0 0 0 {0} 0 0\nv 1 0 0 {0} 0 0\nv 0 1 0 {0} 0 0\nf 1 2 {1}\n"
@@ -14,10 +15,9 @@ GLTF = '{{"asset":{{"version":"2.0"}},"nodes":[{{"mesh":0}}],"meshes":{}}}'
 
 
 @pytest.fixture
-def load(lods):
+def load():
     """``load(path)``: the points of a file."""
-    module = importlib.import_module(f"{lods.__name__}.gaussian.initialize")
-    return lambda path: module.FileInit(str(path), n_points=10).load(np.random.default_rng(0))
+    return lambda path: FileInit(str(path), n_points=10).load(np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_damaged_file_is_told_in_words(load, tmp_path, name, text, said):
 
 def test_colours_that_are_not_finite_are_grey_and_said(load, tmp_path, monkeypatch):
     said: list = []
-    monkeypatch.setattr("threestudio.warn", said.append)
+    monkeypatch.setattr("lods.log.warn", said.append)
     (tmp_path / "a.obj").write_text(TRIANGLE.format("nan", 3))
     assert (load(tmp_path / "a.obj").rgb == 0.5).all()
     assert len(said) == 1 and "are not finite in places" in said[0]
@@ -47,16 +47,14 @@ def test_colours_that_are_not_finite_are_grey_and_said(load, tmp_path, monkeypat
     assert (load(tmp_path / "a.obj").rgb == [1, 0, 0]).all() and len(said) == 1
 
 
-def test_a_grey_picture_of_16_bits_is_scaled_and_not_clipped(lods):
-    parts = importlib.import_module(f"{lods.__name__}.gaussian.mesh_parts")
+def test_a_grey_picture_of_16_bits_is_scaled_and_not_clipped():
     file = io.BytesIO()
     Image.fromarray(np.array([[0, 32896], [257, 65535]], np.uint16)).save(file, "png")
-    pixels = parts.Picture(file.getvalue()).pixels()
+    pixels = Picture(file.getvalue()).pixels()
     assert pixels.dtype == np.uint8 and pixels.shape == (2, 2, 3)
     assert (pixels[..., 0] == [[0, 128], [1, 255]]).all()
 
 
-def test_a_picture_that_is_none_is_told_without_an_address(lods):
-    parts = importlib.import_module(f"{lods.__name__}.gaussian.mesh_parts")
+def test_a_picture_that_is_none_is_told_without_an_address():
     with pytest.raises(ValueError, match=r"cannot be read \(of no known format\)"):
-        parts.Picture(b"no picture")
+        Picture(b"no picture")

@@ -1,20 +1,17 @@
 """The shipped schedules of densification and of the losses, each to its end (slow)."""
 
-import importlib
 import math
 
 import pytest
 import torch
+from lods.gaussians.densify import Densifier
+from lods.threestudio.geometry import Gaussians
 
+from tests.gaussians.clouds import cameras, make_renderer, optimizer_for
 from tests.runs import ROOT, fit
-from tests.test_gaussians import cameras, make_renderer, optimizer_for
 
 pytestmark = pytest.mark.slow
 OVERLAY = [str(ROOT / "configs" / name) for name in ("lods-gs-embedding.yaml", "pocket.yaml")]
-
-
-def module(name):
-    return importlib.import_module(f"threestudio-lods.gaussian.{name}")
 
 
 @pytest.mark.parametrize(
@@ -50,13 +47,11 @@ def test_the_full_size_schedule_keeps_the_object(name, size):
     from threestudio.utils.config import load_config
 
     torch.manual_seed(0)
-    geometry = module("model").Gaussians({"ball": {"n_points": 6000, "radius": 0.25}})
+    geometry = Gaussians({"ball": {"n_points": 6000, "radius": 0.25}})
     cfg = {"ball": {"n_points": 200, "radius": 0.25}, "init_opacity": 0.9}
-    target = module("model").Gaussians(cfg)
+    target = Gaussians(cfg)
     cfg = load_config(OVERLAY[0], cli_args=["system.prompt_processor.prompt=x"]).system
-    densifier = module("densify").Densifier(
-        name, dict(cfg.strategy[name]), float(cfg.strategy.scene_scale)
-    )
+    densifier = Densifier(name, dict(cfg.strategy[name]), float(cfg.strategy.scene_scale))
     end = densifier.strategy.refine_stop_iter
     optimizer = optimizer_for(geometry)
     for group in optimizer.param_groups:

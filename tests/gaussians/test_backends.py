@@ -1,8 +1,6 @@
 """The CUDA packages behind our functions. On a CPU their glue is tested with stand-ins that have
 the packages' interfaces and conventions; what needs a device is marked ``gpu``."""
 
-import importlib
-import re
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -10,28 +8,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from lods.gaussians import backends, neighbours, rasterization, reference, resolve_backend
+from lods.threestudio.geometry import Gaussians
 
-import threestudio
-from tests.test_rasterize import assert_near, is_clear_cut, make_scene, render
+from tests.gaussians.scenes import assert_near, complete, is_clear_cut, make_scene, render
 
-GAUSSIAN = "threestudio-lods.gaussian"
 INRIA = ["gswarp", "diff-gaussian-rasterization"]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(scope="module")
-def raster():
-    return importlib.import_module(f"{GAUSSIAN}.rasterize")
-
-
-@pytest.fixture(scope="module")
-def twin():
-    return importlib.import_module(f"{GAUSSIAN}.raster_torch")
-
-
-@pytest.fixture(scope="module")
-def neighbours():
-    return importlib.import_module(f"{GAUSSIAN}.neighbours")
 
 
 # --- the interface of 3DGS ------------------------------------------------------------------------
@@ -60,8 +43,8 @@ def with_setting(name, kind):
 LaterSettings = with_setting("antialiasing", bool)
 
 
-def stand_in(twin, name, output, settings=Settings):
-    """A package with the interface of 3DGS over the dense twin's blending. Projection and
+def stand_in(name, output, settings=Settings):
+    """A package with the interface of 3DGS over the reference's blending. Projection and
     conventions are written here, from those of the interface and not from our glue.
 
     ``output(image, radii, depth, alpha)`` is what a call returns; depth is accumulated."""
@@ -96,12 +79,12 @@ def stand_in(twin, name, output, settings=Settings):
             o = torch.zeros(n)
             J = torch.stack([fx / z, o, -fx * x / z, o, fy / z, -fy * y / z], -1).view(n, 2, 3)
             T = J @ s.viewmatrix[:3, :3].T
-            cov = T @ twin.covariances(rotations, scales) @ T.mT + 0.3 * torch.eye(2)
+            cov = T @ reference.covariances(rotations, scales) @ T.mT + 0.3 * torch.eye(2)
             conic = torch.linalg.inv(cov)
             radii = (3 * torch.linalg.eigvalsh(cov.detach())[:, 1].sqrt()).ceil()
             seen = (pixel + radii[:, None] > -0.5) & (pixel - radii[:, None] < torch.tensor([W, H]))
             radii = radii * (seen.all(-1) & (z > 0.2))
-            image, alpha = twin.composite(
+            image, alpha = reference.composite(
                 (pixel + 0.5)[None],
                 torch.stack([conic[:, 0, 0], conic[:, 0, 1], conic[:, 1, 1]], -1)[None],
                 opacities[:, 0].clamp(max=0.99),
@@ -143,20 +126,20 @@ VERSIONS = {
 
 
 @pytest.fixture
-def install(raster, twin, monkeypatch):
+def install(monkeypatch):
     """``install(version) -> (package, backend)``, which is then taken to be for the CPU."""
 
     def put(version):
         name, output, settings = VERSIONS[version]
-        package = stand_in(twin, name, output, settings)
+        package = stand_in(name, output, settings)
         monkeypatch.setitem(sys.modules, name, package)
         return package, name.replace("_", "-")
 
-    monkeypatch.setattr(raster, "_unusable", lambda b, _, scene: raster.adapter(b).refuses(*scene))
+    monkeypatch.setattr(backends, "_unusable", lambda b, _, given: backends.get(b).refuses(**given))
     return put
 
 
-def centred_scene(twin, size=1.0, **kwargs):
+def centred_scene(size=1.0, **kwargs):
     """A scene that the interface can draw: no alpha above 0.99, the principal point in the middle,
     no pair near a threshold. ``size`` scales the world."""
     for seed in range(1000):
@@ -165,7 +148,7 @@ def centred_scene(twin, size=1.0, **kwargs):
         scene["Ks"][:, 0, 2] = scene["width"] / 2
         scene["viewmats"][:, :3, 3] *= size
         scene |= {key: size * scene[key] for key in ("means", "scales")}
-        if is_clear_cut(scene, twin):
+        if is_clear_cut(scene):
             return scene
 
 
@@ -180,29 +163,28 @@ CASES = [
 
 @pytest.mark.parametrize("scene, options", CASES)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_interface_of_3dgs_draws_what_the_twin_draws(
-    raster, twin, install, version, scene, options
-):
+def test_the_interface_of_3dgs_draws_what_the_reference_draws(install, version, scene, options):
     _, backend = install(version)
-    scene = centred_scene(twin, **scene)
+    scene = centred_scene(**scene)
     calls = []
-    for name, dtype in ((backend, torch.float32), ("torch", torch.float64)):
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
         fixed = {k: scene[k].to(dtype) for k in ("viewmats", "backgrounds")}
         given = {k: v for k, v in scene.items() if k not in fixed}
-        proxy = SimpleNamespace(
-            rasterization=lambda fixed=fixed, **rest: raster.rasterization(**fixed, **rest)
-        )
-        calls.append(render(proxy, given, name, dtype, **options))
-    (got, info), (expected, info_twin) = calls
+
+        def with_cameras(fixed=fixed, **rest):
+            return rasterization(**fixed, **rest)
+
+        calls.append(render(given, name, dtype, rasterize=with_cameras, **options))
+    (got, info), (expected, info_reference) = calls
     assert (expected["alpha"] > 0).any() or not len(scene["means"])
     for key in expected:
         assert_near(got[key], expected[key], 2e-4)
     for key in ("means2d", "depths", "conics", "opacities"):
-        assert_near(info[key], info_twin[key], 1e-4)
-    assert info.keys() == info_twin.keys() and info["radii"].dtype == torch.int32
-    assert info["radii"].shape == info_twin["radii"].shape
+        assert_near(info[key], info_reference[key], 1e-4)
+    assert info.keys() == info_reference.keys() and info["radii"].dtype == torch.int32
+    assert info["radii"].shape == info_reference["radii"].shape
     for key in ("width", "height", "n_cameras"):
-        assert info[key] == info_twin[key]
+        assert info[key] == info_reference[key]
     drawn, z = info["radii"].amin(-1) > 0, info["depths"]
     moved = (expected["means2d"] != 0).any(-1)
     assert moved.any() or not len(scene["means"])
@@ -212,11 +194,11 @@ def test_the_interface_of_3dgs_draws_what_the_twin_draws(
     assert not (drawn & unseen).any()
 
 
-def test_a_call_for_every_three_channels(raster, twin, install):
+def test_a_call_for_every_three_channels(install):
     for version, expected in (("gswarp", 2), ("3DGS", 4)):
         package, backend = install(version)
-        scene = centred_scene(twin, n=5, cameras=2, width=16, height=16)
-        raster.rasterization(**scene, backend=backend, render_mode="RGB+ED")
+        scene = centred_scene(n=5, cameras=2, width=16, height=16)
+        rasterization(**scene, packed=False, backend=backend, render_mode="RGB+ED")
         assert len(package.calls) == expected
 
 
@@ -224,49 +206,50 @@ def test_a_call_for_every_three_channels(raster, twin, install):
     "change, match",
     [
         ({"absgrad": True}, "no absgrad"),
+        ({"radius_clip": 2.0}, "radius_clip must be 0"),
+        ({"camera_model": "ortho"}, "camera_model='ortho' is not supported, only 'pinhole'"),
         ({"eps2d": 0.1}, "eps2d=0.3, not 0.1"),
         ({"viewmats": torch.eye(4)[None].requires_grad_()}, "no gradient of cameras"),
         ({"Ks": torch.tensor([[[20.0, 0, 9], [0, 20, 8], [0, 0, 1]]])}, "not in the middle"),
     ],
 )
-def test_what_the_interface_cannot_draw(raster, twin, install, change, match):
+def test_what_the_interface_cannot_draw(install, change, match):
     package, backend = install("gswarp")
-    scene = centred_scene(twin, n=5, width=16, height=16) | change
+    scene = centred_scene(n=5, width=16, height=16) | change
     with pytest.raises(ValueError, match=f"gswarp.*{match}") as error:
-        raster.rasterization(**scene, backend=backend)
+        rasterization(**scene, packed=False, backend=backend)
     assert "\n" not in str(error.value) and "use backend=" in str(error.value)
     assert not package.calls
 
 
-def test_an_unknown_setting_of_a_fork_is_named(raster, twin, install):
+def test_an_unknown_setting_of_a_fork_is_named(install):
     package, backend = install("3DGS")
     package.GaussianRasterizationSettings = with_setting("kernel_size", float)
     with pytest.raises(ValueError, match=r"\(kernel_size\)"):
-        raster.rasterization(**centred_scene(twin, n=5), backend=backend)
+        rasterization(**centred_scene(n=5), packed=False, backend=backend)
 
 
-def test_gswarp_is_told_to_draw_depth(raster, twin, install):
+def test_gswarp_is_told_to_draw_depth(install):
     package, backend = install("gswarp")
     told = []
     package.get_compute_depth, package.set_compute_depth = lambda: False, told.append
-    raster.rasterization(**centred_scene(twin, n=5), backend=backend)
+    rasterization(**centred_scene(n=5), packed=False, backend=backend)
     assert told == [True]
 
 
 # --- which one ------------------------------------------------------------------------------------
 
 
-def test_auto_takes_the_first_that_can_draw_the_scene(raster, monkeypatch):
-    why = dict.fromkeys(raster.CUDA_BACKENDS, "absent")
+def test_auto_takes_the_first_that_can_draw_the_scene(monkeypatch):
+    why = dict.fromkeys(backends.CUDA, "absent")
     for name in why:
-        monkeypatch.setattr(raster.adapter(name), "missing", lambda name=name: why[name])
+        monkeypatch.setattr(backends.get(name), "missing", lambda name=name: why[name])
     lines, warnings = [], []
-    monkeypatch.setattr(raster.threestudio, "info", lines.append)
-    monkeypatch.setattr(raster.threestudio, "warn", warnings.append)
-    raster.announce.cache_clear()
-    K = torch.tensor([[[20.0, 0, 8], [0, 20, 8], [0, 0, 1]]])
-    scene = torch.eye(4)[None], K, 16, 16, 0.3, False
-    resolve = raster.resolve_backend
+    monkeypatch.setattr("lods.log.info", lines.append)
+    monkeypatch.setattr("lods.log.warn", warnings.append)
+    backends.announce.cache_clear()
+    scene = complete(**centred_scene(n=2, width=16, height=16), packed=False)
+    resolve = resolve_backend
     assert resolve("auto", CUDA, scene) == "cpu" and resolve("auto", CUDA, scene) == "cpu"
     names = list(why)
     assert names == ["gsplat", *INRIA]
@@ -283,9 +266,9 @@ def test_auto_takes_the_first_that_can_draw_the_scene(raster, monkeypatch):
             resolve(names[i], CPU, scene)
     assert "Gaussian rasteriser: gswarp (gsplat: absent)" in lines
     why["gsplat"] = "absent"
-    assert resolve("auto", CUDA, (*scene[:5], True)) == "cpu"  # absgrad
+    assert resolve("auto", CUDA, {**scene, "absgrad": True}) == "cpu"  # absgrad
     assert "gswarp: it has no absgrad" in warnings[-1]
-    raster.announce.cache_clear()
+    backends.announce.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -296,49 +279,20 @@ def test_auto_takes_the_first_that_can_draw_the_scene(raster, monkeypatch):
         ("diff-gaussian-rasterization", "diff_gaussian_rasterization", "pip install .*git.https"),
     ],
 )
-def test_an_absent_rasteriser_says_how_to_get_it(raster, monkeypatch, backend, module, remedy):
-    missing = raster.adapter(backend).missing
+def test_an_absent_rasteriser_says_how_to_get_it(monkeypatch, backend, module, remedy):
+    missing = backends.get(backend).missing
     monkeypatch.setitem(sys.modules, module, None)  # not importable
     for cuda, match in ((False, "no CUDA device; use backend='cpu'"), (True, remedy)):
         missing.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         with pytest.raises(ValueError, match=f"{backend}.*{match}") as error:
-            raster.resolve_backend(backend, CUDA)
+            resolve_backend(backend, CUDA)
         assert "\n" not in str(error.value)
     missing.cache_clear()
     if backend != "gsplat":
         monkeypatch.setitem(sys.modules, module, ModuleType(module))
         assert missing() == ""
         missing.cache_clear()
-
-
-@pytest.mark.parametrize("package", ["nerfacc", "tinycudann"])
-def test_absent_packages_of_the_radiance_field_say_how_to_get_them(monkeypatch, package):
-    from threestudio.models import hashgrid
-    from threestudio.models.hashgrid import native
-    from threestudio.models.raymarch import march, march_nerfacc
-
-    cached, resolve, remedy = {
-        "nerfacc": (march_nerfacc._not_loaded, march.resolve_backend, "pip install nerfacc"),
-        "tinycudann": (
-            native.missing,
-            lambda *args: hashgrid.resolve_backend(*args, 3),
-            r"pip install 'setuptools<81'.*pip install --no-build-isolation 'git.https",
-        ),
-    }[package]
-    warnings = []
-    monkeypatch.setattr(threestudio, "warn", warnings.append)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(sys.modules, package, None)
-    for cache in (cached, march.announce, hashgrid.announce):
-        cache.cache_clear()
-    assert resolve("auto", CUDA, torch.float32) == "torch"
-    (line,) = warnings
-    assert re.search(f"{package}.*{remedy}", line)
-    with pytest.raises(ValueError, match=f"{package}.*{remedy}") as error:
-        resolve(package, CUDA, torch.float32)
-    assert "\n" not in str(error.value)
-    cached.cache_clear()
 
 
 # --- neighbours -----------------------------------------------------------------------------------
@@ -356,7 +310,7 @@ def dist_cuda2(points):
     return squared.topk(3, largest=False).values.mean(-1)
 
 
-def test_dist_cuda2_gives_the_sizes_of_scipy(neighbours, monkeypatch):
+def test_dist_cuda2_gives_the_sizes_of_scipy(monkeypatch):
     module = SimpleNamespace(distCUDA2=dist_cuda2)
     monkeypatch.setitem(sys.modules, "simple_knn", SimpleNamespace(_C=module))
     monkeypatch.setitem(sys.modules, "simple_knn._C", module)
@@ -368,7 +322,7 @@ def test_dist_cuda2_gives_the_sizes_of_scipy(neighbours, monkeypatch):
         assert got.dtype == expected.dtype and np.allclose(got, expected, rtol=1e-5)
 
 
-def test_which_finds_the_neighbours(neighbours, monkeypatch):
+def test_which_finds_the_neighbours(monkeypatch):
     resolve = neighbours.resolve_knn_backend
     why = dict.fromkeys(neighbours.CUDA_BACKENDS, "absent; pip install it")
     with monkeypatch.context() as patch:
@@ -392,15 +346,14 @@ def test_which_finds_the_neighbours(neighbours, monkeypatch):
     neighbours.missing.cache_clear()
 
 
-def test_the_geometry_asks_for_them(neighbours, monkeypatch):
-    import threestudio
+def test_the_geometry_asks_for_them(monkeypatch):
+    from lods.gaussians import initialize as init
 
-    init = importlib.import_module(f"{GAUSSIAN}.initialize")
     seen = []
     monkeypatch.setattr(
         init, "neighbour_scale", lambda xyz, *rest: seen.append(rest) or np.ones(len(xyz))
     )
-    kind = threestudio.find("lods-gaussians")
+    kind = Gaussians
     geometry = kind({"ball": {"n_points": 8}, "knn_backend": "simple-knn"})
     assert seen == [(geometry.device, "simple-knn")]
     monkeypatch.undo()
@@ -416,18 +369,18 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("backend", ["gsplat", *INRIA])
-def test_a_cuda_rasteriser_equals_the_twin(raster, twin, backend):
+def test_a_cuda_rasteriser_equals_the_reference(backend):
     """A Gaussian that ends at 3 standard deviations may lack 0.011 of its opacity in a pixel."""
-    if raster.adapter(backend).missing():
-        pytest.skip(raster.adapter(backend).missing())
-    scene = centred_scene(twin, n=60, cameras=2, width=64, height=48)
+    if backends.get(backend).missing():
+        pytest.skip(backends.get(backend).missing())
+    scene = centred_scene(n=60, cameras=2, width=64, height=48)
     tolerance = 2e-3 if backend == "gsplat" else 2e-2
     scene = {k: v.cuda().float() if torch.is_tensor(v) else v for k, v in scene.items()}
     results = []
-    for name in (backend, "torch"):
+    for name in (backend, "reference"):
         names = ("means", "quats", "scales", "opacities", "colors")
         leaves = {k: scene[k].clone().requires_grad_() for k in names}
-        image, alpha, info = raster.rasterization(
+        image, alpha, info = rasterization(
             **{**scene, **leaves}, backend=name, render_mode="RGB+ED"
         )
         info["means2d"].retain_grad()
@@ -444,7 +397,7 @@ def test_a_cuda_rasteriser_equals_the_twin(raster, twin, backend):
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("backend", ["simple-knn", "gswarp"])
-def test_a_cuda_search_for_neighbours_equals_scipys(neighbours, backend):
+def test_a_cuda_search_for_neighbours_equals_scipys(backend):
     if neighbours.missing(backend):
         pytest.skip(neighbours.missing(backend))
     got = neighbours.neighbour_scale(cloud(5000), CUDA, backend)

@@ -1,33 +1,22 @@
 """Where Gaussians start, and how they are written and read."""
 
-import importlib
 import math
 
 import numpy as np
 import pytest
 import torch
+from lods.gaussians import initialize as init
+from lods.gaussians import ply
+from lods.gaussians.axes import AXES
+from lods.threestudio.geometry import Gaussians
 from plyfile import PlyData, PlyElement
 
-
-@pytest.fixture(scope="module")
-def init(lods):
-    return importlib.import_module("lods.gaussians.initialize")
-
-
-@pytest.fixture(scope="module")
-def ply(lods):
-    return importlib.import_module("lods.gaussians.ply")
-
-
-@pytest.fixture(scope="module")
-def Gaussians(lods):
-    return importlib.import_module("lods.threestudio.geometry").Gaussians
-
+from tests.gaussians.clouds import random_gaussians
 
 # -- initial values --------------------------------------------------------------------------------
 
 
-def test_scale_is_the_rms_distance_to_three_neighbours(init):
+def test_scale_is_the_rms_distance_to_three_neighbours():
     # the corners of a box with sides 1, 2, 3: the nearest of each corner are at 1, 2 and sqrt 5
     # (across the 1-2 face), since 3 and everything else is farther
     corners = np.array(np.meshgrid([0, 1], [0, 2], [0, 3])).reshape(3, -1).T.astype(float)
@@ -45,7 +34,7 @@ def test_scale_is_the_rms_distance_to_three_neighbours(init):
         init.neighbour_scale(np.zeros((3, 3)))
 
 
-def test_ball_is_uniform_and_reproducible(Gaussians):
+def test_ball_is_uniform_and_reproducible():
     def make(seed):
         cfg = {"init_type": "ball", "init_seed": seed, "ball": {"n_points": 4000, "radius": 0.6}}
         return Gaussians(cfg)
@@ -62,8 +51,8 @@ def test_ball_is_uniform_and_reproducible(Gaussians):
     assert one.base_colors().min() >= 0 and abs(one.base_colors().mean() - 0.5) < 0.02
 
 
-def test_axes_rotation(init):
-    axes = importlib.import_module("lods.gaussians.axes").AXES
+def test_axes_rotation():
+    axes = AXES
     for front, up in (("+x", "+z"), ("-y", "+z"), ("+z", "+y"), ("-x", "-y")):
         R = init.axes_rotation(front, up)
         assert np.allclose(R @ axes[front], [1, 0, 0])
@@ -74,7 +63,7 @@ def test_axes_rotation(init):
             init.axes_rotation(*bad)
 
 
-def test_growing_points(init):
+def test_growing_points():
     rng = np.random.default_rng(0)
     points = init.Points(rng.uniform(-1, 1, (50, 3)), rng.uniform(0.5, 1, (50, 3)))
     grown = init.grow_points(points, 20000, 0.1, 0.2, rng)
@@ -92,7 +81,7 @@ def test_growing_points(init):
     assert box > 0 and abs(near.sum() - new) < 6 * math.sqrt(new)
 
 
-def test_shap_e_points(init, monkeypatch):
+def test_shap_e_points(monkeypatch):
     """The pipeline's mesh becomes points: every 4th vertex, its front (-y) turned to +x."""
     vertices = np.random.default_rng(0).normal(size=(400, 3))
     colors = np.random.default_rng(1).random((400, 3))
@@ -110,7 +99,7 @@ def test_shap_e_points(init, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a folder", "nobody/shap-e"])
-def test_shap_e_without_weights_is_one_line(Gaussians, tmp_path, monkeypatch, name):
+def test_shap_e_without_weights_is_one_line(tmp_path, monkeypatch, name):
     if name != "a folder":  # diffusers would try again and again
         refuse = staticmethod(lambda *args, **kwargs: pytest.fail("asked"))
         monkeypatch.setattr("diffusers.ShapEPipeline.load_config", refuse)
@@ -136,7 +125,7 @@ def test_shap_e_without_weights_is_one_line(Gaussians, tmp_path, monkeypatch, na
         ({"init_opacity": 1.0}, "above 0 and below 1, not 1"),
     ],
 )
-def test_wrong_settings(Gaussians, cfg, message):
+def test_wrong_settings(cfg, message):
     with pytest.raises((ValueError, TypeError), match=message) as error:
         Gaussians(cfg)
     assert "\n" not in str(error.value)
@@ -145,17 +134,10 @@ def test_wrong_settings(Gaussians, cfg, message):
 # -- files -----------------------------------------------------------------------------------------
 
 
-def random_gaussians(n=17, k=3, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    shapes = {"means": (n, 3), "scales": (n, 3), "quats": (n, 4), "opacities": (n,)}
-    shapes |= {"sh0": (n, 1, 3)} | ({"shN": (n, k, 3)} if k else {})
-    return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
-
-
 @pytest.mark.parametrize("k", [0, 3, 8, 15])
-def test_ply_has_the_standard_layout(ply, tmp_path, k):
+def test_ply_has_the_standard_layout(tmp_path, k):
     gaussians = random_gaussians(k=k)
-    assert ply.write_gaussians(tmp_path / "a.ply", **gaussians) == 17
+    assert ply.write_ply(tmp_path / "a.ply", **gaussians) == 17
     vertex = PlyData.read(str(tmp_path / "a.ply"))["vertex"]
     rest = [f"f_rest_{i}" for i in range(3 * k)]
     names = ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", *rest, "opacity"]
@@ -180,7 +162,7 @@ def test_ply_has_the_standard_layout(ply, tmp_path, k):
     assert [p.name for p in tmp_path.iterdir()] == ["a.ply"]  # no half-written file remains
 
 
-def test_gsplat_writes_the_same_values(ply, tmp_path):
+def test_gsplat_writes_the_same_values(tmp_path):
     """An exporter that we did not write."""
     from gsplat import export_splats
 
@@ -190,12 +172,12 @@ def test_gsplat_writes_the_same_values(ply, tmp_path):
     assert all(torch.equal(back[name], gaussians[name]) for name in gaussians)
 
 
-def test_export_leaves_out_what_is_not_finite(ply, tmp_path, caplog):
+def test_export_leaves_out_what_is_not_finite(tmp_path, caplog):
     gaussians = random_gaussians(k=0)
     gaussians["scales"][3, 1] = math.nan
     gaussians["opacities"][5] = math.inf
     with caplog.at_level("WARNING", logger="pytorch_lightning"):
-        assert ply.write_gaussians(tmp_path / "a.ply", **gaussians) == 15
+        assert ply.write_ply(tmp_path / "a.ply", **gaussians) == 15
     assert "2 of 17 Gaussians" in caplog.text
     keep = [i for i in range(17) if i not in (3, 5)]
     assert torch.equal(ply.read_ply(tmp_path / "a.ply")["means"], gaussians["means"][keep])
@@ -208,7 +190,7 @@ def write_ply(path, columns, n):
     PlyData([PlyElement.describe(data, "vertex")]).write(str(path))
 
 
-def test_bad_ply_files(ply, tmp_path):
+def test_bad_ply_files(tmp_path):
     path = tmp_path / "bad.ply"
     path.write_bytes(b"not a ply")
     cases = [("not a readable ply", None)]
@@ -232,13 +214,13 @@ def test_bad_ply_files(ply, tmp_path):
     with pytest.raises(ValueError, match="holds no points"):
         ply.read_ply(path)
     # cut short
-    ply.write_gaussians(path, **random_gaussians())
+    ply.write_ply(path, **random_gaussians())
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match="not a readable ply"):
         ply.read_ply(path)
 
 
-def test_coloured_points_round_trip(ply, Gaussians, tmp_path):
+def test_coloured_points_round_trip(tmp_path):
     rng = np.random.default_rng(0)
     xyz = torch.from_numpy(rng.normal(size=(30, 3))).float()
     rgb = torch.from_numpy(rng.integers(0, 256, (30, 3)) / 255).float()
@@ -255,10 +237,10 @@ def test_coloured_points_round_trip(ply, Gaussians, tmp_path):
     assert torch.allclose(geometry.base_colors(), rgb, atol=1e-6)
 
 
-def test_start_from_gaussians_in_a_file(ply, Gaussians, tmp_path):
+def test_start_from_gaussians_in_a_file(tmp_path):
     gaussians = random_gaussians(k=3)
     path = str(tmp_path / "g.ply")
-    ply.write_gaussians(path, **gaussians)
+    ply.write_ply(path, **gaussians)
     geometry = Gaussians({"init_type": "file", "sh_degree": 1, "file": {"path": path}})
     assert all(torch.equal(v, gaussians[k]) for k, v in geometry.export().items())
     with pytest.raises(ValueError, match="sh_degree=1"):
@@ -266,13 +248,13 @@ def test_start_from_gaussians_in_a_file(ply, Gaussians, tmp_path):
     with pytest.raises(ValueError, match="taken as they are"):
         Gaussians({"init_type": "file", "sh_degree": 1, "file": {"path": path, "radius": 1.0}})
     # a file without view dependence starts a geometry that has it
-    ply.write_gaussians(path, **random_gaussians(k=0))
+    ply.write_ply(path, **random_gaussians(k=0))
     geometry = Gaussians({"init_type": "file", "sh_degree": 2, "file": {"path": path}})
     assert geometry.shN.shape == (17, 8, 3) and not geometry.shN.any()
 
 
 @pytest.mark.parametrize("suffix", ["obj", "ply", "glb"])
-def test_start_from_a_mesh(Gaussians, tmp_path, suffix):
+def test_start_from_a_mesh(tmp_path, suffix):
     """A box that is 4 long along y, coloured red where y > 0: the front -y must come to +x."""
     import trimesh
 
@@ -300,7 +282,7 @@ def test_start_from_a_mesh(Gaussians, tmp_path, suffix):
 
 @pytest.mark.parametrize("uv", [False, True])
 @pytest.mark.parametrize("suffix", ["glb", "obj"])
-def test_a_mesh_of_one_material_has_its_colour(Gaussians, tmp_path, suffix, uv):
+def test_a_mesh_of_one_material_has_its_colour(tmp_path, suffix, uv):
     """Without a picture; as exporters write plain materials, with and without UVs."""
     import trimesh
 

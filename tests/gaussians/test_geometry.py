@@ -1,45 +1,25 @@
 """The geometry, its densification, and its renderer."""
 
-import importlib
 import math
 
 import pytest
 import torch
+from lods.gaussians import densify, reference
+from lods.gaussians.harmonics import SH_C0, spherical_harmonics
+from lods.threestudio.geometry import Gaussians
 
-from threestudio.data.cameras import camera_batch
-
-
-def module(name):
-    return importlib.import_module(f"threestudio-lods.gaussian.{name}")
+from tests.gaussians.clouds import cameras, check_consistent, make_renderer, optimizer_for, steps
 
 
 @pytest.fixture(scope="module")
-def make(lods):
+def make():
     """``make(n, sh_degree) -> geometry`` of n random Gaussians in a ball."""
 
     def build(n=60, sh_degree=0, seed=0):
         cfg = {"sh_degree": sh_degree, "init_seed": seed, "ball": {"n_points": n}}
-        return module("model").Gaussians(cfg)
+        return Gaussians(cfg)
 
     return build
-
-
-def cameras(azimuths, elevation=20.0, size=24, distance=3.0, fovy=40.0):
-    azimuth = torch.tensor([float(a) for a in azimuths])
-    one = torch.ones_like(azimuth)
-    return camera_batch(
-        one * elevation, azimuth, one * distance, one * math.radians(fovy), size, size + 8
-    )
-
-
-def make_renderer(geometry, color=(1.0, 1.0, 1.0), **cfg):
-    import threestudio
-
-    background = threestudio.find("solid-color-background")({"color": list(color)})
-    material = threestudio.find("no-material")({"n_output_dims": 0})
-    return threestudio.find("lods-gaussian-rasterizer")(
-        {"backend": "torch", **cfg}, geometry=geometry, material=material, background=background
-    )
 
 
 # -- state dicts -----------------------------------------------------------------------------------
@@ -86,7 +66,7 @@ def test_weights_of_a_checkpoint(make, tmp_path):
     state = {f"geometry.{k}": v for k, v in stored.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 0, "global_step": 7}, path)
     cfg = {"init_type": "none", "weights": f"{path}:geometry"}
-    geometry = module("model").Gaussians(cfg)
+    geometry = Gaussians(cfg)
     assert geometry.count == 33 and torch.equal(geometry.means, stored.means)
 
 
@@ -102,7 +82,7 @@ def test_relocation_is_equation_9():
 
     o, s = [0.3, 0.9, 0.02, 0.7], torch.rand(4, 3)
     ratios = torch.tensor([1, 2, 7, 60])  # 60 is clamped to 51
-    new_o, new_s = module("densify").relocation(torch.tensor(o), s, ratios, binomials())
+    new_o, new_s = densify.relocation(torch.tensor(o), s, ratios, binomials())
     for i, n in enumerate([1, 2, 7, 51]):
         single = 1 - (1 - torch.tensor(o[i]).double().item()) ** (1 / n)
         assert math.isclose(new_o[i].item(), single, rel_tol=1e-6)
@@ -123,59 +103,18 @@ def test_relocation_is_equation_9():
 
 def test_covariances_match_the_rasteriser():
     quats, scales = torch.randn(30, 4), torch.rand(30, 3)
-    ours, _ = module("densify").covariances(quats, scales)
-    assert torch.allclose(ours, module("raster_torch").covariances(quats, scales), atol=1e-6)
+    ours, _ = densify.covariances(quats, scales)
+    assert torch.allclose(ours, reference.covariances(quats, scales), atol=1e-6)
 
 
 def test_gsplat_keeps_its_own_operators():
     from gsplat.strategy import ops
 
     before = ops.compute_relocation
-    with pytest.raises(RuntimeError), module("densify").torch_operators():
-        assert ops.compute_relocation is module("densify").relocation
+    with pytest.raises(RuntimeError), densify.torch_operators():
+        assert ops.compute_relocation is densify.relocation
         raise RuntimeError
     assert ops.compute_relocation is before
-
-
-ADAM = torch.optim.Adam
-
-
-def optimizer_for(geometry, extra=None, whole=False):
-    groups = [{"params": [p], "name": f"geometry.{n}"} for n, p in geometry.gaussians().items()]
-    if whole:
-        groups = [{"params": list(geometry.gaussians().values()), "name": "geometry"}]
-    if extra is not None:
-        groups.append({"params": [extra], "name": "guidance"})
-    return ADAM(groups, lr=1e-3)
-
-
-def steps(geometry, densifier, optimizer, n, start=0):
-    """n steps that pull a random picture out of the Gaussians."""
-    renderer = make_renderer(geometry)
-    batch = cameras([0, 100])
-    target = torch.rand(2, 24, 32, 3, generator=torch.Generator().manual_seed(0))
-    for step in range(start, start + n):
-        out = renderer(**batch)
-        densifier.before_backward(out["info"])
-        optimizer.zero_grad()
-        ((out["comp_rgb"] - target) ** 2).mean().backward()
-        optimizer.step()
-        densifier.after_step(geometry, optimizer, step, out["info"])
-
-
-def check_consistent(geometry, optimizer):
-    params = geometry.gaussians()
-    n = geometry.count
-    assert all(len(p) == n for p in params.values())
-    grouped = [p for group in optimizer.param_groups for p in group["params"]]
-    assert {id(p) for p in params.values()} <= {id(p) for p in grouped}
-    # nothing of former parameters is left, and every state fits its parameter
-    assert {id(p) for p in optimizer.state} <= {id(p) for p in grouped}
-    for p in params.values():
-        assert p.requires_grad and p.is_leaf
-        assert optimizer.state[p]["exp_avg"].shape == p.shape
-        assert optimizer.state[p]["exp_avg_sq"].shape == p.shape
-    assert dict(geometry.named_parameters()).keys() == params.keys()
 
 
 GROW = {"refine_start_iter": 0, "refine_every": 2, "refine_stop_iter": 100}
@@ -190,7 +129,7 @@ def test_strategies_keep_module_and_optimizer_together(make, name, args, whole):
     geometry = make()
     other = torch.nn.Parameter(torch.zeros(3))
     optimizer = optimizer_for(geometry, other, whole)
-    densifier = module("densify").Densifier(name, args)
+    densifier = densify.Densifier(name, args)
     steps(geometry, densifier, optimizer, 6)
     assert geometry.count > 60
     if name == "mcmc":
@@ -212,7 +151,7 @@ def test_default_strategy_clones_splits_and_prunes(make, monkeypatch):
         geometry.opacities[5] = -8.0
     args = {**GROW, "refine_every": 1, "grow_grad2d": 1.0, "grow_scale3d": 0.05}
     args |= {"prune_opa": 0.005, "prune_scale3d": 0.5, "verbose": True}
-    densifier = module("densify").Densifier("default", args, scene_scale=1.0)
+    densifier = densify.Densifier("default", args, scene_scale=1.0)
     optimizer = optimizer_for(geometry)
     for p in geometry.gaussians().values():
         p.grad = torch.ones_like(p)
@@ -230,7 +169,7 @@ def test_default_strategy_clones_splits_and_prunes(make, monkeypatch):
     info = {"means2d": means2d, "radii": radii, "width": 16, "height": 16, "n_cameras": 2}
     info["gaussian_ids"] = None
     said = []
-    monkeypatch.setattr("threestudio.info", said.append)
+    monkeypatch.setattr("lods.log.info", said.append)
     assert densifier.after_step(geometry, optimizer, 1, info)
     assert said == ["step 1: 2 Gaussians cloned, 1 split, 2 pruned, 21 now"]
     # 20 + clones of 3 and 4 + one more from splitting 12 - 5 (faint) - 19 (big)
@@ -257,7 +196,7 @@ def test_gradient_scale_is_taken_out(make):
     states = []
     for scale in (1.0, 1024.0):
         geometry = make()
-        densifier = module("densify").Densifier("default", {**DEFAULT, "refine_every": 50})
+        densifier = densify.Densifier("default", {**DEFAULT, "refine_every": 50})
         optimizer = optimizer_for(geometry)
         out = make_renderer(geometry)(**cameras([0]))
         densifier.before_backward(out["info"])
@@ -272,7 +211,7 @@ def test_opacity_reset(make):
     with torch.no_grad():
         geometry.opacities.fill_(2.0)
     args = {**GROW, "refine_every": 100, "reset_every": 2, "prune_opa": 0.005}
-    densifier = module("densify").Densifier("default", args)
+    densifier = densify.Densifier("default", args)
     optimizer = optimizer_for(geometry)
     steps(geometry, densifier, optimizer, 2)
     assert geometry.opacities.sigmoid().min() > 0.5  # not at 0 and 1
@@ -290,7 +229,7 @@ def test_mcmc_relocates_the_dead(make):
         geometry.opacities[:5] = -9.0
     old = geometry.export()["means"].clone()
     args = {**GROW, "refine_every": 1, "cap_max": 40, "noise_lr": 0.0, "min_opacity": 0.005}
-    densifier = module("densify").Densifier("mcmc", args)
+    densifier = densify.Densifier("mcmc", args)
     optimizer = optimizer_for(geometry)
     for p in geometry.gaussians().values():
         p.grad = torch.zeros_like(p)
@@ -316,7 +255,7 @@ def test_mcmc_noise_follows_the_covariance(make):
         geometry.opacities[0] = 5.0  # opaque: none
     old = geometry.means.detach().clone()
     args = {**GROW, "refine_stop_iter": 0, "noise_lr": 2.0}
-    densifier = module("densify").Densifier("mcmc", args)
+    densifier = densify.Densifier("mcmc", args)
     optimizer = optimizer_for(geometry)
     for group in optimizer.param_groups:
         group["lr"] = 7.0 if group["name"] != "geometry.means" else 0.5
@@ -330,13 +269,13 @@ def test_mcmc_noise_follows_the_covariance(make):
 
 
 def test_strategy_settings(make):
-    Densifier = module("densify").Densifier
+    Densifier = densify.Densifier
     with pytest.raises(ValueError, match="none, default, mcmc"):
         Densifier("mcmmc", {})
     with pytest.raises(ValueError, match=r"default\.grow_grad3d is unknown: the fields are .*2d"):
         Densifier("default", {"grow_grad3d": 1.0})
     geometry = make(20)
-    optimizer = ADAM([{"params": [geometry.means]}], lr=1e-3)
+    optimizer = torch.optim.Adam([{"params": [geometry.means]}], lr=1e-3)
     with pytest.raises(ValueError, match=r"needs geometry\.means, scales"):
         Densifier("mcmc", {}).after_step(geometry, optimizer, 1, {})
     assert Densifier("none", {}).after_step(geometry, optimizer, 1, {}) is False
@@ -345,7 +284,7 @@ def test_strategy_settings(make):
 def test_cap_on_growth(make):
     torch.manual_seed(0)
     geometry = make()
-    densifier = module("densify").Densifier("default", {**DEFAULT, "cap_max": 61})
+    densifier = densify.Densifier("default", {**DEFAULT, "cap_max": 61})
     optimizer = optimizer_for(geometry)
     steps(geometry, densifier, optimizer, 3)
     n = geometry.count
@@ -360,7 +299,7 @@ def test_absgrad_reaches_the_statistics(make):
     for absgrad in (False, True):
         geometry = make()
         args = {**DEFAULT, "refine_every": 50, "absgrad": absgrad}
-        densifier = module("densify").Densifier("default", args)
+        densifier = densify.Densifier("default", args)
         assert densifier.absgrad == absgrad
         optimizer = optimizer_for(geometry)
         out = make_renderer(geometry, backend="cpu")(**cameras([0, 90]), absgrad=absgrad)
@@ -376,14 +315,13 @@ def test_absgrad_reaches_the_statistics(make):
 
 
 def single(geometry, position=(0.0, 0.0, 0.0), scale=0.1, opacity=0.9, rgb=(0.8, 0.2, 0.1)):
-    C0 = module("initialize").SH_C0
     with torch.no_grad():
         for p in geometry.gaussians().values():
             p.data = p.data[:1].clone()
         geometry.means[:] = torch.tensor(position)
         geometry.scales.fill_(math.log(scale))
         geometry.opacities.fill_(math.log(opacity / (1 - opacity)))
-        geometry.sh0[:] = (torch.tensor(rgb) - 0.5) / C0
+        geometry.sh0[:] = (torch.tensor(rgb) - 0.5) / SH_C0
     return geometry
 
 
@@ -445,7 +383,7 @@ def test_spherical_harmonics_match_gsplat(degree):
     from gsplat.cuda._torch_impl import _eval_sh_bases_fast
 
     directions = torch.nn.functional.normalize(torch.randn(50, 3), dim=-1)
-    ours = module("renderer").spherical_harmonics(directions, degree)
+    ours = spherical_harmonics(directions, degree)
     theirs = _eval_sh_bases_fast((degree + 1) ** 2, directions)[:, 1:]
     assert torch.allclose(ours, theirs, atol=1e-5)
 
