@@ -66,7 +66,11 @@ def parse_args(argv, prog: str = "evaluate.py") -> argparse.Namespace:
     )
     add = parser.add_argument
     add("grid", nargs="?", help="YAML of the grid: evaluation/grid.py says what is in it")
-    add("--quick", action="store_true", help="grids/quick.yaml, to evaluation-quick in the build folder")
+    add(
+        "--quick",
+        action="store_true",
+        help="grids/quick.yaml, to evaluation-quick in the build folder",
+    )
     only = "representation=, method=, prompt= or seed=; commas separate several (not of prompts)"
     add("--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=only)
     add("--workers", type=_count, help="runs at a time (default 1; on Ray: what fits)")

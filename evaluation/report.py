@@ -345,9 +345,7 @@ def write(folder: Path) -> None:
     draw(folder)
 
 
-def main(
-    arguments: list[str] | None = None, prog: str = "python -m evaluation.report"
-) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m evaluation.report") -> int:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of results.csv and the report")
     options = parser.parse_args(arguments)

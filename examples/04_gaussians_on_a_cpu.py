@@ -10,10 +10,9 @@ mesh. Nothing here needs a GPU; on one, give ``device="cuda"`` to the two lines 
 import math
 from pathlib import Path
 
+import lods.gaussians as gs
 import torch
 from PIL import Image
-
-import lods.gaussians as gs
 
 
 def knot(n: int) -> gs.Gaussians:

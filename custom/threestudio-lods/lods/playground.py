@@ -74,7 +74,7 @@ def parse_arguments(kind: str, argv=None, prog: str | None = None) -> argparse.N
     parser = argparse.ArgumentParser(
         prog=prog,
         description=f"Distil images from a prompt with LODS ({kind}). Without arguments: Stable "
-        "Diffusion if there is a GPU and the model can be had, else the embedded pocket model."
+        "Diffusion if there is a GPU and the model can be had, else the embedded pocket model.",
     )
     add = parser.add_argument
 

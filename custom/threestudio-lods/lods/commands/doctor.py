@@ -3,19 +3,15 @@
 Each optional part says itself why it is missing. The network is not touched.
 """
 
-import contextlib
-import importlib
 import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from lods import __version__, host
 from lods.commands.parser import Parser
@@ -37,8 +33,15 @@ class Finding:
     state: str
 
     @property
-    def ready(self) -> bool:
-        return self.state.startswith(READY)
+    def ready(self) -> bool | None:
+        """None for what only tells something of the machine."""
+        if self.group == "machine":
+            return None
+        return not self.state.startswith("missing") if self.group == "packages" else self._says_so
+
+    @property
+    def _says_so(self) -> bool:
+        return self.state.split(" (")[0] == READY
 
 
 def main(argv: list[str], command: str) -> int:
@@ -46,7 +49,10 @@ def main(argv: list[str], command: str) -> int:
     parser.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args(argv)
     found = examine()
-    print(json.dumps([asdict(f) | {"ready": f.ready} for f in found], indent=2) if args.json else "\n".join(_lines(found)))
+    if args.json:
+        print(json.dumps([asdict(f) | {"ready": f.ready} for f in found], indent=2))
+    else:
+        print("\n".join(_lines(found)))
     return 0
 
 
@@ -136,7 +142,10 @@ def _rasterisers() -> Iterator[tuple[str, str]]:
 def _radiance() -> Iterator[tuple[str, str]]:
     import torch
 
-    yield "hash grid tinycudann", _state(host.module("threestudio.models.hashgrid.native").missing())
+    yield (
+        "hash grid tinycudann",
+        _state(host.module("threestudio.models.hashgrid.native").missing()),
+    )
     nerfacc = host.module("threestudio.models.raymarch.march_nerfacc")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield "ray marching nerfacc", _state(nerfacc.missing(device, torch.float32))
@@ -147,7 +156,8 @@ def _tools() -> Iterator[tuple[str, str]]:
     from lods.gaussians import kernel_cache
 
     yield "compiled kernels", _state(kernel_cache.missing())
-    found = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), "")
+    compilers = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))
+    found = next(filter(None, map(shutil.which, compilers)), "")
     remedy = "not found, and only needed to build CUDA packages: apt-get install build-essential"
     yield "C compiler", f"{READY} ({found})" if found else remedy
     try:
@@ -180,8 +190,8 @@ def _models() -> Iterator[tuple[str, str]]:
             continue
         note = card.memory_note(gigabytes) if gigabytes else ""
         yield name, READY + f" ({note})" * bool(note)
-    from lods.gaussians.initialize import ShapEConfig
+    from lods.gaussians.initialize import ShapEInit
 
-    shap_e = ShapEConfig().pretrained_model_name_or_path
+    shap_e = ShapEInit().pretrained_model_name_or_path
     here = cards.is_here(shap_e)
     yield "shap-e (first Gaussians)", READY if here else f"not downloaded: hf download {shap_e}"

@@ -45,8 +45,8 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
     add(
         "--model",
         default="auto",
-        help="a card such as pocket or sd15, a hub id or a diffusers folder (auto: Stable Diffusion "
-        "where there is a GPU and the model can be had, else pocket)",
+        help="a card such as pocket or sd15, a hub id or a diffusers folder (auto: Stable "
+        "Diffusion where there is a GPU and the model can be had, else pocket)",
     )
     add("--out", type=Path, default=Path("outputs", "make"), help="folder (outputs/make)")
     add("--steps", type=count, help="training steps; dates in schedules stay as they are")
@@ -267,7 +267,8 @@ def _tell(line: str) -> None:
 
 
 def _threads(workers: int | None) -> int:
-    """Of one object: OMP_NUM_THREADS, else the cores shared out; 1 on Ray, where that is not known."""
+    """Of one object: OMP_NUM_THREADS, else the cores shared out; on Ray, where they are not known,
+    1."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal() and int(asked):
         return int(asked)
