@@ -22,7 +22,6 @@ if (_HERE / "lods").is_dir() and Path(lods.__file__).resolve().parent != _HERE /
     )
 
 
-
 def find_model(model: str) -> str:
     """The folder of a model of ``lods`` that a config names; "" for anything else. The host of this
     repository asks it for its own prompt processors and guidances."""

@@ -34,8 +34,8 @@ Text to 3D by score distillation. To begin with:
 
 {commands}
 
-lods COMMAND --help shows the options of a command; lods --version shows the version.
-RUN is a run's folder, a checkpoint of it, or a piece of its name below outputs/.
+lods COMMAND --help shows the options of a command, lods --version the version.
+A RUN is a run's folder, a checkpoint of it, or a piece of its name below outputs/.
 """
 
 
