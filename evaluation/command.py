@@ -12,7 +12,7 @@ from pathlib import Path
 import threestudio
 from evaluation.batch import BatchError, Job, Lock, Outcome, carry_out, stoppable
 from evaluation.grid import TRUE, Grid, Run, load_grid
-from evaluation.machine import ROOT, code, commit, not_for_others
+from evaluation.machine import BUILD, ROOT, TABLES, code, commit, not_for_others
 from evaluation.on_ray import OnRay
 from evaluation.processes import Local
 from evaluation.table import Table, begun, key_of
@@ -22,7 +22,7 @@ from threestudio.utils.extensions import load_custom_modules, report_failures
 from threestudio.utils.typing import *
 
 QUICK = ROOT / "evaluation/grids/quick.yaml"
-WORK = ROOT / "build" / "evaluation"
+WORK = BUILD / "evaluation"
 PRELOAD = ("evaluation.preload",)
 FIELDS = ("representation", "method", "prompt", "seed")
 ALIASES = {"canvas": "representation", "prior": "method"}
@@ -56,9 +56,9 @@ def default_threads(workers: Optional[int]) -> int:
     return max(1, (cores or 1) // workers) if workers else 1
 
 
-def parse_args(argv) -> argparse.Namespace:
+def parse_args(argv, prog: str = "evaluate.py") -> argparse.Namespace:
     parser = _Parser(
-        prog="evaluate.py",
+        prog=prog,
         description="Compare methods: carry out the runs of a grid that its table lacks, one "
         "process a run. It can be stopped and started again; several can share a table.",
         epilog="python evaluate.py evaluation/grids/pocket.yaml --only representation=2d "
@@ -66,7 +66,11 @@ def parse_args(argv) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("grid", nargs="?", help="YAML of the grid: evaluation/grid.py says what is in it")
-    add("--quick", action="store_true", help="grids/quick.yaml, to build/evaluation-quick")
+    add(
+        "--quick",
+        action="store_true",
+        help="grids/quick.yaml, to evaluation-quick in the build folder",
+    )
     only = "representation=, method=, prompt= or seed=; commas separate several (not of prompts)"
     add("--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=only)
     add("--workers", type=_count, help="runs at a time (default 1; on Ray: what fits)")
@@ -81,14 +85,14 @@ def parse_args(argv) -> argparse.Namespace:
         "loopback interface only and asks for a token, or the cluster at ADDRESS (auto: the one of "
         "this machine)",
     )
-    add("--out", type=Path, help="folder of the table (default docs/evaluation)")
+    add("--out", type=Path, help=f"folder of the table (default {os.path.relpath(TABLES)})")
     add("--retry", action="store_true", help="repeat runs whose row says that they failed")
     add("--dry-run", action="store_true", help="list the runs that are left, and do nothing")
     args = parser.parse_args(argv)
     if args.quick == (args.grid is not None):
         parser.error("give a grid, or --quick")
     args.grid = QUICK if args.quick else Path(args.grid)
-    args.out = args.out or ROOT / ("build/evaluation-quick" if args.quick else "docs/evaluation")
+    args.out = args.out or (BUILD / "evaluation-quick" if args.quick else TABLES)
     return args
 
 
@@ -246,10 +250,10 @@ class Session:
         print(f"[{total - len(left)}/{total}] {run.title}: {text}; {until}", flush=True)
 
 
-def main(argv=None) -> int:
+def main(argv=None, prog: str = "evaluate.py") -> int:
     """Returns the exit status: 1 if a chosen run has failed or, left to another evaluate.py, is not
     done, 130 after Ctrl-C, SIGTERM and the like. Raises :class:`UserError` for a mistake."""
-    args = parse_args(argv)
+    args = parse_args(argv, prog)
     grid = load_grid(args.grid)
     chosen = select(grid, args.only)
     # read before it is made: a dry run leaves no folder
@@ -304,7 +308,8 @@ def main(argv=None) -> int:
     beside = f", {session.elsewhere} left to another evaluate.py" if session.elsewhere else ""
     print(f"{session.ok} ok, {session.failed} failed{beside}: {table.path}", flush=True)
     if not grid.tuning:
-        print(f"a report: python -m evaluation.report --folder {args.out}", flush=True)
+        report = "python -m evaluation.report" if prog == "evaluate.py" else f"{prog} report"
+        print(f"a report: {report} --folder {args.out}", flush=True)
     index = table.index()
     rows = [index.get(key_of(run)) for run in chosen]
     return 0 if all(row and row["status"] == "ok" for row in rows) else 1

@@ -12,6 +12,10 @@ from threestudio.run import snapshot
 from threestudio.run.git import NoGit, blob_hash, changed_files, head, staged, untracked_files
 
 ROOT = Path(__file__).resolve().parent.parent
+# tables and what is temporary: in the checkout, or with an installed copy below the current folder
+_CHECKOUT = (ROOT / "evaluate.py").is_file()
+TABLES = ROOT / "docs" / "evaluation" if _CHECKOUT else Path.cwd() / "outputs" / "comparison"
+BUILD = ROOT / "build" if _CHECKOUT else Path.cwd() / "outputs" / "build"
 # what a result depends on; tables and grids may change while a grid runs
 CODE = (
     *("benchmarks/*.py", "configs/*", "custom/*", "evaluate.py", "evaluation/*.py", "launch.py"),

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from evaluation.machine import TABLES
 from evaluation.montage import montage
 from evaluation.page import Bold, Figure, Heading, Table, Text, html, markdown
 from evaluation.plots import lines, scatter
@@ -39,7 +40,8 @@ from evaluation.tuning import tuning_blocks
 from threestudio.utils.errors import UserError
 from threestudio.utils.files import whole_file
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs" / "evaluation"
+FOLDER = TABLES
+
 TITLE = "Methods of score distillation, compared with the pocket model"
 RATIO = Metric("frechet", "Fréchet distance", -1, 1, 2)
 GRADIENTS = {  # eps is the model's prediction of the noise, s the guidance scale
@@ -354,8 +356,8 @@ def write(folder: Path) -> None:
     draw(folder)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.report", description=__doc__)
+def main(arguments: list[str] | None = None, prog: str = "python -m evaluation.report") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of results.csv and the report")
     options = parser.parse_args(arguments)
     try:
