@@ -147,15 +147,11 @@ class Clock(pl.Callback):
             if output.requires_grad:
                 output.register_hook(self.enter)
 
-        denoisers = {
-            id(d): d for d in (guidance.denoiser, getattr(guidance, "denoiser_lora", None))
-        }
-        for denoiser in denoisers.values():
-            if denoiser is not None:
-                denoiser.unet.register_forward_pre_hook(self.enter)
-                denoiser.unet.register_forward_hook(after_unet)
-        guidance.denoiser.vae.encoder.register_forward_pre_hook(before_vae)
-        guidance.denoiser.vae.encoder.register_forward_hook(after_vae)
+        for model in guidance.models():
+            model.unet.register_forward_pre_hook(self.enter)
+            model.unet.register_forward_hook(after_unet)
+        guidance.model.vae.encoder.register_forward_pre_hook(before_vae)
+        guidance.model.vae.encoder.register_forward_hook(after_vae)
 
     def on_fit_start(self, trainer, system):
         def count(module, args, out):

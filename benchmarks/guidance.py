@@ -23,12 +23,9 @@ import argparse
 import contextlib
 import ctypes
 import gc
-import importlib
-import json
 import math
 import re
 import sys
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -132,7 +129,7 @@ class Reference:
 
     def __init__(self, ours, unet, vae, sdpa: bool, pair: bool):
         self.unet, self.vae, self.pair, self.now = unet, vae, pair, {"strength": 0.0}
-        self.abar = ours.denoiser.alphas_cumprod
+        self.abar = ours.model.schedule.alphas_cumprod
         self.steps = (ours.min_step, ours.max_step + 1)
         self.dtype = unet.dtype
         lora = hasattr(ours, "lora")
@@ -212,24 +209,25 @@ class Ours:
     """A guidance of the extension on these models, and its step."""
 
     def __init__(self, guidance: str, unet, vae, schedule, one_call: bool = False, **options):
+        from lods import models
+        from lods.models.unet import UNetModel
+
         import threestudio
 
-        parts = importlib.import_module("lods.models.unet")
-        denoiser = parts.Denoiser(unet, vae, schedule, unet.device)
-        self.formulas = importlib.import_module("lods.scores")
         self.one_call = one_call
 
-        class Made(threestudio.find(GUIDANCES[guidance])):
-            def load_denoiser(self, *_, **__):
-                self._loaded.append(denoiser)
-                return denoiser
+        def load(name, device, settings):
+            model = UNetModel(unet, vae, schedule, unet.device, name)
+            model.settings = settings
+            model.text_shape = TOKENS, model.text_width
+            return model
 
-        options |= {"guidance_scale": SCALE, "lora_scale": STRENGTH, "lora_rank": RANK}
-        with tempfile.TemporaryDirectory() as folder:
-            text = Path(folder) / "text_encoder"
-            text.mkdir()
-            (text / "config.json").write_text(json.dumps({"max_position_embeddings": TOKENS}))
-            self.guidance = Made(options | {"pretrained_model_name_or_path": folder})
+        name = f"benchmarked-{id(self)}"
+        models.register(name, load)
+        options |= {"guidance_scale": SCALE, "pretrained_model_name_or_path": name}
+        if guidance == "lora":
+            options |= {"lora_scale": STRENGTH, "lora_rank": RANK}
+        self.guidance = threestudio.find(GUIDANCES[guidance])(options)
         lora = getattr(self.guidance, "lora", None)
         self.learnt = dict((self.guidance if lora is None else lora).named_parameters())
 
@@ -244,12 +242,14 @@ class Ours:
 
     def losses_of_one_call(self, rgb, prompt):
         """The guidance's forward with all three predictions as rows of one call."""
-        g, d = self.guidance, self.guidance.denoiser
+        from lods import scores
+
+        g, d = self.guidance, self.guidance.model
         g.initialize(prompt)
         z = g.encode(rgb)
         y, null = prompt.get_text_embeddings(z).chunk(2)
         n = len(z)
-        t = torch.randint(d.num_train_timesteps, (n,), device=z.device)
+        t = torch.randint(d.schedule.steps, (n,), device=z.device)
         eps = torch.randn_like(z, memory_format=torch.contiguous_format)
         t_g = torch.randint(g.min_step, g.max_step + 1, (n,), device=z.device)
         eps_g = torch.randn_like(z, memory_format=torch.contiguous_format)
@@ -262,8 +262,8 @@ class Ours:
             learnt = g.learnable_embedding.expand(n, -1, -1)
             text, within = torch.cat([y, learnt.detach(), learnt]), contextlib.nullcontext()
         with within:
-            eps_c, eps_u, eps_p = d.predict_noise(x, torch.cat([t_g, t_g, t]), text).chunk(3)
-        grad = self.formulas.lods(eps_c, eps_u, eps_g, SCALE, g.weight(t_g)).detach()
+            eps_c, eps_u, eps_p = d.predict(x, torch.cat([t_g, t_g, t]), text).chunk(3)
+        grad = scores.lods(eps_c, eps_u, eps_g, SCALE, g.weight(t_g)).detach()
         target = (z - grad.nan_to_num()).detach()
         return 0.5 * F.mse_loss(z, target, reduction="sum") / n, F.mse_loss(eps_p, eps)
 

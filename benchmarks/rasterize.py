@@ -191,8 +191,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="5k Gaussians at 128 pixels only")
     args = parser.parse_args()
     load_extension(ROOT / "custom" / "threestudio-lods")
-    names = ("raster_cpu", "raster_torch", "raster_lists", "raster_simd")
-    modules = [importlib.import_module(f"threestudio-lods.gaussian.{name}") for name in names]
+    names = ("backends.cpu", "reference", "backends.lists", "backends.simd")
+    modules = [importlib.import_module(f"lods.gaussians.{name}") for name in names]
     sizes = (
         [(5000, 128)]
         if args.quick

@@ -1,7 +1,6 @@
 """Fixtures shared by all tests: the extension, loaded as launch.py loads it, and tiny models."""
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,6 @@ def tiny_sd(tmp_path_factory):
 
 
 def pytest_configure(config):
-    """Under ``nohup`` the signal of a closed terminal is ignored, and would be by all that the
-    tests start."""
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    from tests.hangups import hear_hangups
+
+    hear_hangups()

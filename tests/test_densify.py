@@ -251,6 +251,7 @@ def test_counts_go_on_after_a_checkpoint():
     "key, value",
     [
         ("census", 3),
+        ("census", {"first": 5, "total": torch.zeros(1), "causes": {}}),
         ("census", {"first": -1, "total": {}, "causes": {}}),
         ("census", {"first": 5, "total": {"cloned": 0, "split": 0, "pruned": 1.5}, "causes": {}}),
         ("census", {"first": 5, "total": {}, "causes": {}}),

@@ -28,7 +28,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 # the address from being given to another storage
 CLAIMS: dict[int, StorageWeakRef] = {}
 FIRST_SWEEP = 20_000  # claims after which those of storages that are gone are dropped
-OURS = ("/threestudio/", "threestudio-lods", "/gsplat/strategy")
+OURS = ("/threestudio/", "/lods/", "/gsplat/strategy")
 
 waits: collections.Counter = collections.Counter()  # while counting: line -> times
 _state = SimpleNamespace(counting=False, quiet=False, sweep_at=FIRST_SWEEP)

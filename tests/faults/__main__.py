@@ -28,6 +28,7 @@ from tests.faults import (  # noqa: E402
     strangers,
 )
 from tests.faults.children import Table  # noqa: E402
+from tests.hangups import hear_hangups  # noqa: E402
 from tests.tiny_models import make_tiny_sd  # noqa: E402
 from threestudio.utils.extensions import load_extension  # noqa: E402
 
@@ -49,6 +50,8 @@ def main(argv=None) -> int:
     chosen = [*args.parts, *filter(None, args.only.split(","))] or PARTS
     if not set(chosen) <= set(PARTS):
         parser.error(f"the parts are {', '.join(PARTS)}")
+
+    hear_hangups()
 
     def times(n: int) -> int:
         return args.count or (max(n // 10, 3) if args.quick else n)

@@ -14,11 +14,11 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lods.gaussians import kernel_cache as library_cache
+
 from tests.faults.checkpoints import truncated
 from tests.faults.children import Child, command, ends_well
-from tests.runs import ROOT
 from threestudio.utils import kernel_cache
-from threestudio.utils.extensions import load_extension
 
 CONFIG = "ngp-embedding"
 HIDDEN = Path("threestudio-lods", "kernels")
@@ -130,8 +130,7 @@ def _half(x):
 
 def _kernels() -> int:
     """Call the kernels, as a run does; 0 if the results are right."""
-    extension = load_extension(ROOT / "custom" / "threestudio-lods", "gaussian.kernel_cache")
-    twice, half = kernel_cache.kernel()(_twice), extension.kernel()(_half)
+    twice, half = kernel_cache.kernel()(_twice), library_cache.kernel()(_half)
     return int((twice(21.0), half(42.0)) != (42.0, 21.0))
 
 

@@ -1,5 +1,6 @@
 """Hostile prompts and point clouds."""
 
+import importlib
 import os
 import random
 import resource
@@ -11,8 +12,6 @@ import torch
 
 from tests.faults.children import Child, command, ends_well
 from tests.faults.toys import toy_folder
-from tests.runs import ROOT
-from threestudio.utils.extensions import load_extension
 
 # --- prompts ------------------------------------------------------------------------------------
 
@@ -139,7 +138,7 @@ def _tensors(content: dict) -> list:
 
 def _read_all(paths: list) -> int:
     """Read every file within a gigabyte more than now, and print what is wrong."""
-    ply = load_extension(ROOT / "custom" / "threestudio-lods", "gaussian.ply")
+    ply = importlib.import_module("lods.gaussians.ply")
     now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 30), resource.RLIM_INFINITY))
     for path in paths:
@@ -173,7 +172,7 @@ def ply_rows(n: int, model, folder: Path, seed: int) -> Iterator[tuple[str, Iter
     """Names and trials for the table."""
     folder.mkdir(parents=True)
     rng, points = random.Random(seed), torch.from_numpy(np.random.default_rng(seed).random((50, 3)))
-    ply = load_extension(ROOT / "custom" / "threestudio-lods", "gaussian.ply")
+    ply = importlib.import_module("lods.gaussians.ply")
     quats = torch.ones(50, 4)
     ply.write_gaussians(
         folder / "g.ply", points, points, quats, points[:, 0], points[:, None].float()

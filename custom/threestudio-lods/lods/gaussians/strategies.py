@@ -65,13 +65,14 @@ class Census:
         """Continue from :meth:`state_dict`; from None, which older checkpoints have, afresh."""
         if stored is None:
             return
-        try:
-            parts = [{"first": stored["first"]}, stored["total"], stored["causes"]]
-            good = all(type(n) is int and n >= 0 for part in parts for n in part.values())
-            good = good and stored["total"].keys() == self.total.keys()
-        except (TypeError, KeyError, AttributeError):
-            good = False
-        if not good or not stored["causes"].keys() <= ADVICE.keys():
+        parts = stored if isinstance(stored, dict) else {}
+        first, total, causes = (parts.get(name) for name in ("first", "total", "causes"))
+        # a tensor has values() too, which raises an error of its own
+        if not (isinstance(total, dict) and isinstance(causes, dict)):
+            raise ValueError(DAMAGED)
+        numbers = (first, *total.values(), *causes.values())
+        good = all(type(n) is int and n >= 0 for n in numbers)
+        if not (good and total.keys() == self.total.keys() and causes.keys() <= ADVICE.keys()):
             raise ValueError(DAMAGED)
         self.first = stored["first"]
         self.total, self.causes = dict(stored["total"]), dict(stored["causes"])

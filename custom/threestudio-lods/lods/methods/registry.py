@@ -1,6 +1,8 @@
 """Methods by name, ours and those from outside."""
 
+import functools
 import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,18 +13,6 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound="type[Method]")
 
-# the module of each method of this package, which is imported when it is asked for
-BUILT_IN = {
-    "lods-embedding": "lods_embedding",
-    "lods-lora": "lods_lora",
-    "lods-sds": "sds",
-    "lods-csd": "csd",
-    "lods-nfsd": "nfsd",
-    "lods-vsd": "vsd",
-    "lods-bridge": "bridge",
-    "lods-sdi": "sdi",
-    "lods-ism": "ism",
-}
 _methods: dict[str, "type[Method]"] = {}
 _listeners: list[Callable[[str, "type[Method]"], None]] = []
 
@@ -33,9 +23,13 @@ def register(name: str) -> Callable[[M], M]:
     taken."""
 
     def enter(cls: M) -> M:
-        own = f"lods.methods.{BUILT_IN.get(name)}" == cls.__module__
-        if name in _methods or (name in BUILT_IN and not own):
-            raise ValueError(f"there is a method {name!r} already: choose another name")
+        if not is_ours(cls):
+            _import_ours()  # so that their names are known to be taken
+        if name in _methods:
+            raise ValueError(
+                f"there is a method {name!r} already, in {_methods[name].__module__}: choose "
+                "another name"
+            )
         _methods[name] = cls
         for listener in _listeners:
             listener(name, cls)
@@ -44,14 +38,25 @@ def register(name: str) -> Callable[[M], M]:
     return enter
 
 
+def is_ours(cls: type) -> bool:
+    """Whether a method is of this package."""
+    return cls.__module__.startswith("lods.methods.")
+
+
+@functools.cache
+def _import_ours() -> None:
+    """Import every file of this folder: one that holds a method registers it."""
+    for module in pkgutil.iter_modules(importlib.import_module("lods.methods").__path__):
+        importlib.import_module(f"lods.methods.{module.name}")
+
+
 def find(name: str) -> "type[Method]":
     """The method of this name; the ``lods-`` before ours may be left out, and an ending
     ``-guidance`` (of threestudio's registry) is ignored. Raises ``ValueError``, which names the
     nearest."""
+    _import_ours()
     name = name.removesuffix("-guidance")
     for full in (name, f"lods-{name}"):
-        if full in BUILT_IN:
-            importlib.import_module(f"lods.methods.{BUILT_IN[full]}")
         if full in _methods:
             return _methods[full]
     raise ValueError(f"there is no method {name!r}{nearest(name, names())}: {', '.join(names())}")
@@ -59,7 +64,14 @@ def find(name: str) -> "type[Method]":
 
 def names() -> list[str]:
     """The names of all methods, those from outside last."""
-    return list(dict.fromkeys([*BUILT_IN, *_methods]))
+    _import_ours()
+    return sorted(_methods, key=lambda name: (not is_ours(_methods[name]), name))
+
+
+def ours() -> "dict[str, type[Method]]":
+    """The methods of this package by name."""
+    _import_ours()
+    return {name: cls for name, cls in _methods.items() if is_ours(cls)}
 
 
 def on_register(listener: Callable[[str, "type[Method]"], None]) -> None:

@@ -10,7 +10,7 @@ from lods.cameras import Cameras
 from lods.models import memory
 from lods.models.base import Context, Model, Schedule, TextEncoder
 from lods.models.cards import Location, canonical, first_line, resolve
-from lods.models.families import load_family
+from lods.models.families import load_family, serves
 from lods.models.files import cannot_be_had, load_model_config, load_weights
 from lods.models.memory import ModelSettings
 from lods.models.text import ClipText
@@ -20,6 +20,7 @@ MAX_TIMESTEPS = 100_000  # of a noise schedule, which tables are made of; publis
 MAX_LATENT_SIZE = 1_024  # pixels of a latent's side
 
 
+@serves("UNet2DConditionModel")
 class UNetModel:
     """The frozen UNet, VAE and noise schedule of a Stable-Diffusion-shaped model.
 

@@ -243,8 +243,8 @@ def guidance_for(name: str, cls: type[Method]) -> type[MethodGuidance]:
     own = _fields(*bases)
     others: dict[str, tuple[Any, Any]] = {}
     quiet: dict[str, set[Any]] = {"guidance_scale_lora": {1.0, 7.5}}
-    for other in registry.BUILT_IN:
-        config = registry.find(other).Config
+    for other in registry.ours().values():
+        config = other.Config
         hints = settings.annotations(config)
         for key, field in _fields(config).items():
             if key not in own:
