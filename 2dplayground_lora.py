@@ -7,7 +7,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "custom" / "threestudio-lo
 
 from lods.playground import main
 
-from threestudio.utils.signals import steady_streams
+from threestudio.run.streams import steady_streams
 
 if __name__ == "__main__":
     with steady_streams():

@@ -1,4 +1,4 @@
-"""Compare priors on a grid of canvases, prompts and seeds: ``python evaluate.py --help``.
+"""Compare methods on a grid of representations, prompts and seeds: ``python evaluate.py --help``.
 
 python evaluate.py --quick
 python evaluate.py evaluation/grids/pocket.yaml --workers 2 --threads 1
@@ -15,9 +15,8 @@ if str(HERE) not in sys.path:
 def main(argv=None) -> int:
     """Run the command line; returns the exit status: 2 after a mistake."""
     from evaluation.command import main as command
+    from threestudio.run.streams import print_anything, steady_streams
     from threestudio.utils.errors import UserError
-    from threestudio.utils.signals import steady_streams
-    from threestudio.utils.streams import print_anything
 
     print_anything()
     with steady_streams():

@@ -44,3 +44,13 @@ def read_glb(path):
 
 def material_of(tree):
     return tree["materials"][tree["meshes"][0]["primitives"][0]["material"]]
+
+
+def glb(tree, blob=b""):
+    """The bytes of a glb file."""
+    text = json.dumps(tree).encode()
+    text += b" " * (-len(text) % 4)
+    chunks = struct.pack("<II", len(text), 0x4E4F534A) + text
+    if blob:
+        chunks += struct.pack("<II", len(blob), 0x004E4942) + blob
+    return struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks

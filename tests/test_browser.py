@@ -16,9 +16,9 @@ from PIL import Image
 
 import threestudio
 from tests.browser import chromium
+from tests.gaussians.clouds import soft_gaussians
 from tests.glb_files import linear, read_glb, shown
 from tests.mesh_render import draw
-from tests.test_gaussian_surface import soft_gaussians
 from threestudio.data.cameras import camera_batch
 from threestudio.models.geometry.base import BaseImplicitGeometry
 from threestudio.models.mesh import Mesh

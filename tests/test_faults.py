@@ -16,9 +16,12 @@ import torch
 
 from tests.runs import ROOT, read, same
 from tests.test_host_launch import cli, last, logged, train  # noqa: F401 (a fixture)
-from threestudio.utils import checkpoint, files, loggers, saving
+from threestudio.run import loggers
+from threestudio.run.checkpoint import AtomicCheckpointIO
+from threestudio.utils import checkpoint_files as checkpoint
+from threestudio.utils import files, saving
 from threestudio.utils.callbacks import ConfigSnapshotCallback
-from threestudio.utils.checkpoint import AtomicCheckpointIO, newest_checkpoint
+from threestudio.utils.checkpoint_files import newest_checkpoint
 
 FAULTY = ["system_type=toy-faulty-system", "checkpoint.every_n_train_steps=1"]
 KEYS = ("state_dict", "optimizer_states", "rng_state", "global_step")
@@ -103,7 +106,7 @@ def test_an_unknown_policy_names_the_nearest(cli):  # noqa: F811
 
 
 def test_large_values_are_finite():
-    from threestudio.utils.nonfinite import all_finite
+    from threestudio.run.nonfinite import all_finite
 
     big = torch.full((10,), 3e38)  # whose norm and sum overflow
     assert all_finite([big, torch.ones(3, dtype=torch.float16), torch.zeros(2, dtype=torch.int)])
@@ -124,8 +127,8 @@ def test_too_little_memory_names_the_settings(cli, fault):  # noqa: F811
 
 
 def test_the_advice_knows_the_shipped_configs(lods):
+    from threestudio.run.explain import why_stopped
     from threestudio.utils.config import load_config
-    from threestudio.utils.explain import why_stopped
 
     cli_args = ["system.prompt_processor.prompt=x"]
     error = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
@@ -307,9 +310,9 @@ def test_a_signal_while_evaluating(cli, monkeypatch, name, mode, hook):  # noqa:
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_before_anything_is_built(cli, monkeypatch, name):  # noqa: F811
     number = getattr(signal, name)
-    import launch
+    from threestudio.run import cli as module
 
-    monkeypatch.setattr(launch, "_load", lambda *args: os.kill(os.getpid(), number))
+    monkeypatch.setattr(module, "_load", lambda *args: os.kill(os.getpid(), number))
     before = signal.getsignal(number)
     status, out, _ = train(cli)
     assert status == 128 + number and "nothing had been trained" in out

@@ -13,12 +13,13 @@ import threestudio
 from tests.runs import read
 from tests.test_faults import one_line
 from tests.test_host_launch import cli, last, train  # noqa: F401 (a fixture)
+from threestudio.run import loggers
+from threestudio.run.checkpoint import LastCheckpoint
+from threestudio.run.nonfinite import NonFiniteGuard, all_finite
 from threestudio.systems.exact_resume import ExactResume
-from threestudio.utils import files, loggers, saving
+from threestudio.utils import files, saving
 from threestudio.utils.callbacks import CodeSnapshotCallback
-from threestudio.utils.checkpoint import LastCheckpoint
 from threestudio.utils.errors import StoppedError
-from threestudio.utils.nonfinite import NonFiniteGuard, all_finite
 
 # --- several processes, several optimizers ---
 

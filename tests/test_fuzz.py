@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-import launch
+from tests.runs import ROOT
 from threestudio.models.prompt_processors.base import PromptProcessor
 from threestudio.models.prompt_processors.cache import hash_prompt
 from threestudio.models.prompt_processors.dummy_prompt_processor import DummyPromptProcessor
-from threestudio.utils.checkpoint import AtomicCheckpointIO
+from threestudio.run.checkpoint import AtomicCheckpointIO
+from threestudio.run.messages import explain_error
 from threestudio.utils.config import (
     ExperimentConfig,
     dump_config,
@@ -43,7 +44,7 @@ def budget(examples):
 
 def explained(error: Exception) -> None:
     """launch.py has one line for this error, which can be printed."""
-    line = launch._explain(error)
+    line = explain_error(error, ROOT)
     assert line and "\n" not in line and len(line) < 1500, repr(error)
     line.encode()
 

@@ -7,9 +7,9 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.runs import ROOT, launch
+from threestudio.run.gpus import CHOSEN, VISIBLE, choose_gpus, count_gpus, seeing_gpus
+from threestudio.run.preflight import ask_extensions
 from threestudio.utils.errors import UserError
-from threestudio.utils.gpus import CHOSEN, VISIBLE, choose_gpus, count_gpus, seeing_gpus
-from threestudio.utils.preflight import ask_extensions
 
 UUID, PART = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-GPU-8932f937/1/0"
 EXTENSIONS = [ROOT / "custom"]
@@ -92,7 +92,7 @@ def test_a_process_that_the_run_starts_sees_the_same_gpus(monkeypatch):
 def test_the_command_line_refuses_in_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(VISIBLE, "2,3")
-    monkeypatch.setattr("threestudio.utils.gpus.installed_gpus", lambda: None)
+    monkeypatch.setattr("threestudio.run.gpus.installed_gpus", lambda: None)
     config = [str(ROOT / "configs" / "lods-gs-embedding.yaml")]
     assert launch(config, ["--gpu", "2"]) == 2
     assert capsys.readouterr().err.startswith("error: --gpu 2: 2 is not among the 2 that CUDA_VIS")
@@ -165,8 +165,8 @@ def test_densification_with_accumulated_gradients_is_refused_as_early():
 def test_the_run_asks_again_when_it_knows_the_number(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(VISIBLE, "2,3")
-    monkeypatch.setattr("threestudio.utils.gpus.installed_gpus", lambda: None)
-    monkeypatch.setattr("threestudio.utils.gpus.count_gpus", lambda gpus, wanted: len(gpus))
+    monkeypatch.setattr("threestudio.run.gpus.installed_gpus", lambda: None)
+    monkeypatch.setattr("threestudio.run.gpus.count_gpus", lambda gpus, wanted: len(gpus))
     configs = [str(ROOT / "configs" / name) for name in ("lods-gs-embedding.yaml", "pocket.yaml")]
     words = ["system.prompt_processor.prompt=a car", "system.strategy.name=default"]
     words.append(

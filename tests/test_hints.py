@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-import launch
 from tests.runs import ROOT
+from threestudio.run.arguments import Program, find_config, parse_args, split_config_words
+from threestudio.run.preflight import preflight, read_config
 from threestudio.utils.config import config_to_primitive, load_config, parse_overrides
 from threestudio.utils.errors import UserError
-from threestudio.utils.hints import full_key, split_config_words, unquoted
-from threestudio.utils.preflight import preflight, read_config
+from threestudio.utils.hints import full_key, unquoted
 
 GS = [str(ROOT / "configs" / name) for name in ("lods-gs-embedding.yaml", "pocket.yaml")]
 NGP = [str(ROOT / "configs" / name) for name in ("lods-ngp-embedding.yaml", "pocket-ngp.yaml")]
@@ -220,11 +220,10 @@ def test_a_misspelt_section_is_named_where_its_value_is_missing():
 
 def test_spaces_around_the_sign_are_named(capsys):
     with pytest.raises(SystemExit):
-        launch.parse_args(["--train", "--config", "a.yaml", "trainer.max_steps", "=", "60"])
+        parse_args(["--train", "--config", "a.yaml", "trainer.max_steps", "=", "60"])
     assert "without spaces around the sign" in capsys.readouterr().err
 
 
 def test_shipped_configs_are_found_from_every_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args, _ = launch.parse_args(["--train", "--config", "configs/pocket.yaml"])
-    assert [str(ROOT / "configs/pocket.yaml")] == args.config
+    assert find_config("configs/pocket.yaml", Program()) == str(ROOT / "configs/pocket.yaml")

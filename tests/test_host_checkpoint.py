@@ -6,13 +6,10 @@ import signal
 import pytest
 import torch
 
-from threestudio.utils import checkpoint as module
-from threestudio.utils.checkpoint import (
-    AtomicCheckpointIO,
-    Interrupted,
-    InterruptGuard,
-    read_checkpoint,
-)
+from threestudio.run import checkpoint as module
+from threestudio.run.checkpoint import AtomicCheckpointIO
+from threestudio.run.interrupt import Interrupted, InterruptGuard
+from threestudio.utils.checkpoint_files import read_checkpoint
 from threestudio.utils.errors import UserError
 
 

@@ -1,6 +1,7 @@
 """launch.py, run in process: what it writes, and what it says when something is wrong."""
 
 import csv
+import inspect
 import json
 import os
 import re
@@ -15,9 +16,11 @@ import pytorch_lightning as pl
 from omegaconf import OmegaConf
 
 import launch
+from tests.runs import ROOT
+from threestudio.run.messages import explain_error
 from threestudio.utils import extensions
 from threestudio.utils.callbacks import CodeSnapshotCallback, ConfigSnapshotCallback
-from threestudio.utils.checkpoint import read_checkpoint
+from threestudio.utils.checkpoint_files import read_checkpoint
 from threestudio.utils.misc import set_device_type
 
 CONFIG = """
@@ -127,8 +130,8 @@ def test_log_interval_is_honoured(cli):
 
 def test_a_missing_package_is_one_line():
     error = ModuleNotFoundError("No module named 'omegaconf'", name="omegaconf")
-    assert "omegaconf is not installed" in launch._explain(error)
-    assert launch._explain(ModuleNotFoundError("No module named 'mine'", name="mine")) is None
+    assert "omegaconf is not installed" in explain_error(error, ROOT)
+    assert explain_error(ModuleNotFoundError("No module named 'mine'", name="mine"), ROOT) is None
 
 
 def test_several_configs_are_merged_in_order(cli):
@@ -375,7 +378,7 @@ def test_versions_count_up(tmp_path):
 
 
 def test_lightning_still_has_the_options_that_are_passed():
-    names = set(launch.inspect.signature(pl.Trainer.__init__).parameters)
+    names = set(inspect.signature(pl.Trainer.__init__).parameters)
     assert {"inference_mode", "enable_model_summary", "limit_predict_batches"} <= names
 
 

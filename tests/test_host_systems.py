@@ -8,13 +8,14 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
+from threestudio.run.checkpoint import AtomicCheckpointIO, LastCheckpoint
 from threestudio.systems.utils import (
     get_parameters,
     parse_optimizer,
     parse_scheduler,
     parse_scheduler_to_instance,
 )
-from threestudio.utils.checkpoint import AtomicCheckpointIO, LastCheckpoint, read_checkpoint
+from threestudio.utils.checkpoint_files import read_checkpoint
 from threestudio.utils.errors import UserError
 from threestudio.utils.extensions import load_extension
 

@@ -8,7 +8,10 @@ import sys
 from tests.runs import ROOT
 
 HEAVY = {"torch", "numpy", "pytorch_lightning", "diffusers", "transformers"}
-LIGHT = ("threestudio", *(f"threestudio.utils.{m}" for m in ("config", "extensions", "preflight")))
+LIGHT = (
+    *("threestudio", "threestudio.utils.config", "threestudio.utils.extensions"),
+    *("threestudio.run.cli", "threestudio.run.preflight"),
+)
 FIRST = (
     "from threestudio import *",
     "from threestudio import models",

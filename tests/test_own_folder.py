@@ -9,8 +9,8 @@ import torch
 
 from tests.runs import read
 from tests.test_host_launch import cli, last, train  # noqa: F401 (a fixture)
-from threestudio.utils.best_checkpoints import BestCheckpoints
-from threestudio.utils.checkpoint import AtomicCheckpointIO
+from threestudio.run.best_checkpoints import BestCheckpoints
+from threestudio.run.checkpoint import AtomicCheckpointIO
 
 KEEP_ONE = ["checkpoint.save_top_k=1", "checkpoint.every_n_train_steps=1"]
 KEEP_TWO = ["checkpoint.save_top_k=2", "checkpoint.monitor=train/loss_toy", KEEP_ONE[1]]

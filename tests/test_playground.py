@@ -262,7 +262,7 @@ def test_commands_import_no_3d_code(tiny_sd, tmp_path):
 
 
 def test_what_stops_a_run_stops_the_playground(playground):
-    from threestudio.utils.signals import stop_signals
+    from threestudio.run.signals import stop_signals
 
     before = playground._stop_like_ctrl_c()
     try:

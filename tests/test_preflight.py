@@ -9,9 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.runs import ROOT, launch
+from threestudio.run.preflight import preflight
 from threestudio.utils.errors import UserError
 from threestudio.utils.extensions import load_extension
-from threestudio.utils.preflight import preflight
 
 EXTENSION = ROOT / "custom" / "threestudio-lods"
 CONFIG = str(ROOT / "configs" / "lods-gs-embedding.yaml")

@@ -14,13 +14,13 @@ from omegaconf import OmegaConf
 
 import threestudio
 from tests.test_ranges import OPEN, config_classes
+from threestudio.run.config_check import check_parts
 from threestudio.utils.config import (
     ExperimentConfig,
     load_config,
     parse_overrides,
     parse_structured,
 )
-from threestudio.utils.config_check import check_parts
 from threestudio.utils.errors import UserError
 from threestudio.utils.ranges import Range, annotations, split
 from threestudio.utils.typing import *

@@ -10,11 +10,8 @@ import torch
 
 import threestudio
 from tests.runs import ROOT
-from threestudio.utils.checkpoint import AtomicCheckpointIO
-from threestudio.utils.errors import UserError
-from threestudio.utils.extensions import load_extension
-from threestudio.utils.misc import capture_rng_state
-from threestudio.utils.restore import (
+from threestudio.run.checkpoint import AtomicCheckpointIO
+from threestudio.run.resume import (
     Misfit,
     RestoreCheck,
     check_optimizer,
@@ -22,6 +19,9 @@ from threestudio.utils.restore import (
     check_structure,
     conform,
 )
+from threestudio.utils.errors import UserError
+from threestudio.utils.extensions import load_extension
+from threestudio.utils.misc import capture_rng_state
 
 OPTIMIZER = {"name": "Adam", "params": {"body.0": {"lr": 0.01}, "body.1": {"lr": 0.02}}}
 SYSTEM = {

@@ -14,11 +14,11 @@ from omegaconf import OmegaConf
 from tests.runs import ROOT, read
 from tests.test_faults import one_line
 from tests.test_host_launch import cli, last, train  # noqa: F401 (a fixture)
+from threestudio.run.folder import RESULTS, TRAINING, Lock, RunFolder, make_folder
 from threestudio.utils.callbacks import ConfigSnapshotCallback, VersionedCallback
 from threestudio.utils.errors import UserError
 from threestudio.utils.files import whole_file
 from threestudio.utils.misc import find_last_path
-from threestudio.utils.run_folder import RESULTS, TRAINING, Lock, RunFolder, make_folder
 
 RUN = Path("outputs/toy/p")
 

@@ -13,6 +13,7 @@ import pytest
 from plyfile import PlyData, PlyElement
 
 import threestudio
+from tests.glb_files import glb
 from tests.hostile import one_line
 from tests.runs import ROOT
 
@@ -202,15 +203,6 @@ def test_colours_out_of_range_are_clipped(ply, tmp_path):
 
 
 # --- meshes ---
-
-
-def glb(tree, blob=b""):
-    text = json.dumps(tree).encode()
-    text += b" " * (-len(text) % 4)
-    chunks = struct.pack("<II", len(text), 0x4E4F534A) + text
-    if blob:
-        chunks += struct.pack("<II", len(blob), 0x004E4942) + blob
-    return struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks
 
 
 def gltf_tree(n=3, view=True, nodes=None, **accessor):

@@ -16,7 +16,7 @@ from tests.hostile import one_line
 from threestudio.models.prompt_processors.stable_diffusion_prompt_processor import (
     StableDiffusionPromptProcessor,
 )
-from threestudio.utils.checkpoint import AtomicCheckpointIO
+from threestudio.run.checkpoint import AtomicCheckpointIO
 from threestudio.utils.errors import UserError
 from threestudio.utils.extensions import load_extension
 from threestudio.utils.misc import load_module_weights

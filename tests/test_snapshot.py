@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from evaluation import machine
-from threestudio.utils import extensions, git
+from threestudio.run import git
+from threestudio.utils import extensions
 from threestudio.utils.callbacks import CodeSnapshotCallback, ConfigSnapshotCallback
 
 

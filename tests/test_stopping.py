@@ -12,9 +12,11 @@ import pytest
 
 from tests.runs import read
 from tests.test_host_launch import cli, last, train  # noqa: F401 (a fixture)
-from threestudio.utils.callbacks import SharedFolder
-from threestudio.utils.checkpoint import Interrupted, InterruptGuard, LastCheckpoint
-from threestudio.utils.signals import EarlySignal, steady_streams, stop_signals
+from threestudio.run.callbacks import SharedFolder
+from threestudio.run.checkpoint import LastCheckpoint
+from threestudio.run.interrupt import Interrupted, InterruptGuard
+from threestudio.run.signals import EarlySignal, stop_signals
+from threestudio.run.streams import steady_streams
 
 ASKED = (signal.SIGINT, signal.SIGTERM)
 SOFT = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)

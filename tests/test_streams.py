@@ -10,8 +10,8 @@ import pytest
 import evaluate
 from tests.runs import ROOT
 from tests.test_host_launch import cli, train  # noqa: F401 (a fixture)
+from threestudio.run.streams import print_anything
 from threestudio.utils.extensions import load_extension
-from threestudio.utils.streams import print_anything
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 import threestudio
-from threestudio.utils.checkpoint import AtomicCheckpointIO
+from threestudio.run.checkpoint import AtomicCheckpointIO
 from threestudio.utils.errors import UserError
 from threestudio.utils.extensions import load_extension
 from threestudio.utils.misc import load_matching

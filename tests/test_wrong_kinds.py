@@ -8,12 +8,12 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.test_hints import CAR, GS, refusal
+from threestudio.run.preflight import preflight, read_config
 from threestudio.systems.base import BaseLift3DSystem
 from threestudio.systems.utils import parse_optimizer
 from threestudio.utils.config import load_config, parse_structured
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.misc import choose_device
-from threestudio.utils.preflight import preflight, read_config
 
 
 @pytest.mark.parametrize(

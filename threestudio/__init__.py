@@ -105,12 +105,7 @@ def find(name: str):
     modules = _modules()
     if name not in modules:
         message = f"no module is registered as {name!r}{nearest(name, modules)}"
-        failed = list(extensions.failed.items())
-        for extension, error in failed[:2]:
-            reason = extensions.last_line(error, 80)
-            message += f" (extension {extension!r} failed to load: {reason})"
-        if len(failed) > 2:
-            message += f" (so did {len(failed) - 2} others)"
+        message += extensions.what_failed()
         if all(cls.__module__.startswith(f"{__name__}.") for cls in modules.values()):
             message += (
                 " (no extension is loaded; those in custom/ are by "

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.faults.children import Child, command, ends_well, trial_of
-from threestudio.utils.checkpoint import newest_checkpoint
+from threestudio.utils.checkpoint_files import newest_checkpoint
 
 CONFIG, SIZE = "gs-lora", 24 << 20
 

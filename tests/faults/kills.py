@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.faults.children import CONFIGS, Child, command, ends_well, trial_of
 from tests.runs import ROOT, read, same
-from threestudio.utils.checkpoint import newest_checkpoint, read_checkpoint
+from threestudio.utils.checkpoint_files import newest_checkpoint, read_checkpoint
 
 STEPS = 24
 KEYS = ("state_dict", "optimizer_states", "rng_state", "global_step", "lods_densifier")

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 
 import threestudio
 from threestudio.models.exporters.base import Exporter, ExporterOutput
+from threestudio.run.nonfinite import POLICIES, NonFiniteGuard
 from threestudio.systems.exact_resume import ExactResume
 from threestudio.systems.optimizer_options import OptimizerOptions, SchedulerOptions
 from threestudio.systems.several_processes import TogetherAtTheEnds
@@ -25,7 +26,6 @@ from threestudio.utils.misc import (
     load_module_weights,
     loading_weights,
 )
-from threestudio.utils.nonfinite import POLICIES, NonFiniteGuard
 from threestudio.utils.saving import SaverMixin
 from threestudio.utils.typing import *
 

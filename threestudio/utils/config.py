@@ -467,6 +467,32 @@ def _takes_no_number(annotation: Any) -> bool:
     return (options or {annotation}) <= {str, bool, type(None)}
 
 
+def _read_value(cfg: Any, key: Any, full: str) -> Any:
+    try:
+        return cfg[key]
+    except MissingMandatoryValue:
+        raise UserError(f'{full} is missing: add {full}="..."') from None
+    except OmegaConfBaseException as error:
+        more = f"; {INTERPOLATION}" if "nterpolation" in str(error) else ""
+        raise UserError(f"{full}: {_first_line(error)}{more}") from None
+
+
+def _check_kind(key: str, value: Any, annotation: Any) -> None:
+    """Before the dataclass sees a value: its ``__post_init__`` relies on its types."""
+    if value is None and not may_be_null(annotation):
+        raise UserError(f"{key} is empty: give it a value, or leave the key out")
+    mapping = isinstance(value, Mapping | DictConfig)
+    if takes_mapping(annotation) and not mapping and value is not None:
+        raise UserError(f"{key} takes a mapping, not {shown(value)}")
+    if takes_texts(annotation) and not are_texts(value):
+        raise UserError(f"{key} takes a list of texts, not {shown(value)}")
+    # a node of OmegaConf is not checked against the field: only schedules shall get through
+    if mapping and _takes_one_value(annotation):
+        raise UserError(f"{key} takes one value, not a mapping")
+    if is_list(value) and _takes_no_number(annotation):
+        raise UserError(f"{key} takes one value, not a list")
+
+
 def parse_structured(fields, cfg=None, where: str = "", prefix: str = "") -> Any:
     """Build the dataclass `fields` from the mapping `cfg`, as an OmegaConf structured config.
 
@@ -489,29 +515,9 @@ def parse_structured(fields, cfg=None, where: str = "", prefix: str = "") -> Any
         if key not in known:
             hint = nearest(key, known) or f"; its fields are {_listed(known)}"
             raise UserError(f"{where} has no field {full_key(key)!r}{hint}")
-        try:
-            value = cfg[key]
-        except MissingMandatoryValue:
-            full = full_key(key)
-            raise UserError(f'{full} is missing: add {full}="..."') from None
-        except OmegaConfBaseException as error:
-            more = f"; {INTERPOLATION}" if "nterpolation" in str(error) else ""
-            raise UserError(f"{full_key(key)}: {_first_line(error)}{more}") from None
-        # before the dataclass sees it, whose __post_init__ relies on its types
-        if value is None and not may_be_null(annotations[key]):
-            full = full_key(key)
-            raise UserError(f"{where}: {full} is empty: give it a value, or leave the key out")
-        mapping = isinstance(value, Mapping | DictConfig)
-        if takes_mapping(annotations[key]) and not mapping and value is not None:
-            raise UserError(f"{where}: {full_key(key)} takes a mapping, not {shown(value)}")
-        if takes_texts(annotations[key]) and not are_texts(value):
-            raise UserError(f"{where}: {full_key(key)} takes a list of texts, not {shown(value)}")
-        # a node of OmegaConf is not checked against the field: only schedules shall get through
-        if mapping and _takes_one_value(annotations.get(key)):
-            raise UserError(f"{where}: {full_key(key)} takes one value, not a mapping")
-        if is_list(value) and _takes_no_number(annotations.get(key)):
-            raise UserError(f"{where}: {full_key(key)} takes one value, not a list")
-        values[key] = _adapt(value, annotations.get(key))
+        value = _read_value(cfg, key, full_key(key))
+        _check_kind(f"{where}: {full_key(key)}", value, annotations[key])
+        values[key] = _adapt(value, annotations[key])
     hints = declared_annotations(fields)
     for key in values:  # a list that OmegaConf will not compare with the field, again before then
         if is_list(values[key]) and typing.get_origin(hints[key]) is typing.Annotated:

@@ -22,6 +22,17 @@ def last_line(error: BaseException, length: int = 200) -> str:
     return text if len(text) <= length else text[:length] + "..."
 
 
+def what_failed() -> str:
+    """The extensions that failed to load, in brackets, for the end of a message about a name that
+    they may have brought; "" if none did."""
+    errors = list(failed.items())
+    text = "".join(
+        f" (extension {name!r} failed to load: {last_line(error, 80)})"
+        for name, error in errors[:2]
+    )
+    return text + f" (so did {len(errors) - 2} others)" * (len(errors) > 2)
+
+
 def report_failures() -> None:
     """Warn, one line each, of the extensions that failed to load since the last report."""
     import threestudio

@@ -138,7 +138,7 @@ def load_module_weights(
     With `module_name` only the keys under ``module_name.``, with that prefix removed; with
     `ignore_modules` all keys but those under these names. The two exclude each other.
     """
-    from threestudio.utils.checkpoint import read_checkpoint
+    from threestudio.utils.checkpoint_files import read_checkpoint
 
     if module_name is not None and ignore_modules is not None:
         raise ValueError("module_name and ignore_modules exclude each other: give one of them")

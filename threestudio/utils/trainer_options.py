@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypedDict
 
 from omegaconf import DictConfig
 
-from threestudio.utils.ranges import is_number, shown
+from threestudio.utils.ranges import is_list, is_number, shown
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = (
@@ -40,6 +40,7 @@ class TrainerOptions(TypedDict, total=False):
     limit_predict_batches: Share
     overfit_batches: Share
     val_check_interval: Any  # see `contradictions`
+    callbacks: list | None  # see `_wrong_callbacks`
     check_val_every_n_epoch: Annotated[int | None, f"[1, {MOST}"]
     num_sanity_val_steps: Steps
     log_every_n_steps: Annotated[int | None, f"[0, {MOST}"]
@@ -106,6 +107,25 @@ def contradictions(trainer: Any) -> Iterator[tuple[str, str]]:
     time = trainer.get("max_time")
     if time is not None and not _is_time(time):
         yield "max_time", f'must be a time such as "00:12:00:00" (12 hours), not {shown(time)}'
+    yield from _wrong_callbacks(trainer.get("callbacks"))
+
+
+def _wrong_callbacks(value: Any) -> Iterator[tuple[str, str]]:
+    """Each entry is a name, or a mapping of ``name`` and the arguments. What the names mean is
+    asked later: see :mod:`threestudio.run.named_callbacks`."""
+    if value is None:
+        return
+    if not is_list(value):
+        yield "callbacks", f"takes a list, [{shown(value)}], not a single value"
+        return
+    for i, entry in enumerate(value):
+        mapping = isinstance(entry, (Mapping, DictConfig))
+        name = entry.get("name") if mapping else entry
+        if not isinstance(name, str) or not name:
+            text = f"takes a name, or a mapping of name and arguments, not {shown(entry)}"
+            yield f"callbacks[{i}]", text
+        elif mapping and not all(isinstance(key, str) for key in entry):
+            yield f"callbacks[{i}]", "takes arguments by their names"
 
 
 def _is_count_of_devices(value: Any) -> bool:

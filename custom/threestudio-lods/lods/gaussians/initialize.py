@@ -19,10 +19,9 @@ from lods.gaussians.harmonics import SH_C0
 from lods.gaussians.mesh_file import read_mesh
 from lods.gaussians.neighbours import neighbour_scale
 from lods.gaussians.ply import read_ply
+from lods.settings import make
 from scipy.spatial import cKDTree
 from torch import Tensor
-
-from threestudio.utils.config import parse_structured
 
 INIT_TYPES = ("ball", "file", "shap-e", "none")
 
@@ -321,26 +320,28 @@ class ShapEInit:
         return Points(xyz, rgb.detach().cpu().double().numpy().clip(0, 1))
 
 
-def initial_gaussians(cfg: Any, device: torch.device) -> dict[str, Tensor]:
-    """The Gaussians that the geometry's configuration asks for; see :func:`from_points` for the
-    keys. ``init_type`` 'none' gives none at all (a checkpoint or a file fills them in)."""
-    # all three blocks are parsed, so that a misspelt key is found whichever source is chosen
-    ball = parse_structured(BallInit, cfg.ball)
-    file = parse_structured(FileInit, cfg.file)
-    shap_e = parse_structured(ShapEInit, cfg.shap_e)
+def initial_gaussians(
+    cfg: Any, device: torch.device, where: str = "system.geometry."
+) -> dict[str, Tensor]:
+    """The Gaussians that a configuration with the fields of ``lods-gaussians`` asks for; see
+    :func:`from_points` for the keys. ``init_type`` 'none' gives none at all (a checkpoint or a
+    file fills them in). ``where`` stands before the fields' names in messages."""
+    # all three blocks are looked at, so that a misspelt key is found whichever source is chosen
+    ball = make(BallInit, cfg.ball, f"{where}ball.")
+    file = make(FileInit, cfg.file, f"{where}file.")
+    shap_e = make(ShapEInit, cfg.shap_e, f"{where}shap_e.")
     rng = np.random.default_rng(cfg.init_seed)
     if cfg.init_type == "none":
         source = None
     elif cfg.init_type == "ball":
-        source = BallInit(**ball).points(rng)
+        source = ball.points(rng)
     elif cfg.init_type == "file":
-        source = FileInit(**file).load(rng)
+        source = file.load(rng)
     elif cfg.init_type == "shap-e":
-        source = ShapEInit(**shap_e).points(rng, device)
+        source = shap_e.points(rng, device)
     else:
         raise ValueError(
-            f"system.geometry.init_type='{cfg.init_type}' is unknown: "
-            "use ball, file, shap-e or none"
+            f"{where}init_type='{cfg.init_type}' is unknown: use ball, file, shap-e or none"
         )
     if source is None:
         n_rest = (cfg.sh_degree + 1) ** 2 - 1

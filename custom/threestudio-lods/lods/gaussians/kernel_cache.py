@@ -13,8 +13,9 @@ below ``$XDG_CACHE_HOME`` or ``~/.cache``, one file for each function, types and
 * Whatever is wrong with a file, it is compiled and written anew. Where nothing can be kept, one
   warning says so, and the kernels are compiled at each start.
 
-The name of a file has a digest of the function's source file and of the neighbours that this
-imports, so a changed helper or constant is compiled anew. What was not used for 90 days is removed.
+The name of a file has a digest of the function's source file and of those in its package that
+this imports, so a changed helper or constant is compiled anew. What was not used for 90 days is
+removed.
 
 A threestudio extension must stand alone, so threestudio-lods has this file too; a test keeps the
 two alike.
@@ -104,7 +105,7 @@ class KernelCache(NullCache):
 
 @functools.cache
 def _digest(file: str) -> str:
-    """Of a source file and of those in its folder that it imports, directly or through others."""
+    """Of a source file and of those in its package that it imports, directly or through others."""
     texts, waiting = {}, [Path(file)]
     while waiting:
         path = waiting.pop()
@@ -112,11 +113,26 @@ def _digest(file: str) -> str:
             continue
         texts[path] = path.read_bytes()
         for node in ast.walk(ast.parse(texts[path])):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                names = [node.module] if node.module else [alias.name for alias in node.names]
-                waiting += [path.with_name(f"{name}.py") for name in names]
+            if isinstance(node, ast.ImportFrom):
+                waiting += _neighbours(node, path)
     each = sorted((path.name, hashlib.sha256(text).hexdigest()) for path, text in texts.items())
     return hashlib.sha256(repr(each).encode()).hexdigest()
+
+
+def _neighbours(node: ast.ImportFrom, path: Path) -> list[Path]:
+    """The files of the same package that an import of a source file may mean."""
+    words = node.module.split(".") if node.module else []
+    folder = path.parent
+    if node.level == 0:
+        while (folder / "__init__.py").is_file() and words[:1] != [folder.name]:
+            folder = folder.parent
+        if words[:1] != [folder.name]:
+            return []  # of another package
+        folder = folder.parent
+    for _ in range(node.level - 1):
+        folder = folder.parent
+    module = folder.joinpath(*words)
+    return [module.with_suffix(".py"), *(module / f"{alias.name}.py" for alias in node.names)]
 
 
 # --- the folder ---------------------------------------------------------------------------------
@@ -250,6 +266,15 @@ def _sweep(folder: int) -> None:
                     os.unlink(entry.name, dir_fd=folder)
 
 
+def missing() -> str:
+    """Why compiled kernels cannot be kept, and what to do; empty if they can."""
+    try:
+        with _folder():
+            return ""
+    except OSError as error:
+        return _why(error)
+
+
 _told = False
 
 
@@ -258,9 +283,13 @@ def _tell(error: Exception) -> None:
     global _told
     if not _told:
         _told = True
-        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-        log.warn(
-            f"compiled kernels are not kept ({where}{reason}), so each start compiles them anew, "
-            "which takes about a minute; NUMBA_CACHE_DIR=... chooses another folder"
-        )
+        log.warn(_why(error))
+
+
+def _why(error: Exception) -> str:
+    where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+    return (
+        f"compiled kernels are not kept ({where}{reason}), so each start compiles them anew, "
+        "which takes about a minute; NUMBA_CACHE_DIR=... chooses another folder"
+    )

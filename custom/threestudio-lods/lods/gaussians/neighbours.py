@@ -1,8 +1,8 @@
 """The initial sizes of Gaussians, from the distances to their nearest neighbours.
 
-``scipy`` (a k-d tree in float64, any machine) is the twin; ``simple-knn``, the CUDA extension of
-3DGS, and ``gswarp`` have the function ``distCUDA2``, the mean of the three squared distances in
-float32.
+``scipy`` (a k-d tree in float64, any machine) is the reference; ``simple-knn``, the CUDA
+extension of 3DGS, and ``gswarp`` have the function ``distCUDA2``, the mean of the three squared
+distances in float32.
 """
 
 import importlib

@@ -48,7 +48,7 @@ def _write(path: str | Path, columns: dict[str, tuple[str, np.ndarray]], axes: s
         ).write(str(partial))
 
 
-def write_gaussians(
+def write_ply(
     path: str | Path,
     means: Float[Tensor, "N 3"],
     scales: Float[Tensor, "N 3"],

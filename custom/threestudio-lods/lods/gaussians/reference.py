@@ -1,4 +1,4 @@
-"""The dense torch twin: every Gaussian against every pixel, in the order of the formulas.
+"""The dense reference: every Gaussian against every pixel, in the order of the formulas.
 
 It is the oracle that the compiled rasteriser is tested against, and the only place where the
 mathematics is written once, without tricks. It works in any float dtype, on any device, and costs
@@ -113,6 +113,7 @@ def composite(
     height: int,
     backgrounds: Float[Tensor, "C D"] | None = None,
     with_depth: bool = False,
+    chunk: int = 32,
 ) -> tuple[Float[Tensor, "C H W D"], Float[Tensor, "C H W 1"]]:
     """Blends 2D Gaussians front to back. At the pixel centre p, with d = p - mean2d and the
     Gaussians sorted by depth (ties by index):
@@ -123,6 +124,7 @@ def composite(
 
     where the sum ends before the first Gaussian that would bring T to 1e-4 or below. With
     ``with_depth`` the depth is blended as one more, last, channel, over the background 0.
+    ``chunk``: so many channels at a time.
     """
     colors = colors.expand(len(means2d), -1, -1)
     if with_depth:
@@ -146,7 +148,8 @@ def composite(
         before = torch.cat([torch.ones_like(px.reshape(-1, 1)), after], dim=-1)[:, :-1]
         weights = (alpha * before).where(after > TRANSMITTANCE_MIN, torch.zeros_like(alpha))
         total = weights.sum(-1, keepdim=True)
-        image = weights @ colors[i, order]
+        parts = colors[i, order].split(chunk, dim=-1)
+        image = torch.cat([weights @ part for part in parts], dim=-1)
         if backgrounds is not None:
             image = image + (1 - total) * backgrounds[i]
         images.append(image.unflatten(0, (height, width)))

@@ -11,21 +11,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from lods.gaussians.cameras import intrinsics, world_to_camera
 from lods.gaussians.harmonics import view_colors
 from lods.gaussians.kernel_cache import kernel
 from lods.gaussians.light import REACH, ball_of, directions, frame, opacity_grid, stopped_light
+from lods.gaussians.mesh import Mesh
+from lods.gaussians.parameters import GaussianParameters
 from lods.gaussians.rasterize import rasterization
 from lods.gaussians.reference import covariances
-from lods.threestudio.renderer import intrinsics, world_to_camera
 from scipy.spatial import cKDTree
 from torch import Tensor
-
-from threestudio.models.mesh import Mesh
 
 FAINT = 0.01  # Gaussians of less opacity are left out
 DIRECTIONS = 20  # from which light comes, and their opposites
 COARSE = 48  # points along each axis of the grid that finds where the object is
 PICTURE = 256  # pixels along each side of the renders that the colours are of
+CRUMB = 0.01  # of the faces of the largest part: smaller ones are left out
 FAR = 20.0  # radii of the object from which it is drawn: the rays are then nearly parallel
 
 
@@ -84,7 +85,7 @@ def density_grid(
 
 
 def marching_cubes(level: Float[Tensor, "R R R"], bbox: Float[Tensor, "2 3"]) -> Mesh:
-    """The mesh where ``level``, negative inside, is zero, with normals outward, by
+    """The mesh where ``level``, negative inside, is zero, by
     ``skimage.measure.marching_cubes``."""
     from skimage import measure
 
@@ -97,10 +98,16 @@ def marching_cubes(level: Float[Tensor, "R R R"], bbox: Float[Tensor, "2 3"]) ->
 
 
 @torch.no_grad()
-def surface(geometry, resolution: int, opacity: float = 0.15, density: float | None = None) -> Mesh:
+def surface(
+    geometry: GaussianParameters,
+    resolution: int,
+    opacity: float = 0.15,
+    density: float | None = None,
+) -> Mesh:
     """The coloured mesh where Gaussians stop the share ``opacity`` of the light from wherever it
-    comes, or, if ``density`` is given, where their density is that. Pieces of less than a
-    hundredth of the faces are left out. Raises ValueError if there is no surface."""
+    comes, or, if ``density`` is given, where their density is that, on a grid of ``resolution``
+    points along each axis. Pieces of less than a hundredth of the faces of the largest are left
+    out. Raises ValueError if there is no surface."""
     kept = geometry.opacities.detach().sigmoid() > FAINT
     for parameter in (geometry.means, geometry.scales, geometry.quats):
         kept &= torch.isfinite(parameter.detach()).all(-1)
@@ -126,13 +133,13 @@ def _where_density_is(gaussians, bbox, resolution: int, threshold: float) -> Mes
             f"there is no surface at density {threshold:.4g}: the Gaussians' lies between 0 and "
             f"{grid[..., 0].max():.4g}; set system.exporter.mesh_threshold in that range"
         )
-    mesh = marching_cubes(level, bbox).remove_outlier(0.01)
-    where = 2 * (mesh.v_pos - bbox[0]) / (bbox[1] - bbox[0]) - 1
+    mesh = marching_cubes(level, bbox).without_crumbs(CRUMB)
+    where = 2 * (mesh.vertices - bbox[0]) / (bbox[1] - bbox[0]) - 1
     # grid_sample reads x as the last axis of the grid
     sampled = F.grid_sample(
         grid.permute(3, 2, 1, 0)[None], where[None, :, None, None], align_corners=True
     )[0, :, :, 0, 0].T
-    mesh.set_vertex_color((sampled[:, 1:] / sampled[:, :1].clamp_min(1e-8)).clamp(0, 1))
+    mesh.rgb = (sampled[:, 1:] / sampled[:, :1].clamp_min(1e-8)).clamp(0, 1)
     return mesh
 
 
@@ -160,8 +167,8 @@ def _where_light_stops(gaussians, bbox, resolution: int, opacity: float) -> Mesh
             f"there is no surface: at most {grid.max():.4g} of the light is stopped on all sides; "
             f"set system.exporter.mesh_opacity below that (it is {opacity:.4g})"
         )
-    mesh = marching_cubes(opacity - grid, bbox).remove_outlier(0.01)
-    mesh.set_vertex_color(_rendered_colors(gaussians, blobs, mesh, bbox, opacity))
+    mesh = marching_cubes(opacity - grid, bbox).without_crumbs(CRUMB)
+    mesh.rgb = _rendered_colors(gaussians, blobs, mesh, bbox, opacity)
     return mesh
 
 
@@ -169,13 +176,13 @@ def _rendered_colors(gaussians, blobs, mesh: Mesh, bbox, opacity: float) -> Floa
     """What renders show at the vertices: the mean over the directions from which they are seen,
     weighted by how much a vertex faces one and by how little light is stopped before it."""
     center, radius = ball_of(bbox)
-    total = torch.zeros(len(mesh.v_pos), 4)
+    total, normals = torch.zeros(len(mesh.vertices), 4), mesh.normals()
     along = directions(DIRECTIONS)
-    light = stopped_light(blobs, mesh.v_pos.double(), along, center, radius, COARSE * 2)
+    light = stopped_light(blobs, mesh.vertices.double(), along, center, radius, COARSE * 2)
     for direction, stopped in zip(along, light):
         for sign, before in zip((1.0, -1.0), stopped):
-            rgb, alpha = _picture(gaussians, mesh.v_pos, sign * direction, center, radius)
-            facing = (mesh.v_nrm @ torch.from_numpy(-sign * direction).float()).clamp_min(0)
+            rgb, alpha = _picture(gaussians, mesh.vertices, sign * direction, center, radius)
+            facing = (normals @ torch.from_numpy(-sign * direction).float()).clamp_min(0)
             seen = ((1 - before) / (1 - opacity)).clamp(0, 1) ** 2
             weight = (facing**2 * seen * (alpha > opacity))[:, None]
             total += weight * torch.cat(
@@ -183,10 +190,10 @@ def _rendered_colors(gaussians, blobs, mesh: Mesh, bbox, opacity: float) -> Floa
             )
     colored = total[:, 3] > 1e-3
     if not colored.any():
-        return torch.full_like(mesh.v_pos, 0.5)
+        return torch.full_like(mesh.vertices, 0.5)
     colors = total[:, :3] / total[:, 3:].clamp_min(1e-3)
     # in deep folds that nothing sees, the colour of the nearest point that is seen
-    _, nearest = cKDTree(mesh.v_pos[colored].numpy()).query(mesh.v_pos[~colored].numpy())
+    _, nearest = cKDTree(mesh.vertices[colored].numpy()).query(mesh.vertices[~colored].numpy())
     colors[~colored] = colors[colored][torch.from_numpy(np.asarray(nearest))]
     return colors.clamp(0, 1)
 
@@ -216,6 +223,7 @@ def _picture(
         K.to(device),
         PICTURE,
         PICTURE,
+        packed=False,
     )
     seen = points @ view[0, :3, :3].T + view[0, :3, 3]
     pixel = seen[:, :2] / seen[:, 2:] * K[0, 0, 0] / (PICTURE / 2)

@@ -9,6 +9,7 @@ from omegaconf import ListConfig
 
 import threestudio
 from threestudio.models.exporters.base import Exporter, ExporterOutput
+from threestudio.models.mesh import Mesh
 
 FORMATS = {  # fmt -> (ending of the file, save_<type> of the system)
     "ply": (".ply", "gaussian_ply"),
@@ -20,7 +21,7 @@ FORMATS = {  # fmt -> (ending of the file, save_<type> of the system)
 @threestudio.register("lods-gaussian-exporter")
 class GaussianExporter(Exporter):
     """'ply': all parameters in the standard 3DGS layout; 'points': centres and colours only;
-    'glb': a coloured mesh, where the Gaussians stop the light (see :mod:`.surface`).
+    'glb': a coloured mesh, where the Gaussians stop the light (see :mod:`lods.gaussians.surface`).
 
     Both ply files are in threestudio's axes, z up and the front on +x, or with ``axes`` 'y-down'
     as 3DGS has them, whose viewers then show the object upright: x right, y down, the front on -z.
@@ -52,6 +53,13 @@ class GaussianExporter(Exporter):
                     f"system.exporter.fmt has '{fmt}': the formats are {', '.join(FORMATS)}"
                 )
 
+    def _mesh(self) -> Mesh:
+        cfg = self.cfg
+        found = surface(self.geometry, cfg.mesh_resolution, cfg.mesh_opacity, cfg.mesh_threshold)
+        mesh = Mesh(found.vertices, found.faces)
+        mesh.set_vertex_color(found.rgb)
+        return mesh
+
     def __call__(self) -> list[ExporterOutput]:
         outputs = []
         for fmt in self.formats:
@@ -60,12 +68,7 @@ class GaussianExporter(Exporter):
                 params = {**self.geometry.export(), "axes": self.cfg.axes}
             elif fmt == "glb":
                 try:
-                    mesh = surface(
-                        self.geometry,
-                        self.cfg.mesh_resolution,
-                        self.cfg.mesh_opacity,
-                        self.cfg.mesh_threshold,
-                    )
+                    mesh = self._mesh()
                 except ValueError as error:
                     if len(self.formats) == 1:
                         raise

@@ -5,34 +5,14 @@ from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
-from lods.gaussians.harmonics import spherical_harmonics as spherical_harmonics
-from lods.gaussians.harmonics import view_colors
-from lods.gaussians.rasterize import BACKENDS, rasterization
+from lods.gaussians import backends
+from lods.gaussians.cameras import intrinsics, world_to_camera
+from lods.gaussians.rasterize import rasterization
 from torch import Tensor
 
 import threestudio
 from threestudio.models.renderers.base import Rasterizer
 from threestudio.utils.ops import get_ray_directions, get_rays
-
-
-def world_to_camera(c2w: Float[Tensor, "B 4 4"]) -> Float[Tensor, "B 4 4"]:
-    """The inverse of ``c2w`` (OpenGL: x right, y up, z backward), as OpenCV has it (x right, y
-    down, z forward). A rotation is inverted by its transpose: [R^T | -R^T p]."""
-    rotation = c2w[:, :3, :3] * c2w.new_tensor([1.0, -1.0, -1.0])
-    inverse = torch.zeros_like(c2w)
-    inverse[:, :3, :3] = rotation.transpose(1, 2)
-    inverse[:, :3, 3:] = -rotation.transpose(1, 2) @ c2w[:, :3, 3:]
-    inverse[:, 3, 3] = 1.0
-    return inverse
-
-
-def intrinsics(fovy: Float[Tensor, " B"], height: int, width: int) -> Float[Tensor, "B 3 3"]:
-    """Pinhole matrices in pixels: focal length height / (2 tan(fovy / 2)) in both directions, the
-    principal point in the middle of the image. ``fovy`` in radians."""
-    K = fovy.new_zeros(len(fovy), 3, 3)
-    K[:, 0, 0] = K[:, 1, 1] = 0.5 * height / torch.tan(0.5 * fovy)
-    K[:, 0, 2], K[:, 1, 2], K[:, 2, 2] = 0.5 * width, 0.5 * height, 1.0
-    return K
 
 
 @threestudio.register("lods-gaussian-rasterizer")
@@ -45,13 +25,16 @@ class GaussianRasterizer(Rasterizer):
         far_plane: Annotated[float, "(0, 1e12]"] = 100.0
         # pixels^2 added to the projected variances, so that nothing aliases
         eps2d: Annotated[float, "(0, 1e4]"] = 0.3
-        # auto | cpu | torch | gsplat | gswarp | diff-gaussian-rasterization
-        backend: Annotated[str, BACKENDS] = "auto"
+        # auto | cpu | reference | gsplat | gswarp | diff-gaussian-rasterization, or the name of a
+        # rasteriser that was registered (lods.gaussians.register_backend) or is installed
+        backend: str = "auto"
 
         def contradictions(self):
             """Fields that do not go together: (field, what is wrong)."""
             if self.near_plane >= self.far_plane:
                 yield "far_plane", f"must be above near_plane={self.near_plane:g}"
+            if not backends.is_known(self.backend):
+                yield "backend", backends.unknown(self.backend)
 
     cfg: Config
 
@@ -59,10 +42,7 @@ class GaussianRasterizer(Rasterizer):
 
     def colors(self, camera_positions: Float[Tensor, "B 3"]) -> Float[Tensor, "*B N 3"]:
         """Colours (N, 3), or (B, N, 3) where they depend on the view."""
-        if self.geometry.cfg.sh_degree == 0:
-            return self.geometry.base_colors()
-        g = self.geometry
-        return view_colors(g.sh0, g.shN, g.means, camera_positions)
+        return self.geometry.colors(camera_positions)
 
     def forward(
         self,
@@ -83,7 +63,7 @@ class GaussianRasterizer(Rasterizer):
           clamped;
         - ``opacity`` (B, H, W, 1), the true accumulated alpha in 0..1;
         - ``depth`` (B, H, W, 1), the expected z in camera space, world units, 0 where nothing is;
-        - ``info``, the rasteriser's dictionary that densification reads, and ``eps2d`` with it.
+        - ``info``, the rasteriser's dictionary that densification reads.
         """
         g = self.geometry
         # projections lose too many bits in 16-bit floats
@@ -102,11 +82,11 @@ class GaussianRasterizer(Rasterizer):
                 near_plane=self.cfg.near_plane,
                 far_plane=self.cfg.far_plane,
                 eps2d=self.cfg.eps2d,
+                packed=False,
                 render_mode="RGB+ED",
                 absgrad=absgrad,
                 backend=self.cfg.backend,
             )
-        info["eps2d"] = self.cfg.eps2d  # what it needs to know a Gaussian's own size
         foreground, depth = rendered[..., :3], rendered[..., 3:]
         if rays_d is None:
             focal = 0.5 * height / torch.tan(0.5 * fovy)

@@ -1,14 +1,22 @@
 """The CPU rasteriser: compiled projection, and the compiled kernels behind two autograd functions.
 
 ``project`` and ``composite`` have the signatures and the results of their namesakes in
-``raster_torch`` (plus what only speed needs), so either can stand in for the other.
+``lods.gaussians.reference`` (plus what only speed needs), so either can stand in for the other.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
-from lods.gaussians.backends import kernels as kernels
+from lods.gaussians.backends import kernels
+from lods.gaussians.backends.base import (
+    PLAIN,
+    Drawn,
+    channels_of,
+    project_and_blend,
+    unsupported,
+)
 from lods.gaussians.backends.lists import deal, make_lists
 from lods.gaussians.backends.simd import INNER, OPTIONS, run, workers_for
 from lods.gaussians.kernel_cache import kernel
@@ -16,6 +24,7 @@ from lods.gaussians.reference import ALPHA_MIN, EXTENT_MAX
 from numba import njit, prange
 
 TILE = 32  # pixels; the 6 planes of a tile's state (24 KB) fit into the L1 cache
+CHANNELS = 4  # that the kernels blend at a time
 SMALL_TILE = 16  # for images with too few large tiles for the threads
 
 
@@ -64,7 +73,7 @@ def covariance(quat, scales, R, S):
 
 @njit(**INNER)
 def affine(view, K, x, y, z, width, height, M):
-    """M = J W (2 x 3) of raster_torch.project, with u' and v' and whether they are unclamped."""
+    """M = J W (2 x 3) of reference.project, with u' and v' and whether they are unclamped."""
     fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
     mx, my = 0.15 * width / fx, 0.15 * height / fy
     u, v = x / z, y / z
@@ -104,7 +113,7 @@ def project_forward(
     means, quats, scales, opacities, views, Ks, width, height, near, far, eps2d,
     scratch, means2d, conics, depths, extents,
 ):  # fmt: skip
-    """Writes the last four, the results of raster_torch.project. ``scratch`` (workers, 8, 3, 3)."""
+    """Writes the last four, the results of reference.project. ``scratch`` (workers, 8, 3, 3)."""
     n, workers = len(means), len(scratch)
     for worker in prange(workers):
         R, S, M, Y = scratch[worker, 0], scratch[worker, 1], scratch[worker, 2], scratch[worker, 3]
@@ -260,14 +269,14 @@ class _Composite(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, means2d, conics, opacities, colors, depths, backgrounds, with_depth, extents, width,
-        height, keep_absgrad,
+        height, keep_absgrad, tile,
     ):  # fmt: skip
         cameras, n = depths.shape
         channels = colors.shape[-1] + int(with_depth)
         color, depth, opacity = _array(colors), _array(depths), _array(opacities)
         color = color[None] if color.ndim == 2 else color
         workers = workers_for(n * cameras)
-        tile = tile_for(cameras, width, height, workers)
+        tile = tile or tile_for(cameras, width, height, workers)
         records, rank, starts, begins, ids, slots = make_lists(
             _array(means2d), _array(conics), opacity, _array(extents), depth, tile,
             -(-width // tile), -(-height // tile), workers,
@@ -278,8 +287,8 @@ class _Composite(torch.autograd.Function):
         if backgrounds is not None:
             background[:, : colors.shape[-1]] = _array(backgrounds)
         states, ends = kernels.new_states(workers, 5, tile), np.empty(len(order), np.int64)
-        for first in range(0, channels, 4):
-            last = min(first + 4, channels)
+        for first in range(0, channels, CHANNELS):
+            last = min(first + CHANNELS, channels)
             run(kernels.set_channels, workers, records, rank, color, depth, first, last)
             run(
                 kernels.blend, workers, records, ids, begins, order, tile, background, first,
@@ -310,11 +319,11 @@ class _Composite(torch.autograd.Function):
             np.empty(len(slots) * kernels.SLOT, np.float32),
             np.empty((workers, 16), "f4"),
         )
-        for first in range(0, shape[1], 4):
-            last = min(first + 4, shape[1])
+        for first in range(0, shape[1], CHANNELS):
+            last = min(first + CHANNELS, shape[1])
             if first > 0:
                 maps[3] = 0 * maps[3]  # the alphas' share is counted once
-            if shape[1] > 4:
+            if shape[1] > CHANNELS:
                 run(kernels.set_channels, workers, records, rank, color, depth, first, last)
             run(
                 kernels.unblend, workers, records, ids, slots, begins, ends, order, tile, first,
@@ -331,7 +340,7 @@ class _Composite(torch.autograd.Function):
         if has_background:
             d_background = (left[:, None] * g_image[:, : colors.shape[-1]]).sum((2, 3))
         d_colors = d_colors.view(colors.shape)
-        return d_means2d, d_conics, d_opacities, d_colors, d_depths, d_background, *[None] * 5
+        return d_means2d, d_conics, d_opacities, d_colors, d_depths, d_background, *[None] * 6
 
 
 def _float(tensor):
@@ -342,20 +351,38 @@ def _float(tensor):
 def project(
     means, quats, scales, opacities, viewmats, Ks, width, height, near_plane, far_plane, eps2d
 ):
-    """See ``raster_torch.project``; single precision, on the CPU. No gradient to Ks."""
+    """See ``reference.project``; single precision, on the CPU. No gradient to Ks."""
     inputs = [_float(x) for x in (means, quats, scales, opacities.detach(), viewmats, Ks)]
     return _Project.apply(*inputs, width, height, near_plane, far_plane, eps2d)
 
 
 def composite(
     means2d, conics, opacities, colors, depths, extents, width, height, backgrounds=None,
-    with_depth=False, keep_absgrad=None,
+    with_depth=False, keep_absgrad=None, tile=None,
 ):  # fmt: skip
-    """See ``raster_torch.composite``; single precision, on the CPU. ``colors`` (N, D) shared by
+    """See ``reference.composite``; single precision, on the CPU. ``colors`` (N, D) shared by
     the cameras, or (C, N, D). ``keep_absgrad(Tensor (C, N, 2))`` is called during backward with
-    the sums over pixels of |dL/dmean2d| (AbsGS, arXiv 2404.10484)."""
+    the sums over pixels of |dL/dmean2d| (AbsGS, arXiv 2404.10484). ``tile``: 16 or 32 pixels; by
+    itself it takes the one that keeps the threads busy."""
     inputs = [_float(x) for x in (means2d, conics, opacities, colors, depths)]
     backgrounds = None if backgrounds is None else _float(backgrounds)
     return _Composite.apply(
-        *inputs, backgrounds, with_depth, _float(extents), width, height, keep_absgrad
+        *inputs, backgrounds, with_depth, _float(extents), width, height, keep_absgrad, tile
     )
+
+
+# ------------------------------------------------------------------------------- backend
+def refuses(**arguments: Any) -> str:
+    """Why the compiled rasteriser cannot draw this; empty if it can."""
+    channels, chunk = channels_of(arguments), arguments["channel_chunk"]
+    if arguments["absgrad"] and channels > CHANNELS:
+        return f"absgrad is for {CHANNELS} channels at most, not {channels}: depth counts as one"
+    if chunk < CHANNELS:
+        return f"channel_chunk={chunk} is not supported, only {CHANNELS} or more"
+    return unsupported(arguments, tile_size=(TILE,))
+
+
+def rasterization(**arguments: Any) -> Drawn:
+    """See :func:`lods.gaussians.rasterization`."""
+    tile = None if arguments["tile_size"] == PLAIN["tile_size"] else arguments["tile_size"]
+    return project_and_blend(project, composite, arguments, tile=tile)

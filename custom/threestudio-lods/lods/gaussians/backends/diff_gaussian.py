@@ -1,28 +1,30 @@
 """The CUDA kernels of 3DGS (github.com/graphdeco-inria/diff-gaussian-rasterization, not for
-commercial use) and their forks behind our signature.
+commercial use) and their forks behind our function.
 
 They are on no package index: who has built them can use them. A camera takes a call for every
-three channels, see ``raster_inria``."""
+three channels, see :mod:`.inria`."""
 
 from functools import lru_cache
+from typing import Any
 
-from lods.gaussians.backends import inria as raster_inria
+from lods.gaussians.backends import inria
+from lods.gaussians.backends.base import Drawn
 
 INSTALL = (
     "with a CUDA toolkit (nvcc), pip install --no-build-isolation "
     "git+https://github.com/graphdeco-inria/diff-gaussian-rasterization"
 )
-refuses = raster_inria.refuses
+refuses = inria.refuses
 
 
 @lru_cache(maxsize=1)
 def missing() -> str:
     """Why the package cannot be used here, with the remedy; empty if it can."""
-    return raster_inria.missing("diff_gaussian_rasterization", INSTALL)
+    return inria.missing("diff_gaussian_rasterization", INSTALL)
 
 
-def rasterization(*args):
-    """See ``rasterize.rasterization``."""
+def rasterization(**arguments: Any) -> Drawn:
+    """See :func:`lods.gaussians.rasterization`."""
     import diff_gaussian_rasterization
 
-    return raster_inria.rasterization(diff_gaussian_rasterization, *args)
+    return inria.rasterization(diff_gaussian_rasterization, arguments)

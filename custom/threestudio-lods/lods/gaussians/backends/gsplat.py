@@ -1,8 +1,10 @@
-"""gsplat's CUDA kernels behind our signature (github.com/nerfstudio-project/gsplat, Apache-2.0)."""
+"""gsplat's CUDA kernels behind our function (github.com/nerfstudio-project/gsplat, Apache-2.0)."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @lru_cache(maxsize=1)
@@ -25,21 +27,15 @@ def missing() -> str:
     return ""
 
 
-def refuses(*scene) -> str:
-    """Why gsplat cannot draw this: it can draw everything."""
-    return ""
-
-
-def rasterization(
-    means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane, far_plane,
-    eps2d, backgrounds, render_mode, absgrad,
-):  # fmt: skip
-    """See ``rasterize.rasterization``."""
+def rasterization(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """See :func:`lods.gaussians.rasterization`; every argument goes to gsplat as it is, tensors in
+    single precision."""
     from gsplat import rasterization as gsplat_rasterization
+    from gsplat.cuda._wrapper import RollingShutterType
 
+    shutter = arguments["rolling_shutter"]
+    if isinstance(shutter, str):
+        arguments["rolling_shutter"] = RollingShutterType[shutter]
     return gsplat_rasterization(
-        means.float(), quats.float(), scales.float(), opacities.float(), colors.float(),
-        viewmats.float(), Ks.float(), width, height, near_plane=near_plane, far_plane=far_plane,
-        eps2d=eps2d, backgrounds=None if backgrounds is None else backgrounds.float(),
-        render_mode=render_mode, absgrad=absgrad, packed=False,
-    )  # fmt: skip
+        **{k: v.float() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    )

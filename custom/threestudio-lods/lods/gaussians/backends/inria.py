@@ -1,4 +1,4 @@
-"""Rasterisers with the interface of 3DGS (Kerbl et al. 2023, arXiv 2308.04079) behind ours.
+"""Rasterisers with the interface of 3DGS (Kerbl et al. 2023, arXiv 2308.04079) behind our function.
 
 The interface draws one image of 3 channels a call, without depth and, in most of its versions,
 without alpha: further channels are drawn in further calls, depth and alpha (the colour 1) among
@@ -18,12 +18,13 @@ somewhat more here.
 """
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from lods.gaussians.rasterize import packed
+from lods.gaussians.backends.base import Drawn, plain_colors, results, unsupported
 from lods.gaussians.reference import ALPHA_MIN, project
 from torch import Tensor
 
@@ -42,22 +43,25 @@ def missing(module: str, remedy: str) -> str:
     return ""
 
 
-def refuses(
-    viewmats: Float[Tensor, "C 4 4"],
-    Ks: Float[Tensor, "C 3 3"],
-    width: int,
-    height: int,
-    eps2d: float,
-    absgrad: bool,
-) -> str:
+def refuses(**arguments: Any) -> str:
     """Why the interface cannot draw this; empty if it can."""
-    if absgrad:
+    width, height, eps2d = arguments["width"], arguments["height"], arguments["eps2d"]
+    plain = unsupported(arguments)
+    if plain:
+        return f"{plain}; use backend='gsplat'"
+    if arguments["means"].ndim > 2:
+        return "it has no batch dimensions; use backend='gsplat' or 'cpu'"
+    if arguments["packed"]:
+        return "packed=True is not supported, only packed=False"
+    if arguments["radius_clip"] > 0:
+        return "its radii are other ones, so radius_clip must be 0; use backend='gsplat' or 'cpu'"
+    if arguments["absgrad"]:
         return "it has no absgrad; use backend='gsplat' or 'cpu', or a strategy without absgrad"
     if abs(eps2d - EPS2D) > 1e-9:
         return f"it draws with eps2d={EPS2D}, not {eps2d}; use backend='gsplat' or 'cpu'"
-    if torch.is_grad_enabled() and viewmats.requires_grad:
+    if torch.is_grad_enabled() and arguments["viewmats"].requires_grad:
         return "it has no gradient of cameras; use backend='gsplat' or 'cpu'"
-    for K in Ks.tolist():
+    for K in arguments["Ks"].tolist():
         if abs(K[0][2] - width / 2) > 1e-3 * width or abs(K[1][2] - height / 2) > 1e-3 * height:
             return "the principal point is not in the middle; use backend='gsplat' or 'cpu'"
     return ""
@@ -100,13 +104,17 @@ def make_settings(
 
 
 def rasterization(
-    package, means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane,
-    far_plane, eps2d, backgrounds, render_mode, absgrad, extras=None,
-):  # fmt: skip
-    """See ``rasterize.rasterization``; float32, for what ``refuses`` lets pass.
+    package: Any, arguments: dict[str, Any], extras: Callable[..., Any] | None = None
+) -> Drawn:
+    """See :func:`lods.gaussians.rasterization`; float32, for what ``refuses`` lets pass.
 
     ``package`` has ``GaussianRasterizationSettings`` and ``GaussianRasterizer``. ``extras`` takes
     what a call returns and gives its depth and alpha (1, H, W), where they have gradients."""
+    names = ("means", "quats", "scales", "opacities", "viewmats", "Ks", "width", "height")
+    means, quats, scales, opacities, viewmats, Ks, width, height = (arguments[n] for n in names)
+    names = ("near_plane", "far_plane", "eps2d", "backgrounds", "render_mode")
+    near_plane, far_plane, eps2d, backgrounds, render_mode = (arguments[n] for n in names)
+    colors = plain_colors(arguments)
     means, scales, opacities = means.float(), scales.float(), opacities.float()
     quats, colors, viewmats = F.normalize(quats.float(), dim=-1), colors.float(), viewmats.float()
     n = len(means)
@@ -158,4 +166,5 @@ def rasterization(
     if backgrounds is not None and D:
         behind = F.pad(backgrounds.float(), (0, int(with_depth)))
         image = image + (1 - alpha) * behind[:, None, None]
-    return packed(image, alpha, means2d, conics, depths, torch.stack(radii), opacities, render_mode)
+    drawn = means2d, conics, depths, torch.stack(radii), opacities
+    return results(image, alpha, *drawn, render_mode)

@@ -1,8 +1,8 @@
 """Compiled blending of 2D Gaussians into tiles, forwards and backwards (numba, CPU).
 
-The formulas are those of ``raster_torch.composite``. Three steps, each one call:
+The formulas are those of ``lods.gaussians.reference.composite``. Three steps, each one call:
 
-* ``raster_lists.make_lists``: per camera the drawn Gaussians sorted by depth, and per tile the list
+* ``lists.make_lists``: per camera the drawn Gaussians sorted by depth, and per tile the list
   of the Gaussians whose ellipse alpha >= 1/255 meets it.
 * ``blend``: a tile's state (transmittance and colours per pixel) lies in planes of one small
   buffer that stays in the L1 cache. The loop over Gaussians is outside; inside it a Gaussian

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from lods.gaussians.densify import STRATEGIES, Densifier
 from lods.gaussians.mesh_file import write_mesh
-from lods.gaussians.ply import write_gaussians, write_points
+from lods.gaussians.ply import write_ply, write_points
 from lods.preflight import refuse_densification
 from lods.threestudio.systems.base import LODSSystem, grey_cell
 from lods.threestudio.systems.original import complete
@@ -23,7 +23,7 @@ from threestudio.utils.misc import C
 
 @dataclass
 class StrategyConfig:
-    """Growing and pruning; see :class:`..gaussian.densify.Densifier`."""
+    """Growing and pruning; see :class:`lods.gaussians.densify.Densifier`."""
 
     name: Annotated[str, STRATEGIES] = "none"  # none | default | mcmc
     # world units; thresholds on 3D sizes are multiples of it
@@ -189,7 +189,7 @@ class LODSGaussianSplatting(LODSSystem):
     def save_gaussian_ply(self, filename: str, axes: str = "z-up", **gaussians: Tensor) -> str:
         """``save_type`` 'gaussian_ply' of an exporter: the standard 3DGS layout."""
         path = self.get_save_path(filename)
-        n = write_gaussians(path, **gaussians, axes=axes)
+        n = write_ply(path, **gaussians, axes=axes)
         self._results["gaussians"] = f"{path} ({n})"
         return path
 

@@ -1,5 +1,5 @@
 """Ranges of the settings of gsplat's two strategies, and of our default one's own
-(:mod:`..gaussian.densify`), and of schedules of learning rates.
+(:mod:`lods.gaussians.densify`), and of schedules of learning rates.
 
 They are plain annotations: a host that reads none, as upstream's threestudio, loses nothing but an
 early message.
