@@ -83,7 +83,7 @@ def main(
 
     # %% Drawn large, with sharp edges
     with torch.no_grad():
-        picture = triangles(512, sharpness=200.0)
+        picture = triangles(512, sharpness=600.0)
     Path(out).with_suffix(".svg").write_text(triangles.svg())
     print("saved", lods.save_images(out, picture), "and the same as .svg")
     return picture

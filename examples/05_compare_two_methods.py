@@ -16,7 +16,7 @@ METHODS = {
     "sds": {"guidance_scale": 5.0},
     "lods-lora": {"guidance_scale": 20.0},
 }
-PROMPTS = ("a red mushroom", "a penguin", "a picture of an orange birthday cake")
+PROMPTS = ("a photo of a traffic cone", "a penguin", "a picture of an orange birthday cake")
 
 
 def distil(method: lods.Method, steps: int, seed: int) -> torch.Tensor:
