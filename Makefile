@@ -33,11 +33,11 @@ test-slow: $(VENV)/.ready-dev
 # The extension with the packages that upstream threestudio 0.2.3 pins, in an environment of its own.
 # PYTHON must be 3.11: its tokenizers has no builds for later ones.
 COMPAT := .venv-compat
-COMPAT_TESTS := tests/test_upstream.py tests/test_model_folders.py tests/test_merge.py \
-	tests/test_typed_sections.py tests/test_formulas.py tests/test_guidance.py \
-	tests/test_guidance_module.py tests/test_learned_files.py tests/test_playground.py \
-	tests/test_gs_system.py::test_shipped_configurations_run \
-	tests/test_ngp_system.py::test_shipped_configurations_run tests/test_original_configs.py
+COMPAT_TESTS := tests/compat/test_upstream.py tests/models/test_model_folders.py tests/compat/test_merge.py \
+	tests/host/test_typed_sections.py tests/scores/test_formulas.py tests/methods/test_oracles.py \
+	tests/methods/test_losses.py tests/methods/test_learned_files.py tests/methods/test_playground.py \
+	tests/host/test_gs_system.py::test_shipped_configurations_run \
+	tests/host/test_ngp_system.py::test_shipped_configurations_run tests/compat/test_original_configs.py
 SHOWN := torch numpy diffusers transformers pytorch-lightning omegaconf peft
 
 $(COMPAT)/.ready: requirements-compat.txt
@@ -52,7 +52,7 @@ test-compat: $(COMPAT)/.ready
 # glb files in a real browser: needs Chromium and npm, which gets three.js and model-viewer.
 test-browser: $(VENV)/.ready-dev
 	npm install --no-audit --no-fund --prefix tests/browser
-	$(BIN)/python -m pytest -m browser tests/test_browser.py
+	$(BIN)/python -m pytest -m browser tests/host/test_browser.py
 
 # Kills, signals, runs that start together, full disks, damaged and hostile files.
 # `python -m tests.faults pairs --count 10` does one part.

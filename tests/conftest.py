@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def lods():
-    """The extension package, under the name that launch.py gives it: ``threestudio-lods``."""
+    """The package ``lods``, which the extension's door has imported as launch.py does."""
     from threestudio.utils.extensions import load_extension
 
-    return load_extension(ROOT / "custom" / "threestudio-lods")
+    return load_extension(ROOT / "custom" / "threestudio-lods").lods
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
-"""Denoisers whose answer is known in closed form, and prompts for them."""
+"""Models whose answer is known in closed form, and prompts for them."""
 
 from types import SimpleNamespace
 
 import torch
+from lods.methods.conditions import Conditions
 from torch import nn
 
 
@@ -14,9 +15,9 @@ class GaussianUNet(nn.Module):
     ``kind`` is what it outputs, as a diffusers UNet would.
     """
 
-    def __init__(self, denoiser, std: float, modes: int = 1, kind: str = "epsilon"):
+    def __init__(self, model, std: float, modes: int = 1, kind: str = "epsilon"):
         super().__init__()
-        self.abar, self.std, self.modes, self.kind = denoiser.alphas_cumprod, std, modes, kind
+        self.abar, self.std, self.modes, self.kind = model.schedule.alphas_cumprod, std, modes, kind
 
     def forward(self, x, t, encoder_hidden_states):
         abar = self.abar[t].view(-1, 1, 1, 1)
@@ -96,3 +97,8 @@ class PerpNegPrompt(Prompt):
 def side_view(n: int):
     """Cameras (elevation, azimuth, distance) that are not the front."""
     return torch.zeros(n), torch.full((n,), 90.0), torch.ones(n)
+
+
+def distil(guidance, latents, conditions: Conditions):
+    """The gradient for these latents as the loss takes it, with a stage of SDS and cleaned."""
+    return guidance.method.clean(guidance.method.distil(latents, conditions))

@@ -204,7 +204,7 @@ def test_every_word_is_one_token(tmp_path):
 
 def test_what_the_pocket_models_training_writes_is_readable_by_old_versions(tmp_path, monkeypatch):
     from pocket import diffusion
-    from tests.test_model_folders import readable_by_old_versions
+    from tests.models.test_model_folders import readable_by_old_versions
 
     models = torch.nn.ModuleList(
         diffusion.build_models(save_tokenizer(tmp_path / "tokenizer", diffusion.WORDS, 16))

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from tests.faults.children import CONFIGS, Child, command, ends_well, trial_of
+from tests.host.test_restore import mutated
 from tests.runs import read, same
-from tests.test_restore import mutated
 from threestudio.utils.checkpoint_files import read_checkpoint
 from threestudio.utils.errors import UserError
 from threestudio.utils.misc import load_module_weights

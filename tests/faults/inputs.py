@@ -174,9 +174,7 @@ def ply_rows(n: int, model, folder: Path, seed: int) -> Iterator[tuple[str, Iter
     rng, points = random.Random(seed), torch.from_numpy(np.random.default_rng(seed).random((50, 3)))
     ply = importlib.import_module("lods.gaussians.ply")
     quats = torch.ones(50, 4)
-    ply.write_gaussians(
-        folder / "g.ply", points, points, quats, points[:, 0], points[:, None].float()
-    )
+    ply.write_ply(folder / "g.ply", points, points, quats, points[:, 0], points[:, None].float())
     ply.write_points(folder / "p.ply", points, points)
     files = [(folder / name).read_bytes() for name in ("g.ply", "p.ply")]
     yield "mutated ply, read", _read(n, files, folder, rng)

@@ -10,7 +10,7 @@ import torch
 from tests.faults.children import Child, ends_well
 from tests.faults.toys import contents, fresh, load_toy, toy_command
 from tests.runs import read
-from tests.test_own_folder import poisoned, victims
+from tests.safety.test_own_folder import poisoned, victims
 from threestudio.utils.errors import UserError
 
 KEYS = ("best_model_path", "kth_best_model_path", "last_model_path", "dirpath")

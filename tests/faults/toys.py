@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.host.test_launch import CONFIG
 from tests.runs import ROOT
-from tests.test_host_launch import CONFIG
 from threestudio.utils.extensions import load_extension
 
 PHASES = ("start-up", "training", "validation", "test", "export")

@@ -129,6 +129,7 @@ def as_trimesh(mesh):
     return trimesh.Trimesh(mesh.vertices.numpy(), mesh.faces.numpy(), process=False)
 
 
+@pytest.mark.slow
 def test_soft_gaussians_hold_together():
     found = surface.surface(soft_gaussians(), resolution=48)
     mesh = as_trimesh(found)

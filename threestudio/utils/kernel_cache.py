@@ -57,7 +57,7 @@ def kernel(**options) -> Callable[[Callable], Callable]:
     def decorate(function: Callable) -> Callable:
         compiled = numba.njit(**options)(function)
         if hasattr(compiled, "_cache"):  # with NUMBA_DISABLE_JIT it is the function itself
-            compiled._cache = KernelCache(function)
+            compiled._cache = KernelCache(function)  # type: ignore
         return compiled
 
     return decorate
@@ -179,7 +179,7 @@ def _open_private(name: str, outer: int, path: str) -> int:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise OSError(error.errno, "it is a link or a file, not a folder", path) from None
-        raise OSError(error.errno, os.strerror(error.errno), path) from None
+        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
     found = os.fstat(handle)
     reason = "it belongs to another user" if found.st_uid != os.geteuid() else ""
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

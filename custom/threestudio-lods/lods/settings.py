@@ -163,15 +163,15 @@ def _check_range(name: str, value: Any, kinds: list[Any], text: str) -> Any:
     whole = int in kinds or "whole" in flags
 
     def good(x: Any) -> bool:
-        if isinstance(x, bool) or not isinstance(x, (int, float)) or math.isnan(x):
+        if isinstance(x, bool) or not isinstance(x, (int, float)):
             return False
-        above = x >= float(low) if left == "[" else x > float(low)
-        below = x <= float(high) if right == "]" else x < float(high)
-        return (
-            above
-            and below
-            and (not whole or float(x).is_integer() if math.isfinite(x) else not whole)
-        )
+        try:
+            number = float(x)
+        except OverflowError:  # an int of more digits than a float has
+            return False
+        above = number >= float(low) if left == "[" else number > float(low)
+        below = number <= float(high) if right == "]" else number < float(high)
+        return above and below and (not whole or number.is_integer())
 
     what = f"a {'whole ' * whole}number in {left}{low}, {high}{right}"
     if "scheduled" in flags and schedules.is_list(value):

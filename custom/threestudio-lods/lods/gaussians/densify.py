@@ -132,7 +132,7 @@ class Densifier:
                 f"system.strategy.name='{name}' is unknown: use one of {', '.join(STRATEGIES)}"
             )
         self.name = name
-        self.strategy = None
+        self.strategy: Any = None
         self.state: dict[str, Any] = {}
         if name == "none":
             return

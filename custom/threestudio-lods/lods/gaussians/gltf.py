@@ -18,9 +18,9 @@ from jaxtyping import Float, Integer
 from lods.gaussians.mesh_parts import Part, Picture
 
 TYPES = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
-WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
+WIDTHS: dict[Any, int] = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
 TRIANGLES, STRIP, FAN = 4, 5, 6
-WRAPS = {33071: "clamp", 33648: "mirror", 10497: "repeat"}
+WRAPS: dict[Any, str] = {33071: "clamp", 33648: "mirror", 10497: "repeat"}
 COMPRESSED = ("KHR_draco_mesh_compression", "EXT_meshopt_compression", "KHR_meshopt_compression")
 MAX_PARTS = 100_000  # primitives of all instances: some ten seconds
 GREY = 0.21404114048223255  # linear, shown as one half: without a material and colours
@@ -76,7 +76,7 @@ class _Reader:
             raise ValueError(f"it refers to {kind}[{index}], and has {len(items)}")
         return items[index]
 
-    def kept(self, make: Callable, index: int) -> Any:
+    def kept(self, make: Callable, index: Any) -> Any:
         """``make(index)``, made once."""
         key = make.__name__, index
         if key not in self._kept:
@@ -106,7 +106,7 @@ class _Reader:
         except binascii.Error as error:
             raise ValueError(f"it has data that are not base64 ({error})") from error
 
-    def view(self, index: int) -> tuple[memoryview, int]:
+    def view(self, index: Any) -> tuple[memoryview, int]:
         """The bytes of a buffer view, and its stride (0: none)."""
         view = self.item("bufferViews", index)
         if any(name in view.get("extensions", {}) for name in COMPRESSED):
@@ -180,12 +180,13 @@ class _Reader:
         else:
             data = self.uri(image.get("uri"))
         sampler = self.item("samplers", texture["sampler"]) if "sampler" in texture else {}
-        wrap = tuple(WRAPS.get(sampler.get(name), "repeat") for name in ("wrapS", "wrapT"))
-        return Picture(data, wrap)
+        u, v = (WRAPS.get(sampler.get(name), "repeat") for name in ("wrapS", "wrapT"))
+        return Picture(data, (u, v))
 
     def look(self, primitive: dict[str, Any]) -> dict[str, Any]:
         """The fields of :class:`Part` that tell its colour."""
-        attributes, fields = primitive["attributes"], {"linear": True}
+        attributes: dict[str, Any] = primitive["attributes"]
+        fields: dict[str, Any] = {"linear": True}
         colored = "COLOR_0" in attributes
         if colored:
             fields["rgb"] = self.kept(self.vertex_colors, attributes["COLOR_0"])

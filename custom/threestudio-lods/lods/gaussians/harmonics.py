@@ -48,6 +48,8 @@ def view_colors(
     max(1/2 + SH_C0 sh0 + sum_k Y_k(direction from the camera) shN_k, 0)."""
     if shN is None:
         return (sh0[:, 0] * SH_C0 + 0.5).clamp_min(0.0)
+    if means is None or camera_positions is None:
+        raise ValueError("colours that depend on the view need means and camera_positions")
     directions = F.normalize(means - camera_positions[:, None], dim=-1)
     basis = spherical_harmonics(directions, math.isqrt(shN.shape[1] + 1) - 1)
     rest = torch.einsum("bnk,nkc->bnc", basis, shN)

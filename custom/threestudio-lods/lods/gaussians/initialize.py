@@ -20,7 +20,7 @@ from lods.gaussians.mesh_file import read_mesh
 from lods.gaussians.neighbours import neighbour_scale
 from lods.gaussians.ply import read_ply
 from lods.settings import make
-from scipy.spatial import cKDTree
+from scipy.spatial import cKDTree  # type: ignore[attr-defined]
 from torch import Tensor
 
 INIT_TYPES = ("ball", "file", "shap-e", "none")
@@ -286,13 +286,13 @@ class ShapEInit:
     def sample(self, seed: int, device: torch.device) -> Points:
         """The vertices of the mesh, in Shap-E's own axes."""
         try:
-            from diffusers import ShapEPipeline
-            from lods.models.unet import load_complete
+            from diffusers import ShapEPipeline  # type: ignore
+            from lods.models.files import load_complete
             from transformers import CLIPTextModelWithProjection
 
             name = self.pretrained_model_name_or_path
             refuse_out_of_reach(name)
-            refuse_foreign_parts(ShapEPipeline.load_config(name))
+            refuse_foreign_parts(ShapEPipeline.load_config(name))  # type: ignore
             with data_only():  # not all weights of Shap-E on the hub are safetensors
                 options = {"torch_dtype": torch.float16 if device.type == "cuda" else torch.float32}
                 # a pipeline would take a text encoder without all of its weights
@@ -306,13 +306,14 @@ class ShapEInit:
                 "start from a ball with system.geometry.init_type=ball; on a CPU, or to try it "
                 "out, add --config configs/pocket.yaml, which needs no download"
             ) from error
-        mesh = pipe(
+        made: Any = pipe(
             self.prompt,
             guidance_scale=self.guidance_scale,
             num_inference_steps=self.num_steps,
             generator=torch.Generator().manual_seed(seed),
             output_type="mesh",
-        ).images[0]
+        )
+        mesh = made.images[0]
         rgb = torch.stack([mesh.vertex_channels[c] for c in "RGB"], dim=-1)
         xyz = mesh.verts.detach().cpu().double().numpy()
         if len(xyz) == 0:

@@ -122,7 +122,8 @@ def stopped_light(
 def opacity_grid(gaussians, bbox: Float[Tensor, "2 3"], resolution: int, along) -> Tensor:
     """O at ``resolution``^3 points whose first and last lie on the faces of the box, indexed by x,
     y, z."""
-    axes = [torch.linspace(*bbox[:, a].tolist(), resolution, dtype=torch.float64) for a in range(3)]
+    ends = bbox.T.tolist()
+    axes = [torch.linspace(low, high, resolution, dtype=torch.float64) for low, high in ends]
     points = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
     center, radius = ball_of(bbox)
     least = torch.ones(points.shape[:-1])

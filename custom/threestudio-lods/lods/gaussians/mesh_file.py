@@ -86,7 +86,7 @@ def _read_with_trimesh(path: Path, suffix: str) -> list[Part]:
                 parts.append(_part(mesh, visual, None if rgb is None else unit_colors(rgb)))
         else:
             options = {"file_type": suffix, "force": "mesh", "process": False}
-            mesh = trimesh.load(file, resolver=resolver, **options)
+            mesh: Any = trimesh.load(file, resolver=resolver, **options)
             triangles, visual = isinstance(mesh, trimesh.Trimesh), mesh.visual
             rgb = visual.vertex_colors / 255.0 if visual.kind in ("vertex", "face") else None
             parts = [_part(mesh, visual, None if rgb is None else rgb[:, :3])] if triangles else []
@@ -142,7 +142,7 @@ def _paint(part: Part, visual, rgb: np.ndarray | None) -> None:
         part.rgb = None
     elif material is not None and part.rgb is None:
         part.factor = np.asarray(material.main_color, np.float64)[:3] / 255
-    elif material is not None and "kd" in getattr(material, "kwargs", {}):
+    elif material is not None and part.rgb is not None and "kd" in getattr(material, "kwargs", {}):
         # multiplied as light is, as viewers do
         part.factor = linear_from_shown(np.asarray(material.main_color, np.float64)[:3] / 255)
         part.rgb, part.linear = linear_from_shown(part.rgb), True

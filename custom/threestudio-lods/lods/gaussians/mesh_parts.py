@@ -67,7 +67,7 @@ class Picture:
 
     def at(
         self, pixels: UInt[np.ndarray, "H W 3"], uv: Float[np.ndarray, "N 2"]
-    ) -> Float[np.ndarray, "N 2 2 3"]:
+    ) -> tuple[Float[np.ndarray, "N 2 2 3"], Float[np.ndarray, "N 2 2 1"]]:
         """The four pixels around each point, 0..1, and their weights (N, 2, 2, 1). (0, 0) is the
         top left corner of the picture, (1, 1) the bottom right one."""
         places, weights = [], []
@@ -161,7 +161,7 @@ class Part:
         color = np.broadcast_to(np.asarray(self.factor, np.float64), (len(faces), 3))
         if self.rgb is not None:
             color = color * (self.rgb[corners].astype(np.float64) * weights).sum(1)
-        if pixels is not None:
+        if pixels is not None and self.picture is not None and self.uv is not None:
             texels, share = self.picture.at(pixels, (self.uv[corners] * weights).sum(1))
             texels = linear_from_shown(texels) if self.linear else texels
             color = color * (texels * share).sum((1, 2))

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from lods import log
-from scipy.spatial import cKDTree
+from scipy.spatial import cKDTree  # type: ignore[attr-defined]
 
 # In the order that ``auto`` tries them: a package, its module, and how to get it. The package that
 # pip knows as simple-knn is another one.

@@ -32,6 +32,7 @@ class GaussianParameters(nn.Module):
     quats: nn.Parameter
     opacities: nn.Parameter
     sh0: nn.Parameter
+    shN: nn.Parameter  # where the degree is above 0
     # before the names of settings in messages
     settings_name = ""
 
@@ -43,8 +44,7 @@ class GaussianParameters(nn.Module):
     @property
     def sh_degree(self) -> int:
         """The degree of the spherical harmonics; 0: one colour from all sides."""
-        rest = getattr(self, "shN", None)
-        return 0 if rest is None else degree_of(rest)
+        return degree_of(self.shN) if hasattr(self, "shN") else 0
 
     def gaussians(self) -> dict[str, nn.Parameter]:
         """The parameters by name, without those that the degree leaves out."""

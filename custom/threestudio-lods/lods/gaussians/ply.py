@@ -195,7 +195,7 @@ def read_ply(path: str | Path) -> dict[str, Any]:
         return np.stack([columns[name] for name in wanted], axis=1)
 
     def fits(values: np.ndarray) -> np.ndarray:  # NaN does not
-        return (np.abs(values.astype(np.float64)) <= FLOAT32_MAX).all(axis=1)
+        return np.all(np.abs(values.astype(np.float64)) <= FLOAT32_MAX, axis=1)
 
     def say(good: np.ndarray, what: str) -> None:
         """A warning for rows that are not ``good``. Raises ValueError if no row is."""

@@ -51,7 +51,7 @@ class Census:
             self.causes[name] = self.causes.get(name, 0) + number
         if left >= max(1, LEAST_SHARE * self.first):
             return
-        name = max(causes, key=self.causes.get)
+        name = max(causes, key=self.causes.__getitem__)
         raise ValueError(
             f"step {step} would leave {left} of the {self.first} Gaussians that the run began with:"
             f" system.strategy.{self.name}.{name}={causes[name][1]:g} {ADVICE[name]}, or set "

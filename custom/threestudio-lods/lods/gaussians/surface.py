@@ -19,7 +19,7 @@ from lods.gaussians.mesh import Mesh
 from lods.gaussians.parameters import GaussianParameters
 from lods.gaussians.rasterize import rasterization
 from lods.gaussians.reference import covariances
-from scipy.spatial import cKDTree
+from scipy.spatial import cKDTree  # type: ignore[attr-defined]
 from torch import Tensor
 
 FAINT = 0.01  # Gaussians of less opacity are left out
@@ -124,9 +124,9 @@ def surface(
 
 
 def _where_density_is(gaussians, bbox, resolution: int, threshold: float) -> Mesh:
-    parameters = (gaussians[name] for name in ("means", "scales", "quats"))
-    colors = view_colors(gaussians["sh0"])
-    grid = density_grid(*parameters, gaussians["opacities"].sigmoid(), colors, bbox, resolution)
+    means, scales, quats = (gaussians[name] for name in ("means", "scales", "quats"))
+    colors, opacities = view_colors(gaussians["sh0"]), gaussians["opacities"].sigmoid()
+    grid = density_grid(means, scales, quats, opacities, colors, bbox, resolution)
     level = threshold - grid[..., 0]
     if not level.min() < 0 < level.max():
         raise ValueError(
@@ -161,7 +161,8 @@ def _where_light_stops(gaussians, bbox, resolution: int, opacity: float) -> Mesh
         bbox = bbox[0] + found.clamp(0, COARSE - 1) * cell
     grid = opacity_grid(blobs, bbox, resolution, directions(DIRECTIONS))
     for axis in range(3):  # closed, should it reach the box
-        grid.select(axis, 0).zero_(), grid.select(axis, -1).zero_()
+        grid.select(axis, 0).zero_()
+        grid.select(axis, -1).zero_()
     if not grid.max() > opacity:
         raise ValueError(
             f"there is no surface: at most {grid.max():.4g} of the light is stopped on all sides; "

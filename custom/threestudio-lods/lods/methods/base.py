@@ -197,17 +197,23 @@ class Method(nn.Module):
         latents: Latents | None = None,
     ) -> Losses:
         """The losses of images in 0..1, or of ``latents``, seen from these cameras (by default
-        all from the front). Raises ``ValueError`` for neither or both, and without prompts."""
+        all from the front). Raises ``ValueError`` for neither or both, for other shapes, and
+        without prompts."""
         if self.prompts is None:
             raise ValueError("the method has no prompt yet: make it by lods.load, or call start")
         if (images is None) == (latents is None):
             raise ValueError("give either images (B, 3, H, W) in 0..1, or latents=")
+        if images is not None and (images.ndim != 4 or images.shape[1] != 3):
+            raise ValueError(f"images are (B, 3, H, W), not {tuple(images.shape)}")
         z = self.latents_of(images) if latents is None else latents
         if z.ndim != 4 or tuple(z.shape[1:]) != tuple(self.model.latent_shape):
             raise ValueError(
                 f"latents of this model are (B, {', '.join(map(str, self.model.latent_shape))}), "
                 f"not {tuple(z.shape)}"
             )
+        if cameras is not None and len(cameras) != len(z):
+            many = "camera" if len(cameras) == 1 else "cameras"
+            raise ValueError(f"{len(cameras)} {many} for {len(z)} images: give one each, or none")
         if cameras is None:
             front = torch.zeros(len(z), device=z.device)
             cameras = Cameras(front, front, front)

@@ -198,9 +198,10 @@ def project_and_blend(
         )  # fmt: skip
         images.append(image)
         alphas.append(alpha)
-    parts = (_joined(images, lead), _joined(alphas, lead), means2d, conics, depths, extents.ceil())
-    moved = (x.to(device) for x in parts)
-    image, alpha, info = results(*moved, a["opacities"], a["render_mode"])
+    image, alpha = _joined(images, lead).to(device), _joined(alphas, lead).to(device)
+    conics, depths, radii = (x.to(device) for x in (conics, depths, extents.ceil()))
+    rest = conics, depths, radii, a["opacities"], a["render_mode"]
+    image, alpha, info = results(image, alpha, means2d, *rest)
     return image, alpha, pack(info, node, drawn) if a["packed"] else info
 
 

@@ -331,7 +331,7 @@ class _Composite(torch.autograd.Function):
             )  # fmt: skip
             run(
                 kernels.collect, workers, rank, starts, sums, opacity, totals, first, last,
-                *(g.numpy() for g in grads), absolute.numpy() if keep_absgrad else None,
+                *(g.numpy() for g in grads), None if absolute is None else absolute.numpy(),
             )  # fmt: skip
         d_means2d, d_conics, d_opacities, d_colors, d_depths = grads
         if keep_absgrad:

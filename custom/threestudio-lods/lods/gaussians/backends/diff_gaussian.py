@@ -4,6 +4,7 @@ commercial use) and their forks behind our function.
 They are on no package index: who has built them can use them. A camera takes a call for every
 three channels, see :mod:`.inria`."""
 
+import importlib
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +26,5 @@ def missing() -> str:
 
 def rasterization(**arguments: Any) -> Drawn:
     """See :func:`lods.gaussians.rasterization`."""
-    import diff_gaussian_rasterization
-
-    return inria.rasterization(diff_gaussian_rasterization, arguments)
+    package = importlib.import_module("diff_gaussian_rasterization")
+    return inria.rasterization(package, arguments)

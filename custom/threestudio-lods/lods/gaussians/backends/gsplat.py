@@ -1,5 +1,6 @@
 """gsplat's CUDA kernels behind our function (github.com/nerfstudio-project/gsplat, Apache-2.0)."""
 
+import importlib
 from functools import lru_cache
 from typing import Any
 
@@ -15,11 +16,11 @@ def missing() -> str:
     if not torch.cuda.is_available():
         return "there is no CUDA device; use backend='cpu'"
     try:
-        from gsplat.cuda._backend import _C
+        compiled = importlib.import_module("gsplat.cuda._backend")._C
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         return f"gsplat cannot be loaded ({reason}); pip install gsplat, with a CUDA toolkit (nvcc)"
-    if _C is None:
+    if compiled is None:
         return (
             "gsplat is installed without its CUDA kernels; install a CUDA toolkit (nvcc), or a "
             "prebuilt wheel from https://docs.gsplat.studio/whl"
@@ -36,6 +37,7 @@ def rasterization(**arguments: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
     shutter = arguments["rolling_shutter"]
     if isinstance(shutter, str):
         arguments["rolling_shutter"] = RollingShutterType[shutter]
-    return gsplat_rasterization(
-        **{k: v.float() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    )
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            arguments[name] = value.float()
+    return gsplat_rasterization(**arguments)

@@ -3,6 +3,7 @@
 Written for NVIDIA Warp, which compiles them on first use with what its wheel brings: no nvcc.
 One call a camera draws colours, depth and alpha."""
 
+import importlib
 from functools import lru_cache
 from typing import Any
 
@@ -20,8 +21,7 @@ def missing() -> str:
 
 def rasterization(**arguments: Any) -> Drawn:
     """See :func:`lods.gaussians.rasterization`."""
-    import gswarp
-
+    gswarp = importlib.import_module("gswarp")
     if not gswarp.get_compute_depth():  # an environment variable can turn it off
         gswarp.set_compute_depth(True)
     return inria.rasterization(gswarp, arguments, lambda out: (out[2].depth, out[2].alpha))

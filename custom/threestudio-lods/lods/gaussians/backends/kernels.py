@@ -13,6 +13,9 @@ The formulas are those of ``lods.gaussians.reference.composite``. Three steps, e
 Memory is linear in pixels + Gaussians + (Gaussian, tile) pairs.
 """
 
+# numba gives its intrinsics the first argument, which the calls here do not have
+# pyright: reportCallIssue=false
+
 import math
 
 import numpy as np

@@ -35,7 +35,7 @@ def workers_for(work: int) -> int:
     """Threads to use: torch's number (torch.set_num_threads), one for little work."""
     if work < SERIAL_WORK:
         return 1
-    return max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    return max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore
 
 
 def run(kernel, workers: int, *args):
