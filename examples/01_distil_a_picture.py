@@ -12,7 +12,7 @@ import lods
 
 
 def main(
-    prompt: str = "a DSLR image of a hamburger", steps: int = 300, out: str = "distilled.png"
+    prompt: str = "a DSLR image of a hamburger", steps: int = 200, out: str = "distilled.png"
 ) -> torch.Tensor:
     """Returns the four pictures, (4, 3, H, W) in 0..1."""
     torch.manual_seed(0)

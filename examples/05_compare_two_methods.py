@@ -47,14 +47,13 @@ def agreement(model: lods.models.Model, latents: torch.Tensor, prompt: str) -> f
     x_t = model.add_noise(z, eps, t)
     texts = model.text([prompt, ""])
     under, empty = (
-        (model.predict(x_t, t, text.expand(len(t), -1, -1)) - eps).square().mean()
-        for text in texts
+        (model.predict(x_t, t, text.expand(len(t), -1, -1)) - eps).square().mean() for text in texts
     )
     return float(100 * (1 - under / empty))
 
 
 # %% All runs
-def main(steps: int = 150, out: str = "comparison.png", prompts=PROMPTS) -> dict[str, list[float]]:
+def main(steps: int = 120, out: str = "comparison.png", prompts=PROMPTS) -> dict[str, list[float]]:
     """Returns the agreement of each method's pictures with their prompts, in percent."""
     model = lods.models.load("pocket")
     found: dict[str, list[float]] = {name: [] for name in METHODS}
