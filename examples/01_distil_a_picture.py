@@ -5,10 +5,9 @@ torch module whose parameters are its learned part, so one optimizer trains both
 """
 
 # %% A method with its model and its prompt; `model` is also a card, a folder or a hub id
+import lods
 import torch
 from tqdm import trange
-
-import lods
 
 
 def main(

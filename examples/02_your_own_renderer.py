@@ -9,10 +9,9 @@ large, and written as SVG.
 import math
 from pathlib import Path
 
+import lods
 import torch
 from tqdm import trange
-
-import lods
 
 
 class Triangles(torch.nn.Module):

@@ -10,11 +10,10 @@ threestudio run the same class is `system.guidance_type=my-mix-guidance`.
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
-from tqdm import trange
-
 import lods
+import torch
 from lods.methods import Method, register
+from tqdm import trange
 
 
 @register("my-mix")

@@ -7,10 +7,9 @@ judge, true renders, intervals and 3D, see docs/evaluation.md.
 """
 
 # %% The methods, each with settings that suit it
+import lods
 import torch
 from tqdm import tqdm
-
-import lods
 
 METHODS = {
     "sds": {"guidance_scale": 5.0},

@@ -123,7 +123,7 @@ class RowLora(nn.Module):
 
 
 class _Strength:
-    """r_b of a LoRA. It is all that a UNet holds of a :class:`RowLora`, which can so be forgotten."""
+    """r_b of a LoRA: all that a UNet holds of a :class:`RowLora`, so that it can be forgotten."""
 
     value: float | Tensor = 0.0
 
