@@ -64,18 +64,17 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Retrains the pocket prior from nothing (fixed seed; a little under three hours on two cores), then judges it.
+# Retrains the pocket model from nothing (fixed seed; a little under three hours on two cores), then judges it.
 pocket: $(VENV)/.ready
 	$(BIN)/python -m pocket.make
 
-# The tables of the README, from the models that are there.
+# The tables in pocket/results, from the models that are there.
 judge-report: $(VENV)/.ready
 	$(BIN)/python -m pocket.report
 
-# The page and the table of the comparison, and the README's section, from docs/evaluation.
+# The page of the comparison, from the tables in docs/evaluation.
 report: $(VENV)/.ready
 	$(BIN)/python -m evaluation.report
-	$(BIN)/python -m evaluation.readme
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/rasterize.py

@@ -1,4 +1,4 @@
-"""Compare priors on a grid of canvases, prompts and seeds: ``python evaluate.py --help``.
+"""Compare methods on a grid of representations, prompts and seeds: ``python evaluate.py --help``.
 
 python evaluate.py --quick
 python evaluate.py evaluation/grids/pocket.yaml --workers 2 --threads 1

@@ -1,1 +1,1 @@
-"""Which prior distils best on the pocket world: runs, metrics, statistics and the report."""
+"""Which method distils best on the pocket world: runs, metrics, statistics and the report."""

@@ -1,33 +1,34 @@
-"""Grids: which priors are compared, on which canvases, prompts and seeds.
+"""Grids: which methods are compared, on which representations, prompts and seeds.
 
 A grid is a YAML file:
 
-    priors:                       # by the name that tables show
+    methods:                      # by the name that tables show
       csd:
         guidance_type: lods-csd-guidance
-        overrides: {key: value}   # on all canvases
+        overrides: {key: value}   # on all representations
         tune: {key: [value, ...]} # every combination is a run of its own
         settings: [{key: value}]  # and so is each of these
-        canvases: {nerf: {overrides: ..., tune: ..., settings: ...}}  # in addition, on this canvas
-    canvases:
+        representations: {nerf: {overrides: ..., tune: ..., settings: ...}}  # in addition, on this
+    representations:
       nerf:
         configs: [configs/lods-ngp-embedding.yaml, configs/pocket-ngp.yaml]
         steps: 400
-        views: 24                 # test views around the object (not of a 2D canvas)
+        views: 24                 # test views around the object (not of latents)
         overrides: {key: value}
-        tune: {key: [value, ...]} # for every prior
-        priors: [csd]             # if not all; so for prompts and seeds
+        tune: {key: [value, ...]} # for every method
+        methods: [csd]            # if not all; so for prompts and seeds
     prompts: [a blue car]
     seeds: [0, 1]
-    overrides: {key: value}       # on all canvases
+    overrides: {key: value}       # on all representations
     judge: true                   # prompts are of the pocket world: its metrics are computed
-    true_renders: true            # one more prior, "true-renders": the ceiling of each metric
+    true_renders: true            # one more method, "true-renders": the ceiling of each metric
     clip: null                    # folder or hub id of a CLIP for clip_score
     gpus: 0                       # of a run on Ray
 
 Keys of overrides are those of launch.py's command line, ``${...}`` included, and ``scene_lr``: a
-factor on all learning rates but that of what the prior learns. Later ones win: grid, canvas, prior,
-prior on the canvas, tune, settings.
+factor on all learning rates but that of the learned part. Later ones win: grid, representation,
+method, method on the representation, tune, settings. ``priors`` and ``canvases``, the names that
+``methods`` and ``representations`` had, are read too, and are still the columns of the tables.
 """
 
 import hashlib
@@ -53,6 +54,9 @@ from threestudio.utils.safe_yaml import check_yaml, read_limited
 from threestudio.utils.typing import *
 
 TRUE = "true-renders"
+CELL = ("grid", "canvas", "prior", "prompt", "seed")  # columns
+IDENTITY = (*CELL, "settings", "steps", "digest")
+ALIASES = {"priors": "methods", "canvases": "representations"}
 # Bounds that no comparison reaches: what is beyond them is a slip, and would only be found by
 # a process that lists runs until its memory is full.
 MAX_RUNS, MAX_STEPS, MAX_VIEWS, MAX_GPUS = 20_000, 10_000_000, 1_000, 64
@@ -71,8 +75,8 @@ PLACES = {
 
 @dataclass
 class GridConfig:
-    priors: dict
-    canvases: dict
+    methods: dict
+    representations: dict
     prompts: List[str]
     seeds: List[int]
     overrides: dict = field(default_factory=dict)
@@ -83,28 +87,28 @@ class GridConfig:
 
 
 @dataclass
-class CanvasConfig:
+class RepresentationConfig:
     configs: List[str]
     steps: int
     views: int = 24
     overrides: dict = field(default_factory=dict)
     tune: dict = field(default_factory=dict)
-    priors: Optional[List[str]] = None
+    methods: Optional[List[str]] = None
     prompts: Optional[List[str]] = None
     seeds: Optional[List[int]] = None
 
 
 @dataclass
-class OnCanvasConfig:
+class OnRepresentationConfig:
     overrides: dict = field(default_factory=dict)
     tune: dict = field(default_factory=dict)
     settings: list = field(default_factory=lambda: [{}])
 
 
 @dataclass
-class PriorConfig(OnCanvasConfig):
+class MethodConfig(OnRepresentationConfig):
     guidance_type: str = ""
-    canvases: dict = field(default_factory=dict)
+    representations: dict = field(default_factory=dict)
 
 
 def slug(*parts: Any) -> str:
@@ -126,11 +130,11 @@ class Run:
     """One cell of a grid. What sets it apart is ``identity``; the rest follows from the grid."""
 
     grid: str
-    canvas: str
-    prior: str
+    representation: str
+    method: str
     prompt: str
     seed: int
-    settings: str  # the prior's overrides on this canvas: key=value, separated by blanks
+    settings: str  # the method's overrides on this representation: key=value, separated by blanks
     steps: int
     configs: Tuple[str, ...]
     overrides: Tuple[str, ...]  # of launch.py's kind, all of them
@@ -156,18 +160,18 @@ class Run:
     @property
     def identity(self) -> Dict[str, str]:
         """As the cells of a table."""
-        names = ("grid", "canvas", "prior", "prompt", "seed", "settings", "steps", "digest")
-        return {name: str(getattr(self, name)) for name in names}
+        names = {"canvas": "representation", "prior": "method"}  # the columns keep their names
+        return {column: str(getattr(self, names.get(column, column))) for column in IDENTITY}
 
     @property
     def title(self) -> str:
         settings = f" [{self.settings}]" if self.settings else ""
-        return f"{self.canvas} {self.prior} {self.prompt!r} seed {self.seed}{settings}"
+        return f"{self.representation} {self.method} {self.prompt!r} seed {self.seed}{settings}"
 
     @property
     def slug(self) -> str:
         """Its cell as the name of a file in the folder ``grid``."""
-        return slug(self.canvas, self.prior, self.prompt, self.seed)
+        return slug(self.representation, self.method, self.prompt, self.seed)
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,10 @@ def _parse(kind: type, value: Any, where: str) -> Any:
     """``kind`` filled from a mapping, with plain values; unknown keys are refused."""
     if not isinstance(value, dict):
         raise UserError(f"{where} must be a mapping, not {value!r}")
+    for old, new in ALIASES.items():
+        if old in value and new in value:
+            raise UserError(f"{where} has {old} and {new}, which are the same: write {new} alone")
+    value = {ALIASES.get(key, key): v for key, v in value.items()}
     parsed = parse_structured(kind, value, where)
     return kind(**OmegaConf.to_container(parsed, resolve=False))
 
@@ -237,8 +245,8 @@ def _combinations(tune: Dict[str, Any], where: str) -> Iterable[Dict[str, Any]]:
 def _bound(runs: int, where: str) -> None:
     if runs > MAX_RUNS:
         raise UserError(
-            f"{where}: {runs:,} runs are more than {MAX_RUNS:,}; leave out values, priors, prompts "
-            "or seeds"
+            f"{where}: {runs:,} runs are more than {MAX_RUNS:,}; leave out values, methods, "
+            "prompts or seeds"
         )
 
 
@@ -277,100 +285,105 @@ def _scene_lr(overrides: Dict[str, Any], where: str) -> float:
     return float(value)
 
 
-def load_grid(path) -> Grid:
-    """The grid in a YAML file, with all its runs in the order canvas, prompt, seed, prior.
+def _choose(on: RepresentationConfig, grid: GridConfig, methods: List[str], where: str) -> None:
+    """Fill in what a representation does not choose, and refuse what it cannot."""
+    for key, every in {"methods": methods, "prompts": grid.prompts, "seeds": grid.seeds}.items():
+        chosen = getattr(on, key)
+        _known(chosen or (), every, f"{where}: {key}")
+        _once(chosen or (), f"{where}: {key}")
+        setattr(on, key, every if chosen is None else chosen)
+    if on.steps < 1 or on.views < 2:
+        raise UserError(f"{where}: at least 1 step and 2 views are needed")
+    if on.steps > MAX_STEPS or on.views > MAX_VIEWS:
+        raise UserError(f"{where}: at most {MAX_STEPS:,} steps and {MAX_VIEWS:,} views")
 
-    Raises :class:`UserError`, one line, for a key, prior, canvas, prompt or seed that is not there,
-    a value of the wrong type, and, with ``judge``, a prompt that is not of the pocket world.
+
+def load_grid(path) -> Grid:
+    """The grid in a YAML file, with all its runs in the order representation, prompt, seed, method.
+
+    Raises :class:`UserError`, one line, for a key, method, representation, prompt or seed that is
+    not there, a value of the wrong type, and, with ``judge``, a prompt that is not of the pocket
+    world.
     """
     path = Path(path)
     where = str(path)
     grid = _parse(GridConfig, _read(path), where)
-    priors = {
-        name: _parse(PriorConfig, value, f"{where}, prior {name}")
-        for name, value in grid.priors.items()
+    methods = {
+        name: _parse(MethodConfig, value, f"{where}, method {name}")
+        for name, value in grid.methods.items()
     }
-    canvases = {
-        name: _parse(CanvasConfig, value, f"{where}, canvas {name}")
-        for name, value in grid.canvases.items()
+    representations = {
+        name: _parse(RepresentationConfig, value, f"{where}, representation {name}")
+        for name, value in grid.representations.items()
     }
-    for name, prior in priors.items():
-        if name == TRUE or not prior.guidance_type:
+    for name, method in methods.items():
+        if name == TRUE or not method.guidance_type:
             raise UserError(
-                f"{where}, prior {name}: "
-                + (f"{TRUE} is not a prior" if name == TRUE else "guidance_type is missing")
+                f"{where}, method {name}: "
+                + (f"{TRUE} is not a method" if name == TRUE else "guidance_type is missing")
             )
-        _known(prior.canvases, canvases, f"{where}, prior {name}: canvases")
+        _known(method.representations, representations, f"{where}, method {name}: representations")
     _check_values(grid, where)
     for prompt in grid.prompts if grid.judge else ():
         try:
             asked(prompt)
         except ValueError as error:
             raise UserError(f"{where}: {error}; for other prompts, set judge: false") from None
-    for name, canvas in canvases.items():
-        for key in ("priors", "prompts", "seeds"):
-            chosen = getattr(canvas, key)
-            all_of_it = list(priors) if key == "priors" else getattr(grid, key)
-            _known(chosen or (), all_of_it, f"{where}, canvas {name}: {key}")
-            _once(chosen or (), f"{where}, canvas {name}: {key}")
-            setattr(canvas, key, all_of_it if chosen is None else chosen)
-        if canvas.steps < 1 or canvas.views < 2:
-            raise UserError(f"{where}, canvas {name}: at least 1 step and 2 views are needed")
-        if canvas.steps > MAX_STEPS or canvas.views > MAX_VIEWS:
-            raise UserError(
-                f"{where}, canvas {name}: at most {MAX_STEPS:,} steps and {MAX_VIEWS:,} views"
-            )
+    for name, chosen in representations.items():
+        _choose(chosen, grid, list(methods), f"{where}, representation {name}")
     tuned, runs = False, []
-    for name, canvas in canvases.items():
+    for name, representation in representations.items():
         cells = {}
-        for prior in canvas.priors:
-            cells[prior] = list(_cells(grid, name, canvas, prior, priors[prior], where))
-            tuned |= len(cells[prior]) > 1
+        for method in representation.methods:
+            cells[method] = list(_cells(grid, name, representation, method, methods[method], where))
+            tuned |= len(cells[method]) > 1
             each = sum(map(len, cells.values())) + (grid.judge and grid.true_renders)
-            _bound(len(runs) + each * len(canvas.prompts) * len(canvas.seeds), where)
-        for prompt, seed in itertools.product(canvas.prompts, canvas.seeds):
+            _bound(
+                len(runs) + each * len(representation.prompts) * len(representation.seeds), where
+            )
+        for prompt, seed in itertools.product(representation.prompts, representation.seeds):
             common = dict(
                 grid=path.stem,
-                canvas=name,
+                representation=name,
                 prompt=prompt,
                 seed=seed,
-                configs=tuple(canvas.configs),
-                views=canvas.views,
+                configs=tuple(representation.configs),
+                views=representation.views,
                 judge=grid.judge,
                 clip=grid.clip,
             )
             runs += [
-                Run(**common, prior=prior, steps=canvas.steps, **cell)
-                for prior in canvas.priors
-                for cell in cells[prior]
+                Run(**common, method=method, steps=representation.steps, **cell)
+                for method in representation.methods
+                for cell in cells[method]
             ]
             if grid.judge and grid.true_renders:
                 plain = tuple(
                     f"{k}={written(v)}"
-                    for k, v in (grid.overrides | canvas.overrides).items()
+                    for k, v in (grid.overrides | representation.overrides).items()
                     if k != SCENE_LR
                 )
-                runs.append(Run(**common, prior=TRUE, steps=0, settings="", overrides=plain))
+                runs.append(Run(**common, method=TRUE, steps=0, settings="", overrides=plain))
     return Grid(path.stem, tuple(runs), grid.gpus, tuned)
 
 
-def _cells(grid, name, canvas, prior_name, prior, where) -> Iterable[Dict[str, Any]]:
-    """What sets apart the runs of a prior on a canvas: one for each combination of ``tune``."""
-    here = f"{where}, prior {prior_name} on {name}"
-    more = _parse(OnCanvasConfig, prior.canvases.get(name) or {}, here)
-    for settings in (prior.settings, more.settings):
+def _cells(grid, name, representation, method_name, method, where) -> Iterable[Dict[str, Any]]:
+    """What sets apart the runs of a method on a representation: one a combination of ``tune``."""
+    here = f"{where}, method {method_name} on {name}"
+    more = _parse(OnRepresentationConfig, method.representations.get(name) or {}, here)
+    for settings in (method.settings, more.settings):
         if not settings or not all(isinstance(s, dict) for s in settings):
             raise UserError(f"{here}: settings must be a list of mappings, not {settings!r}")
-    tuned = list(_combinations(canvas.tune | prior.tune | more.tune, here))
-    _bound(len(tuned) * len(prior.settings) * len(more.settings), here)
-    for chosen, *settings in itertools.product(tuned, prior.settings, more.settings):
-        own = prior.overrides | more.overrides | chosen | settings[0] | settings[1]
-        every = grid.overrides | canvas.overrides | own
+    tuned = list(_combinations(representation.tune | method.tune | more.tune, here))
+    _bound(len(tuned) * len(method.settings) * len(more.settings), here)
+    for chosen, *settings in itertools.product(tuned, method.settings, more.settings):
+        own = method.overrides | more.overrides | chosen | settings[0] | settings[1]
+        every = grid.overrides | representation.overrides | own
         for key in every.keys() & PLACES.keys():
             raise UserError(f"{here}: {key} is no override here, write {PLACES[key]} in the grid")
         yield {
             "settings": _settings(own),
             "scene_lr": _scene_lr(every, here),
-            "guidance_type": prior.guidance_type,
+            "guidance_type": method.guidance_type,
             "overrides": tuple(f"{key}={written(value)}" for key, value in every.items()),
         }

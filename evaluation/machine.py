@@ -1,20 +1,28 @@
 """What a number was measured on: machine, memory, versions, commit."""
 
 import fnmatch
+import os
 import platform
 import re
 import resource
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
+from threestudio.run import snapshot
 from threestudio.run.git import NoGit, blob_hash, changed_files, head, staged, untracked_files
 
 ROOT = Path(__file__).resolve().parent.parent
+# tables and what is temporary: in the checkout, or with an installed copy below the current folder
+_CHECKOUT = (ROOT / "evaluate.py").is_file()
+TABLES = ROOT / "docs" / "evaluation" if _CHECKOUT else Path.cwd() / "outputs" / "comparison"
+BUILD = ROOT / "build" if _CHECKOUT else Path.cwd() / "outputs" / "build"
 # what a result depends on; tables and grids may change while a grid runs
 CODE = (
     *("benchmarks/*.py", "configs/*", "custom/*", "evaluate.py", "evaluation/*.py", "launch.py"),
     *("pocket/*.py", "pocket/*.safetensors", "threestudio/*"),
 )
+# of the copy of this project that Ray takes to other machines; of what is hidden, nothing
+NOT_NEEDED = (".?*", "build", "outputs", "docs")
 
 
 def _is_code(name: str) -> bool:
@@ -56,6 +64,23 @@ def commit() -> str:
         return ""
     dirty = any(there != known for _, known, there in code()) or any(map(_is_code, changed))
     return name + ("-dirty" if dirty else "")
+
+
+def not_for_others() -> list[str]:
+    """What is not copied to other machines, as patterns of a .gitignore: what a run does not need,
+    and what may be secret. Of files that git does not track, that is all but code."""
+    try:
+        new = untracked_files(ROOT)
+    except NoGit:
+        new = []
+    links = []
+    for folder, inner, names in os.walk(ROOT):
+        paths = [Path(folder, name).relative_to(ROOT) for name in [*inner, *names]]
+        links += [str(path) for path in paths if (ROOT / path).is_symlink()]
+        inner[:] = [name for name in inner if not name.startswith(".") and name not in NOT_NEEDED]
+    code = {*snapshot.CODE, ".yaml", ".yml"}
+    secret = [name for name in new if Path(name).suffix not in code] + links
+    return [*NOT_NEEDED, *("/" + re.sub(r"([\\\[*?!# ])", r"\\\1", name) for name in secret)]
 
 
 def versions(*packages: str) -> dict[str, str]:

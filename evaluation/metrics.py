@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 
-from evaluation.frechet import frechet
 from pocket.data import VIEWS
+from pocket.frechet import frechet
 from pocket.scenes import KINDS
 
 __all__ = ["accuracy", "clip_score", "frechet", "janus_rate", "judged", "silhouette_iou"]
@@ -68,9 +68,9 @@ def judged(
     for; ``azimuth`` None: not views of one object. What does not apply is NaN.
 
     ``frechet`` compares the V views with M true pictures. Few pictures bias it upward, for all
-    priors alike where V is: the rows of true renders are the floor that can be reached. It does not
-    apply to views of one object whose kind has colours of which none was asked for: true objects of
-    several colours are as far from each other as from wrong ones.
+    methods alike where V is: the rows of true renders are the floor that can be reached. It does
+    not apply to views of one object whose kind has colours of which none was asked for: true
+    objects of several colours are as far from each other as from wrong ones.
     """
     front = azimuth is not None and KINDS[kind].front
     any_color = azimuth is not None and KINDS[kind].natural is not None and color < 0

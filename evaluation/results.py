@@ -9,29 +9,30 @@ from evaluation.csvfile import read_rows
 from evaluation.statistics import Runs
 from threestudio.utils.errors import UserError
 
-# The order of priors in tables, and the one after which colours are given.
-PRIORS = (
+# The order of methods in tables, and the one after which colours are given. In the CSV files the
+# column `prior` has a method and `canvas` a representation.
+METHODS = (
     *("sds", "csd", "vsd", "vsd-fast", "nfsd", "bridge", "sdi", "ism"),
     *("lods-embedding", "lods-lora", "lods-lora-fast"),
     *("lods-embedding-guided", "lods-lora-guided"),
 )
 RIVALS = ("sds", "csd", "vsd")  # whom the claim is against
 MORE_RIVALS = ("vsd-fast",)  # where they were run, against them too, or in their kind's place
-CEILING = "true-renders"  # rows of this prior are of the true shapes: no contestant
+CEILING = "true-renders"  # rows of this method are of the true shapes: no contestant
 KEYS = ("grid", "canvas", "prior", "prompt", "seed")
 
 
 @dataclass(frozen=True)
 class Metric:
     """A column of results.csv: ``better`` is 1 if more is better and -1 if less is; tables show
-    the value times ``scale`` with ``digits`` decimals, and it lies from 0 to ``most``."""
+    the value times ``scale`` with ``digits`` decimals."""
 
     column: str
     title: str
     better: int
     scale: float = 1.0
     digits: int = 1
-    most: float = math.inf
+    about: str = ""  # what it is, for readers
 
     def show(self, value: float, sign: str = "") -> str:
         text = f"{self.scale * value:{sign}.{self.digits}f}"
@@ -39,17 +40,51 @@ class Metric:
 
 
 METRICS = (
-    Metric("object_accuracy", "object accuracy, %", 1, 100, most=1),
-    Metric("color_accuracy", "colour accuracy, %", 1, 100, most=1),
-    Metric("frechet", "Frechet distance", -1),
-    Metric("janus_rate", "Janus rate, %", -1, 100, most=1),
-    Metric("silhouette_iou", "silhouette IoU, %", 1, 100, most=1),
-    Metric("clip_score", "CLIP score", 1, 1, 3),
+    Metric(
+        "object_accuracy",
+        "object accuracy, %",
+        1,
+        100,
+        about="The share of the views (of the pictures, on latents) that the judge takes for the "
+        "object of the prompt. Chance is 5 %.",
+    ),
+    Metric(
+        "color_accuracy",
+        "colour accuracy, %",
+        1,
+        100,
+        about="The same for the colour, where the prompt names one. Chance is 12.5 %.",
+    ),
+    Metric(
+        "frechet",
+        "Fréchet distance",
+        -1,
+        about="The squared distance, as in FID, between the views and true renders of the prompt "
+        "in the features of the judge. Few pictures bias it upward, for all methods alike: the row "
+        "of true renders is its floor.",
+    ),
+    Metric(
+        "janus_rate",
+        "Janus rate, %",
+        -1,
+        100,
+        about="The share of the views from behind in which the judge sees a front, for objects "
+        "with one front. An unrecognisable object has a low rate too.",
+    ),
+    Metric(
+        "silhouette_iou",
+        "silhouette IoU, %",
+        1,
+        100,
+        about="The overlap of the opacity with the true shape after the best turn about the "
+        "vertical.",
+    ),
+    Metric("clip_score", "CLIP score", 1, 1, 3, "100 times the cosine of image and prompt."),
 )
 COSTS = (
-    Metric("seconds", "seconds", -1),
+    Metric("seconds", "seconds", -1, about="The time of the training alone, on this machine."),
     Metric("seconds_per_step", "seconds a step", -1, 1, 3),
-    Metric("peak_mib", "peak memory, MiB", -1, 1, 0),
+    Metric("peak_mib", "peak memory, MiB", -1, 1, 0, "Of the process, or of CUDA's allocator."),
 )
 HEADLINE = (METRICS[0], METRICS[2])
 
@@ -88,9 +123,9 @@ def number(row: dict, column: str) -> float | None:
     return value
 
 
-def rank(prior: str) -> tuple[int, str]:
-    """A key that sorts priors: the known ones in their order, then others by name."""
-    return (PRIORS.index(prior) if prior in PRIORS else len(PRIORS), prior)
+def rank(method: str) -> tuple[int, str]:
+    """A key that sorts methods: the known ones in their order, then others by name."""
+    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
 
 
 def by_seed(seed: str) -> tuple[float, str]:
@@ -105,17 +140,21 @@ def values(rows: Iterable[dict], column: str) -> Runs:
 
 @dataclass
 class Section:
-    """The runs of one canvas of one grid. ``runs`` has the finished ones of each contestant, which
-    is a prior or, where a prior was run with several settings or numbers of steps, ``prior:
-    settings, steps``."""
+    """The runs of one representation in one grid. ``runs`` has the finished ones of each
+    contestant, which is a method or, where a method was run with several settings or numbers of
+    steps, ``method: settings, steps``."""
 
     grid: str
-    canvas: str
+    representation: str
     runs: dict[str, list[dict]] = field(default_factory=dict)
-    priors: dict[str, str] = field(default_factory=dict)  # contestant -> prior
+    methods: dict[str, str] = field(default_factory=dict)  # contestant -> method
     failed: list[dict] = field(default_factory=list)
     ceiling: list[dict] = field(default_factory=list)
-    missing: list[tuple[str, str, str]] = field(default_factory=list)  # contestant, prompt, seed
+    missing: int = 0  # runs that other contestants have
+
+    @property
+    def title(self) -> str:
+        return f"{self.representation} (grid {self.grid})"
 
     @property
     def contest(self) -> bool:
@@ -126,13 +165,13 @@ class Section:
             for rival in RIVALS
         )
 
-    def of(self, *priors: str) -> list[str]:
-        """Contestants of these priors."""
-        return [c for c in self.runs if self.priors[c] in priors]
+    def of(self, *methods: str) -> list[str]:
+        """Contestants of these methods."""
+        return [c for c in self.runs if self.methods[c] in methods]
 
     @property
     def lods(self) -> list[str]:
-        return [c for c in self.runs if self.priors[c].startswith("lods-")]
+        return [c for c in self.runs if self.methods[c].startswith("lods-")]
 
     @property
     def all_runs(self) -> list[dict]:
@@ -154,18 +193,18 @@ def latest(rows: Iterable[dict]) -> list[dict]:
 
 
 def sections(rows: Iterable[dict]) -> list[Section]:
-    """The runs of a table by grid and canvas, studies last; of a run that was repeated, the last
-    row."""
+    """The runs of a table by grid and representation, studies last; of a run that was repeated, the
+    last row."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in latest(rows):
         groups.setdefault((row["grid"], row["canvas"]), []).append(row)
     found = [_section(*key, rows) for key, rows in groups.items()]
-    first = {(s.grid, s.canvas) for s in reported(found)}
-    return sorted(found, key=lambda s: (s.grid, s.canvas) not in first)
+    first = {id(s) for s in reported(found)}
+    return sorted(found, key=lambda s: id(s) not in first)
 
 
-def _section(grid: str, canvas: str, rows: list[dict]) -> Section:
-    section = Section(grid, canvas)
+def _section(grid: str, representation: str, rows: list[dict]) -> Section:
+    section = Section(grid, representation)
     section.ceiling = [r for r in rows if r["prior"] == CEILING and r["status"] == "ok"]
     groups: dict[str, dict[tuple[str, str], list[dict]]] = {}
     for row in rows:
@@ -174,28 +213,22 @@ def _section(grid: str, canvas: str, rows: list[dict]) -> Section:
             key = row.get("settings", ""), row.get("steps", "")
             by_setting.setdefault(key, []).append(row)
     tried = {(r["prompt"], r["seed"]) for r in rows if r["prior"] != CEILING}
-    for prior in sorted(groups, key=rank):
-        lengths = {steps for _, steps in groups[prior]}
-        for (setting, steps), mine in sorted(groups[prior].items()):
-            several = len(groups[prior]) > 1
-            name = f"{prior}: {setting or 'as shipped'}" if several else prior
+    for method in sorted(groups, key=rank):
+        lengths = {steps for _, steps in groups[method]}
+        for (setting, steps), mine in sorted(groups[method].items()):
+            several = len(groups[method]) > 1
+            name = f"{method}: {setting or 'as shipped'}" if several else method
             name += f", {steps} steps" if len(lengths) > 1 else ""
-            section.priors[name] = prior
+            section.methods[name] = method
             section.runs[name] = [r for r in mine if r["status"] == "ok"]
             section.failed += [r for r in mine if r["status"] != "ok"]
-            done = {(r["prompt"], r["seed"]) for r in mine}
-            section.missing += [(name, *key) for key in sorted(tried - done)]
+            section.missing += len(tried - {(r["prompt"], r["seed"]) for r in mine})
     return section
 
 
 def reported(found: Iterable[Section]) -> list[Section]:
-    """The sections of the grids that have all of RIVALS on some canvas, or all sections where no
-    grid has. The others are studies."""
+    """The sections of the grids that have all of RIVALS on some representation, or all sections
+    where no grid has. The others are studies."""
     found = list(found)
     grids = {s.grid for s in found if s.contest}
     return [s for s in found if s.grid in grids or not grids]
-
-
-def title_of(section: Section, alone: bool) -> str:
-    """``alone``: there is one grid only."""
-    return section.canvas if alone else f"{section.canvas} (grid {section.grid})"

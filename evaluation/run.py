@@ -1,23 +1,13 @@
-"""One run: distil (or draw), look at it from all sides, judge it.
-
-``python -m evaluation.run FOLDER`` is the process of a run: a line of JSON on its standard input
-says which, ``FOLDER/result.json`` is what comes of it, and it ends when its input does.
-"""
+"""One run: distil (or draw), look at it from all sides, judge it."""
 
 import base64
 import io
 import itertools
-import json
 import math
-import multiprocessing
 import os
 import platform
-import shutil
-import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,24 +19,24 @@ from jaxtyping import Float
 from PIL import Image
 
 import threestudio
-from evaluation import metrics, truth
+from evaluation import metrics
 from evaluation.grid import TRUE, Run
 from evaluation.machine import ROOT, cpu_name, peak_mib, versions
 from evaluation.table import CELL, CURVES, RESULTS, begun
 from evaluation.training import build, train
-from evaluation.truth import Orbit, Pictures
-from evaluation.workers import DISK_FULL
+from pocket import truth
 from pocket.data import asked
 from pocket.judge import load as load_judge
 from pocket.judge import verdict
+from pocket.truth import Orbit, Pictures
 from threestudio.utils.config import config_to_primitive, load_config, parse_structured
 from threestudio.utils.errors import StoppedError, UserError
 from threestudio.utils.extensions import load_custom_modules
-from threestudio.utils.files import FULL, disk_error, whole_file
+from threestudio.utils.files import FULL, disk_error
 from threestudio.utils.misc import choose_device, get_device
 from threestudio.utils.pretrained import load_complete
 
-LATENTS = "latents"  # system_type of the 2D canvas
+LATENTS = "latents"  # system_type of the configurations of latents
 SHEET, SIZE = 4, 64  # pictures of a sheet, and their pixels
 CURVE = 20  # rows of a curve
 WATCHED = ("loss_sds", "prior_loss", "grad_norm")
@@ -122,12 +112,12 @@ class Clock(pl.Callback):
         self.seconds = time.perf_counter() - self._begin
 
 
-# --- canvases -------------------------------------------------------------------------------------
+# --- representations ------------------------------------------------------------------------------
 
 
 @dataclass
 class Made:
-    """What a canvas leaves."""
+    """What training leaves."""
 
     pictures: Pictures
     steps: Float[np.ndarray, "T 3"] = field(default_factory=lambda: np.zeros((0, len(WATCHED))))
@@ -231,7 +221,7 @@ class LatentsSystem:
 
 
 def latents_data(cfg) -> LatentsData:
-    return parse_structured(LatentsData, cfg.data, "data of the 2D canvas")
+    return parse_structured(LatentsData, cfg.data, "data of latents")
 
 
 def latents(run: Run, cfg, folder: Path) -> Made:
@@ -239,11 +229,11 @@ def latents(run: Run, cfg, folder: Path) -> Made:
     from lods import playground
 
     data = latents_data(cfg)
-    system = parse_structured(LatentsSystem, cfg.system, "system of the 2D canvas")
+    system = parse_structured(LatentsSystem, cfg.system, "system of latents")
     rates = {name: dict(group) for name, group in system.optimizer.get("params", {}).items()}
     if {n: set(g) for n, g in rates.items()} != {"particles": {"lr"}, "guidance": {"lr"}}:
         raise UserError(
-            "the 2D canvas has system.optimizer.params.particles.lr and ...guidance.lr, and "
+            "latents have system.optimizer.params.particles.lr and ...guidance.lr, and "
             f"nothing else: {rates}"
         )
     choose_device(config_to_primitive(cfg.trainer))
@@ -288,7 +278,7 @@ def latents(run: Run, cfg, folder: Path) -> Made:
 
 
 def orbit_of(run: Run, cfg) -> Orbit | None:
-    """The test cameras of a config; None for the 2D canvas."""
+    """The test cameras of a config; None for latents."""
     if cfg.system_type == LATENTS:
         return None
     data = threestudio.find(cfg.data_type)(cfg.data).cfg
@@ -376,7 +366,7 @@ def carry_out(run: Run, threads: int, commit: str, folder: Path) -> dict:
         cfg = load_run(run, folder)
         flat = cfg.system_type == LATENTS
         clip = load_clip(run.clip) if run.clip else None  # or it fails after all the work
-        if run.prior == TRUE:
+        if run.method == TRUE:
             kind, color = asked(run.prompt)
             count = latents_data(cfg).n_particles if flat else run.views
             made = Made(truth.example(kind, color, orbit_of(run, cfg), run.seed, count))
@@ -411,56 +401,8 @@ def full_disk(error: BaseException) -> OSError | None:
     return found if found is not None and found.errno in FULL else None
 
 
-def _work(job: dict, folder: Path) -> None:
-    """Leave ``result.json``, or end with the status DISK_FULL: nothing can be left then."""
-    try:
-        torch.set_num_threads(job["threads"])
-        result = carry_out(Run.of(job["run"]), job["threads"], job["commit"], folder)
-        with whole_file(folder / "result.json") as tmp:
-            tmp.write_text(json.dumps(result))
-    except OSError as error:
-        if full_disk(error) is None:
-            raise
-        os._exit(DISK_FULL)
-
-
-def _end_with(starter: Callable[[], None], folder: Path) -> None:
-    """End this process as soon as ``starter`` returns: then who started it has ended."""
-
-    def watch() -> None:
-        starter()
-        shutil.rmtree(folder, ignore_errors=True)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _input_ends() -> None:
-    # sys.stdin.read would hold a lock that Python wants when it exits
-    while os.read(sys.stdin.fileno(), 1 << 12):
-        pass
-
-
-def main(folder: Path) -> None:
-    job = json.loads(sys.stdin.readline())
-    _end_with(_input_ends, folder)
-    _work(job, folder)
-
-
-def forked(job: dict, folder: Path, log: Path) -> None:
-    """The process of a run, as a fork of one that has imported everything."""
-    os.setsid()  # Ctrl-C is for the process that started the runs
-    try:
-        file = log.open("w", encoding="utf-8")
-    except OSError as error:
-        os._exit(DISK_FULL if error.errno in FULL else 1)
-    with file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+def work(argument: dict, folder: Path) -> dict:
+    """What the process of a run does (a function of :mod:`evaluation.batch`)."""
     os.chdir(ROOT)
-    _end_with(multiprocessing.parent_process().join, folder)
-    _work(job, folder)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(argument["threads"])
+    return carry_out(Run.of(argument["run"]), argument["threads"], argument["commit"], folder)

@@ -7,15 +7,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from evaluation.batch import Lock
 from evaluation.csvfile import read_rows, write_rows
-from evaluation.grid import Run, slug
+from evaluation.grid import CELL, IDENTITY, Run, slug
 from pocket.data import asked
 from pocket.scenes import COLOR_NAMES, KIND_NAMES
 from threestudio.utils.errors import UserError
 from threestudio.utils.files import whole_file
 
-CELL = ("grid", "canvas", "prior", "prompt", "seed")
-IDENTITY = (*CELL, "settings", "steps", "digest")
 RESULTS = (
     *("grid", "canvas", "prior", "prompt", "kind", "color", "seed", "settings", "steps", "digest"),
     *("status", "object_accuracy", "color_accuracy", "frechet", "janus_rate"),
@@ -87,37 +86,21 @@ class Table:
         finally:
             os.close(handle)
 
-    def claim(self, run: Run) -> "Claim | None":
+    def claim(self, run: Run) -> Lock | None:
         """The right to do a run, or None if another process is at it."""
         folder = self.folder / ".running"
         folder.mkdir(exist_ok=True)
         name = hashlib.sha256(repr(_key(run.identity, self.key)).encode()).hexdigest()[:24]
-        handle = os.open(folder / name, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # another may have removed the file between these two lines
-            if os.stat(folder / name).st_ino == os.fstat(handle).st_ino:
-                return Claim(folder / name, handle)
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        os.close(handle)
-        return None
+        return Lock.take(folder / name)
 
 
-class Claim:
-    """Held until it is released, or until its process ends."""
-
-    def __init__(self, path: Path, handle: int):
-        self._path, self._handle = path, handle
-
-    def release(self) -> None:
-        self._path.unlink(missing_ok=True)
-        os.close(self._handle)
-
-
-def sheet_path(folder: Path, grid: str, canvas: str, prior: str, prompt: str, seed) -> Path:
+def sheet_path(
+    folder: Path, grid: str, representation: str, method: str, prompt: str, seed
+) -> Path:
     """Where the contact sheet of a cell is."""
-    return Path(folder) / "sheets" / slug(grid) / f"{slug(canvas, prior, prompt, seed)}.webp"
+    return (
+        Path(folder) / "sheets" / slug(grid) / f"{slug(representation, method, prompt, seed)}.webp"
+    )
 
 
 def key_of(run: Run) -> tuple:

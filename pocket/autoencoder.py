@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pocket.tools import say
+
 CHANNELS = (16, 32, 64)
 POSTERIOR_STD = 0.02  # of latents with standard deviation 1
 
@@ -59,8 +61,8 @@ def whiten(vae, images: torch.Tensor):
     """Fold (z - mean) / std per latent channel into the two 1x1 convolutions around the latents,
     and make the posterior's standard deviation POSTERIOR_STD everywhere.
 
-    The learnt deviations do not survive the whitening: a channel that the decoder hardly uses has a
-    small spread and a wide posterior, which would be scaled up to many times the spread of the
+    The learned deviations do not survive the whitening: a channel that the decoder hardly uses has
+    a small spread and a wide posterior, which would be scaled up to many times the spread of the
     means that the UNet is trained on.
     """
     with torch.no_grad():
@@ -115,9 +117,7 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 16, peak: float = 
         optimizer.step()
         if (step + 1) % 200 == 0:
             psnr = -10 * torch.log10(error.square().mean() / 4)
-            print(
-                f"vae {step + 1}/{steps} loss {loss.item():.4f} psnr {psnr.item():.1f}", flush=True
-            )
+            say(f"vae {step + 1}/{steps} loss {loss.item():.4f} psnr {psnr.item():.1f}")
         if (step + 1) % 500 == 0:
             save_state(
                 state_file, model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1

@@ -1,8 +1,8 @@
-"""Text encoder and UNet of the pocket prior, trained together on cached latents.
+"""The text encoder and the UNet of the pocket model, trained together on cached latents.
 
 Loss: mean |v' - v|^2 with v = sqrt(abar) eps - sqrt(1 - abar) x0 (v-prediction, Salimans and Ho,
 arXiv 2202.00512): unlike the noise loss it does not vanish at high noise, where class, colour and
-view are decided, so these are learnt early. Captions are dropped with probability 0.1 for
+view are decided, so these are learned early. Captions are dropped with probability 0.1 for
 classifier-free guidance; the weights saved are an exponential moving average.
 """
 
@@ -19,7 +19,7 @@ from pocket.data import TEMPLATES, VIEWS, caption
 from pocket.portable import make_portable
 from pocket.scenes import COLOR_NAMES, KIND_NAMES
 from pocket.tokenizer import save_tokenizer
-from threestudio.utils.files import whole_file
+from pocket.tools import say, whole_file
 
 LENGTH, WIDTH = 16, 96
 EVERY = 500  # steps between two states on disk
@@ -36,7 +36,7 @@ WORDS = tuple(
 
 
 def vocabulary() -> dict[str, list[str]]:
-    """What the prior knows, for ``vocabulary.json``: the names of objects, colours and views, and
+    """What the model knows, for ``vocabulary.json``: the names of objects, colours and views, and
     all other words of its captions."""
     named = {"objects": [*KIND_NAMES], "colors": [*COLOR_NAMES], "views": [*VIEWS]}
     said = {word for names in named.values() for name in names for word in name.split()}
@@ -173,7 +173,7 @@ def fit(state_file, name, models, draw, steps, rates, warm=200, decay=0.998):
                     ema[k].lerp_(v, 1 - keep)
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % 100 == 0:
-            print(f"{name} {step + 1}/{steps} loss {running:.4f}", flush=True)
+            say(f"{name} {step + 1}/{steps} loss {running:.4f}")
         if (step + 1) % EVERY == 0 or step + 1 == steps:
             save_state(
                 state_file,

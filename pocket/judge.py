@@ -1,8 +1,8 @@
 """The judge: a small classifier that says which object, colour and view a picture shows.
 
-It shares nothing with the prior: a residual network on pixels, trained on renders of its own
+It shares nothing with the pocket model: a residual network on pixels, trained on renders of its own
 seeds, blurred, noised and recoloured so that it is not thrown by soft pictures. It is never used
-in training the prior or in distillation, only to measure them.
+in training the model or in distillation, only to measure them.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 from pocket.autoencoder import cosine, save_state
 from pocket.data import VIEWS
 from pocket.scenes import COLOR_NAMES, KIND_NAMES, KINDS
-from threestudio.utils.files import whole_file
+from pocket.tools import say, whole_file
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 
@@ -150,7 +150,7 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 48, peak: float = 
         optimizer.step()
         if (step + 1) % 100 == 0:
             right = (out["kind"].argmax(1) == kind).float().mean().item()
-            print(f"judge {step + 1}/{steps} loss {loss.item():.3f} kind {right:.2f}", flush=True)
+            say(f"judge {step + 1}/{steps} loss {loss.item():.3f} kind {right:.2f}")
             save_state(
                 state_file,
                 model=judge.state_dict(),

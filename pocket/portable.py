@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from threestudio.utils.files import whole_file
+from pocket.tools import whole_file
 
 PREFIX = "text_model."
 BARE = ("embeddings.", "encoder.", "final_layer_norm.")

@@ -18,7 +18,7 @@ import math
 import numba
 import numpy as np
 
-from threestudio.utils.kernel_cache import kernel
+from pocket.tools import kernel
 
 SPHERE, DOME, BOX, FRUSTUM, WEDGE, TORUS = range(6)
 _FAR = 1e9

@@ -1,9 +1,9 @@
-"""What the judge says of the prior: tables as CSV, contact sheets as pictures.
+"""What the judge says of the pocket model: tables as CSV, contact sheets as pictures.
 
 ``python -m pocket.report --model FOLDER`` writes
 
     pocket/results/accuracy.csv   object, colour and view accuracy on true renders (the ceiling), on
-                                  their VAE reconstructions and on samples of the prior
+                                  their VAE reconstructions and on samples of the model
     pocket/results/noise.csv      held-out noise-prediction error by timestep under the right, the
                                   empty and a wrong caption
     pocket/results/distance.csv   nearest training picture and feature Frechet distance
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluation.frechet import frechet
 from pocket.autoencoder import to_tensor
 from pocket.data import VIEWS, build, caption, draw, make, sample_camera
+from pocket.frechet import frechet
 from pocket.judge import load, verdict
 from pocket.scenes import COLOR_NAMES, KINDS
-from threestudio.utils.pretrained import load_complete
+from pocket.tools import say, whole_file
 
 RESULTS = Path(__file__).parent / "results"
 FRONTS = np.array([k.front for k in KINDS])
@@ -31,12 +31,17 @@ GUIDANCE, STEPS = 5.0, 25
 
 
 def load_pipeline(folder):
-    """The prior as a sampler: DPM-Solver++ over the folder's own noise schedule, float32."""
+    """The model as a sampler: DPM-Solver++ over the folder's own noise schedule, float32. Raises
+    ``ValueError``, one line, if weights of the text encoder are missing."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
     from transformers import CLIPTextModel
 
-    # a pipeline would take a text encoder without all of its weights
-    text_encoder = load_complete(CLIPTextModel, str(folder), subfolder="text_encoder")
+    # a pipeline would fill in random numbers for weights that are missing
+    text_encoder, told = CLIPTextModel.from_pretrained(
+        folder, subfolder="text_encoder", output_loading_info=True
+    )
+    if lost := sorted(told["missing_keys"]):
+        raise ValueError(f"{folder}/text_encoder lacks {len(lost)} tensors, such as {lost[0]}")
     pipeline = StableDiffusionPipeline.from_pretrained(
         folder, text_encoder=text_encoder, safety_checker=None
     )
@@ -97,14 +102,19 @@ def sheet(images: np.ndarray, columns: int, file: Path):
     Image.fromarray(np.concatenate(rows, 0)).save(file, optimize=True)
 
 
-def write_csv(name: str, rows: list[dict]):
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+def write_table(file: Path, rows: list[dict]) -> None:
+    """Replace a CSV file by ``rows``, all with the keys of the first."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as tmp, tmp.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_csv(name: str, rows: list[dict]) -> None:
+    write_table(RESULTS / name, rows)
     for row in rows:
-        print(name, row, flush=True)
+        say(name, row)
 
 
 def accuracy_table(pipeline, judge, rounds: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The last phase of the pocket prior's training: view words.
+"""The last phase of the pocket model's training: view words.
 
 Front and back of an object have the same silhouette, so the loss of the first phase gains little
 by telling them apart, and guidance then draws a face on every side. Here half of each batch is one
@@ -23,7 +23,7 @@ from pocket.diffusion import (
     stratified,
 )
 from pocket.tokenizer import save_tokenizer
-from threestudio.utils.files import whole_file
+from pocket.tools import whole_file
 
 
 def pictures(work: Path, count: int, seed: int, workers: int):

@@ -13,13 +13,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from evaluation import document, metrics, results, truth
+from evaluation import machine, metrics
 from evaluation.grid import TRUE, Run, load_grid, written
 from evaluation.table import CURVES, RESULTS, Table, begun
-from evaluation.truth import Orbit
+from pocket import truth
 from pocket.data import VIEWS, asked
 from pocket.judge import load, verdict
 from pocket.scenes import COLOR_NAMES, KIND_NAMES, KINDS
+from pocket.truth import Orbit
 from tests.tiny_models import WORDS
 from threestudio.utils.errors import UserError
 
@@ -221,19 +222,19 @@ def test_references_are_kept_and_examples_are_others(tmp_path, monkeypatch):
 # --- grids ----------------------------------------------------------------------------------------
 
 GRID = """
-priors:
+methods:
   csd:
     guidance_type: lods-sds-guidance
     overrides: {system.guidance.guidance_scale: 5, scene_lr: 0.5}
-    canvases:
+    representations:
       a: {overrides: {system.guidance.guidance_scale: 7}, tune: {data.x: [1, 2]}}
   lods: {guidance_type: lods-embedding-guidance}
-canvases:
+representations:
   a: {configs: [evaluation/playground.yaml], steps: 3, overrides: {data.n_particles: 2, data.x: 9}}
   b:
     configs: [evaluation/playground.yaml]
     steps: 4
-    priors: [lods]
+    methods: [lods]
     seeds: [1]
 prompts: [a blue car, a penguin]
 seeds: [0, 1]
@@ -256,7 +257,7 @@ def test_a_grid_is_the_product_of_its_axes(write):
     assert grid.name == "try" and grid.tuning
     count = {}
     for run in grid.runs:
-        count[run.canvas, run.prior] = count.get((run.canvas, run.prior), 0) + 1
+        count[run.representation, run.method] = count.get((run.representation, run.method), 0) + 1
     assert count == {
         ("a", "csd"): 8,
         ("a", "lods"): 4,
@@ -265,8 +266,8 @@ def test_a_grid_is_the_product_of_its_axes(write):
         ("b", TRUE): 2,
     }
     assert len({r.title for r in grid.runs}) == len(grid.runs)
-    one = next(r for r in grid.runs if r.prior == "csd" and "data.x=2" in r.settings)
-    # later ones win; settings are the prior's own
+    one = next(r for r in grid.runs if r.method == "csd" and "data.x=2" in r.settings)
+    # later ones win; settings are the method's own
     assert one.settings == "data.x=2 scene_lr=0.5 system.guidance.guidance_scale=7"
     assert one.scene_lr == 0.5 and one.steps == 3
     assert set(one.overrides) == {
@@ -278,25 +279,29 @@ def test_a_grid_is_the_product_of_its_axes(write):
     assert not load_grid(write(GRID.replace("tune: {data.x: [1, 2]}", ""))).tuning
     some = "settings: [{data.x: 1, scene_lr: 2.0}, {data.x: 4}]"  # and not their product
     grid = load_grid(write(GRID.replace("tune: {data.x: [1, 2]}", some)))
-    cells = {r.settings: r.scene_lr for r in grid.runs if r.prior == "csd"}
+    cells = {r.settings: r.scene_lr for r in grid.runs if r.method == "csd"}
     guidance = "system.guidance.guidance_scale=7"
     want = {f"data.x=1 scene_lr=2.0 {guidance}": 2.0, f"data.x=4 scene_lr=0.5 {guidance}": 0.5}
     assert grid.tuning and cells == want
-    more = "  lods: {settings: [{data.y: 1}, {data.y: 2}], "  # of a prior: on every canvas
+    more = "  lods: {settings: [{data.y: 1}, {data.y: 2}], "  # of a method: everywhere
     grid = load_grid(write(GRID.replace("  lods: {", more)))
-    cells = {(r.canvas, r.settings) for r in grid.runs if r.prior == "lods"}
-    assert cells == {(canvas, f"data.y={y}") for canvas in "ab" for y in (1, 2)}
+    cells = {(r.representation, r.settings) for r in grid.runs if r.method == "lods"}
+    assert cells == {(on, f"data.y={y}") for on in "ab" for y in (1, 2)}
 
 
 @pytest.mark.parametrize(
     "old, new, text",
     [
         ("seeds: [0, 1]\n", "seeds: [0, 1]\nprompt: x\n", "has no field 'prompt': did you mean"),
-        ("steps: 4", "stps: 4", "canvas b has no field 'stps': did you mean 'steps'"),
-        ("guidance_type: lods-emb", "type: lods-emb", "prior lods has no field 'type'"),
-        ("priors: [lods]", "priors: [lod]", "canvas b: priors has no 'lod': did you mean 'lods'"),
-        ("seeds: [1]", "seeds: [3]", "canvas b: seeds has no 3: there are 0, 1"),
-        ("      a: {over", "      c: {over", "prior csd: canvases has no 'c'"),
+        ("steps: 4", "stps: 4", "representation b has no field 'stps': did you mean 'steps'"),
+        ("guidance_type: lods-emb", "type: lods-emb", "method lods has no field 'type'"),
+        (
+            "methods: [lods]",
+            "methods: [lod]",
+            "b: methods has no 'lod': did you mean 'lods'",
+        ),
+        ("seeds: [1]", "seeds: [3]", "representation b: seeds has no 3: there are 0, 1"),
+        ("      a: {over", "      c: {over", "method csd: representations has no 'c'"),
         ("tune: {data.x: [1, 2]}", "tune: {data.x: 1}", "tune.data.x must be a list"),
         ("tune: {data.x: [1, 2]}", "settings: []", "on a: settings must be a list of mappings"),
         ("tune: {data.x: [1, 2]}", "settings: [data.x=1]", "mappings, not ['data.x=1']"),
@@ -307,9 +312,10 @@ def test_a_grid_is_the_product_of_its_axes(write):
         ),
         ("scene_lr: 0.5", "scene_lr: -1", "scene_lr must be a number above 0"),
         ("a penguin", "a dragon", "'a dragon' must name exactly one of"),
-        ("  lods: {", f"  {TRUE}: {{", "is not a prior"),
+        ("  lods: {", f"  {TRUE}: {{", "is not a method"),
         ("steps: 4", "steps: 0", "at least 1 step"),
         ("prompts: [", "prompts: [[", "not valid YAML"),
+        ("seeds: [0, 1]\n", "seeds: [0, 1]\npriors: {}\n", "has priors and methods, which are the"),
     ],
 )
 def test_a_mistake_in_a_grid_is_one_line(write, old, new, text):
@@ -317,6 +323,13 @@ def test_a_mistake_in_a_grid_is_one_line(write, old, new, text):
     with pytest.raises(UserError) as error:
         load_grid(write(GRID.replace(old, new)))
     assert text in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_grid_with_the_old_names_of_its_keys_is_the_same(write):
+    now = load_grid(write(GRID)).runs
+    old = GRID.replace("methods:", "priors:").replace("representations:", "canvases:")
+    assert old != GRID and load_grid(write(old)).runs == now
+    assert now[0].identity["canvas"] == "a" and now[0].identity["prior"] in ("csd", "lods")
 
 
 def test_values_are_written_as_the_command_line_reads_them():
@@ -338,17 +351,13 @@ def test_a_list_of_runs_may_be_cut_short():
         assert (process.stderr.read(), process.wait()) == ("", 0)
 
 
-def test_every_prior_has_a_colour_in_light_and_dark():
-    for k in range(len(results.PRIORS) + 1):  # and one for others
-        assert document.STYLE.count(f"--c{k}:") == 2 and f".c{k} {{" in document.STYLE
-
-
 # --- tables ---------------------------------------------------------------------------------------
 
 
 def a_run(**changes) -> Run:
-    fields = dict(grid="g", canvas="2d", prior="sds", prompt="a blue car", seed=0, settings="")
-    return Run(**{**fields, "steps": 3, "configs": (), "overrides": (), **changes})
+    fields = dict(grid="g", representation="2d", method="sds", prompt="a blue car", seed=0)
+    more = dict(settings="", steps=3, configs=(), overrides=())
+    return Run(**{**fields, **more, **changes})
 
 
 def row_of(run, **changes):
@@ -462,3 +471,32 @@ def test_a_table_of_other_columns_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="other columns"):
         Table(tmp_path).record(row_of(a_run()), [], None)
     assert (tmp_path / "results.csv").read_text() == "a,b\n1,2\n"
+
+
+# --- what the code is ---
+
+
+def test_what_the_code_is_does_not_hang_on_other_commits(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+
+    def git(*args):
+        command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *args]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "-q")
+    for name in ("configs/a.yaml", "docs/table.csv", "evaluation/grids/g.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("add", "."), git("commit", "-qm", "1")
+    before, first = machine.code(), machine.commit()
+    (tmp_path / "docs/table.csv").write_text("2")
+    (tmp_path / "evaluation/grids/g.yaml").write_text("2")
+    git("commit", "-qam", "2")
+    assert machine.code() == before and machine.commit() != first
+    (tmp_path / "configs/b.yaml").write_text("1")
+    new = machine.code()
+    (tmp_path / "configs/b.yaml").unlink()
+    (tmp_path / "configs/a.yaml").write_text("2")
+    edited = machine.code()
+    git("commit", "-qam", "3")
+    assert len({before, new, edited, machine.code()}) == 4

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 import evaluate
-from evaluation import command, csvfile, run, workers
+from evaluation import command, csvfile, processes, run
 from evaluation.grid import MAX_RUNS, load_grid, slug
 from evaluation.table import CURVES, Table, begun, sheet_path
 from threestudio.utils.errors import UserError
 
 GRID = """
-priors: {sds: {guidance_type: lods-sds-guidance}}
-canvases: {2d: {configs: [evaluation/playground.yaml], steps: 25}}
+methods: {sds: {guidance_type: lods-sds-guidance}}
+representations: {2d: {configs: [evaluation/playground.yaml], steps: 25}}
 prompts: [a red car]
 seeds: [0]
 judge: false
@@ -67,7 +67,7 @@ SETS = f"lods-sds-guidance, tune: {{y: {[*range(200)]}}}, settings: [{SETS}]}}"
         ("seeds: [0]", "seeds: [4294967296]", "not 4294967296"),
         ("seeds: [0]", "seeds: [0, 1, 0]", "seeds has '0' twice"),
         ("a red car]", "a red car, a red car]", "prompts has 'a red car' twice"),
-        ("steps: 25", "steps: 25, seeds: [0, 0]", "canvas 2d: seeds has '0' twice"),
+        ("steps: 25", "steps: 25, seeds: [0, 0]", "representation 2d: seeds has '0' twice"),
         ("a red car]", "a " + "x" * 131_073 + "]", "a prompt has 131,075 characters, more than"),
         ("a red car]", r'"a red\r car"]', r"'a red\r car' has a line break or another control"),
         ("a red car]", r'"a red\n car"]', "has a line break"),
@@ -139,7 +139,7 @@ def test_what_is_no_table_is_one_line(tmp_path, content):
     assert str(tmp_path / "t.csv") in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("field", ["prompt", "prior", "canvas", "settings"])
+@pytest.mark.parametrize("field", ["prompt", "method", "representation", "settings"])
 def test_a_run_is_found_again_whatever_it_is_called(grid, tmp_path, field):
     """Else it would be repeated for ever."""
     (one,) = load_grid(grid()).runs
@@ -185,35 +185,10 @@ def test_a_full_disk_is_no_failure_of_a_run(grid, tmp_path, monkeypatch):
         run.carry_out(one, 1, "", tmp_path)
 
 
-@pytest.mark.parametrize("place", ["carry_out", "whole_file"])
-def test_a_process_says_by_its_status_that_the_disk_is_full(grid, tmp_path, monkeypatch, place):
-    ended = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-    monkeypatch.setattr(run.torch, "set_num_threads", lambda n: None)
-    monkeypatch.setattr(run, "carry_out", lambda *_: {})
-    monkeypatch.setattr(run, place, full)
-    (one,) = load_grid(grid()).runs
-    run._work(workers.make_job(one, 1, ""), tmp_path)
-    assert ended == [workers.DISK_FULL]
-
-
-def test_a_process_that_found_the_disk_full_stops_the_session(grid, tmp_path):
-    (one,) = load_grid(grid()).runs
-    process = object.__new__(workers.Process)
-    process.folder, process.job = tmp_path / "work" / "run", workers.make_job(one, 1, "")
-    process._popen = SimpleNamespace(poll=lambda: workers.DISK_FULL, wait=lambda: 0, stdin=None)
-    process._release = lambda: None
-    process._start = 0.0
-    process.folder.mkdir(parents=True)
-    with pytest.raises(OSError, match="No space left") as error:
-        process.result()
-    assert error.value.filename == str(tmp_path / "work") and not process.folder.exists()
-
-
 @pytest.mark.parametrize("where", ["submit", "wait", "claim"])
 def test_a_full_disk_ends_the_session_with_one_line(grid, tmp_path, monkeypatch, capsys, where):
     backend = SimpleNamespace(slots=1, submit=lambda job: 1, wait=lambda: [], close=lambda: None)
-    monkeypatch.setattr(command, "Local", lambda count: backend)
+    monkeypatch.setattr(command, "Local", lambda *_: backend)
     if where == "claim":
         monkeypatch.setattr(Table, "claim", full)
     else:
@@ -230,8 +205,8 @@ def test_a_full_disk_ends_the_session_with_one_line(grid, tmp_path, monkeypatch,
 
 
 def test_a_failure_has_a_reason():
-    assert workers._how(1, "").endswith("status 1: it said nothing")
-    assert workers._how(-11, "x").endswith("signal 11: x")
+    assert processes.ended_with(1, "").endswith("status 1: it said nothing")
+    assert processes.ended_with(-11, "x").endswith("signal 11: x")
     try:
         raise MemoryError
     except MemoryError as error:

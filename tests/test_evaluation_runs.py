@@ -2,14 +2,13 @@
 
 import base64
 import io
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +18,21 @@ import torch
 from PIL import Image
 
 import evaluate
-from evaluation import command, workers
-from evaluation.grid import TRUE, load_grid
-from evaluation.run import Recorder, carry_out, curve, ends, load_run, scale_rates
-from evaluation.table import CURVES, RESULTS, Table
-from evaluation.workers import Local, make_job
+from evaluation import command, processes
+from evaluation.batch import Job, Outcome
+from evaluation.grid import TRUE, Run, load_grid
+from evaluation.processes import Local
+from evaluation.run import Recorder, carry_out, curve, ends, load_run, scale_rates, work
+from evaluation.table import CURVES, RESULTS, Table, begun
 from tests.test_evaluation import make_tiny_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 
 GRID = """
-priors:
+methods:
   sds: {guidance_type: lods-sds-guidance}
   lods: {guidance_type: lods-embedding-guidance, overrides: {system.guidance.guidance_scale: 5.0}}
-canvases:
+representations:
   2d:
     configs: [evaluation/playground.yaml]
     steps: 25
@@ -71,20 +71,20 @@ def grid(tiny_sd, tmp_path, monkeypatch):
     return make
 
 
-def pick(path, canvas, prior):
-    return next(r for r in load_grid(path).runs if (r.canvas, r.prior) == (canvas, prior))
+def pick(path, on, method):
+    return next(r for r in load_grid(path).runs if (r.representation, r.method) == (on, method))
 
 
 POCKET = ("object_accuracy", "color_accuracy", "frechet", "janus_rate", "silhouette_iou")
 
 
-@pytest.mark.parametrize("canvas, steps", [("2d", 25), ("gaussians", 3)])
-def test_a_run_gives_a_row_curves_and_a_sheet(grid, tmp_path, canvas, steps):
-    run = pick(grid(), canvas, "lods")
+@pytest.mark.parametrize("on, steps", [("2d", 25), ("gaussians", 3)])
+def test_a_run_gives_a_row_curves_and_a_sheet(grid, tmp_path, on, steps):
+    run = pick(grid(), on, "lods")
     result = carry_out(run, 1, "abc", tmp_path)
     row = result["row"]
     assert row["status"] == "ok" and tuple(sorted(row)) == tuple(sorted(RESULTS))
-    flat = canvas == "2d"
+    flat = on == "2d"
     absent = {k for k in POCKET if not row[k]}
     assert absent == ({"janus_rate", "silhouette_iou"} if flat else set())
     assert all(0 <= float(row[k]) <= 1 for k in POCKET if k not in absent | {"frechet"})
@@ -109,25 +109,25 @@ def test_a_run_gives_a_row_curves_and_a_sheet(grid, tmp_path, canvas, steps):
         assert again[key] == row[key] != other[key]
 
 
-def test_a_prior_that_learns_nothing_has_no_prior_loss(grid, tmp_path):
+def test_a_method_that_learns_nothing_has_no_loss_of_its_own(grid, tmp_path):
     result = carry_out(pick(grid(), "2d", "sds"), 1, "", tmp_path)
     assert result["row"]["status"] == "ok" and result["row"]["prior_loss_last"] == ""
     assert all(r["prior_loss"] == "" and float(r["loss_sds"]) > 0 for r in result["curves"])
 
 
-@pytest.mark.parametrize("canvas", ["2d", "gaussians"])
-def test_true_renders_are_judged_like_a_run(grid, tmp_path, canvas):
-    row = carry_out(pick(grid("views: 4", "views: 12"), canvas, TRUE), 1, "", tmp_path)["row"]
+@pytest.mark.parametrize("on", ["2d", "gaussians"])
+def test_true_renders_are_judged_like_a_run(grid, tmp_path, on):
+    row = carry_out(pick(grid("views: 4", "views: 12"), on, TRUE), 1, "", tmp_path)["row"]
     assert row["status"] == "ok" and row["steps"] == "0" and row["seconds"] == ""
     assert float(row["object_accuracy"]) > 0.6 and float(row["color_accuracy"]) > 0.6
-    if canvas == "gaussians":
+    if on == "gaussians":
         assert float(row["silhouette_iou"]) > 0.8 and float(row["janus_rate"]) < 0.5
 
 
 def test_real_models_are_judged_by_clip_alone(grid, tmp_path):
     clip = make_tiny_clip(tmp_path / "clip")
     path = grid("seeds: [0]\n", f"seeds: [0]\njudge: false\nclip: {clip}\n", "a red car", "a horse")
-    assert {r.prior for r in load_grid(path).runs} == {"sds", "lods"}
+    assert {r.method for r in load_grid(path).runs} == {"sds", "lods"}
     row = carry_out(pick(path, "gaussians", "sds"), 1, "", tmp_path)["row"]
     assert row["status"] == "ok" and 0 <= float(row["clip_score"]) <= 100
     assert not any(row[k] for k in (*POCKET, "kind", "color"))
@@ -140,9 +140,9 @@ def test_what_goes_wrong_is_the_status(grid, tmp_path):
     assert "loss_embedding not finite at step" in row["status"] and row["frechet"] == ""
     for wrong, text in (
         ("system.guidance.scale=1", "has no field 'guidance.scale'"),
-        ("system.loss.lambda_sds=1", "system of the 2D canvas has no field 'system.loss'"),
-        ("data.particles=1", "data of the 2D canvas has no field 'data.particles'"),
-        ("system.optimizer.params.particle.lr=1", "the 2D canvas has system.optimizer.params"),
+        ("system.loss.lambda_sds=1", "system of latents has no field 'system.loss'"),
+        ("data.particles=1", "data of latents has no field 'data.particles'"),
+        ("system.optimizer.params.particle.lr=1", "latents have system.optimizer.params"),
     ):
         result = carry_out(replace(run, overrides=(*run.overrides, wrong)), 1, "", tmp_path)
         assert text in result["row"]["status"] and "\n" not in result["row"]["status"]
@@ -158,8 +158,8 @@ def test_a_clip_that_is_not_there_costs_no_training(grid, tmp_path, monkeypatch)
 
 def test_scene_lr_scales_what_is_optimised_and_not_what_is_learnt(grid, tmp_path):
     path = grid()
-    for canvas in ("2d", "gaussians"):
-        run = pick(path, canvas, "lods")
+    for on in ("2d", "gaussians"):
+        run = pick(path, on, "lods")
         plain, half = (load_run(replace(run, scene_lr=s), tmp_path).system for s in (1.0, 0.5))
         for name, group in plain.optimizer.params.items():
             factor = 1 if name == "guidance" else 0.5
@@ -210,10 +210,12 @@ class Fake:
         if self.stop_after is not None and len(self.did) >= self.stop_after:
             os.kill(os.getpid(), self.stop_by)
         handle, job = len(self.did) + 1, self.going.pop(0)
-        seed = job["run"]["seed"]
+        run, seed = Run.of(job.argument["run"]), job.argument["run"]["seed"]
         self.did.append(seed)
-        result = workers.failure(job, "broken" if seed in self.fails else "ok", "what it said")
-        return [(handle, result)]
+        if seed in self.fails:
+            return [(handle, Outcome(None, "broken", "what it said"))]
+        row = begun(run, job.threads, job.argument["commit"]) | {"status": "ok"}
+        return [(handle, Outcome({"row": row, "curves": [], "sheet": None}))]
 
     def close(self):
         self.closed = True
@@ -223,13 +225,12 @@ class Fake:
 def many(grid, tmp_path, monkeypatch):
     """``many(*arguments, **of_fake)``: evaluate.py over eight seeds; (status, the backend)."""
     path = grid("seeds: [0]", "seeds: [0, 1, 2, 3, 4, 5, 6, 7]\ntrue_renders: false")
-    monkeypatch.setattr(workers, "WORK", tmp_path / "work")
     monkeypatch.setattr(command, "WORK", tmp_path / "work")
 
     def run(*arguments, **kwargs):
         fake = Fake(**kwargs)
-        monkeypatch.setattr(command, "Local", lambda count: fake)
-        only = ["--only", "prior=sds", "canvas=2d"]
+        monkeypatch.setattr(command, "Local", lambda *_: fake)
+        only = ["--only", "prior=sds", "representation=2d"]
         status = evaluate.main([str(path), *only, "--out", str(tmp_path / "out"), *arguments])
         return status, fake
 
@@ -269,8 +270,8 @@ def test_rows_tell_of_code_that_changes_under_a_grid(many, tmp_path, monkeypatch
 def test_a_failure_is_repeated_by_one(many, tmp_path):
     many("--only", "seed=2", fails=[2])
     table, runs = Table(tmp_path / "out"), load_grid(tmp_path / "try.yaml").runs
-    (run,) = (r for r in runs if (r.canvas, r.prior, r.seed) == ("2d", "sds", 2))
-    session = command.Session(table, Fake(), 1, True, {run: table.find(run)})
+    (run,) = (r for r in runs if (r.representation, r.method, r.seed) == ("2d", "sds", 2))
+    session = command.Session(table, 1, True, {run: table.find(run)})
     assert session.due(run)
     table.record(table.find(run) | {"status": "broken again"}, [], None)
     assert not session.due(run)
@@ -297,7 +298,7 @@ def test_an_interrupt_loses_what_was_in_progress(many, tmp_path, capsys, signum)
 def test_two_at_one_table_share_the_runs(many, tmp_path):
     table = Table(tmp_path / "out")
     runs = [r for r in load_grid(tmp_path / "try.yaml").runs if r.seed in (1, 2)]
-    claims = [table.claim(r) for r in runs if (r.canvas, r.prior) == ("2d", "sds")]
+    claims = [table.claim(r) for r in runs if (r.representation, r.method) == ("2d", "sds")]
     assert len(claims) == 2 and all(claims)
     status, fake = many()
     assert status == 1 and fake.did == [0, 3, 4, 5, 6, 7]  # two are not done yet
@@ -309,8 +310,8 @@ def test_two_at_one_table_share_the_runs(many, tmp_path):
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (["--only", "prior=sdss"], "the grid try has no prior 'sdss': did you mean 'sds'"),
-        (["--only", "model=x"], "--only 'model=x': write canvas=..., prior="),
+        (["--only", "prior=sdss"], "the grid try has no method 'sdss': did you mean 'sds'"),
+        (["--only", "model=x"], "--only 'model=x': write representation=..., method="),
         (["--only", "seed=9"], "has no seed '9': there are 0, 1"),
         (["--ray"], "--ray needs the package ray"),
     ],
@@ -338,15 +339,19 @@ def test_bad_arguments_are_refused(arguments, capsys):
 # --- processes ------------------------------------------------------------------------------------
 
 
-BOTH = [workers.Forked, pytest.param(workers.Process, marks=pytest.mark.slow)]
+BOTH = [processes.Forked, pytest.param(processes.Process, marks=pytest.mark.slow)]
+
+
+def make_job(run, threads, commit):
+    argument = {"run": asdict(run), "threads": threads, "commit": commit}
+    return Job(run.title, work, argument=argument, threads=threads)
 
 
 @pytest.mark.parametrize("kind", BOTH)
 def test_a_run_has_a_process_of_its_own(kind, grid, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "WORK", tmp_path / "work")
-    monkeypatch.setattr(workers, "Forked", kind)
+    monkeypatch.setattr(processes, "Forked", kind)
     run = pick(grid(), "2d", "lods")
-    backend = Local(2)
+    backend = Local(2, command.PRELOAD, tmp_path / "work")
     handle = backend.submit(make_job(run, 1, "abc"))
     assert type(handle) is kind
     threads = torch.get_num_threads()
@@ -356,41 +361,38 @@ def test_a_run_has_a_process_of_its_own(kind, grid, tmp_path, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     [(done, there)] = backend.wait()
-    assert done is handle and "Prompt [a red car]" in there["log"]
+    assert done is handle and "Prompt [a red car]" in there.log and not there.error
+    there = there.value
     timed = dict.fromkeys(("seconds", "seconds_per_step", "peak_mib"))
     assert there["row"] | timed == here["row"] | timed and here["row"]["status"] == "ok"
     assert there["curves"] == here["curves"] and there["sheet"] == here["sheet"]
     assert list((tmp_path / "work").iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", [workers.Process, workers.Forked])
-def test_a_process_that_dies_is_a_row(kind, tmp_path, monkeypatch, grid):
-    monkeypatch.setattr(workers, "WORK", tmp_path / "work")
-    job = make_job(pick(grid("steps: 25", "steps: 1000000"), "2d", "lods"), 1, "abc")
-    process = kind(job)
+def test_a_process_that_dies_is_a_row(tmp_path, grid):
+    run = pick(grid("steps: 25", "steps: 1000000"), "2d", "lods")
+    session = command.Session(Table(tmp_path / "out"), 1)
+    job, claim = session.start(run)
+    process = processes.Process(job.task(), scratch=tmp_path / "work")
     os.kill(process.pid, signal.SIGKILL)
     while process.status() is None:
         time.sleep(0.01)
-    result = json.loads(json.dumps(process.result()))
-    assert result["row"]["status"].startswith("the process was killed (signal 9)")
-    assert result["row"]["prior"] == "lods" and result["row"]["commit"] == "abc"
-    monkeypatch.setattr(workers, "Forked", kind)
-    backend = Local(1)
-    child = backend.submit(job)
-    assert child.status() is None
-    backend.close()
-    assert child.status() == -9 and not psutil.pid_exists(child.pid)
+    session.record(run, process.outcome())
+    claim.release()
+    (row,) = session.table.rows()
+    assert row["status"].startswith("the process was killed (signal 9)")
+    assert row["prior"] == "lods" and row["commit"] == session.commit
     assert list((tmp_path / "work").iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", BOTH)
 def test_kill_9_leaves_no_process_and_no_claim(kind, grid, tmp_path):
     path = grid("steps: 25", "steps: 1000000")
-    argv = [str(path), "--out", str(tmp_path / "out"), "--only", "prior=sds", "canvas=2d"]
+    argv = [str(path), "--out", str(tmp_path / "out"), "--only", "method=sds", "canvas=2d"]
     code = (
-        "import sys, evaluation.workers as w, evaluate\n"
-        f"w.WORK = w.Path({str(tmp_path / 'work')!r})\n"
-        f"w.Forked = w.{kind.__name__}\n"
+        "import sys, evaluation.command as c, evaluation.processes as p, evaluate\n"
+        f"c.WORK = p.Path({str(tmp_path / 'work')!r})\n"
+        f"p.Forked = p.{kind.__name__}\n"
         "sys.exit(evaluate.main(sys.argv[1:]))"
     )
     with (tmp_path / "log").open("w") as log:

@@ -5,10 +5,9 @@ import csv
 import numpy as np
 import pytest
 
-from evaluation import judge_check
-from evaluation.judge_check import Shown
-from pocket import data
+from pocket import data, judge_check
 from pocket.judge import load
+from pocket.judge_check import Shown
 from pocket.scenes import COLORS, KIND_NAMES
 
 CAR, DUCK, DONUT = (KIND_NAMES.index(n) for n in ("car", "rubber duck", "donut"))

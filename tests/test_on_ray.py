@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 import evaluate
-from evaluation import command, on_ray, workers
+from evaluation import command, machine, on_ray
+from evaluation.batch import BatchError
+from evaluation.grid import Run
 from evaluation.on_ray import OnRay
-from evaluation.table import Table
-from threestudio.utils.errors import UserError
+from evaluation.table import Table, begun
 
 GRID = """
-priors: {sds: {guidance_type: lods-sds-guidance}}
-canvases: {2d: {configs: [evaluation/playground.yaml], steps: 25}}
+methods: {sds: {guidance_type: lods-sds-guidance}}
+representations: {2d: {configs: [evaluation/playground.yaml], steps: 25}}
 prompts: [a red car]
 seeds: [0, 1, 2, 3, 4, 5, 6, 7]
 true_renders: false
@@ -62,10 +63,12 @@ def ray(monkeypatch):
 
 
 def test_runs_are_tasks_of_ray(ray, tmp_path, monkeypatch):
-    def task(job):
-        if job["run"]["seed"] == 2:
+    def task(task, packed, token):
+        argument = task["argument"]
+        if argument["run"]["seed"] == 2:
             raise RuntimeError("the machine\nis lost")
-        return workers.failure(job, "ok")
+        row = begun(Run.of(argument["run"]), argument["threads"], "") | {"status": "ok"}
+        return {"value": {"row": row, "curves": [], "sheet": None}, "files": b""}
 
     monkeypatch.setattr(on_ray, "run_elsewhere", task)
     monkeypatch.setattr(command, "WORK", tmp_path / "work")
@@ -75,7 +78,7 @@ def test_runs_are_tasks_of_ray(ray, tmp_path, monkeypatch):
     assert status == 1 and ray["shutdown"] and len(ray["got"]) == 8
     assert ray["options"] == {"num_cpus": 3, "num_gpus": 0.0, "max_retries": 1}
     assert ray["init"]["address"] == "auto"
-    assert ray["init"]["runtime_env"]["working_dir"] == str(on_ray.ROOT)
+    assert ray["init"]["runtime_env"]["working_dir"] == str(machine.ROOT)
     rows = {int(r["seed"]): r for r in Table(tmp_path / "out").rows()}
     assert len(rows) == 8 and rows[2]["status"] == "Ray: the machine is lost"
     assert {r["status"] for seed, r in rows.items() if seed != 2} == {"ok"}
@@ -95,7 +98,7 @@ def test_an_unreachable_cluster_is_one_line(ray, monkeypatch):
         raise ConnectionError("no such\naddress")
 
     monkeypatch.setattr(sys.modules["ray"], "init", refuse)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(BatchError) as error:
         OnRay("a:1", 1, 0, 1)
     assert str(error.value) == "Ray at a:1: no such address"
 
@@ -112,9 +115,21 @@ def test_a_cluster_that_is_started_is_of_this_machine_and_asks_for_a_token(ray):
     assert len(first) == 64 and environment["RAY_AUTH_TOKEN"] != first
 
 
+def test_machines_find_the_modules_of_jobs(ray, tmp_path):
+    OnRay("", 1, 0, 1)
+    path = ray["init"]["runtime_env"]["env_vars"]["PYTHONPATH"]
+    assert str(machine.ROOT) in path.split(on_ray.os.pathsep)
+    OnRay("a:1", 1, 0, 1, ship=[tmp_path])
+    assert ray["init"]["runtime_env"] == {"py_modules": [str(tmp_path)]}
+
+
+def test_errors_of_ray_are_one_plain_line():
+    assert on_ray._line(RuntimeError("\x1b[36mray::task()\x1b[39m\nbroke")) == "ray::task() broke"
+
+
 def test_a_cluster_that_would_listen_elsewhere_is_refused(ray):
     ray["ip"] = "192.0.2.2"
-    with pytest.raises(UserError, match=r"would listen on 192\.0\.2\.2"):
+    with pytest.raises(BatchError, match=r"would listen on 192\.0\.2\.2"):
         OnRay("", 1, 0, 1)
     assert ray["shutdown"]
     OnRay("192.0.2.2:6379", 1, 0, 1)  # that was asked for
@@ -139,7 +154,7 @@ def test_authentication_that_was_switched_off_stays_so(ray, monkeypatch):
 @pytest.mark.parametrize("address", ["", "a:1"])
 def test_a_ray_without_tokens_is_refused(ray, monkeypatch, address):
     monkeypatch.setattr(sys.modules["ray"], "__version__", "2.51.2")
-    with pytest.raises(UserError, match=r"Ray 2\.51\.2 has no token .* 'ray>=2\.52\.0'"):
+    with pytest.raises(BatchError, match=r"Ray 2\.51\.2 has no token .* 'ray>=2\.52\.0'"):
         OnRay(address, 1, 0, 1)
     assert "init" not in ray
 
@@ -149,13 +164,13 @@ def test_a_missing_token_is_one_line(ray, monkeypatch):
         raise sys.modules["ray"].exceptions.RayError("there is no\ntoken")
 
     monkeypatch.setattr(sys.modules["ray"], "init", refuse)
-    with pytest.raises(UserError, match="Ray at a:1: there is no token"):
+    with pytest.raises(BatchError, match="Ray at a:1: there is no token"):
         OnRay("a:1", 1, 0, 1)
 
 
 def test_secrets_do_not_go_to_other_machines(tmp_path, monkeypatch):
     """Untracked files are left out, except code; so is what is hidden, or a link."""
-    monkeypatch.setattr(on_ray, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     kept = ["launch.py", "configs/new.yaml", "custom/new.py", "pocket/judge.safetensors"]
     left = [".env", "custom/.env", "a key[1]!.pem", "configs/token.json", "docs/a.md", "#1"]
@@ -165,7 +180,7 @@ def test_secrets_do_not_go_to_other_machines(tmp_path, monkeypatch):
     (tmp_path / "linked.py").symlink_to("launch.py")
     tracked = ["launch.py", "pocket/judge.safetensors"]
     subprocess.run(["git", "add", *tracked], cwd=tmp_path, check=True)
-    (tmp_path / ".git/info/exclude").write_text("\n".join(on_ray.not_for_others()))
+    (tmp_path / ".git/info/exclude").write_text("\n".join(machine.not_for_others()))
     names = "\0".join([*kept, *left, "linked.py"])
     ask = dict(cwd=tmp_path, input=names, capture_output=True, text=True)
     found = subprocess.run(["git", "check-ignore", "--no-index", "--stdin", "-z"], **ask).stdout

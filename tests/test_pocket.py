@@ -1,13 +1,19 @@
-"""The pocket world and the prior trained on it."""
+"""The pocket world and the model trained on it."""
 
+import ast
 import csv
 import importlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pocket import autoencoder, data, make, raycast, report, scenes
 from pocket.judge import load, verdict
@@ -196,7 +202,7 @@ def test_every_word_is_one_token(tmp_path):
     assert len(tokenizer("x " * 50, truncation=True, max_length=16).input_ids) == 16
 
 
-def test_what_the_pocket_priors_training_writes_is_readable_by_old_versions(tmp_path, monkeypatch):
+def test_what_the_pocket_models_training_writes_is_readable_by_old_versions(tmp_path, monkeypatch):
     from pocket import diffusion
     from tests.models.test_model_folders import readable_by_old_versions
 
@@ -244,20 +250,12 @@ def test_whitening_changes_the_latents_and_not_the_pictures():
         assert torch.allclose(vae.decode(after.mean).sample, picture, atol=1e-4)
 
 
-def test_frechet_distance_of_known_gaussians():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(200000, 2))
-    y = rng.normal(size=(200000, 2)) * [2, 1] + [3, 0]
-    # |m|^2 + sum (s_x - s_y)^2 = 9 + 1
-    assert report.frechet(x, y) == pytest.approx(10.0, rel=0.02)
-
-
 @pytest.fixture(scope="module")
 def pipeline():
     return report.load_pipeline(MODEL)
 
 
-def test_the_prior_is_small_and_loads_like_any_other(pipeline):
+def test_the_model_is_small_and_loads_like_any_other(pipeline):
     size = sum(f.stat().st_size for f in MODEL.rglob("*") if f.is_file())
     assert size < 30e6
     assert pipeline.unet.config.sample_size == 16
@@ -265,7 +263,7 @@ def test_the_prior_is_small_and_loads_like_any_other(pipeline):
 
 
 @pytest.mark.slow
-def test_the_prior_obeys_words(pipeline):
+def test_the_model_obeys_words(pipeline):
     judge = load()
     words = ["a hamburger", "a blue car, front view", "a red mushroom", "a snowman, front view"]
     images = report.generate(pipeline, words * 3, seed=3)
@@ -314,6 +312,52 @@ def test_what_a_prompt_asks_for(prompt, want):
         assert (scenes.COLOR_NAMES[color] if color >= 0 else None) == want[1]
 
 
+def test_folders_that_were_made_before_imports_moved_are_still_used(tmp_path):
+    """The pictures are the same; this is what their recipe was at first."""
+    options = dict(seed=0, pictures=48000, turns=6000, vae_steps=6200)
+    (tmp_path / "made_with.json").write_text(json.dumps({**options, "world": "a2e858bdf30c"}))
+    make.check_work(tmp_path, **options)
+
+
+def test_another_world_is_another_recipe(monkeypatch):
+    before, read = make.world(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"# a change")
+    assert make.world() != before
+
+
+def test_neither_the_host_nor_the_study_is_imported():
+    for file in Path(make.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            roots = {name.split(".")[0] for name in names}
+            assert not roots & {"threestudio", "evaluation", "benchmarks", "tests"}, file.name
+
+
+def test_output_that_cannot_be_written_ends_no_training():
+    code = (
+        "import os; from pocket.tools import say; say(1)\n"
+        "nobody, there = os.pipe(); os.close(nobody); os.dup2(there, 1)\n"
+        "say(2); say(3); open('done', 'w')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("'done'", "os.environ['DONE']")],
+        env=os.environ | {"DONE": os.devnull},
+        cwd=ROOT,
+        capture_output=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"1\n", b"")
+
+
+def test_a_text_encoder_without_all_of_its_weights_is_refused(tmp_path):
+    folder = shutil.copytree(MODEL, tmp_path / "pocket")
+    weights = load_file(folder / "text_encoder/model.safetensors")
+    weights.pop("text_model.final_layer_norm.bias")
+    save_file(weights, folder / "text_encoder/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="text_encoder lacks 1 tensors, such as"):
+        report.load_pipeline(folder)
+
+
 def test_a_folder_of_other_pictures_is_refused(tmp_path):
     make.check_work(tmp_path, seed=0, pictures=10)
     make.check_work(tmp_path, seed=0, pictures=10)
@@ -321,7 +365,7 @@ def test_a_folder_of_other_pictures_is_refused(tmp_path):
         make.check_work(tmp_path, seed=1, pictures=10)
 
 
-def test_another_prior_leaves_this_one_its_judge(tmp_path, monkeypatch):
+def test_another_model_leaves_this_one_its_judge(tmp_path, monkeypatch):
     done = []
     for module, name in (("diffusion", "save_pipeline"), ("judge", "train"), ("report", "report")):
         monkeypatch.setattr(f"pocket.{module}.{name}", lambda *a, n=module, **k: done.append(n))

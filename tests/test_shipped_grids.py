@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from evaluation.grid import TRUE, load_grid
 from evaluation.machine import ROOT
 from evaluation.run import load_run
+from evaluation.table import Table, key_of
 from pocket.data import asked
 from pocket.scenes import KINDS
 
@@ -16,8 +17,8 @@ GRIDS = ROOT / "evaluation/grids"
 
 def test_shipped_grids():
     pocket, tuning, quick = (load_grid(GRIDS / f"{n}.yaml") for n in ("pocket", "tuning", "quick"))
-    real = [r for r in pocket.runs if r.prior != TRUE]
-    cells = {(r.canvas, r.prior, r.prompt, r.seed) for r in real}
+    real = [r for r in pocket.runs if r.method != TRUE]
+    cells = {(r.representation, r.method, r.prompt, r.seed) for r in real}
     assert len(cells) == len(real) == 2 * 12 * 12 * 3 + 4 * 6 * 2 and not pocket.tuning
     for grid in (pocket, tuning):
         labels = [asked(p) for p in dict.fromkeys(r.prompt for r in grid.runs)]
@@ -29,23 +30,24 @@ def test_shipped_grids():
     # one budget for all, but for the lower scales that were added in 2D
     tried = {}
     for r in tuning.runs:
-        tried.setdefault((r.canvas, r.prior), set()).add(r.settings)
+        tried.setdefault((r.representation, r.method), set()).add(r.settings)
     budget = {"2d": range(8, 13), "gaussians": [8], "nerf": [4]}
     assert tuning.tuning
-    assert all(len(settings) in budget[canvas] for (canvas, _), settings in tried.items())
-    assert {r.prior for r in real} == {r.prior for r in tuning.runs}
-    assert len([r for r in quick.runs if r.prior != TRUE]) == 2 * 2 * 2
+    assert all(len(settings) in budget[on] for (on, _), settings in tried.items())
+    assert {r.method for r in real} == {r.method for r in tuning.runs}
+    assert len([r for r in quick.runs if r.method != TRUE]) == 2 * 2 * 2
     bench = load_grid(GRIDS / "t3bench.yaml")
-    assert bench.gpus == 1 and all(r.clip and not r.judge and r.prior != TRUE for r in bench.runs)
+    assert bench.gpus == 1 and all(r.clip and not r.judge and r.method != TRUE for r in bench.runs)
     improve, long, finals = (load_grid(GRIDS / f"{n}.yaml") for n in ("improve", "long", "finals"))
     for grid in (improve, finals):
         assert not {r.prompt for r in grid.runs} & {r.prompt for r in pocket.runs}
     high = load_grid(GRIDS / "high.yaml")
     assert {r.prompt for r in high.runs} == {r.prompt for r in pocket.runs}
     # the same settings and prompts, only longer
-    chosen = {(r.prior, r.prompt, r.settings) for r in pocket.runs if r.canvas == "gaussians"}
-    assert {(r.prior, r.prompt, r.settings) for r in long.runs} < chosen
-    # or there is no Frechet distance in 3D
+    runs = [r for r in pocket.runs if r.representation == "gaussians"]
+    chosen = {(r.method, r.prompt, r.settings) for r in runs}
+    assert {(r.method, r.prompt, r.settings) for r in long.runs} < chosen
+    # or there is no Fréchet distance in 3D
     for grid in (pocket, tuning, quick, improve, long, finals, high):
         labels = [asked(r.prompt) for r in grid.runs]
         assert all(color >= 0 for kind, color in labels if KINDS[kind].natural)
@@ -53,8 +55,16 @@ def test_shipped_grids():
         assert all((ROOT / name).is_file() for r in grid.runs for name in r.configs)
 
 
+def test_the_committed_table_has_every_run_of_the_reported_grid():
+    """Also of the same settings and steps, which the digest tells."""
+    index = Table(ROOT / "docs/evaluation").index()
+    runs = load_grid(GRIDS / "pocket.yaml").runs
+    rows = [index.get(key_of(run)) for run in runs]
+    assert len(rows) == 996 and {row and row["status"] for row in rows} == {"ok"}
+
+
 def tuned(grid=None) -> dict:
-    """(canvas, prior) -> settings -> Frechet distances, of a grid or of all in tuning.csv."""
+    """(representation, method) -> settings -> distances, of a grid or of all in tuning.csv."""
     found = {}
     with (ROOT / "docs/evaluation/tuning.csv").open(newline="") as file:
         for row in csv.DictReader(file):
@@ -65,14 +75,14 @@ def tuned(grid=None) -> dict:
 
 
 def test_reported_settings_are_the_best_of_the_tuning():
-    """The lowest mean Frechet distance over the prompts of those that came to the last round, for
-    each canvas that was tuned."""
+    """The lowest mean Fréchet distance over the prompts of those that came to the last round, for
+    each representation that was tuned."""
     found = tuned()
     assert found
     runs = load_grid(GRIDS / "pocket.yaml").runs
-    canvases = {canvas for canvas, _ in found}
-    chosen = {(r.canvas, r.prior): r.settings for r in runs if r.prior != TRUE}
-    assert {key for key in chosen if key[0] in canvases} == set(found)
+    tried = {on for on, _ in found}
+    chosen = {(r.representation, r.method): r.settings for r in runs if r.method != TRUE}
+    assert {key for key in chosen if key[0] in tried} == set(found)
     for key, settings in found.items():
         last = max(map(len, settings.values()))
         best = min(
@@ -82,18 +92,18 @@ def test_reported_settings_are_the_best_of_the_tuning():
         assert set(best.split()) <= set(chosen[key].split()), key
 
 
-def test_the_two_best_of_each_prior_come_to_the_second_round():
+def test_the_two_best_of_each_method_come_to_the_second_round():
     first = tuned("tuning")
     runs = load_grid(GRIDS / "finals.yaml").runs
-    for canvas in {r.canvas for r in runs}:
+    for on in {r.representation for r in runs}:
         went_on = {}
         for r in runs:
-            if r.canvas == canvas:
-                went_on.setdefault(r.prior, set()).add(r.settings)
+            if r.representation == on:
+                went_on.setdefault(r.method, set()).add(r.settings)
         assert went_on == {
-            prior: set(sorted(of, key=lambda s: statistics.fmean(of[s]))[:2])
-            for (where, prior), of in first.items()
-            if where == canvas
+            method: set(sorted(of, key=lambda s: statistics.fmean(of[s]))[:2])
+            for (where, method), of in first.items()
+            if where == on
         }
     assert not {r.prompt for r in runs} & {r.prompt for r in load_grid(GRIDS / "tuning.yaml").runs}
 
@@ -115,8 +125,14 @@ def test_the_overlays_new_settings_do_not_change_the_grids(lods, tmp_path):
     background = {"color": [1.0, 1.0, 1.0], "random_aug": True, "random_aug_prob": 0.5}
     for name in ("pocket", "tuning", "quick"):
         runs = load_grid(GRIDS / f"{name}.yaml").runs
-        firsts = {(r.canvas, r.prior): r for r in runs if r.prior != TRUE and r.canvas in KEPT}
+        runs = [r for r in runs if r.method != TRUE and r.representation in KEPT]
+        firsts = {(r.representation, r.method): r for r in runs}
         for run in firsts.values():
             cfg = load_run(run, tmp_path)
-            for key, value in {**KEPT[run.canvas], "system.background": background}.items():
-                assert OmegaConf.select(cfg, key) == value, (name, run.canvas, run.prior, key)
+            for key, value in {**KEPT[run.representation], "system.background": background}.items():
+                assert OmegaConf.select(cfg, key) == value, (
+                    name,
+                    run.representation,
+                    run.method,
+                    key,
+                )

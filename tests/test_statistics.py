@@ -7,8 +7,8 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.special import stdtrit
 
-from evaluation.frechet import frechet
 from evaluation.statistics import ENOUGH_PROMPTS, interval, paired, ratio
+from pocket.frechet import frechet
 
 
 def table(values):

@@ -15,10 +15,19 @@ if _spec is None:
 
 import lods.threestudio  # noqa: E402
 
-if Path(lods.__file__).resolve().parent != _HERE / "lods":
+if (_HERE / "lods").is_dir() and Path(lods.__file__).resolve().parent != _HERE / "lods":
     lods.threestudio.warn(
         f"lods {lods.__version__} is the package installed in {Path(lods.__file__).parent}, not "
         f"the one in {_HERE}: uninstall threestudio-lods to use that"
     )
 
-__all__ = ["lods"]
+
+def find_model(model: str) -> str:
+    """The folder of a model of ``lods`` that a config names; "" for anything else. The host of this
+    repository asks it for its own prompt processors and guidances."""
+    from lods.models.cards import find_folder
+
+    return find_folder(model)
+
+
+__all__ = ["find_model", "lods"]

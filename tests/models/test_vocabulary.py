@@ -296,4 +296,4 @@ def test_evaluate_refuses_it_before_a_run_begins(lods):
     with pytest.raises(UserError, match="the prompt 'a boat' names no object"):
         check_prompts([run, boat])
     forced = replace(boat, overrides=(*boat.overrides, FORCE))
-    check_prompts([run, forced, replace(boat, prior=TRUE)])
+    check_prompts([run, forced, replace(boat, method=TRUE)])

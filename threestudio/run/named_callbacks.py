@@ -8,7 +8,7 @@ Each entry of the list is a name, or a mapping of ``name`` and arguments::
 A name is one that an extension has registered (``threestudio.register("my-viewer")``) or the import
 path of a class, ``package.module.Class``. An import path is code that a config names, so it leads
 only to what Python finds without it, and what a run's saved config names is imported only when the
-command line says it again: see ``docs/files-and-trust.md``.
+command line says it again: see ``docs/reliability.md``.
 """
 
 import importlib

@@ -267,6 +267,15 @@ def _sweep(folder: int) -> None:
                     os.unlink(entry.name, dir_fd=folder)
 
 
+def missing() -> str:
+    """Why compiled kernels cannot be kept, and what to do; empty if they can."""
+    try:
+        with _folder():
+            return ""
+    except OSError as error:
+        return _why(error)
+
+
 _told = False
 
 
@@ -275,9 +284,13 @@ def _tell(error: Exception) -> None:
     global _told
     if not _told:
         _told = True
-        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-        threestudio.warn(
-            f"compiled kernels are not kept ({where}{reason}), so each start compiles them anew, "
-            "which takes about a minute; NUMBA_CACHE_DIR=... chooses another folder"
-        )
+        threestudio.warn(_why(error))
+
+
+def _why(error: Exception) -> str:
+    where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+    return (
+        f"compiled kernels are not kept ({where}{reason}), so each start compiles them anew, "
+        "which takes about a minute; NUMBA_CACHE_DIR=... chooses another folder"
+    )

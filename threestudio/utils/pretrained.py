@@ -1,10 +1,12 @@
 """Parts of a diffusers model, from a folder or the hub."""
 
 import os
+import sys
 from pathlib import Path
 
 import torch
 
+from threestudio.utils import extensions
 from threestudio.utils.errors import UserError
 from threestudio.utils.safe_models import refuse_custom_code, refuse_long_schedule
 from threestudio.utils.typing import *
@@ -14,11 +16,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def find_model(model: str) -> str:
     """`model`, or if that is no folder from here but one of this repository (the overlays name such
-    a one), that folder: a run can be started from everywhere."""
+    a one) or one that an extension brings, that folder: a run can be started from everywhere. An
+    extension says so with a function ``find_model(model) -> folder or ""``."""
     beside = REPOSITORY / model
-    is_path = "/" in model and not os.path.isabs(model) and not os.path.isdir(model)
-    if is_path and any((beside / part).is_dir() for part in ("unet", "text_encoder")):
+    if "/" not in model or os.path.isabs(model) or os.path.isdir(model):
+        return model
+    if any((beside / part).is_dir() for part in ("unet", "text_encoder")):
         return str(beside)
+    for name in extensions.loaded:
+        find = getattr(sys.modules.get(name), "find_model", None)
+        if find is not None and (folder := find(model)):
+            return folder
     return model
 
 

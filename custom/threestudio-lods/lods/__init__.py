@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lods.cameras import Cameras
     from lods.methods.base import Losses, Method
     from lods.methods.registry import register
+    from lods.pictures import save_images
 
 __version__ = "0.2.0"
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "methods",
     "models",
     "register",
+    "save_images",
     "scores",
 ]
 _PACKAGES = ("cameras", "gaussians", "learned", "methods", "models", "scores")
@@ -39,6 +41,7 @@ _WHERE = {
     "Losses": "lods.methods.base",
     "Method": "lods.methods.base",
     "register": "lods.methods.registry",
+    "save_images": "lods.pictures",
 }
 
 

@@ -122,10 +122,10 @@ def _first_line(error: Exception) -> str:
     return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())
 
 
-def main(argv=None) -> int:
+def main(argv=None, prog: str | None = None) -> int:
     """The command; returns the exit status, 2 after a mistake."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", metavar="FILE | KEY=VALUE")
     parser.add_argument("-o", "--output", help="the YAML to write (default: standard output)")

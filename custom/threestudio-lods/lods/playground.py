@@ -69,11 +69,12 @@ def _positive(kind, most=1e9):
     return parse
 
 
-def parse_arguments(kind: str, argv=None) -> argparse.Namespace:
+def parse_arguments(kind: str, argv=None, prog: str | None = None) -> argparse.Namespace:
     """The command line; what is None there gets the default of the chosen model later."""
     parser = argparse.ArgumentParser(
+        prog=prog,
         description=f"Distil images from a prompt with LODS ({kind}). Without arguments: Stable "
-        "Diffusion if there is a GPU and the model can be had, else the embedded pocket model."
+        "Diffusion if there is a GPU and the model can be had, else the embedded pocket model.",
     )
     add = parser.add_argument
 
@@ -303,7 +304,7 @@ def _schedule(ends, steps: int):
     return first if first == last else [0, first, last, steps]
 
 
-def main(kind: str, argv=None) -> int:
+def main(kind: str, argv=None, prog: str | None = None) -> int:
     """Entry point of the script for one LODS method; returns the exit status: 128 + the signal's
     number (130 for Ctrl-C) if one stopped it."""
     for stream in (sys.stdout, sys.stderr):  # a prompt with an accent may be printed in ASCII
@@ -311,7 +312,7 @@ def main(kind: str, argv=None) -> int:
             AttributeError, OSError, ValueError
         ):  # closed, or its reader is gone
             stream.reconfigure(errors="backslashreplace")
-    args = parse_arguments(kind, argv)
+    args = parse_arguments(kind, argv, prog)
     before = _stop_like_ctrl_c()
     try:
         # Before CUDA starts: this process then sees that GPU only (-1: none).

@@ -1,9 +1,13 @@
 """LoRA on the attention of a UNet, with a strength of its own for every row of a batch."""
 
 import contextlib
+import gc
+import itertools
 import json
 import re
-from collections.abc import Callable
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,8 @@ class RowLora(nn.Module):
     for the calls within it and 0 outside: there the UNet is what it was.
 
     The parameters are named as in the UNet (``down_blocks.0...to_q.lora_A.weight``); the UNet
-    itself is not part of this module.
+    itself is not part of this module. Several of them can share a UNet, each with its own
+    parameters and strength; one that is no longer used is taken out when the next one comes.
     """
 
     def __init__(self, unet: nn.Module, rank: int = 4):
@@ -37,14 +42,20 @@ class RowLora(nn.Module):
         config = LoraConfig(
             r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS)
         )
-        inject_adapter_in_model(config, unet)
-        self._strength: float | Tensor = 0.0
-        for name, layer in list(unet.named_modules()):
-            if hasattr(layer, "lora_A"):
-                for part in ("lora_A", "lora_B"):
-                    # peft makes them in the UNet's dtype; half precision would lose the updates
-                    self._enter(f"{name}.{part}", getattr(layer, part)["default"].float())
-                layer.lora_B["default"].register_forward_hook(self._scale)
+        others = _remove_unused(unet)
+        adapter = next(name for name in _names() if name not in others)
+        with warnings.catch_warnings():  # of several adapters, which is what is wanted
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(config, unet, adapter)
+        self._rows = _Strength()
+        for name, layer in _lora_layers(unet):
+            for part in ("lora_A", "lora_B"):
+                # peft makes them in the UNet's dtype; half precision would lose the updates
+                self._enter(f"{name}.{part}", getattr(layer, part)[adapter].float())
+            layer.lora_B[adapter].register_forward_hook(self._rows.scale)
+            if others:  # peft has switched them off
+                layer.set_adapter([*others, adapter])
+        others[adapter] = weakref.ref(self)
 
     def _enter(self, path: str, leaf: nn.Module) -> None:
         *parents, last = path.split(".")
@@ -55,26 +66,20 @@ class RowLora(nn.Module):
             node = node.get_submodule(parent)
         node.add_module(last, leaf)
 
-    def _scale(self, module, inputs, output: Tensor) -> Tensor:
-        if not isinstance(self._strength, Tensor):
-            return output * self._strength
-        rows = F.pad(self._strength, (0, len(output) - len(self._strength)))
-        return output * rows.view(-1, *[1] * (output.ndim - 1))
-
     @contextlib.contextmanager
     def strength(self, rows: float | Float[Tensor, " B"]):
         """Within this, the UNet's calls use these strengths, one for all rows or one for each of
         the first rows (0 for those after them)."""
-        before, self._strength = self._strength, rows
+        before, self._rows.value = self._rows.value, rows
         try:
             yield
         finally:
-            self._strength = before
+            self._rows.value = before
 
     def same_strength(self) -> Callable[[], Any]:
         """A function that makes contexts with the strengths of now, for what is computed again
         when they have ended."""
-        rows = self._strength
+        rows = self._rows.value
         return lambda: self.strength(rows)
 
     def save(self, path, strength: float, metadata: dict[str, str]) -> Path:
@@ -115,6 +120,41 @@ class RowLora(nn.Module):
             factor = alpha / strength if name.endswith("lora_B.weight") else 1.0
             own[name].copy_(value.float() * factor)
         return metadata
+
+
+class _Strength:
+    """r_b of a LoRA: all that a UNet holds of a :class:`RowLora`, so that it can be forgotten."""
+
+    value: float | Tensor = 0.0
+
+    def scale(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if not isinstance(self.value, Tensor):
+            return output * self.value
+        rows = F.pad(self.value, (0, len(output) - len(self.value)))
+        return output * rows.view(-1, *[1] * (output.ndim - 1))
+
+
+def _names() -> Iterator[str]:
+    """Names for peft's adapters."""
+    yield "default"
+    yield from (f"default_{n}" for n in itertools.count(2))
+
+
+def _lora_layers(unet: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, layer) for name, layer in unet.named_modules() if hasattr(layer, "lora_A")]
+
+
+def _remove_unused(unet: Any) -> dict[str, "weakref.ref[RowLora]"]:
+    """Take out the adapters of those that are gone; returns the others by name, in a table that
+    belongs to the UNet."""
+    table = unet.__dict__.setdefault("_row_loras", {})
+    if table:
+        gc.collect()  # a method refers to itself
+    for name in [name for name, lora in table.items() if lora() is None]:
+        for _, layer in _lora_layers(unet):
+            layer.delete_adapter(name)
+        del unet.peft_config[name], table[name]
+    return table
 
 
 def _file_name(name: str) -> str:

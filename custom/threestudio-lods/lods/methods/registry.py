@@ -19,13 +19,14 @@ _listeners: list[Callable[[str, "type[Method]"], None]] = []
 
 def register(name: str) -> Callable[[M], M]:
     """Class decorator: enter a method under ``name``, for ``lods.load(name, ...)``; in a
-    threestudio run it is ``guidance_type: <name>-guidance``. Raises ``ValueError`` if the name is
-    taken."""
+    threestudio run it is ``guidance_type: <name>-guidance``. Raises ``ValueError`` if another
+    class has the name; the same class anew, as when a notebook's cell is run again, replaces the
+    old one."""
 
     def enter(cls: M) -> M:
         if not is_ours(cls):
             _import_ours()  # so that their names are known to be taken
-        if name in _methods:
+        if name in _methods and not _is_anew(cls, _methods[name]):
             raise ValueError(
                 f"there is a method {name!r} already, in {_methods[name].__module__}: choose "
                 "another name"
@@ -36,6 +37,12 @@ def register(name: str) -> Callable[[M], M]:
         return cls
 
     return enter
+
+
+def _is_anew(cls: type, before: type) -> bool:
+    """Whether a class from outside is defined a second time."""
+    same = (cls.__module__, cls.__qualname__) == (before.__module__, before.__qualname__)
+    return same and not is_ours(cls)
 
 
 def is_ours(cls: type) -> bool:

@@ -1,12 +1,20 @@
 """Frozen models: ``load`` one by the name of a card, a diffusers folder or a hub id."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lods.models.base import Model
+    from lods.models.base import Model, Schedule
     from lods.models.cards import all_cards
+    from lods.models.memory import ModelSettings
 
-__all__ = ["all_cards", "load", "register"]
+__all__ = ["Model", "ModelSettings", "Schedule", "all_cards", "choose", "load", "register"]
+_WHERE = {
+    "Model": "base",
+    "ModelSettings": "memory",
+    "Schedule": "base",
+    "all_cards": "cards",
+}
 
 
 def load(name: str = "auto", device: Any = None, **settings: Any) -> "Model":
@@ -63,8 +71,6 @@ def register(name: str, loader: Any) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "all_cards":
-        from lods.models.cards import all_cards
-
-        return all_cards
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

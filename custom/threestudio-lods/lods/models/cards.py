@@ -135,6 +135,15 @@ def local_folder(name_or_path: str) -> str | None:
     return model.path if model and os.path.isdir(model.path) else None
 
 
+def is_here(name_or_path: str) -> bool:
+    """Whether the model is on this machine, in a folder or in the hub's local cache. The network is
+    not touched."""
+    card = find_card(name_or_path)
+    if card is not None:
+        return _without_hub(name_or_path, card) is not None
+    return bool(find_folder(name_or_path)) or _is_cached(name_or_path, None)
+
+
 def refuse_early(name_or_path: str) -> None:
     """Raise ``ValueError``, one line, for a name that stands for nothing, or for a model of the hub
     that is not in its local cache while there is no network. The hub is not asked: where a

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 
-from evaluation.machine import ROOT
 from pocket.data import SIZE, Camera, build, draw, sample_camera
 from pocket.judge import WEIGHTS, load, verdict
 from pocket.scenes import COLOR_NAMES, KINDS
-from threestudio.utils.files import whole_file
+from pocket.tools import whole_file
 
 SHAPES = 8  # random objects of the reference, each seen in all test views
-FRONTS = 192  # random objects of the reference of a 2D canvas, each seen once
+FRONTS = 192  # random objects of the reference of latents, each seen once
 GROUND = np.ones((2, 3))  # white
+HERE = Path(__file__).resolve().parent
+KEPT = HERE.parent / "build" / "pocket-truth"
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,11 @@ def example(kind: int, color: int, orbit: Orbit | None, seed: int, count: int) -
     return Pictures(to_tensor(rgb), torch.from_numpy(opacity), azimuths(orbit.views))
 
 
-def reference(
-    kind: int, color: int, orbit: Orbit | None, folder: Path = ROOT / "build/evaluation/truth"
-) -> Reference:
+def reference(kind: int, color: int, orbit: Orbit | None, folder: Path = KEPT) -> Reference:
     """Features and masks of SHAPES objects in all test views, or the features of FRONTS objects
     from the front; kept in ``folder`` as long as judge, scenes and renderer stay what they are."""
     names = ("data", "judge", "raycast", "scenes")
-    sources = (WEIGHTS, *(ROOT / f"pocket/{name}.py" for name in names))
+    sources = (WEIGHTS, *(HERE / f"{name}.py" for name in names))
     digest = hashlib.sha256(repr((kind, color, orbit and astuple(orbit), SHAPES, FRONTS)).encode())
     for file in (*sources, Path(__file__)):
         digest.update(file.read_bytes())
@@ -121,6 +120,6 @@ def reference(
     assert pictures.shape[1:] == (SIZE, SIZE, 3)
     features = verdict(load(), to_tensor(pictures))["features"]
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(path, keep_suffix=True) as tmp:
-        np.savez(tmp, features=features, **({} if masks is None else {"masks": masks}))
+    with whole_file(path) as tmp, tmp.open("wb") as stream:
+        np.savez(stream, features=features, **({} if masks is None else {"masks": masks}))
     return Reference(features, masks)

@@ -1,6 +1,6 @@
 """How far the judge can be trusted: what it says of true renders, and of objects made wrong.
 
-``python -m evaluation.judge_check`` writes ``docs/evaluation/judge.csv``. Every picture is a render
+``python -m pocket.judge_check`` writes ``docs/evaluation/judge.csv``. Every picture is a render
 that the judge was not trained on, of known kind, colour and view; the tests change it in ways in
 which distilled objects go wrong, and the accuracies compare what the judge says with the truth of
 what is shown.
@@ -36,12 +36,12 @@ import torch
 from jaxtyping import Float
 from scipy.ndimage import gaussian_filter
 
-from evaluation.csvfile import write_rows
-from evaluation.frechet import frechet
 from pocket.data import SIZE, build, draw, sample_camera
+from pocket.frechet import frechet
 from pocket.judge import load, verdict
-from pocket.report import FRONTS, accuracies, balanced_labels
+from pocket.report import FRONTS, accuracies, balanced_labels, write_table
 from pocket.scenes import COLOR_NAMES, COLORS, KIND_NAMES, KINDS, Scene
+from pocket.tools import say
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "evaluation" / "judge.csv"
 SEED, OTHER_SEED = 9301, 9302
@@ -249,16 +249,15 @@ def check(judge, rounds: int, report: Callable[[dict], None] = lambda row: None)
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.judge_check",
+        prog="python -m pocket.judge_check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rounds", type=int, default=6, help="pictures of every kind and view")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
-    rows = check(load(), options.rounds, report=lambda row: print(*row.values(), flush=True))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(options.out, COLUMNS, rows)
+    rows = check(load(), options.rounds, report=lambda row: say(*row.values()))
+    write_table(options.out, rows)
 
 
 if __name__ == "__main__":

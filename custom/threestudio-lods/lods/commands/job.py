@@ -1,0 +1,126 @@
+"""One object of ``lods make``: trained, rendered, exported, and put where it is easy to find."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lods.commands.runs import PARSED, copy, exported, start
+
+BASE = {"gaussians": "gs", "nerf": "ngp"}  # in the names of configs
+OVERLAY = {"gaussians": "pocket", "nerf": "pocket-ngp"}
+FORMATS = {"gaussians": "[ply,glb]", "nerf": "glb"}
+# methods that learn a LoRA of the model; what is learned has the rate of the base config
+LORA = ("lods-lora", "lods-vsd")
+RESULTS = ("picture.png", "video.mp4")  # and the exported files
+LAST = Path("ckpts", "last.ckpt")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be made, in plain values."""
+
+    prompt: str
+    on: str
+    method: str
+    model: str
+    small: bool  # sizes for a CPU and the pocket model
+    seed: int = 0
+    steps: int | None = None
+    overrides: tuple[str, ...] = ()
+    gpu: str | None = None
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Request":
+        return cls(**values | {"overrides": tuple(values["overrides"])})
+
+    def plain(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def key(self) -> str:
+        """A short name of all that the result depends on."""
+        told = {name: value for name, value in self.plain().items() if name != "gpu"}
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
+
+    def words(self, folder: Path) -> list[str]:
+        """The command line of the training, as ``lods train`` takes it."""
+        learned = "lora" if self.method in LORA else "embedding"
+        configs = [f"lods-{BASE[self.on]}-{learned}", *[OVERLAY[self.on]] * self.small]
+        prompt = "system.prompt_processor"
+        settings = {
+            "exp_root_dir": folder,
+            "name": "run",
+            "tag": self.key,
+            "use_timestamp": "false",
+            "seed": self.seed,
+            f"{prompt}.prompt": self.prompt,
+            f"{prompt}.pretrained_model_name_or_path": self.model,
+            "system.guidance_type": f"{self.method}-guidance",
+            # the last checkpoint alone, often enough that a killed run goes on near its end
+            "checkpoint.save_top_k": 0,
+            "checkpoint.every_n_train_steps": 50 if self.small else 500,
+        }
+        if self.steps is not None:
+            settings["trainer.max_steps"] = self.steps
+        words = [f"{key}={value}" for key, value in settings.items()]
+        return ["--config", *configs, "--train", *words, *self.overrides, *self._gpu()]
+
+    def again(self, run: Path) -> list[str]:
+        """The first words of a command line that goes on with the run."""
+        return ["--config", str(run / PARSED), f"resume={run / LAST}", *self._gpu()]
+
+    def _gpu(self) -> list[str]:
+        return [] if self.gpu is None else ["--gpu", self.gpu]
+
+
+def make(request: Request, folder: Path) -> int:
+    """Do what is left of the request in ``folder``; returns the exit status of a run."""
+    run = _run_of(request, folder)
+    words = request.words(folder) if run is None else [*request.again(run), "--train"]
+    status = start(words)
+    run = _run_of(request, folder)
+    if status or run is None:
+        return status or 1
+    fmt = f"system.exporter.fmt={FORMATS[request.on]}"
+    status = start([*request.again(run), "--export", fmt])
+    if not status:
+        publish(run, folder)
+    return status
+
+
+def _run_of(request: Request, folder: Path) -> Path | None:
+    """The run of the request that has a checkpoint."""
+    found = [p.parent.parent for p in (folder / "run").glob(f"{request.key}*/{LAST}")]
+    return max(found, key=lambda p: (p / LAST).stat().st_mtime, default=None)
+
+
+def publish(run: Path, folder: Path) -> None:
+    """Copy the newest results of a run to ``folder``, under names without the step."""
+    sheets, videos = (run.glob(f"save/it*-test{end}") for end in ("-sheet.png", ".mp4"))
+    for name, files in zip(RESULTS, (sheets, videos)):
+        if newest := max(files, key=_step, default=None):
+            copy(newest, folder / name)
+    last = max(map(_step, exported(run)), default=0)
+    for file in exported(run):
+        if _step(file) == last:
+            copy(file, folder / file.name)
+
+
+def _step(path: Path) -> int:
+    """The step in ``save/it300-test.mp4`` and ``save/it300-export/gaussians.ply``."""
+    found = re.search(r"it(\d+)-", str(Path(*path.parts[path.parts.index("save") :])))
+    return int(found[1]) if found else -1
+
+
+def main() -> int:
+    """The process of a job of a batch: its folder is the current one."""
+    return make(Request.of(json.loads(sys.argv[1])), Path.cwd())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

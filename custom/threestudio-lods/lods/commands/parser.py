@@ -1,0 +1,32 @@
+"""Command lines whose mistakes cost one line."""
+
+import argparse
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """As argparse's, with one line for a mistake, and without abbreviated options."""
+
+    def __init__(self, command: str, description: str, **options):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            prog=command,
+            description=description,
+            formatter_class=form,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help shows the options)\n")
+
+
+def count(text: str) -> int:
+    """A number from 1 to 1,000,000, for ``type=``."""
+    value = int(text)
+    if not 1 <= value <= 1_000_000:
+        raise ValueError
+    return value
+
+
+count.__name__ = "number from 1 to 1000000"  # argparse names it in its message

@@ -1,0 +1,128 @@
+"""``lods resume``, ``test`` and ``export``: what is done with a run that is there."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from lods import host
+from lods.commands.parser import Parser
+from lods.files import whole_file
+from lods.settings import nearest
+
+ABOUT = {
+    "resume": "Go on with the training of a run, from its last checkpoint.",
+    "test": "Render the views and the video of a run again.",
+    "export": "Write the object of a run: Gaussians as ply (the layout of 3DGS), points or glb, a "
+    "radiance field as glb, obj, obj-mtl or ply.",
+}
+MODES = {"resume": "--train", "test": "--test", "export": "--export"}
+PARSED = Path("configs", "parsed.yaml")  # the settings that a run keeps
+# how deep below a folder runs are looked for: outputs/<name>/<tag> of a run of its own, and
+# outputs/make/<prompt>/run/<settings> of lods make
+DEPTHS = range(1, 5)
+LISTED = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is on the disk: its folder, and which of its checkpoints is meant."""
+
+    folder: Path
+    checkpoint: Path  # the folder, if it is the last
+
+    @property
+    def words(self) -> list[str]:
+        """The first words of a command line that does something with it."""
+        return ["--config", str(self.folder / PARSED), f"resume={self.checkpoint}"]
+
+
+def find_run(word: str, root: Path = Path("outputs")) -> Run:
+    """The run that ``word`` means: its folder, or one that it alone is in, a checkpoint of it, or a
+    piece of the name of its folder below ``root``. Raises ``ValueError`` for anything else."""
+    path = Path(word)
+    if path.is_file():
+        folder = path.resolve().parent.parent
+        if path.suffix != ".ckpt" or not (folder / PARSED).is_file():
+            raise ValueError(f"{word} is not a checkpoint in the folder ckpts of a run")
+        return Run(Path(_shown(folder)), path)
+    if path.is_dir():
+        found = [path] if (path / PARSED).is_file() else runs_below(path)
+        where = f"{word} holds"
+    else:
+        every = runs_below(root)
+        found = [run for run in every if word in str(run.relative_to(root))]
+        if not found:
+            names = {run.name: run for run in every}
+            hint = nearest(word, names) or ": give its folder, or a piece of its name"
+            raise ValueError(f"there is no run {word!r}, here or below {root}{hint}")
+        where = f"{word!r} is a piece of the names of"
+    if len(found) != 1:
+        names = [str(run) for run in found[-LISTED:]]
+        more = ", ..." if len(found) > LISTED else ""
+        raise ValueError(
+            f"{where} {len(found)} runs, name one: {', '.join(names)}{more}"
+            if found
+            else f"{word} is not the folder of a run: there is no {PARSED} in it"
+        )
+    return Run(found[0], found[0])
+
+
+def runs_below(root: Path) -> list[Path]:
+    """The folders of the runs below ``root``, the oldest first."""
+    files = [file for n in DEPTHS for file in root.glob("/".join(["*"] * n + [str(PARSED)]))]
+    folders = {file.parent.parent: file.stat().st_mtime for file in files}
+    return sorted(folders, key=lambda folder: folders[folder])
+
+
+def _shown(folder: Path) -> str:
+    here = Path.cwd().resolve()
+    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)
+
+
+def main(argv: list[str], command: str) -> int:
+    verb = command.rpartition(" ")[2]
+    parser = Parser(command, ABOUT[verb])
+    parser.add_argument(
+        "run", metavar="RUN", help="its folder, a checkpoint of it, or a piece of its name"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="settings to change, as of lods train"
+    )
+    parser.add_argument("--gpu", help="GPUs to use, such as 0 or 0,1")
+    if verb == "export":
+        parser.add_argument("--format", required=True, help="glb, ply, ...")
+        parser.add_argument("--out", type=Path, help="folder that also gets the files")
+    args = parser.parse_intermixed_args(argv)
+    for word in args.overrides:
+        if "=" not in word:
+            parser.error(f"{word!r} is not written KEY=VALUE")
+    run = find_run(args.run)
+    words = [*run.words, MODES[verb], *args.overrides]
+    words += [] if args.gpu is None else ["--gpu", args.gpu]
+    if verb != "export":
+        return start(words)
+    before = exported(run.folder)
+    status = start([*words, f"system.exporter.fmt={args.format}"])
+    if status == 0 and args.out is not None:
+        changed = [file for file, time in exported(run.folder).items() if before.get(file) != time]
+        for file in changed:
+            copy(file, args.out / file.name)
+            print(f"  copied to: {args.out / file.name}")
+    return status
+
+
+def start(words: list[str]) -> int:
+    """Run these words of ``lods train``, which messages about going on then name."""
+    command = "lods train"
+    return host.module("threestudio.run.cli").main(words, prog=command, home=host.home())
+
+
+def exported(folder: Path) -> dict[Path, int]:
+    """The files that the exports of a run have written, and when."""
+    files = (path for path in folder.glob("save/it*-export/*") if path.is_file())
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+def copy(file: Path, target: Path) -> None:
+    with whole_file(target) as partial:
+        shutil.copyfile(file, partial)
