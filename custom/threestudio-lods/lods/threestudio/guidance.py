@@ -93,7 +93,7 @@ class HostPrompts:
         return Conditions(prompt, null, negatives, weights, found, cameras)
 
     def _rows(self, utils: Any, cameras: Cameras) -> tuple[Tensor, Tensor]:
-        """(embeddings of the text, of the negative prompt), a row a camera."""
+        """(embeddings of the text, of the negative prompt), one row per camera."""
         if getattr(self.utils, "use_perp_neg", False):
             rows, weights = utils.get_text_embeddings_perp_neg(*cameras.views, True)
             return rows[: len(weights)], rows[len(weights) : 2 * len(weights)]
@@ -107,7 +107,7 @@ class MethodGuidance(BaseModule):
     and whose learned part is in its ``state_dict`` without the word ``method``.
 
     ``weights`` starts the learned part from a file: path.safetensors, written by ``save_learned``
-    (a LoRA also by others), or path.ckpt:guidance of a checkpoint.
+    (or a LoRA from elsewhere), or path.ckpt:guidance of a checkpoint.
     """
 
     name: ClassVar[str]

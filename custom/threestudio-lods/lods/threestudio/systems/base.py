@@ -1,4 +1,4 @@
-"""What the systems of all backbones share: losses and their weights, pictures, files."""
+"""What the systems of all representations share: losses and their weights, pictures, files."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +58,7 @@ class LODSSystem(BaseLift3DSystem):
         self._check_mesh_format()
         super().configure()
         if self.resumed and "weights" in self.cfg.guidance:
-            # the checkpoint brings what was learnt, and the file may be gone
+            # the checkpoint brings the learned part, and the file may be gone
             self.cfg.guidance["weights"] = None
         self.guidance = threestudio.find(self.cfg.guidance_type)(self.cfg.guidance)
         processor = threestudio.find(self.cfg.prompt_processor_type)
@@ -295,8 +295,8 @@ class LODSSystem(BaseLift3DSystem):
     # -- files ---------------------------------------------------------------------------------
 
     def on_predict_epoch_end(self) -> None:
-        """``--export``: what the guidance has learnt, and the exporter's files. They are the same
-        on all processes, and the first one writes them."""
+        """``--export``: the learned part of the guidance, and the exporter's files. They are the
+        same on all processes, and the first one writes them."""
         if self.exporter.cfg.save_video:
             self.on_test_epoch_end()
             self.exporter.cfg.save_video = False
@@ -306,7 +306,7 @@ class LODSSystem(BaseLift3DSystem):
             name = f"it{self.true_global_step}-export/prior.safetensors"
             path = self.guidance.save_learned(self.get_save_path(name))
             if path is not None:
-                self._results["learnt prior"] = str(path)
+                self._results["learned part"] = str(path)
         super().on_predict_epoch_end()
 
     def on_test_end(self) -> None:
