@@ -35,7 +35,8 @@ test-slow: $(VENV)/.ready-dev
 COMPAT := .venv-compat
 COMPAT_TESTS := tests/compat/test_upstream.py tests/models/test_model_folders.py tests/compat/test_merge.py \
 	tests/host/test_typed_sections.py tests/scores/test_formulas.py tests/methods/test_oracles.py \
-	tests/methods/test_losses.py tests/methods/test_learned_files.py tests/methods/test_playground.py \
+	tests/methods/test_losses.py tests/methods/test_learned_part.py \
+	tests/methods/test_refused_and_warned.py tests/methods/test_learned_files.py tests/methods/test_playground.py \
 	tests/host/test_gs_system.py::test_shipped_configurations_run \
 	tests/host/test_ngp_system.py::test_shipped_configurations_run tests/compat/test_original_configs.py
 SHOWN := torch numpy diffusers transformers pytorch-lightning omegaconf peft

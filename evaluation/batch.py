@@ -22,7 +22,7 @@ import secrets
 import signal
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 STOP = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 T = TypeVar("T")
+Item = TypeVar("Item", contravariant=True)
 
 
 class BatchError(ValueError):
@@ -57,6 +58,13 @@ class Job:
     argument: Any = None
     threads: int = 1
     key: str = ""
+
+    @property
+    def kept(self) -> Path:
+        """The folder of a job that has one. Raises :class:`BatchError`."""
+        if self.folder is None:
+            raise BatchError(f"{self.name}: this job needs a folder of its own")
+        return self.folder
 
     def task(self) -> dict[str, Any]:
         """The job in plain values. Raises :class:`BatchError` for a function without a name."""
@@ -97,13 +105,13 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-class Book(Protocol[T]):
+class Book(Protocol[Item]):
     """Where it stands which items are done."""
 
-    def start(self, item: T) -> tuple[Job, Claim] | None:
+    def start(self, item: Item, /) -> tuple[Job, Claim] | None:
         """The job of an item and the right to do it; None if it is done, or somebody is at it."""
 
-    def record(self, item: T, outcome: Outcome) -> None: ...
+    def record(self, item: Item, outcome: Outcome, /) -> None: ...
 
 
 def carry_out(
@@ -117,7 +125,8 @@ def carry_out(
 
     Raises :class:`BatchError` where nothing can be written any more; what is recorded stays.
     """
-    waiting, going = deque(items), {}
+    waiting = deque(items)
+    going: dict[Any, tuple[T, Claim]] = {}
     try:
         while waiting or going:
             while waiting and len(going) < backend.slots:
@@ -186,17 +195,17 @@ class Folders:
     """A book of jobs, each with a folder of its own. ``retry``: failed ones are due again."""
 
     def __init__(self, jobs: Sequence[Job], retry: bool = False):
-        folders = [None if job.folder is None else os.path.abspath(job.folder) for job in jobs]
-        for job, folder in zip(jobs, folders):
-            if folder is None or folders.count(folder) > 1:
-                raise BatchError(f"{job.name}: each job needs a folder of its own, not {folder}")
+        folders = Counter(os.path.abspath(job.kept) for job in jobs)
+        for folder, count in folders.items():
+            if count > 1:
+                raise BatchError(f"{count} jobs have the folder {folder}: give each one of its own")
         self.retry = retry
 
     def state(self, job: Job) -> dict[str, Any]:
         """``{"state": "done" | "failed" | "begun" | "new", "seconds", "error", "value"}``; what is
         no such file counts as none."""
         try:
-            with (job.folder / STATE).open("rb") as file:
+            with (job.kept / STATE).open("rb") as file:
                 found = json.loads(file.read(MAX_STATE))
             kept = {name: found[name] for name in ("state", "key", "seconds", "error", "value")}
             if kept["state"] in ("done", "failed", "begun") and kept["key"] == job.key:
@@ -210,8 +219,8 @@ class Folders:
         return self.state(job)["state"] not in over
 
     def start(self, job: Job) -> tuple[Job, Lock] | None:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        claim = Lock.take(job.folder / CLAIM)
+        job.kept.mkdir(parents=True, exist_ok=True)
+        claim = Lock.take(job.kept / CLAIM)
         if claim is None:
             return None
         if not self.due(job):
@@ -227,10 +236,10 @@ class Folders:
     def _write(self, job: Job, state: str, outcome: Outcome) -> None:
         about = {"name": job.name, "key": job.key, "state": state, "value": outcome.value}
         about |= {"error": outcome.error, "seconds": round(outcome.seconds, 3)}
-        partial = job.folder / f".{STATE}.{secrets.token_hex(4)}"
+        partial = job.kept / f".{STATE}.{secrets.token_hex(4)}"
         try:
             partial.write_text(json.dumps(about))
-            partial.replace(job.folder / STATE)
+            partial.replace(job.kept / STATE)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -243,32 +252,42 @@ def run(
     gpus: float = 0.0,
     retry: bool = False,
     preload: Sequence[str] = (),
+    ship: Sequence[Path] = (),
     tell: Callable[[str], None] = print,
 ) -> bool:
     """Do what is left of ``jobs``; whether all of them are done now.
 
     ``workers`` at a time (default: 1; on Ray, what fits). ``ray``: an address ("" starts a cluster
     on this machine); ``gpus`` are those of a job there. ``preload``: modules that the functions of
-    the jobs need, imported once where jobs can be forks. ``tell`` gets a line for each job done.
+    the jobs need, imported once where jobs can be forks; ``ship``: folders of packages that a
+    cluster gets copies of. ``tell`` gets a line for each job that is over.
     Signals that ask for an end raise ``KeyboardInterrupt``, after the jobs under way were stopped.
     """
     book = Folders(jobs, retry)
     left = [job for job in jobs if book.due(job)]
     if left:
-        with stoppable(), contextlib.closing(backend(workers, ray, left, gpus, preload)) as where:
+        with (
+            stoppable(),
+            contextlib.closing(backend(workers, ray, left, gpus, preload, ship)) as where,
+        ):
             carry_out(left, where, book, lambda *over: tell(_line(len(left), *over)))
     return all(book.state(job)["state"] == "done" for job in jobs)
 
 
 def backend(
-    workers: int | None, ray: str | None, jobs: Sequence[Job], gpus: float, preload: Sequence[str]
+    workers: int | None,
+    ray: str | None,
+    jobs: Sequence[Job],
+    gpus: float,
+    preload: Sequence[str],
+    ship: Sequence[Path],
 ) -> Backend:
     from evaluation.on_ray import OnRay  # both import this module
     from evaluation.processes import Local
 
     if ray is None:
         return Local(workers or 1, preload)
-    return OnRay(ray, max(job.threads for job in jobs), gpus, workers)
+    return OnRay(ray, max(job.threads for job in jobs), gpus, workers, ship=ship)
 
 
 def _line(total: int, job: Job, outcome: Outcome | None, left: list[Job]) -> str:
@@ -283,9 +302,9 @@ def table(jobs: Sequence[Job]) -> str:
     book, rows = Folders(jobs), [("job", "state", "seconds", "")]
     for job in jobs:
         found = book.state(job)
-        state = {"new": "waiting"}.get(found["state"], found["state"])
+        state = "waiting" if found["state"] == "new" else str(found["state"])
         if state == "begun":
-            claim = Lock.take(job.folder / CLAIM)
+            claim = Lock.take(job.kept / CLAIM)
             state = "running" if claim is None else "stopped"
             if claim is not None:
                 claim.release()

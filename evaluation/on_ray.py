@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -95,8 +96,9 @@ class OnRay:
 
     Whoever reaches a Ray cluster can run code on it. Without ``address`` one is started that
     listens on the loopback interface only and asks for a token that this process makes up. A
-    cluster at ``address`` is as its owner has set it up. Its machines need the same packages, or
-    get a copy of ``working_dir`` without what ``excludes`` says (patterns of a .gitignore).
+    cluster at ``address`` is as its owner has set it up. Its machines need the same packages; they
+    get copies of the packages in the folders ``ship``, or of ``working_dir`` without what
+    ``excludes`` says (patterns of a .gitignore).
     """
 
     def __init__(
@@ -107,14 +109,20 @@ class OnRay:
         workers: int | None,
         working_dir: Path | None = None,
         excludes: Sequence[str] = (),
+        ship: Sequence[Path] = (),
     ):
         self._ray = ray = _import_ray(local=not address)
         options = {"address": address} if address else LOCAL
+        there: dict[str, Any] = {}
         if working_dir is not None:
-            copied = {"working_dir": str(working_dir), "excludes": [*excludes]}
-            options = options | {"runtime_env": copied}
+            there = {"working_dir": str(working_dir), "excludes": [*excludes]}
+        elif not address:  # on this machine everything is found where it is here
+            path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+            there = {"env_vars": {"PYTHONPATH": path}}
+        elif ship:
+            there = {"py_modules": [str(folder) for folder in ship]}
         try:
-            ray.init(**options, log_to_driver=False)
+            ray.init(**options, runtime_env=there, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise BatchError(f"Ray at {address or 'this machine'}: {_line(error)}") from None
         if not address and ray.util.get_node_ip_address() not in LOOPBACK:
@@ -152,12 +160,12 @@ class OnRay:
         for handle in ready:
             job = self._going.pop(handle)
             try:
-                found = self._ray.get(handle)
+                found: dict[str, Any] = self._ray.get(handle)
             except Exception as error:  # a lost machine, a worker that was killed
                 found = {"error": f"Ray: {_line(error)}", "log": str(error)}
             if packed := found.pop("files", b""):
                 try:
-                    unpack(packed, job.folder)
+                    unpack(packed, job.kept)
                 except tarfile.TarError as error:
                     found["error"] = f"the files of the job cannot be unpacked: {_line(error)}"
             done.append((handle, Outcome(**found)))
@@ -172,4 +180,5 @@ class OnRay:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Ray colours its errors
+    return " ".join(text.split())[:300]

@@ -68,6 +68,7 @@ class Process:
                 start_new_session=True,  # Ctrl-C is for the process that started the jobs
             )
         self.pid = self._popen.pid
+        assert self._popen.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._popen.stdin.write(json.dumps(self.task) + "\n")
             self._popen.stdin.flush()
@@ -78,6 +79,7 @@ class Process:
 
     def _release(self) -> None:
         """Wait for a process that was killed or has ended, and let go of it."""
+        assert self._popen.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._popen.stdin.close()
         self._popen.wait()
@@ -270,7 +272,9 @@ def _forked(task: dict[str, Any], spool: Path, log: Path) -> None:
     with file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    _end_with(multiprocessing.parent_process().join, spool, [])
+    server = multiprocessing.parent_process()
+    assert server is not None
+    _end_with(server.join, spool, [])
     _work(task, spool, [])
 
 

@@ -9,7 +9,7 @@ bytes.
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluation.machine import TABLES
@@ -21,6 +21,7 @@ from evaluation.results import (
     COSTS,
     HEADLINE,
     KEYS,
+    METHODS,
     METRICS,
     MORE_RIVALS,
     RIVALS,
@@ -43,7 +44,7 @@ FOLDER = TABLES
 
 TITLE = "Methods of score distillation, compared with the pocket model"
 RATIO = Metric("frechet", "Fréchet distance", -1, 1, 2)
-METHODS = {  # eps is the model's prediction of the noise, s the guidance scale
+GRADIENTS = {  # eps is the model's prediction of the noise, s the guidance scale
     "sds": "the guided eps minus the noise that was added (DreamFusion)",
     "csd": "eps with the prompt minus eps without (CSD)",
     "vsd": "the guided eps minus that of a LoRA that learns the renders (ProlificDreamer)",
@@ -60,7 +61,7 @@ METHODS = {  # eps is the model's prediction of the noise, s the guidance scale
     "...-draws": "one update from four draws",
     "...-monotone": "timesteps that only fall",
     "...-after-sds": "a first half of SDS",
-    "...-2.5 and other numbers": "a guidance scale of its own",
+    "...-100": "a guidance scale of 100; so for other numbers",
 }
 SHARES = {
     "kind_accuracy": "object, %",
@@ -171,6 +172,13 @@ def by_prompt(section: Section) -> list:
     return blocks
 
 
+def looks(methods: Mapping[str, str]) -> dict[str, int]:
+    """A number for each contestant, by which plots choose colours: for a known method always the
+    same one."""
+    others = [c for c, m in methods.items() if rank(m)[0] == len(METHODS) or c != m]
+    return {c: len(METHODS) + others.index(c) if c in others else rank(c)[0] for c in methods}
+
+
 def trade_offs(section: Section) -> list:
     """Plots of quality against seconds, for the two headline metrics."""
     blocks = []
@@ -184,7 +192,7 @@ def trade_offs(section: Section) -> list:
                 points[name] = cost.mean, Interval(*ends, i.runs, i.prompts)
         if points:
             title = f"{section.title}: {m.title} against seconds of training"
-            ranks = {name: rank(section.methods[name])[0] for name in points}
+            ranks = looks(section.methods)
             labels = "seconds a run", f"{m.title} ({'more' if m.better > 0 else 'less'} is better)"
             svg = scatter(points, ranks, m.better, title, labels)
             blocks.append(Figure(svg, "Dashed: the methods that no other beats in both."))
@@ -218,7 +226,8 @@ def learning(section: Section, curves: Sequence[dict]) -> list:
         order = sorted(points, key=rank)
         series = {m: [(s, sum(v) / len(v)) for s, v in sorted(points[m].items())] for m in order}
         title = f"{section.title}: denoising loss of the learned part"
-        svg = lines(series, {m: rank(m)[0] for m in order}, title, ("step", "loss"))
+        ranks = looks({name: name for name in section.methods.values()})
+        svg = lines(series, ranks, title, ("step", "loss"))
         blocks.append(Figure(svg, "Means over all runs."))
     return blocks
 
@@ -261,9 +270,11 @@ def measurements(found: Sequence[Section]) -> list:
 def explanations(found: Sequence[Section]) -> list:
     """What metrics and names mean: tables."""
     shown = [m for m in METRICS + COSTS if m.about and any(measured(s, [m]) for s in found)]
-    names = {method for s in found for method in s.methods.values()}
-    parts = {f"...-{part}" for name in names for part in (name.split("-", 1)[-1], *name.split("-"))}
-    known = [[k, v] for k, v in METHODS.items() if k in names | parts or "numbers" in k]
+    parts = {name for s in found for name in s.methods.values()}
+    for words in [name.split("-") for name in parts]:
+        tails = ["-".join(words[k:]) for k in range(1, len(words))]
+        parts |= {f"...-{part}" for part in (*words, *tails)}
+    known = [[name, what] for name, what in GRADIENTS.items() if name in parts]
     caption = (
         "Brackets are 95 % bootstrap intervals over prompts, widened for their being few. A "
         "difference is paired: over the prompts and seeds that both have. Bold is the best mean if "

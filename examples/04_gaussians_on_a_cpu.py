@@ -26,7 +26,7 @@ def knot(n: int) -> gs.Gaussians:
 
 
 # %% Fit Gaussians that begin as a ball
-def main(steps: int = 300, folder: str | Path = "gaussians-on-a-cpu") -> float:
+def main(steps: int = 250, folder: str | Path = "gaussians-on-a-cpu") -> float:
     """Returns the mean absolute error of the colours (0..1) on views that were not fitted."""
     cameras = torch.cat([gs.orbit(12, 2.5, elevation=e, azimuth=e) for e in (10.0, 45.0)])
     with torch.no_grad():

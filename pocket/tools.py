@@ -3,11 +3,16 @@
 The only place that says where they are, and ``say`` for the lines of trainings that take hours.
 """
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
-# lods.files and lods.gaussians.kernel_cache, once the library has them
-from threestudio.utils.files import whole_file
-from threestudio.utils.kernel_cache import kernel
+if importlib.util.find_spec("lods") is None:  # not installed: the one of this repository
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "custom" / "threestudio-lods"))
+
+from lods.files import whole_file
+from lods.gaussians.kernel_cache import kernel
 
 __all__ = ["kernel", "say", "whole_file"]
 

@@ -119,9 +119,9 @@ def test_jobs_that_cannot_be_done_are_refused(tmp_path):
     with pytest.raises(BatchError, match="must be a function at the top of a module"):
         Job("local", lambda argument, folder: None, tmp_path).task()
     twice = [Job(name, say(name), tmp_path) for name in "ab"]
-    with pytest.raises(BatchError, match="each job needs a folder of its own"):
+    with pytest.raises(BatchError, match=r"2 jobs have the folder .*: give each one of its own"):
         run(twice)
-    with pytest.raises(BatchError, match="each job needs a folder of its own"):
+    with pytest.raises(BatchError, match="a: this job needs a folder of its own"):
         run([Job("a", say("a"))])
 
 

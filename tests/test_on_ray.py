@@ -115,6 +115,18 @@ def test_a_cluster_that_is_started_is_of_this_machine_and_asks_for_a_token(ray):
     assert len(first) == 64 and environment["RAY_AUTH_TOKEN"] != first
 
 
+def test_machines_find_the_modules_of_jobs(ray, tmp_path):
+    OnRay("", 1, 0, 1)
+    path = ray["init"]["runtime_env"]["env_vars"]["PYTHONPATH"]
+    assert str(machine.ROOT) in path.split(on_ray.os.pathsep)
+    OnRay("a:1", 1, 0, 1, ship=[tmp_path])
+    assert ray["init"]["runtime_env"] == {"py_modules": [str(tmp_path)]}
+
+
+def test_errors_of_ray_are_one_plain_line():
+    assert on_ray._line(RuntimeError("\x1b[36mray::task()\x1b[39m\nbroke")) == "ray::task() broke"
+
+
 def test_a_cluster_that_would_listen_elsewhere_is_refused(ray):
     ray["ip"] = "192.0.2.2"
     with pytest.raises(BatchError, match=r"would listen on 192\.0\.2\.2"):

@@ -327,11 +327,10 @@ def test_another_world_is_another_recipe(monkeypatch):
 
 def test_neither_the_host_nor_the_study_is_imported():
     for file in Path(make.__file__).parent.glob("*.py"):
-        allowed = ("threestudio",) if file.name == "tools.py" else ()  # until the library has it
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            roots = {name.split(".")[0] for name in names} - set(allowed)
+            roots = {name.split(".")[0] for name in names}
             assert not roots & {"threestudio", "evaluation", "benchmarks", "tests"}, file.name
 
 

@@ -464,6 +464,14 @@ def test_the_judge_is_reported(tmp_path):
     }
 
 
+def test_contestants_of_a_plot_look_different():
+    known = report.looks({"lods-lora": "lods-lora", "sds": "sds"})
+    more = report.looks({"sds": "sds", "mine": "mine", "sds: x=1": "sds", "sds: x=2": "sds"})
+    assert more["sds"] == known["sds"] != known["lods-lora"]
+    assert len(set(more.values())) == 4
+    assert len({str(plots._look(k)) for k in range(40)}) == 40
+
+
 def test_plots_name_what_they_show():
     steady = interval({(str(k), "0"): 1.0 for k in range(8)})
     names = {"a<b": 0, "$x$": 1, "lods-lora": 12, "other": 30}

@@ -14,12 +14,20 @@ if _spec is None:
     sys.path.append(str(_HERE))
 
 import lods.threestudio  # noqa: E402
-from lods.models.cards import find_folder as find_model  # noqa: E402 (a host that knows it asks it)
 
 if (_HERE / "lods").is_dir() and Path(lods.__file__).resolve().parent != _HERE / "lods":
     lods.threestudio.warn(
         f"lods {lods.__version__} is the package installed in {Path(lods.__file__).parent}, not "
         f"the one in {_HERE}: uninstall threestudio-lods to use that"
     )
+
+
+def find_model(model: str) -> str:
+    """The folder of a model of ``lods`` that a config names; "" for anything else. The host of this
+    repository asks it for its own prompt processors and guidances."""
+    from lods.models.cards import find_folder
+
+    return find_folder(model)
+
 
 __all__ = ["find_model", "lods"]

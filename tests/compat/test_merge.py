@@ -14,9 +14,9 @@ from threestudio.utils.config import load_config
 
 SCRIPT = ROOT / "custom" / "threestudio-lods" / "merge.py"
 PAIRS = [
-    (f"lods-{backbone}-{learnt}.yaml", overlay)
+    (f"lods-{backbone}-{learned}.yaml", overlay)
     for backbone, overlay in (("gs", "pocket.yaml"), ("ngp", "pocket-ngp.yaml"))
-    for learnt in ("embedding", "lora")
+    for learned in ("embedding", "lora")
 ]
 
 

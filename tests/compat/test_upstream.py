@@ -114,11 +114,11 @@ PAIRS = {"gs": "pocket.yaml", "ngp": "pocket-ngp.yaml"}
 
 
 @pytest.mark.parametrize("overlay", [False, True])
-@pytest.mark.parametrize("learnt", ["embedding", "lora"])
+@pytest.mark.parametrize("learned", ["embedding", "lora"])
 @pytest.mark.parametrize("backbone", PAIRS)
-def test_shipped_keys_are_upstreams(lods, backbone, learnt, overlay):
+def test_shipped_keys_are_upstreams(lods, backbone, learned, overlay):
     """Upstream's parts get no field that only ours know."""
-    files = [f"lods-{backbone}-{learnt}.yaml", *([PAIRS[backbone]] if overlay else [])]
+    files = [f"lods-{backbone}-{learned}.yaml", *([PAIRS[backbone]] if overlay else [])]
     merged = importlib.import_module("lods.merge")
     cfg = merged.for_upstream(merged.merge([ROOT / "configs" / name for name in files]))[0]
     assert cfg.data_type == "random-camera-datamodule"

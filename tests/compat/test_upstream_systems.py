@@ -159,11 +159,11 @@ def test_prolificdreamer(go, tiny_sd):
     status, folder = go("prolificdreamer-system", *vsd, guidance="stable-diffusion-vsd-guidance")
     assert status == 0
     state, _ = has_trained(folder, "guidance")
-    learnt = [v for k, v in state.items() if k.startswith("guidance.lora_layers")]
-    assert learnt and sum(bool(v.any()) for v in learnt) == len(learnt)  # B started as zero
+    learned = [v for k, v in state.items() if k.startswith("guidance.lora_layers")]
+    assert learned and sum(bool(v.any()) for v in learned) == len(learned)  # B started as zero
     assert Image.open(folder / "save" / "it2-0-sample.png").size == (32, 16)
     assert {"train/loss_vsd", "train/loss_lora"} <= set(metrics(folder))
-    # and a resumed run finds what was learnt
+    # and a resumed run finds what was learned
     more = [*vsd, f"resume={folder}/ckpts/last.ckpt", "trainer.max_steps=3"]
     assert go("prolificdreamer-system", *more, guidance="stable-diffusion-vsd-guidance")[0] == 0
 

@@ -1,4 +1,4 @@
-"""The Gaussian system through the command line and the trainer, with a tiny random prior."""
+"""The Gaussian system through the command line and the trainer, with a tiny random model."""
 
 import csv
 import re
@@ -89,11 +89,11 @@ def test_four_steps_are_two_and_two(small, guidance, strategy):
         assert 120 < counts[0] < counts[1]  # at the steps 1, 2 and 3
     moved = start["state_dict"]["geometry.means"][:5] - whole["state_dict"]["geometry.means"][:5]
     assert moved.abs().max() > 0
-    learnt = [k for k in whole["state_dict"] if k.startswith("guidance.") and "initial" not in k]
+    learned = [k for k in whole["state_dict"] if k.startswith("guidance.") and "initial" not in k]
     if guidance not in LEARNING:
-        assert not learnt
+        assert not learned
     else:
-        assert any(not torch.equal(start["state_dict"][k], whole["state_dict"][k]) for k in learnt)
+        assert any(not torch.equal(start["state_dict"][k], whole["state_dict"][k]) for k in learned)
 
 
 @pytest.mark.slow
@@ -233,8 +233,8 @@ def test_no_sheet_and_no_weights_are_no_end(small, tmp_path):
     """Without a sheet the files at the end are written; what a run started from may be gone when it
     is tested."""
     assert launch(*small("lora+pocket")) == 0
-    learnt = trial("lora") / "save/it2-export/prior.safetensors"
-    weights = learnt.rename(tmp_path / "start.safetensors")
+    learned = trial("lora") / "save/it2-export/prior.safetensors"
+    weights = learned.rename(tmp_path / "start.safetensors")
     more = ["system.sheet_views=0", f"system.guidance.weights={weights}"]
     assert launch(*small("lora+pocket", *more)) == 0
     save = trial("lora").with_name("t-002") / "save"  # the first one is left as it is

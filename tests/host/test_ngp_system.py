@@ -1,4 +1,4 @@
-"""The radiance-field system through the command line and the trainer, with a tiny random prior."""
+"""The radiance-field system through the command line and the trainer, with a tiny random model."""
 
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def test_four_steps_are_two_and_two(small, guidance):
 
 
 @pytest.mark.parametrize("prior", ["csd", "nfsd", "bridge", "sdi", "ism"])
-def test_every_prior_trains(small, prior):
+def test_every_method_trains(small, prior):
     system, trainer = fit(*small("embedding+pocket", *switch(prior)))
     assert trainer.global_step == 2 and system.guidance.step == 1
     assert system.loss_terms["loss_sds"] > 0

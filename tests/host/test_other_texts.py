@@ -1,7 +1,8 @@
-"""The texts that some priors compare the prompt with, of ``lods-prompt-processor``."""
+"""The texts that some methods compare the prompt with, of ``lods-prompt-processor``."""
 
 import pytest
 import torch
+from lods.cameras import Cameras
 
 import threestudio
 from tests.guidance_oracles import random_prompt
@@ -110,13 +111,11 @@ def test_with_perp_neg_the_source_is_between_the_views_as_the_prompt_is(bridge, 
     utils = processor(use_perp_neg=True, source_prompt="a blue horse")
     bridge.initialize(utils)
     views = torch.zeros(2), torch.tensor([60.0, 60.0]), torch.ones(2)
-    bridge.look(views, {})  # before texts(), without: the nearest view's
-    side = utils.other_text("source").text_embeddings_vd[utils.direction2idx["side"]]
-    assert torch.equal(bridge._source, side.expand(2, -1, -1))
-    bridge.texts(utils, *views)
-    bridge.look(views, {})
-    front = utils.other_text("source").text_embeddings_vd[utils.direction2idx["front"]]
-    torch.testing.assert_close(bridge._source, (front / 3 + 2 * side / 3).expand(2, -1, -1))
+    conditions = bridge.prompts_of(utils).conditions(Cameras(*views), bridge.other_texts)
+    rows = utils.other_text("source").text_embeddings_vd
+    front, side = (rows[utils.direction2idx[view]] for view in ("front", "side"))
+    wanted = (front / 3 + 2 * side / 3).expand(2, -1, -1)
+    torch.testing.assert_close(conditions.others["source"], wanted)
 
 
 def test_a_bridge_needs_two_texts(bridge, processor):

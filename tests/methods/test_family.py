@@ -1,4 +1,4 @@
-"""The family of priors: limits in which one is another, closed forms, and their switches."""
+"""The family of methods: limits in which one is another, closed forms, and their switches."""
 
 import importlib
 import itertools
@@ -28,7 +28,7 @@ FIXED = {"sdi": {"inversion_eta": 0.0}, "bridge": {"bridge_start": 0}}
 
 @pytest.fixture(scope="module")
 def make(lods, tiny_sd):
-    """``make(short, **fields)``: a prior on a random model with latents (4, 4, 4)."""
+    """``make(short, **fields)``: a method on a random model with latents (4, 4, 4)."""
 
     def build(short, **fields):
         fields.setdefault("pretrained_model_name_or_path", tiny_sd(sample_size=4))
@@ -46,7 +46,7 @@ def latents(n=2, seed=1):
 
 
 def shake(parameters, size=0.3, seed=2):
-    """Give what is learnt something to say."""
+    """Give the learned part something to say."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:
@@ -54,7 +54,7 @@ def shake(parameters, size=0.3, seed=2):
 
 
 def g(guidance, prompt, z=None, seed=5, **batch):
-    """The gradient for a call with ``batch``, for one seed; nothing is learnt."""
+    """The gradient for a call with ``batch``, for one seed; nothing is learned."""
     z = latents() if z is None else z
     views = side_view(len(z))
     guidance.initialize(prompt)
@@ -130,8 +130,8 @@ def test_a_bridge_from_the_null_is_csd(make):
 
 
 @pytest.mark.parametrize("short", SHORT)
-def test_a_prior_may_start_as_sds_over_its_scale(make, short):
-    """Before ``sds_steps`` every prior has SDS' gradient, whatever it has learnt, and learns."""
+def test_a_method_may_start_as_sds_over_its_scale(make, short):
+    """Before ``sds_steps`` every method has SDS' gradient, whatever it has learned, and learns."""
     first = {"sds_steps": 3, "sds_scale": 20.0}
     if short == "bridge":
         first = {"bridge_start": 3, "bridge_sds_scale": 20.0}
@@ -162,7 +162,7 @@ def test_vsd_starts_at_the_model_itself(make):
 
 
 def test_vsd_rows_of_one_call(make, monkeypatch):
-    """LoRA and camera act in the rows of the learnt prediction only, each row with its own."""
+    """LoRA and camera act in the rows of the learned prediction only, each row with its own."""
     guidance, prompt = make("vsd"), random_prompt()
     shake([*guidance.lora.parameters(), *guidance.camera.parameters()])
     y = prompt.text_embeddings.expand(2, -1, -1)
@@ -372,7 +372,7 @@ def test_no_gradient_at_the_mode(make, short):
 
 
 @pytest.mark.parametrize("short", SHORT)
-def test_perp_neg_for_every_prior(make, short):
+def test_perp_neg_for_every_method(make, short):
     """Weights of 0 change nothing, whatever the negatives' rows are; others do."""
     guidance, plain = make(short), random_prompt()
     guidance.initialize(plain)
@@ -445,13 +445,13 @@ def test_inner_adam_is_adam(lods):
     assert one.isfinite().all() and not torch.equal(one, before)  # the momentum goes on
 
 
-def test_inner_steps_where_nothing_is_learnt_are_warned_about(make, monkeypatch):
+def test_inner_steps_where_nothing_is_learned_are_warned_about(make, monkeypatch):
     said = []
     monkeypatch.setattr("threestudio.warn", said.append)
     make("lora", prior_inner_steps=2)
     assert not said
     make("sds", prior_inner_steps=2)
-    assert len(said) == 1 and "prior_inner_steps has no effect" in said[0]
+    assert said == ["guidance: prior_inner_steps=2 has no effect"]
 
 
 @pytest.mark.parametrize("short", ["embedding", "lora", "vsd"])
@@ -474,7 +474,7 @@ def test_inner_steps_come_before_the_gradient(make, monkeypatch, short):
     assert all(p.grad is None for p in guidance.parameters())
 
 
-def test_inner_steps_make_a_better_prior(make):
+def test_inner_steps_make_a_better_learned_part(make):
     prompt, z = random_prompt(), latents()
     losses = {}
     for steps in (1, 8):

@@ -1,4 +1,4 @@
-"""What a prior has learnt, as files: read by others, and taken back."""
+"""The learned part as files: read by others, and taken back."""
 
 import importlib
 import json

@@ -60,7 +60,7 @@ class SameTexts:
 
 
 def shake(method):
-    """Give what is learned something to say; the same for the same names."""
+    """Give the learned part something to say; the same for the same names."""
     with torch.no_grad():
         for number, (_, parameter) in enumerate(sorted(method.named_parameters())):
             generator = torch.Generator().manual_seed(number)
@@ -145,7 +145,7 @@ def test_a_step_moves_the_schedules(load):
         assert method(latents=torch.zeros(1, 4, 4, 4)).numbers["max_step"] == high
 
 
-# --- what is learned, as a file -------------------------------------------------------------------
+# --- the learned part, as a file ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LEARNING)

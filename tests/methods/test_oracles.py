@@ -1,4 +1,4 @@
-"""The priors against exact oracles: where they vanish, where they lead, and each other."""
+"""The methods against exact oracles: where they vanish, where they lead, and each other."""
 
 import importlib
 import math
@@ -17,7 +17,7 @@ from tests.guidance_oracles import (
 )
 from threestudio import find
 
-PRIORS = ["lods-embedding-guidance", "lods-lora-guidance", "lods-sds-guidance"]
+METHODS = ["lods-embedding-guidance", "lods-lora-guidance", "lods-sds-guidance"]
 KINDS = ["epsilon", "v_prediction"]
 
 
@@ -75,7 +75,7 @@ def test_no_gradient_at_the_mode(make, kind, s):
     if math.isfinite(s):
         away = distil(guidance, off.expand(8, -1, -1, -1), Conditions(rows, rows))
         assert (away.mean((1, 2, 3)) > 1e-5).all()
-    # the learnt prior knows the particle, the prompt the mode: the difference moves it there
+    # the learned part knows the particle, the prompt the mode: the difference moves it there
     with torch.no_grad():
         guidance.learnable_embedding.copy_(as_embedding(off))
     grad = distil(guidance, off.expand(8, -1, -1, -1), Conditions(rows, rows))
@@ -85,8 +85,8 @@ def test_no_gradient_at_the_mode(make, kind, s):
 def drive(guidance, prompt, start, steps=200, lr=1.0, prior_lr=30.0, draws=8):
     """Plain gradient descent, its rates decaying to 0; returns where the one particle ends."""
     particle = start.clone().requires_grad_()
-    learnt = [p for p in guidance.parameters() if p.requires_grad]
-    groups = [{"params": [particle], "lr": lr}, {"params": learnt, "lr": prior_lr}]
+    learned = [p for p in guidance.parameters() if p.requires_grad]
+    groups = [{"params": [particle], "lr": lr}, {"params": learned, "lr": prior_lr}]
     optimizer = torch.optim.SGD(groups)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / steps) ** 2)
     torch.manual_seed(0)
@@ -112,9 +112,9 @@ def test_lods_moves_a_particle_to_the_gaussian(make, kind, s):
     end = drive(guidance, prompt, start)
     assert before > 1.0
     assert (end - mode).square().mean().sqrt() < 0.2
-    # what was learnt is where the particle is
-    learnt = guidance.learnable_embedding.detach().flatten()[: mode.numel()]
-    assert (learnt - end.flatten()).square().mean().sqrt() < 0.2
+    # what was learned is where the particle is
+    learned = guidance.learnable_embedding.detach().flatten()[: mode.numel()]
+    assert (learned - end.flatten()).square().mean().sqrt() < 0.2
 
 
 @pytest.mark.parametrize("nearest", [0, 1])
@@ -130,7 +130,7 @@ def test_lods_chooses_the_nearer_of_two_modes(make, nearest):
     assert (end - modes[1 - nearest]).abs().mean() > 1.8
 
 
-# --- the priors against each other ----------------------------------------------------------------
+# --- the methods against each other ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,18 +140,18 @@ def test_frozen_lods_is_sds_over_s(make, kind, s):
     prompt = random_prompt()
     conditions = Conditions(*prompt.get_text_embeddings(*side_view(2)).chunk(2))
     grads = {}
-    for name in PRIORS:
+    for name in METHODS:
         guidance = make(name, kind, guidance_scale=s)
         guidance.initialize(prompt)
         torch.manual_seed(5)
         grads[name] = distil(guidance, latents(), conditions)
     sds = grads["lods-sds-guidance"] / s
     assert sds.abs().max() > 1e-2
-    for name in PRIORS[:2]:
+    for name in METHODS[:2]:
         torch.testing.assert_close(grads[name], sds, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", PRIORS[:2])
+@pytest.mark.parametrize("name", METHODS[:2])
 def test_infinite_scale_is_csd(make, formulas, name):
     guidance = make(name, guidance_scale=math.inf)
     prompt = random_prompt()
@@ -180,17 +180,17 @@ class NoiseFromV(torch.nn.Module):
         return out
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", METHODS)
 def test_v_model_is_a_noise_model_wrapped(make, name):
     prompt, results = random_prompt(), []
     for kind in KINDS:  # the same weights; only the scheduler's prediction_type differs
         guidance = make(name, kind)
         assert guidance.model.prediction_type == kind
-        learnt = list(guidance.parameters())
+        learned = list(guidance.parameters())
         if name == "lods-lora-guidance":
             torch.manual_seed(8)
             with torch.no_grad():
-                for parameter in learnt:
+                for parameter in learned:
                     parameter.normal_(std=0.2)
         results.append([])
         for wrapped in [False, True] if kind == "epsilon" else [False]:
@@ -200,7 +200,7 @@ def test_v_model_is_a_noise_model_wrapped(make, name):
             torch.manual_seed(9)
             out = guidance(z, prompt, *side_view(2), rgb_as_latents=True)
             loss = sum(v for k, v in out.items() if k.startswith("loss_"))
-            results[-1].append([loss.detach(), *torch.autograd.grad(loss, [z, *learnt])])
+            results[-1].append([loss.detach(), *torch.autograd.grad(loss, [z, *learned])])
     (plain, wrapped), (v,) = results
     assert (plain[1] - v[1]).abs().max() > 1e-3
     for one, other in zip(wrapped, v):

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 import torch
+from lods.methods import Losses
+from lods.models import cards
 from PIL import Image
 
 from tests.runs import ROOT
@@ -86,22 +88,23 @@ def test_a_split_batch_has_the_same_gradients(playground, monkeypatch):
             super().__init__()
             self.scale = torch.nn.Parameter(torch.ones(()))
 
-        def do_update_step(self, epoch, step):
+        def step(self, step):
             pass
 
-        def forward(self, rgb, prompt_utils, *cameras, rgb_as_latents):
-            assert rgb_as_latents and rgb.shape[-1] == 4
-            return {"loss_sds": (self.scale * rgb).square().sum() / len(rgb), "grad_norm": 0.0}
+        def forward(self, latents):
+            assert latents.shape[1] == 4
+            loss = (self.scale * latents).square().sum() / len(latents)
+            return Losses({"loss_sds": loss}, {"grad_norm": 0.0})
 
     ends = []
     for batch in (6, 4):
         torch.manual_seed(0)
-        guidance, particles = Square(), torch.randn(6, 4, 2, 2).requires_grad_()
-        steps = list(playground.optimise(guidance, None, particles, 5, 0.1, 0.2, batch))
-        ends.append([particles.detach(), guidance.scale.detach()])
+        method, particles = Square(), torch.randn(6, 4, 2, 2).requires_grad_()
+        steps = list(playground.optimise(method, particles, 5, 0.1, 0.2, batch))
+        ends.append([particles.detach(), method.scale.detach()])
         assert steps[-1]["step"] == 5 and steps[-1]["loss_sds"] < steps[0]["loss_sds"]
     torch.testing.assert_close(ends[0], ends[1])
-    assert ends[0][1] < 0.5  # what the guidance learns is optimised too, at its own rate
+    assert ends[0][1] < 0.5  # what the method learns is optimised too, at its own rate
 
 
 @pytest.mark.parametrize("start, deviation", [(1, 3**-0.5), (4, 12**-0.5)])
@@ -129,17 +132,17 @@ def test_published_batches_are_drawn_with_replacement(playground):
     gradient, and one drawn twice has twice as much."""
 
     class Sum(torch.nn.Module):
-        def do_update_step(self, epoch, step):
+        def step(self, step):
             pass
 
-        def forward(self, rgb, prompt_utils, *cameras, rgb_as_latents):
-            sizes.append(len(rgb))
-            return {"loss_sds": rgb.sum() / len(rgb)}
+        def forward(self, latents):
+            sizes.append(len(latents))
+            return Losses({"loss_sds": latents.sum() / len(latents)})
 
     sizes, counts = [], []
     particles = torch.zeros(6, 4, 2, 2).requires_grad_()
     torch.manual_seed(0)
-    for _ in playground.optimise(Sum(), None, particles, 50, 0.1, 0.1, 3, drawn=True):
+    for _ in playground.optimise(Sum(), particles, 50, 0.1, 0.1, 3, drawn=True):
         counts.append((particles.grad[:, 0, 0, 0] * 6).round().int().tolist())
         torch.testing.assert_close(particles.grad.sum(), torch.tensor(16.0))
     assert set(sizes) == {3} and len(sizes) == 100
@@ -210,22 +213,22 @@ def test_interrupted_run_keeps_what_it_has(play, playground, tmp_path, monkeypat
 
 
 def test_choice_of_the_model(playground, monkeypatch):
-    def had(name, part):
-        return {}
-
-    def missing(name, part):
+    def missing(*args):
         raise ValueError("it is not on the hub")
 
     choose, pocket = playground.choose_model, str(playground.POCKET)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    model, family, why = choose(None, had, "sd/sd")
+    model, family, why = choose(None)
     assert (model, family) == (pocket, "pocket") and "no CUDA GPU" in why
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose(None, had, "sd/sd")[:2] == ("sd/sd", "stable-diffusion")
-    assert choose(None, missing, "sd/sd") == (pocket, "pocket", "it is not on the hub")
-    assert choose("a/b", missing, "sd/sd") == ("a/b", "stable-diffusion", "as asked")
-    assert choose("pocket", missing, "sd/sd")[:2] == (pocket, "pocket")
-    assert choose(pocket, missing, "sd/sd")[1] == "pocket"
+    monkeypatch.setattr("lods.models.cards.resolve", lambda name: cards.Location(name))
+    monkeypatch.setattr("lods.models.files.load_model_config", lambda *args: {})
+    assert choose(None)[:2] == (cards.DEFAULT_MODEL, "stable-diffusion")
+    monkeypatch.setattr("lods.models.files.load_model_config", missing)
+    assert choose(None) == (pocket, "pocket", "it is not on the hub")
+    assert choose("a/b") == ("a/b", "stable-diffusion", "as asked")
+    assert choose("pocket")[:2] == (pocket, "pocket")
+    assert choose(pocket)[1] == "pocket"
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_a_model_folder_wins_and_another_folder_does_not(cards, hub):
     assert cards.resolve(OLD15) == (OLD15, None, None)
 
 
-def test_the_pocket_prior_is_found_from_everywhere(cards, tmp_path, monkeypatch):
+def test_the_pocket_model_is_found_from_everywhere(cards, tmp_path, monkeypatch):
     for folder in (ROOT, tmp_path):  # in the first there is a folder of that name
         monkeypatch.chdir(folder)
         assert Path(cards.resolve("pocket").path) == POCKET
@@ -224,7 +224,7 @@ def frozen(name, **options):
     return UNetModel.from_pretrained(name, **options)
 
 
-def test_the_pocket_prior_is_as_its_card_says(monkeypatch, tmp_path):
+def test_the_pocket_model_is_as_its_card_says(monkeypatch, tmp_path):
     said = []
     monkeypatch.setattr(threestudio, "warn", said.append)
     monkeypatch.chdir(tmp_path)
@@ -447,24 +447,24 @@ QUICK = {("gs", "embedding")}
 
 
 @pytest.mark.parametrize(
-    "kind, backbone, learnt",
+    "kind, backbone, learned",
     [
         pytest.param(*how, marks=[] if how[1:] in QUICK else pytest.mark.slow)
         for how in itertools.product(KINDS, SCALES, ("embedding", "lora"))
     ],
 )
 def test_each_kind_trains_resumes_and_exports(
-    tiny_sd, tmp_path, monkeypatch, kind, backbone, learnt
+    tiny_sd, tmp_path, monkeypatch, kind, backbone, learned
 ):
     monkeypatch.chdir(tmp_path)
-    name = f"lods-{backbone}-{learnt}"
+    name = f"lods-{backbone}-{learned}"
     files = [str(ROOT / "configs" / f"{name}.yaml")]
     model = tiny_sd(kind=kind)
     run = files, [*small_run(model), *SCALES[backbone], "data.n_test_views=1", "data.batch_size=1"]
     start, whole = two_and_two(run, KEYS)
     state = {k: v for k, v in whole["state_dict"].items() if k.startswith("guidance.")}
     assert any(not torch.equal(start["state_dict"][k], v) for k, v in state.items())
-    if learnt == "embedding":
+    if learned == "embedding":
         assert state["guidance.learnable_embedding"].shape == SHAPES[kind]
     assert launch(files, run[1]) == 0
     save = Path("outputs") / name / "t" / "save"

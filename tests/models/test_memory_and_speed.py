@@ -13,7 +13,7 @@ from tests.guidance_oracles import random_prompt, side_view
 from tests.runs import ROOT
 from threestudio import find
 
-EMBEDDING, LORA = PRIORS = ["lods-embedding-guidance", "lods-lora-guidance"]
+EMBEDDING, LORA = METHODS = ["lods-embedding-guidance", "lods-lora-guidance"]
 VSD = "lods-vsd-guidance"
 CPU = torch.device("cpu")
 
@@ -42,7 +42,7 @@ def make(lods, tiny_sd):
 
 
 def step(guidance, size=16):
-    """Losses, the image's gradient, and those of what is learnt, for one seed."""
+    """Losses, the image's gradient, and those of the learned part, for one seed."""
     torch.manual_seed(7)
     rgb = torch.rand(2, size, size, 3).requires_grad_()
     cameras = torch.rand(2, 4, 4)
@@ -60,7 +60,7 @@ def close(got, wanted, tolerance: float) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
 
 
-@pytest.mark.parametrize("name", [*PRIORS, VSD])
+@pytest.mark.parametrize("name", [*METHODS, VSD])
 @pytest.mark.parametrize(
     ("fields", "tolerance"),
     [
@@ -107,7 +107,7 @@ def test_attention_is_torchs_own(make):
         assert {type(p).__name__ for p in processors} == {"AttnProcessor2_0"}
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", METHODS)
 def test_blocks_are_computed_again_for_the_gradient_only(make, name):
     counts = {}
     for again in (False, True):
@@ -139,7 +139,7 @@ def test_rows_keep_their_strengths_when_computed_again(make):
 
 
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("name", [*PRIORS, VSD])
+@pytest.mark.parametrize("name", [*METHODS, VSD])
 def test_weights_are_there_only_while_a_layer_runs(make, memory, name, again):
     guidance = make(name, enable_gradient_checkpointing=again)
     plain = step(make(name))
@@ -170,7 +170,7 @@ def test_offload_is_for_a_gpu(make, memory, monkeypatch):
 
 
 def test_tiles_are_nearly_the_whole(lods, memory):
-    """On the pocket prior's VAE and a smooth picture: an approximation, with a usable gradient."""
+    """On the pocket model's VAE and a smooth picture: an approximation, with a usable gradient."""
     name = str(ROOT / "custom/threestudio-lods/lods/models/pocket")
     ramp = torch.linspace(0, 1, 64)
     picture = torch.stack(torch.broadcast_tensors(ramp, ramp[:, None], torch.tensor(0.5)), -1)
@@ -280,7 +280,7 @@ def test_the_cpu_compiles_without_a_choice_of_layouts(memory, monkeypatch):
 # --- what is not done -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", METHODS)
 def test_no_step_decodes(make, monkeypatch, name):
     guidance = make(name)
 

@@ -1,4 +1,4 @@
-"""Model folders: the pocket prior is the same model in every version of the libraries, and a
+"""Model folders: the pocket model is the same model in every version of the libraries, and a
 network without all of its weights is refused, whoever loads it."""
 
 import json
@@ -15,7 +15,7 @@ from pocket.portable import make_portable
 from tests.runs import ROOT
 
 POCKET = ROOT / "custom" / "threestudio-lods" / "lods" / "models" / "pocket"
-# What the pocket prior gave in September 2026 with transformers 5.23 and diffusers 0.42, and before
+# What the pocket model gave in September 2026 with transformers 5.23 and diffusers 0.42, and before
 # its files were rewritten. `python -m tests.models.test_model_folders` records it anew.
 RECORDED = ROOT / "tests" / "data" / "pocket_outputs.safetensors"
 TEXTS = ("a DSLR image of a hamburger, front view", "", "a photo of a xyzzy", "a Snowman's hat, 3d")
@@ -53,7 +53,7 @@ def computed(lods):
 
 
 @pytest.mark.parametrize("name", ["embeddings", "noise", "picture", "latents"])
-def test_the_pocket_prior_is_the_same_in_every_version(computed, name):
+def test_the_pocket_model_is_the_same_in_every_version(computed, name):
     torch.testing.assert_close(computed[name], load_file(RECORDED)[name], rtol=1e-4, atol=1e-5)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lods.prompts import TextSettings, check_words
 from omegaconf import OmegaConf
 
 import threestudio
@@ -277,13 +278,13 @@ def test_launch_refuses_it_in_one_line(tmp_path, monkeypatch, capfd):
 
 
 def test_the_playground_refuses_it_before_the_model_is_loaded(lods, tmp_path, monkeypatch, capsys):
-    playground = load_extension(EXTENSION, submodule="playground")
+    playground = importlib.import_module("lods.playground")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    monkeypatch.setattr(threestudio, "find", lambda name: pytest.fail(name))
+    monkeypatch.setattr("lods.models.load", lambda *args, **settings: pytest.fail("loaded"))
     assert playground.main("lora", ["--model", "pocket", "--prompt", "a boat"]) == 2
     assert "to try it all the same, add --allow-unknown-words" in capsys.readouterr().err
-    playground.refuse_unknown("pocket", "a boat", True)
+    check_words("pocket", "a boat", TextSettings(allow_unknown_words=True))
 
 
 def test_evaluate_refuses_it_before_a_run_begins(lods):

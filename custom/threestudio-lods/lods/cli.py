@@ -15,12 +15,12 @@ from lods.settings import nearest
 # each command: its module in lods.commands, whose ``main(argv, command)`` returns an exit status,
 # and what the help says of it
 COMMANDS = {
-    "make": ("make", "make 3D objects of one prompt or many, with the best settings known here"),
+    "make": ("make", "make 3D objects of one prompt or many"),
     "train": ("train", "train with configs of your own: the options of launch.py"),
     "resume": ("runs", "go on with the training of a run"),
     "test": ("runs", "render the views and the video of a run again"),
     "export": ("runs", "write the object of a run as glb, ply, obj, ..."),
-    "2d": ("playground", "distil pictures instead of objects: lods 2d lora, lods 2d embedding"),
+    "2d": ("playground", "distil pictures, not objects: lods 2d lora, lods 2d embedding"),
     "compare": ("compare", "compare methods on a grid of prompts and seeds: evaluate.py"),
     "merge": ("merge", "one YAML from several, for launchers that take one"),
     "doctor": ("doctor", "what works on this machine, and what would make the rest work"),
@@ -34,8 +34,8 @@ Text to 3D by score distillation. To begin with:
 
 {commands}
 
-lods COMMAND --help shows the options of a command; lods --version shows the version.
-RUN is a run's folder, a checkpoint of it, or a piece of its name below outputs/.
+lods COMMAND --help shows the options of a command, lods --version the version.
+A RUN is a run's folder, a checkpoint of it, or a piece of its name below outputs/.
 """
 
 

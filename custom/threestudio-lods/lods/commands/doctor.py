@@ -186,7 +186,8 @@ def _models() -> Iterator[tuple[str, str]]:
     for name, card in cards.all_cards().items():
         if not cards.is_here(name):
             revision = f" --revision {card.revision}" if card.revision else ""
-            yield name, f"not downloaded: hf download {card.ids[0]}{revision}"
+            download = f"not downloaded: hf download {card.ids[0]}{revision}" if card.ids else ""
+            yield name, download or "its folder is not there: install threestudio-lods again"
             continue
         note = card.memory_note(gigabytes) if gigabytes else ""
         yield name, READY + f" ({note})" * bool(note)

@@ -183,6 +183,8 @@ class Method(nn.Module):
                 "pretrained_model_name_or_path, and for SDXL set "
                 "system.prompt_processor_type=lods-prompt-processor"
             )
+        for text in self.other_texts:  # one that cannot be had is told now, not at a step
+            prompts.plain(text)
         self.start_from(prompts)
         self.prompts = prompts
 

@@ -10,8 +10,9 @@ from lods.gaussians.densify import STRATEGIES, Densifier
 from lods.gaussians.mesh_file import write_mesh
 from lods.gaussians.ply import write_ply, write_points
 from lods.preflight import refuse_densification
-from lods.threestudio.systems.base import LODSSystem, grey_cell
+from lods.threestudio.systems.base import LODSSystem
 from lods.threestudio.systems.original import complete
+from lods.threestudio.systems.pictures import grey_cell
 from lods.threestudio.systems.strategy_options import DefaultOptions, McmcOptions, Rates
 from torch import Tensor
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from jaxtyping import Float
-from lods.threestudio.systems.base import LODSSystem, grey_cell, rgb_cell
+from lods.threestudio.systems.base import LODSSystem
+from lods.threestudio.systems.pictures import grey_cell, rgb_cell
 from torch import Tensor
 
 import threestudio

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.host.test_launch import CONFIG, cli  # noqa: F401 (a fixture)
 from tests.runs import ROOT
-from tests.test_host_launch import CONFIG, cli  # noqa: F401 (a fixture)
 from threestudio.run.arguments import Program, find_config, parse_args
 from threestudio.run.cli import main
 from threestudio.utils.errors import UserError
@@ -21,7 +21,7 @@ def home(tmp_path):
     for name in ("custom", "configs"):
         (tmp_path / "home" / name).mkdir(parents=True)
     link = tmp_path / "home" / "custom" / "toy_extension.py"
-    link.symlink_to(Path(__file__).with_name("toy_extension.py"))
+    link.symlink_to(ROOT / "tests" / "toy_extension.py")
     (tmp_path / "home" / "configs" / "toy.yaml").write_text(CONFIG)
     (tmp_path / "home" / "configs" / "toys.yaml").write_text("{}")
     return tmp_path / "home"

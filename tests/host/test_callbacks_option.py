@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_host_launch import cli, last, train  # noqa: F401 (a fixture)
+from tests.host.test_launch import cli, last, train  # noqa: F401 (a fixture)
+from tests.runs import ROOT
 from threestudio.run.named_callbacks import said_again
 from threestudio.run.preflight import read_config
 from threestudio.utils.config import parse_overrides
@@ -31,7 +32,7 @@ class NoCallback: pass
 @pytest.fixture(autouse=True)
 def extension(cli):  # noqa: F811
     file = Path("custom", "toy_callbacks.py")
-    file.symlink_to(Path(__file__).with_name("toy_callbacks.py"))
+    file.symlink_to(ROOT / "tests" / "toy_callbacks.py")
 
 
 @pytest.fixture
