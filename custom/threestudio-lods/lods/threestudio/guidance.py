@@ -272,7 +272,11 @@ def guidance_for(name: str, cls: type[Method]) -> type[MethodGuidance]:
 
 
 def _register(name: str, cls: type[Method]) -> None:
-    threestudio.register(f"{name}-guidance")(guidance_for(name, cls))
+    full = f"{name}-guidance"
+    before = threestudio.__modules__.get(full)
+    if isinstance(before, type) and issubclass(before, MethodGuidance):
+        del threestudio.__modules__[full]  # of the same class, which was defined anew
+    threestudio.register(full)(guidance_for(name, cls))
 
 
 registry.on_register(_register)
