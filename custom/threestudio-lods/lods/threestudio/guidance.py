@@ -271,12 +271,25 @@ def guidance_for(name: str, cls: type[Method]) -> type[MethodGuidance]:
     return kind
 
 
+_made: dict[str, type[MethodGuidance]] = {}
+
+
 def _register(name: str, cls: type[Method]) -> None:
-    full = f"{name}-guidance"
-    before = threestudio.__modules__.get(full)
-    if isinstance(before, type) and issubclass(before, MethodGuidance):
-        del threestudio.__modules__[full]  # of the same class, which was defined anew
-    threestudio.register(full)(guidance_for(name, cls))
+    made, full = guidance_for(name, cls), f"{name}-guidance"
+    if name in _made and _is_registered(full):  # the same method, whose class was defined anew
+        for part in ("Config", "method_class", "tolerated", "__doc__"):
+            setattr(_made[name], part, getattr(made, part))
+        return
+    _made[name] = made
+    threestudio.register(full)(made)
+
+
+def _is_registered(name: str) -> bool:
+    try:
+        threestudio.find(name)
+    except KeyError:
+        return False
+    return True
 
 
 registry.on_register(_register)
