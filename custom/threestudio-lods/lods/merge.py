@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -39,12 +40,16 @@ def merge(files, overrides=()) -> DictConfig:
     """The files and overrides (``"a.b=1"``), merged but not resolved. Raises ``ValueError``, one
     line, for what cannot be read or merged."""
     layers = [_load(file) for file in files]
-    layers += [_override(text, OmegaConf.merge(*layers)) for text in overrides]
+    layers += [_override(text, _merged(*layers)) for text in overrides]
     try:
-        whole = OmegaConf.merge(*layers)
-        return OmegaConf.merge(*(_with_chosen_types(layer, whole) for layer in layers))
+        whole = _merged(*layers)
+        return _merged(*(_with_chosen_types(layer, whole) for layer in layers))
     except (OmegaConfBaseException, TypeError, AttributeError) as error:
         raise ValueError(f"these files cannot be merged: {_first_line(error)}") from None
+
+
+def _merged(*layers: DictConfig) -> DictConfig:
+    return cast(DictConfig, OmegaConf.merge(*layers))
 
 
 def for_upstream(conf: DictConfig) -> tuple[DictConfig, list[str]]:
@@ -82,7 +87,8 @@ def _override(text: str, base: DictConfig) -> DictConfig:
     """``a.b=1`` as a config. A key with dots in it, such as the optimizer's ``geometry.means``, is
     recognised where ``base`` has it."""
     path, _, value = text.partition("=")
-    nested, where, parts = OmegaConf.from_dotlist([f"x={value}"])["x"], base, path.split(".")
+    where: Any = base
+    nested, parts = OmegaConf.from_dotlist([f"x={value}"])["x"], path.split(".")
     names = []
     while parts:
         known = list(where) if isinstance(where, DictConfig) else []
@@ -98,7 +104,7 @@ def _override(text: str, base: DictConfig) -> DictConfig:
 
 def _with_chosen_types(layer: DictConfig, whole: DictConfig) -> DictConfig:
     """``layer`` with its ``<name>_for`` of the type that ``whole`` has put into ``<name>``."""
-    plain = OmegaConf.to_container(layer)  # interpolations stay as they are
+    plain: Any = OmegaConf.to_container(layer)  # interpolations stay as they are
     for part, types in ((plain, whole), (plain.get("system"), whole.get("system"))):
         for key in [k for k in part or () if str(k).endswith("_for")]:
             name = key[: -len("_for")]

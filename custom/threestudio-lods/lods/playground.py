@@ -17,7 +17,7 @@ import threading
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lods.files import whole_file
@@ -151,7 +151,7 @@ def optimise(
             out = method(latents=part).terms if losses_of is None else losses_of(part)
             share = 1 / math.ceil(len(particles) / batch) if drawn else len(part) / len(particles)
             losses = {k: v * share for k, v in out.items() if "loss_" in k}
-            sum(losses.values()).backward()
+            cast("Tensor", sum(losses.values())).backward()
             for key, value in losses.items():
                 numbers[key] = numbers.get(key, 0.0) + value.detach()
         optimizer.step()
@@ -311,7 +311,7 @@ def main(kind: str, argv=None, prog: str | None = None) -> int:
         with contextlib.suppress(
             AttributeError, OSError, ValueError
         ):  # closed, or its reader is gone
-            stream.reconfigure(errors="backslashreplace")
+            cast(Any, stream).reconfigure(errors="backslashreplace")
     args = parse_arguments(kind, argv, prog)
     before = _stop_like_ctrl_c()
     try:
@@ -336,7 +336,7 @@ def _stop_like_ctrl_c() -> dict:
     def stop(signum, frame):
         for number in before:
             signal.signal(number, signal.SIG_IGN)
-        interrupt = KeyboardInterrupt()
+        interrupt: Any = KeyboardInterrupt()
         interrupt.signum = signum
         raise interrupt
 

@@ -36,7 +36,8 @@ class Request:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Request":
-        return cls(**values | {"overrides": tuple(values["overrides"])})
+        values = {**values, "overrides": tuple(values["overrides"])}
+        return cls(**values)
 
     def plain(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

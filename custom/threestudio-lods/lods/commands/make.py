@@ -134,7 +134,9 @@ def _refuse_unknown_words(prompts: list[str], model: str) -> None:
 
     folder = local_folder(model)
     vocabulary = Vocabulary.read(folder) if folder else None
-    for prompt in prompts if vocabulary else ():
+    if vocabulary is None:
+        return
+    for prompt in prompts:
         if refusal := vocabulary.refusal(prompt, FORCE):
             raise ValueError(refusal)
 

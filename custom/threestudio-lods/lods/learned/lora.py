@@ -101,7 +101,7 @@ class RowLora(nn.Module):
         own = self.state_dict()
         names = {_file_name(name): name for name in own}
         names |= {f"unet.{name}": name for name in own}
-        found = {names.get(key): value for key, value in tensors.items()}
+        found: dict[Any, Tensor] = {names.get(key): value for key, value in tensors.items()}
         if set(found) != set(own) or len(found) != len(tensors):
             odd = [k for k in tensors if k not in names]
             odd += [_file_name(name) for name in own if name not in found] or list(tensors)

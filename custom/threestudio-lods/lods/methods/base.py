@@ -207,7 +207,10 @@ class Method(nn.Module):
             raise ValueError("give either images (B, 3, H, W) in 0..1, or latents=")
         if images is not None and (images.ndim != 4 or images.shape[1] != 3):
             raise ValueError(f"images are (B, 3, H, W), not {tuple(images.shape)}")
-        z = self.latents_of(images) if latents is None else latents
+        if latents is None:
+            assert images is not None  # one of the two is given
+            latents = self.latents_of(images)
+        z = latents
         if z.ndim != 4 or tuple(z.shape[1:]) != tuple(self.model.latent_shape):
             raise ValueError(
                 f"latents of this model are (B, {', '.join(map(str, self.model.latent_shape))}), "

@@ -27,6 +27,8 @@ class Bridge(Method):
         bridge_start: Annotated[int, "[0, 1e12]"] = 500
         bridge_sds_scale: Annotated[float, "(0, 1e9]"] = 40.0
 
+    cfg: Config
+
     unread = ("sds_steps", "sds_scale")
     other_texts = ("source",)
 

@@ -28,6 +28,8 @@ class ISM(SDS):
         ism_delta_t: Annotated[int, "[1, 100000]"] = 50
         ism_delta_s: Annotated[int, "[1, 100000]"] = 200
 
+    cfg: Config
+
     def diffuse(self, latents, t, conditions):
         def predict(x, t):
             return self.model.predict(x, t, conditions.null, conditions.cameras)

@@ -32,6 +32,8 @@ class LoraMethod(LearningMethod):
             if self.lora_scale == 0:
                 yield "lora_scale", "must not be 0: the LoRA would never act, nor learn"
 
+    cfg: Config
+
     def create_learned(self) -> None:
         self.lora_model: Model = self.model
         other = self.cfg.pretrained_model_name_or_path_lora

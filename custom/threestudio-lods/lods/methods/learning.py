@@ -37,6 +37,8 @@ class LearningMethod(Method):
         prior_inner_steps: Annotated[int, "[0, 10000]"] = 0
         prior_inner_lr: Annotated[float, "(0, 1e6]"] = 1.0e-3
 
+    cfg: Config
+
     def __init__(self, model: Model, config: Any = None, **values: Any):
         super().__init__(model, config, **values)
         self.inner: InnerAdam | None = None

@@ -8,7 +8,7 @@ from lods import scores
 from lods.learned import embedding
 from lods.methods.learning import LearningMethod
 from lods.methods.registry import register
-from torch import nn
+from torch import Tensor, nn
 
 
 @register("lods-embedding")
@@ -31,11 +31,14 @@ class LODSEmbedding(LearningMethod):
         # look like
         embedding_start: Annotated[str, ("negative", "source")] = "negative"
 
+    cfg: Config
+
     def create_learned(self) -> None:
         # its final shape from the start, so that checkpoints load before anything is rendered
         zeros = torch.zeros(*self.model.text_shape, device=self.model.device)
         self.learnable_embedding = nn.Parameter(zeros)
         self.unscale_gradients([self.learnable_embedding])
+        self.initialized: Tensor
         self.register_buffer("initialized", torch.tensor(False, device=self.model.device))
 
     def _set(self, value) -> None:

@@ -22,6 +22,8 @@ class LODSLora(LoraMethod):
         # renders then tend to samples with that guidance scale. 1: as published
         prompt_scale: Annotated[float, "(0, 1e6]"] = 1.0
 
+    cfg: Config
+
     def learning_losses(self, latents, conditions):
         null = conditions.null.repeat(self.cfg.lora_n_timestamp_samples, 1, 1)
 

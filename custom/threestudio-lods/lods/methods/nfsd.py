@@ -26,6 +26,8 @@ class NFSD(Method):
         # the part of the timesteps below which t counts as small
         nfsd_threshold: Annotated[float, "[0, 1]"] = 0.2
 
+    cfg: Config
+
     grows_with_scale = True
     other_texts = ("bad",)
 

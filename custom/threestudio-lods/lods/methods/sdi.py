@@ -31,6 +31,8 @@ class SDI(SDS):
         inversion_scale: Annotated[float, "[-1e6, 1e6]"] = -7.5
         inversion_eta: Annotated[float, "[0, 1]"] = 0.3
 
+    cfg: Config
+
     def diffuse(self, latents, t, conditions):
         def predict(x, t):
             eps_c, eps_u = self.predict(x, t, conditions, conditions.prompt, conditions.null)

@@ -21,6 +21,8 @@ class SDS(Method):
     class Config(Method.Config):
         guidance_scale: Annotated[float, "(0, inf)"] = 7.5
 
+    cfg: Config
+
     grows_with_scale = True
 
     def gradient(self, x_t, t, eps, conditions):

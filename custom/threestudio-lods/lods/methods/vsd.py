@@ -35,6 +35,8 @@ class VSD(LoraMethod):
         camera_condition_type: Annotated[str, tuple(CAMERAS)] = "extrinsics"
         lora_cfg_training: bool = True
 
+    cfg: Config
+
     grows_with_scale = True
 
     def create_learned(self) -> None:

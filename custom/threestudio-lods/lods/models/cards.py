@@ -82,9 +82,10 @@ class Location(NamedTuple):
 @functools.cache
 def all_cards() -> dict[str, Card]:
     """The cards of ``models/cards.yaml`` by name."""
-    cards = {}
-    for name, fields in OmegaConf.to_container(OmegaConf.load(CARDS)).items():
-        lists = {key: tuple(fields.pop(key, ())) for key in ("ids", "aliases")}
+    cards: dict[str, Card] = {}
+    content: Any = OmegaConf.to_container(OmegaConf.load(CARDS))
+    for name, fields in content.items():
+        lists: dict[str, Any] = {key: tuple(fields.pop(key, ())) for key in ("ids", "aliases")}
         cards[name] = Card(name, **fields, **lists)
     return cards
 
@@ -123,6 +124,7 @@ def resolve(name_or_path: str) -> Location:
     model = _without_hub(name_or_path, card)
     if model is not None:
         return model
+    assert card is not None  # else the answer needs no hub
     repo, why = _first_on_hub(card.ids, card.revision)
     if repo is None:
         raise ValueError(_missing_card(name_or_path, card, why))

@@ -34,7 +34,7 @@ def zeros_for_empty(location: Location) -> bool:
     from diffusers import DiffusionPipeline
 
     try:
-        config = DiffusionPipeline.load_config(location.path, revision=location.revision)
+        config: Any = DiffusionPipeline.load_config(location.path, revision=location.revision)
     except Exception as error:  # of many kinds, by library and by version
         raise ValueError(
             f"model_index.json of {location.path!r} cannot be read ({first_line(error)}): it says "

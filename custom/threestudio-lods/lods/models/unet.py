@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -134,7 +135,7 @@ class UNetModel:
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
         try:
-            config = DDPMScheduler.load_config(
+            config: Any = DDPMScheduler.load_config(
                 model.path, subfolder="scheduler", revision=model.revision
             )
         except Exception as error:  # of many kinds, by library and by version

@@ -69,7 +69,8 @@ class Vocabulary:
                 f"{path} is not an object of lists of words, with one called objects: mend it, or "
                 "remove it, and no prompt is looked at"
             )
-        return cls({key: tuple(" ".join(words_of(n)) for n in v) for key, v in content.items()})
+        groups = content or {}
+        return cls({key: tuple(" ".join(words_of(n)) for n in v) for key, v in groups.items()})
 
     @property
     def objects(self) -> tuple[str, ...]:

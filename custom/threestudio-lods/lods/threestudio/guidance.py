@@ -118,7 +118,7 @@ class MethodGuidance(BaseModule):
     class Config(BaseModule.Config):
         pass
 
-    cfg: Config
+    cfg: Any  # a Config with the fields of the method, of the model and of HostSettings
 
     def configure(self) -> None:
         cls, cfg = self.method_class, self.cfg
@@ -205,8 +205,9 @@ class MethodGuidance(BaseModule):
 
     def loss_is_scaled(self) -> None:
         """To be called where the trainer multiplies the loss itself, as a GradScaler does."""
-        if hasattr(self.method, "loss_is_scaled"):
-            self.method.loss_is_scaled()
+        told = getattr(self.method, "loss_is_scaled", None)
+        if told is not None:
+            told()
 
     def save_learned(self, path: str | Path) -> Path | None:
         """See :meth:`lods.methods.base.Method.save`."""
