@@ -47,7 +47,7 @@ def main(steps: int = 250, folder: str | Path = "gaussians-on-a-cpu") -> float:
         densifier.after_step(gaussians, optimizer, step, info)
         optimizer.zero_grad()
 
-    # %% What has come out
+    # What has come out
     with torch.no_grad():
         views = gs.orbit(3, 2.5, elevation=30.0, azimuth=7.0)
         shown = [part.render(views, 192, 192)[0] for part in (knot(3000), gaussians)]

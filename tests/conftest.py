@@ -36,6 +36,23 @@ def tiny_sd(tmp_path_factory):
     return make
 
 
+@pytest.fixture
+def registered():
+    """What a test registers is taken back after it."""
+    from lods.gaussians import backends
+    from lods.methods import registry
+    from lods.models import families
+
+    import threestudio
+
+    tables = registry._methods, families.FAMILIES, backends._registered, threestudio.__modules__
+    before = [dict(table) for table in tables]
+    yield
+    for table, names in zip(tables, before):
+        for name in set(table) - set(names):
+            del table[name]
+
+
 def pytest_configure(config):
     from tests.signals import hear_signals
 

@@ -148,7 +148,7 @@ def pocket():
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])
-def test_a_block_of_python_runs_as_it_stands(pocket, tmp_path, monkeypatch, code):
+def test_a_block_of_python_runs_as_it_stands(registered, pocket, tmp_path, monkeypatch, code):
     """With the pocket model, whatever it names, and in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lods.models, "load", lambda *args, **settings: pocket)

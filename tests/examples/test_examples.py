@@ -36,7 +36,7 @@ def pocket():
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder(tmp_path, monkeypatch):
+def in_a_folder(registered, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 

@@ -26,16 +26,6 @@ def ideal():
     del families.FAMILIES["ideal"]
 
 
-@pytest.fixture
-def registered():
-    """What a test registers is taken back after it."""
-    ours, hosts = dict(registry._methods), dict(threestudio.__modules__)
-    yield
-    for known, before in ((registry._methods, ours), (threestudio.__modules__, hosts)):
-        for name in set(known) - set(before):
-            del known[name]
-
-
 def latents(n=2):
     return torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 
