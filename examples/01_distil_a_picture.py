@@ -17,7 +17,7 @@ def main(
     torch.manual_seed(0)
     method = lods.load("lods-lora", model="pocket", prompt=prompt, guidance_scale=20)
 
-    # %% Four latents, and one optimizer for them and for the learned part
+    # Four latents, and one optimizer for them and for the learned part
     shape = (4, *method.model.latent_shape)
     latents = torch.empty(shape, device=method.model.device).uniform_(-1, 1).requires_grad_()
     optimizer = torch.optim.Adam(
@@ -30,7 +30,7 @@ def main(
         losses.total.backward()
         optimizer.step()
 
-    # %% The pictures
+    # The pictures
     with torch.no_grad():
         pictures = method.model.decode(latents)
     print("saved", lods.save_images(out, pictures, columns=4, zoom=4))

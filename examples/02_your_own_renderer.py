@@ -80,11 +80,12 @@ def main(
         losses.total.backward()
         optimizer.step()
 
-    # %% Drawn large, with sharp edges
+    # Drawn large, with sharp edges
     with torch.no_grad():
         picture = triangles(512, sharpness=600.0)
+    lods.save_images(out, picture)
     Path(out).with_suffix(".svg").write_text(triangles.svg())
-    print("saved", lods.save_images(out, picture), "and the same as .svg")
+    print("saved", out, "and the same as .svg")
     return picture
 
 

@@ -64,7 +64,7 @@ def main(steps: int = 120, out: str = "comparison.png", prompts=PROMPTS) -> dict
         found[name].append(agreement(model, latents, prompt))
         pictures.append(model.decode(latents))
 
-    # %% A table and a sheet with one row for each method
+    # A table and a sheet with one row for each method
     for name, values in found.items():
         each = ", ".join(f"{value:.1f}" for value in values)
         print(f"{name:12} agreement {sum(values) / len(values):.1f} % ({each})")

@@ -37,6 +37,6 @@ def tiny_sd(tmp_path_factory):
 
 
 def pytest_configure(config):
-    from tests.hangups import hear_hangups
+    from tests.signals import hear_signals
 
-    hear_hangups()
+    hear_signals()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lods.threestudio.systems import original
 from omegaconf import OmegaConf
 
 from tests.runs import ROOT, launch, read, small_run
@@ -58,7 +59,7 @@ def test_two_steps(name, tiny_sd, tmp_path, monkeypatch):
 
 @pytest.fixture
 def complete(lods):
-    return lods.system.original.complete
+    return original.complete
 
 
 def minimal(**more):

@@ -28,7 +28,7 @@ from tests.faults import (  # noqa: E402
     strangers,
 )
 from tests.faults.children import Table  # noqa: E402
-from tests.hangups import hear_hangups  # noqa: E402
+from tests.signals import hear_signals  # noqa: E402
 from tests.tiny_models import make_tiny_sd  # noqa: E402
 from threestudio.utils.extensions import load_extension  # noqa: E402
 
@@ -51,7 +51,7 @@ def main(argv=None) -> int:
     if not set(chosen) <= set(PARTS):
         parser.error(f"the parts are {', '.join(PARTS)}")
 
-    hear_hangups()
+    hear_signals()
 
     def times(n: int) -> int:
         return args.count or (max(n // 10, 3) if args.quick else n)

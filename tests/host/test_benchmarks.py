@@ -66,8 +66,8 @@ def test_share_outside_of_the_networks(end_to_end, monkeypatch, learns, outside,
     unet = Network(clock, 2.0, 3.0, learns == "lora", lambda x: SimpleNamespace(sample=x))
     encoder = Network(clock, 0.5, 0.25, False, lambda x: x)
     embedding = torch.nn.Parameter(torch.ones(()))
-    denoiser = SimpleNamespace(unet=unet, vae=SimpleNamespace(encoder=encoder))
-    system = SimpleNamespace(guidance=SimpleNamespace(denoiser=denoiser))
+    model = SimpleNamespace(unet=unet, vae=SimpleNamespace(encoder=encoder))
+    system = SimpleNamespace(guidance=SimpleNamespace(model=model, models=lambda: (model,)))
     watched = end_to_end.Clock("cpu", warm_up=1, timed=2, profiled=3)
     shape = torch.nn.Parameter(torch.ones(3))
     for _ in range(watched.steps):

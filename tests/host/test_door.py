@@ -57,9 +57,7 @@ def test_a_stale_installation_on_the_path_is_announced(tmp_path):
     (package.parent / "__init__.py").write_text("__version__ = '0.0.1'\n")
     (package / "__init__.py").write_text("def warn(line): print(line)\n")
     env = os.environ | {"PYTHONPATH": str(package.parent.parent)}
-    command = [sys.executable, str(DOOR)]
-    # the door runs as a script would, with its own folder in front: an extension has none
-    command = [sys.executable, "-P", str(DOOR)]
+    command = [sys.executable, "-P", str(DOOR)]  # without the door's own folder in front
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.stdout == (
         f"lods 0.0.1 is the package installed in {package.parent}, not the one in {DOOR.parent}: "

@@ -69,7 +69,7 @@ def test_four_steps_are_two_and_two(small, guidance):
 @pytest.mark.parametrize("prior", ["csd", "nfsd", "bridge", "sdi", "ism"])
 def test_every_method_trains(small, prior):
     system, trainer = fit(*small("embedding+pocket", *switch(prior)))
-    assert trainer.global_step == 2 and system.guidance.step == 1
+    assert trainer.global_step == 2 and system.guidance.now == 1
     assert system.loss_terms["loss_sds"] > 0
     state = trainer.optimizers[0].state
     assert all(state[p]["exp_avg"].any() for p in system.geometry.density_network.parameters())

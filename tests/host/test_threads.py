@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from evaluation.machine import ROOT
+from tests.runs import ROOT
 
 RUN = {
     "host": "from threestudio.utils.parallel import run_kernel as run",
-    "extension": "import sys; sys.path.insert(0, 'custom'); import importlib; "
-    "run = importlib.import_module('lods.gaussians.backends.simd').run",
+    "extension": "import sys; sys.path.insert(0, 'custom/threestudio-lods'); "
+    "from lods.gaussians.backends.simd import run",
 }
 CODE = """
 import numba, torch

@@ -171,7 +171,7 @@ def test_both_encoders_of_sdxl_are_looked_at(lods, tiny_sd, tmp_path, part):
 
 def test_the_clip_of_an_evaluation_is_looked_at(tmp_path):
     from evaluation.run import load_clip
-    from tests.test_evaluation import make_tiny_clip
+    from tests.study.test_evaluation import make_tiny_clip
 
     whole = make_tiny_clip(tmp_path / "clip")
     load_clip(str(whole))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Cameras:
-    """One camera a row, on threestudio's conventions.
+    """One camera per row, in threestudio's conventions.
 
     ``elevation`` and ``azimuth`` are in degrees (azimuth 0 sees the front, 180 the back),
     ``distance`` in world units. ``c2w`` is camera to world with OpenGL axes (x right, y up, z

@@ -95,8 +95,8 @@ def parse_arguments(kind: str, argv=None, prog: str | None = None) -> argparse.N
     add("--guidance-scale", type=_positive(float, math.inf), help=scale)
     add("--particles", type=_positive(int, 65536), default=6, help="number of images (default 6)")
     add("--lr", type=_positive(float, 1e6), help=f"learning rate of the particles {by_model('lr')}")
-    learnt = f"learning rate of the {kind} {by_model('prior_lr')}"
-    add("--prior-lr", type=_positive(float, 1e6), help=learnt)
+    learned = f"learning rate of the {kind} {by_model('prior_lr')}"
+    add("--prior-lr", type=_positive(float, 1e6), help=learned)
     add("--every", type=_positive(int), default=50, help="steps between pictures (default 50)")
     add("--output", help=f"folder (default: outputs/2d_lods_{kind}/<prompt>@<time>)")
     add("--seed", type=int, default=1, help="random seed (default 1)")

@@ -20,7 +20,7 @@ OPTIONS = {
     False: ("geometry.pos_encoding_config", "renderer.num_samples_per_ray"),
 }
 OVERLAY = {True: "pocket.yaml", False: "pocket-ngp.yaml"}
-# those of which a prompt is looked at: the first is these systems' default, the second is the
+# the processors whose prompt is checked: the first is these systems' default, the second is the
 # host's own, which can be given a model of this extension
 PROCESSORS = ("lods-prompt-processor", "stable-diffusion-prompt-processor")
 LEARNING = ("lods-embedding-guidance", "lods-lora-guidance", "lods-vsd-guidance")
@@ -35,8 +35,8 @@ def preflight(cfg: Any, mode: str) -> None:
     that is no folder, card or hub id, for a card (``lods/models/cards.yaml``) or hub id that is not
     on this machine while there is no network, and for a prompt in which the model knows no object.
 
-    What is not certain is left to the run: systems of others, and everything of the hub where a
-    connection to it can be opened.
+    What is not certain is left to the run: systems of other extensions, and everything on the hub
+    where a connection to it can be opened.
     """
     if cfg.system_type in SYSTEMS:
         check_kind(cfg)

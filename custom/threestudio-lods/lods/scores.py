@@ -2,7 +2,7 @@
 
 Notation: x_t = alpha_t z + sigma_t eps with alpha_t^2 = abar_t ("alphas_cumprod") and
 sigma_t^2 = 1 - abar_t; eps_c the prediction under the prompt, eps_u the one under the other
-condition (the null prompt, or a learnt prior), s the guidance scale.
+condition (the null prompt, or a learned part), s the guidance scale.
 
 Shapes: predictions and noise (B, ...), all alike; per-row numbers (alpha, sigma, w) (B,), or any
 shape that broadcasts after :func:`rows`. Gradients are with respect to the latents z, their scale
@@ -33,7 +33,7 @@ def check_scale(scale: float, finite: bool = False, name: str = "guidance_scale"
         raise ValueError(f"{name} must be above 0, not {scale}: with 0 the prompt has no effect")
     if finite and math.isinf(scale):
         raise ValueError(
-            f"{name} must be finite here: only the guidance_scale of the LODS priors may be .inf"
+            f"{name} must be finite here: only the guidance_scale of the LODS methods may be .inf"
         )
     return scale
 
@@ -80,14 +80,14 @@ def sds(eps_c: Tensor, eps_u: Tensor, eps: Tensor, s: float, w: Tensor) -> Tenso
 
     g = w(t) [ cfg_s(eps_c, eps_u) - eps ].
 
-    VSD (arXiv:2305.16213) has a learnt prediction in place of the noise eps, ISM (arXiv:2311.11284)
-    the prediction at a smaller t.
+    VSD (arXiv:2305.16213) has a learned prediction in place of the noise eps, ISM
+    (arXiv:2311.11284) the prediction at a smaller t.
     """
     return rows(w, eps) * (cfg(eps_c, eps_u, s) - eps)
 
 
 def lods(eps_c: Tensor, eps_u: Tensor, eps: Tensor, s: float, w: Tensor) -> Tensor:
-    """Learning to optimize denoising scores (LODS, arXiv:2312.04820), with eps_u the LEARNT prior:
+    """Learning to optimize denoising scores (LODS, arXiv:2312.04820), with eps_u the LEARNED one:
 
     g = w(t) [ eps_c - eps / s + (1 - s) / s eps_u ],  and for s = inf  w(t) [ eps_c - eps_u ].
 

@@ -8,7 +8,7 @@ A ``Config`` is a dataclass. Beside the type of a field stands what it may be,
 
 a tuple of words, or a range: ``[`` and ``]`` hold their end, ``(`` and ``)`` do not; ``inf)`` means
 every finite number, ``inf]`` infinity too; NaN is in no range. ``scheduled`` also allows a schedule
-of such numbers (:mod:`lods.schedules`). What several fields must be together says a method
+of such numbers (:mod:`lods.schedules`). What several fields must be together is said by a method
 ``contradictions()`` of the dataclass, which yields pairs of a field and what is wrong with it.
 
 This is the notation that the threestudio of this repository reads from the classes in its registry.

@@ -1,4 +1,4 @@
-"""What tells a network of the camera, beside the timestep: VSD's learned part has one."""
+"""An embedding that conditions a network on the camera: a part of what VSD learns."""
 
 import contextlib
 from typing import cast

@@ -1,4 +1,4 @@
-"""Tensors of what a prior has learnt, to and from safetensors files."""
+"""Tensors of a learned part, to and from safetensors files."""
 
 from pathlib import Path
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 
 class InnerAdam(nn.Module):
-    """Adam (arXiv:1412.6980) on ``parameters``, which stay their owner's. Its state are buffers, so
-    that it is part of the owner's ``state_dict`` and a resumed run goes on with it."""
+    """Adam (arXiv:1412.6980) on ``parameters``, which stay their owner's. Its state is buffers,
+    so that it is part of the owner's ``state_dict`` and a resumed run goes on with it."""
 
     def __init__(self, parameters, lr: float, betas=(0.9, 0.999), eps: float = 1e-8):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Methods: how a gradient is made out of a frozen model's predictions, one file a paper.
+"""Methods: how a gradient is made out of a frozen model's predictions, one file for each paper.
 
 A method of one's own is a class with one function:
 

@@ -1,4 +1,4 @@
-"""What the predictions of one step are made under: texts and cameras, as one argument."""
+"""The conditions of the predictions of one step: texts and cameras, as one argument."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

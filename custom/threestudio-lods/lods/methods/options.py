@@ -26,5 +26,5 @@ def tell(cfg: Any, unread: tuple[str, ...], grows_with_scale: bool) -> None:
         log.warn(
             f"guidance: guidance_scale={cfg.guidance_scale:g} is of the configurations of LODS, "
             "which divides by it. Of this method it multiplies the gradient: SDS is published with "
-            "100, VSD, NFSD, SDI and ISM with 7.5, see the README"
+            "100, VSD, NFSD, SDI and ISM with 7.5, see docs/methods.md"
         )

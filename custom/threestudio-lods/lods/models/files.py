@@ -81,7 +81,7 @@ def load_complete(cls, path: str, subfolder: str, **kwargs):
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """Without transformers' progress bars, one a network, of which most last no second."""
+    """Without transformers' progress bars, most of which last less than a second."""
     from transformers.utils import logging
 
     shown = getattr(logging, "is_progress_bar_enabled", lambda: False)()

@@ -1,4 +1,4 @@
-"""What trades memory for time in a frozen model, and time for patience."""
+"""Settings that trade memory against time in a frozen model, and time against compilation."""
 
 import os
 import shutil
@@ -127,7 +127,7 @@ def use_sdpa(model) -> None:
 
 
 def compile_fixed(module: torch.nn.Module, backend: str = "inductor") -> None:
-    """``torch.compile`` in place, one graph a shape (an image size and a number of rows)."""
+    """``torch.compile`` in place, one graph per shape (an image size and a number of rows)."""
     options = None
     if backend == "inductor" and next(module.parameters()).device.type == "cpu":
         # torch 2.13's own choice of layouts gave the pocket UNet gradients that were garbage,

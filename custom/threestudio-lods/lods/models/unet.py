@@ -242,12 +242,12 @@ class UNetModel:
         texts: Float[Tensor, "B T D"],
         cameras: Cameras | None = None,
     ) -> Float[Tensor, "B C h w"]:
-        """The noise that the model sees in ``x_t`` under ``texts``, whatever it predicts; a
-        model shaped like SDXL is told that the picture has its own size, and is not cropped.
+        """The noise that the model sees in ``x_t`` under ``texts``, whatever the network predicts;
+        a model shaped like SDXL is told that the picture has its own size, and is not cropped.
         ``cameras`` are of no use to this family: a text says what of the object is seen.
 
-        Gradients that go back through it are multiplied by ``grad_scale`` (not 1 in float16): who
-        learns through it divides by that.
+        Gradients that go back through it are multiplied by ``grad_scale`` (not 1 in float16): a
+        method that learns through it divides by that.
         """
         self.prepare()
         embeddings = texts.to(self.dtype)

@@ -1,4 +1,4 @@
-"""A cloud of 3D Gaussians as a threestudio geometry."""
+"""3D Gaussians as a threestudio geometry."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from threestudio.models.geometry.base import BaseGeometry
 
 @threestudio.register("lods-gaussians")
 class Gaussians(GaussianParameters, BaseGeometry):
-    """Gaussians whose start and degree a configuration says; see
+    """Gaussians whose start and degree are set in a configuration; see
     :class:`lods.gaussians.parameters.GaussianParameters` for the parameters."""
 
     settings_name = "system.geometry."

@@ -93,7 +93,7 @@ class HostPrompts:
         return Conditions(prompt, null, negatives, weights, found, cameras)
 
     def _rows(self, utils: Any, cameras: Cameras) -> tuple[Tensor, Tensor]:
-        """(embeddings of the text, of the negative prompt), a row a camera."""
+        """(embeddings of the text, of the negative prompt), one row per camera."""
         if getattr(self.utils, "use_perp_neg", False):
             rows, weights = utils.get_text_embeddings_perp_neg(*cameras.views, True)
             return rows[: len(weights)], rows[len(weights) : 2 * len(weights)]
@@ -107,7 +107,7 @@ class MethodGuidance(BaseModule):
     and whose learned part is in its ``state_dict`` without the word ``method``.
 
     ``weights`` starts the learned part from a file: path.safetensors, written by ``save_learned``
-    (a LoRA also by others), or path.ckpt:guidance of a checkpoint.
+    (or a LoRA from elsewhere), or path.ckpt:guidance of a checkpoint.
     """
 
     name: ClassVar[str]
@@ -272,8 +272,25 @@ def guidance_for(name: str, cls: type[Method]) -> type[MethodGuidance]:
     return kind
 
 
+_made: dict[str, type[MethodGuidance]] = {}
+
+
 def _register(name: str, cls: type[Method]) -> None:
-    threestudio.register(f"{name}-guidance")(guidance_for(name, cls))
+    made, full = guidance_for(name, cls), f"{name}-guidance"
+    if name in _made and _is_registered(full):  # the same method, whose class was defined anew
+        for part in ("Config", "method_class", "tolerated", "__doc__"):
+            setattr(_made[name], part, getattr(made, part))
+        return
+    _made[name] = made
+    threestudio.register(full)(made)
+
+
+def _is_registered(name: str) -> bool:
+    try:
+        threestudio.find(name)
+    except KeyError:
+        return False
+    return True
 
 
 registry.on_register(_register)

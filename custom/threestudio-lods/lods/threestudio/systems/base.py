@@ -99,7 +99,7 @@ class LODSSystem(Losses, Pictures):
             name = f"it{self.true_global_step}-export/prior.safetensors"
             path = self.guidance.save_learned(self.get_save_path(name))
             if path is not None:
-                self._results["learnt prior"] = str(path)
+                self._results["learned part"] = str(path)
         super().on_predict_epoch_end()
 
     def on_test_end(self) -> None:

@@ -1,4 +1,4 @@
-"""Notice that nothing of the object can be seen: such a run trains nothing, and looks like any."""
+"""Notice when nothing of the object can be seen: such a run trains nothing, silently."""
 
 from collections.abc import Callable
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -24,9 +23,8 @@ from evaluation.grid import TRUE, Run, load_grid
 from evaluation.processes import Local
 from evaluation.run import Recorder, carry_out, curve, ends, load_run, scale_rates, work
 from evaluation.table import CURVES, RESULTS, Table, begun
-from tests.test_evaluation import make_tiny_clip
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.runs import ROOT
+from tests.study.test_evaluation import make_tiny_clip
 
 GRID = """
 methods:

@@ -6,7 +6,7 @@ from statistics import fmean
 import pytest
 
 from evaluation.grid import written
-from tests.test_report import made, make_rows, number
+from tests.study.test_report import made, make_rows, number
 
 
 def test_tuning_says_what_was_tried_and_chosen(tmp_path):

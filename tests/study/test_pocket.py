@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from pocket import autoencoder, data, make, raycast, report, scenes
 from pocket.judge import load, verdict
 from pocket.tokenizer import save_tokenizer
+from tests.runs import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "custom/threestudio-lods/lods/models/pocket"
 
 

@@ -21,10 +21,10 @@ from pocket.data import VIEWS, asked
 from pocket.judge import load, verdict
 from pocket.scenes import COLOR_NAMES, KIND_NAMES, KINDS
 from pocket.truth import Orbit
+from tests.runs import ROOT
 from tests.tiny_models import WORDS
 from threestudio.utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 GRIDS = ROOT / "evaluation/grids"
 ORBIT = Orbit(15.0, 3.6, 40.0, 24)
 

@@ -9,15 +9,13 @@ import subprocess
 import sys
 import tarfile
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
 from evaluation import batch, on_ray, processes
 from evaluation.batch import BatchError, Folders, Job, Lock, Outcome, carry_out, run, table
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.runs import ROOT
 
 
 def double(argument, folder):
@@ -183,7 +181,7 @@ def test_a_command_that_is_stopped_may_save_what_it_has(tmp_path):
 def test_a_killed_batch_leaves_no_process_and_goes_on(tmp_path):
     code = (
         "import sys; from pathlib import Path; from evaluation.batch import Job, run\n"
-        "from tests.test_batch import wait_for_ever\n"
+        "from tests.study.test_batch import wait_for_ever\n"
         f"run([Job('w', wait_for_ever, Path({str(tmp_path / 'w')!r}))])\n"
     )
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
