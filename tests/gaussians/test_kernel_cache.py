@@ -22,7 +22,8 @@ def times(x):
 """
 COPIES = [ROOT / "threestudio/utils", ROOT / "custom/threestudio-lods/lods/gaussians"]
 # the lines in which the two differ: who tells of what goes wrong
-TELLING = ("from lods import log", "import threestudio", "log.warn(", "threestudio.warn(")
+TELLING = ("from lods import log", "import threestudio")
+TELLING += ("log.warn(_why(error))", "threestudio.warn(_why(error))")
 
 
 @pytest.fixture

@@ -159,9 +159,9 @@ def _remove_unused(unet: Any) -> dict[str, "weakref.ref[RowLora]"]:
 
 def _file_name(name: str) -> str:
     """``X.to_out.0.lora_A.weight`` of the UNet as ``unet.X.processor.to_out_lora.down.weight``."""
-    module, projection, part = re.fullmatch(
-        r"(.*)\.(to_[a-z]+)(?:\.0)?\.lora_([AB])\.weight", name
-    ).groups()
+    found = re.fullmatch(r"(.*)\.(to_[a-z]+)(?:\.0)?\.lora_([AB])\.weight", name)
+    assert found is not None  # TARGETS have such names
+    module, projection, part = found.groups()
     return f"unet.{module}.processor.{projection}_lora.{_PARTS[part]}.weight"
 
 
