@@ -27,7 +27,9 @@ STRATEGY = (
 
 
 @pytest.fixture
-def gpu():
+def gpu(monkeypatch):
+    # a run of an earlier test has chosen the CPU for this process
+    monkeypatch.setattr("threestudio.utils.misc._device_type", None)
     with device.pretended_gpu():
         yield torch.device("cuda")
 

@@ -100,7 +100,7 @@ def test_sds_is_the_formula(make, kind, strategy):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_closed_form_model_has_its_mode_as_fixed_point(make, kind):
     guidance, mode = make(kind, guidance_scale=100.0), latents(5, n=1).permute(0, 3, 1, 2)[0]
-    oracle = SimpleNamespace(alphas_cumprod=guidance.alphas)
+    oracle = SimpleNamespace(schedule=SimpleNamespace(alphas_cumprod=guidance.alphas))
     unet = GaussianUNet(oracle, std=0.0, kind=kind)
     unet.config = guidance.unet.config
     guidance.unet = unet
@@ -287,7 +287,7 @@ def test_the_gradient_is_finite_and_clipped(make, monkeypatch):
 
 def test_evaluation_finds_the_mode_and_draws_nothing(make, tmp_path):
     guidance, mode = make(max_items_eval=2), latents(5, n=1).permute(0, 3, 1, 2)[0]
-    oracle = SimpleNamespace(alphas_cumprod=guidance.alphas)
+    oracle = SimpleNamespace(schedule=SimpleNamespace(alphas_cumprod=guidance.alphas))
     unet = GaussianUNet(oracle, std=0.0)
     unet.config = guidance.unet.config
     guidance.unet = unet

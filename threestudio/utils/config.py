@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import types
 import typing
 import warnings
 from collections.abc import Iterable, Mapping
@@ -455,16 +456,18 @@ def _adapt(value, annotation):
 
 
 def _takes_one_value(annotation: Any) -> bool:
-    scalars = {int, float, str, bool, type(None)}
-    return annotation in scalars or (
-        typing.get_origin(annotation) is Union and set(typing.get_args(annotation)) <= scalars
-    )
+    return _options(annotation) <= {int, float, str, bool, type(None)}
 
 
 def _takes_no_number(annotation: Any) -> bool:
     """Whether a field is of one text or switch, which has no schedules."""
-    options = set(typing.get_args(annotation)) if typing.get_origin(annotation) is Union else set()
-    return (options or {annotation}) <= {str, bool, type(None)}
+    return _options(annotation) <= {str, bool, type(None)}
+
+
+def _options(annotation: Any) -> set[Any]:
+    """The types of ``Union[X, Y]`` or ``X | Y``; of anything else itself."""
+    union = typing.get_origin(annotation) in (Union, types.UnionType)
+    return set(typing.get_args(annotation)) if union else {annotation}
 
 
 def _read_value(cfg: Any, key: Any, full: str) -> Any:

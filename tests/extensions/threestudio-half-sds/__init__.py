@@ -7,7 +7,7 @@ from lods import scores
 from lods.methods import Method, register
 
 
-@register("half-sds")
+@register("halved")
 class HalfSDS(Method):
     @dataclass
     class Config(Method.Config):
