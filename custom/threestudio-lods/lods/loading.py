@@ -20,6 +20,13 @@ def load_method(
     settings: dict[str, Any],
 ) -> Method:
     """See :func:`lods.load`."""
+    if not isinstance(method, str):
+        raise ValueError(f"the method must be a name, not {fields.shown(method)}")
+    if not (isinstance(model, str) or hasattr(model, "schedule")):
+        raise ValueError(f"the model must be a name or a lods.models.base.Model, not {model!r}")
+    for what, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if not isinstance(text, str):
+            raise ValueError(f"the {what} must be one text, not {fields.shown(text)}")
     cls = find(method)
     parts = {"method": cls.Config, "model": ModelSettings, "texts": TextSettings}
     given: dict[str, dict[str, Any]] = {part: {} for part in parts}
@@ -32,7 +39,7 @@ def load_method(
         given[part][name] = value
     config = fields.make(cls.Config, given["method"])
     text_settings = fields.make(TextSettings, given["texts"])
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not prompt.strip():
         raise ValueError("the prompt is empty: give prompt='a DSLR image of a hamburger'")
     if isinstance(model, str):
         from lods.models import load

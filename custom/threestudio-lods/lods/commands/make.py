@@ -13,7 +13,7 @@ from typing import Any
 
 from lods import host
 from lods.commands.job import BASE, RESULTS, Request, make
-from lods.commands.parser import Parser, count
+from lods.commands.parser import Parser, count, made_folder
 from lods.files import whole_file
 from lods.settings import nearest
 
@@ -90,6 +90,8 @@ def read_prompts(file: Path) -> list[str]:
         raise ValueError(f"--prompts {file} is not a text in UTF-8") from None
     lines = [line.strip() for line in text.splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
+    if "\0" in text:
+        raise ValueError(f"--prompts {file} is not a text: it holds a NUL")
     if len(data) > MAX_REQUEST or len(prompts) > MAX_PROMPTS:
         raise ValueError(f"--prompts {file} holds more than {MAX_PROMPTS} prompts, or a megabyte")
     return prompts
@@ -175,7 +177,8 @@ def note(request: Request, folder: Path) -> None:
 def noted(out: Path) -> list[Any]:
     """The jobs that were ever asked for below ``out``; what is no request is left out."""
     jobs = []
-    for file in sorted(out.glob(f"*/{REQUEST}")):
+    files = (file for file in out.glob(f"*/{REQUEST}") if file.is_file())  # a pipe would block
+    for file in sorted(files):
         with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             with file.open("rb") as opened:
                 request = Request.of(json.loads(opened.read(MAX_REQUEST)))
@@ -208,6 +211,7 @@ def main(argv: list[str], command: str) -> int:
     wanted = {folder_of(request, args.out): request for request in requests(args)}
     if len(wanted) < len(args.prompts):
         raise ValueError("two prompts differ in nothing that the name of a folder can hold")
+    made_folder("--out", args.out)
     for folder, request in wanted.items():
         note(request, folder)
     if len(wanted) == 1 and args.workers is None and args.ray is None:

@@ -1,6 +1,7 @@
 """Command lines whose mistakes cost one line."""
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -30,3 +31,12 @@ def count(text: str) -> int:
 
 
 count.__name__ = "number from 1 to 1000000"  # argparse names it in its message
+
+
+def made_folder(option: str, path: Path) -> None:
+    """Make the folder that an option names, before anything is computed. Raises ``ValueError``
+    for one that cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be made a folder: {error.strerror}") from None

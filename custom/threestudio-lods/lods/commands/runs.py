@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lods import host
-from lods.commands.parser import Parser
+from lods.commands.parser import Parser, made_folder
 from lods.files import whole_file
 from lods.settings import nearest
 
@@ -101,6 +101,8 @@ def main(argv: list[str], command: str) -> int:
     words += [] if args.gpu is None else ["--gpu", args.gpu]
     if verb != "export":
         return start(words)
+    if args.out is not None:
+        made_folder("--out", args.out)
     before = exported(run.folder)
     status = start([*words, f"system.exporter.fmt={args.format}"])
     if status == 0 and args.out is not None:

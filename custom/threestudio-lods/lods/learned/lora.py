@@ -1,6 +1,7 @@
 """LoRA on the attention of a UNet, with a strength of its own for every row of a batch."""
 
 import contextlib
+import copy
 import gc
 import itertools
 import json
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lods.learned.files import read_safetensors, write_safetensors
@@ -55,7 +57,7 @@ class RowLora(nn.Module):
             layer.lora_B[adapter].register_forward_hook(self._rows.scale)
             if others:  # peft has switched them off
                 layer.set_adapter([*others, adapter])
-        others[adapter] = weakref.ref(self)
+        others[adapter] = _Owner(self)
 
     def _enter(self, path: str, leaf: nn.Module) -> None:
         *parents, last = path.split(".")
@@ -129,9 +131,28 @@ class _Strength:
 
     def scale(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         if not isinstance(self.value, Tensor):
-            return output * self.value
+            # 0 * nan is nan: a LoRA that has diverged leaves others on the same UNet alone
+            return output * self.value if self.value else torch.zeros_like(output)
         rows = F.pad(self.value, (0, len(output) - len(self.value)))
         return output * rows.view(-1, *[1] * (output.ndim - 1))
+
+
+class _Owner:
+    """Which :class:`RowLora` an adapter of a UNet belongs to, for as long as it is used. A copy or
+    a pickle of a method belongs to the copied one."""
+
+    def __init__(self, lora: RowLora):
+        self.lora = weakref.ref(lora)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Owner":
+        return self._with(copy.deepcopy(self.lora(), memo))
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return _Owner._with, (self.lora(),)
+
+    @staticmethod
+    def _with(lora: RowLora | None) -> "_Owner":
+        return _Owner(RowLora.__new__(RowLora) if lora is None else lora)
 
 
 def _names() -> Iterator[str]:
@@ -144,13 +165,13 @@ def _lora_layers(unet: nn.Module) -> list[tuple[str, Any]]:
     return [(name, layer) for name, layer in unet.named_modules() if hasattr(layer, "lora_A")]
 
 
-def _remove_unused(unet: Any) -> dict[str, "weakref.ref[RowLora]"]:
+def _remove_unused(unet: Any) -> dict[str, _Owner]:
     """Take out the adapters of those that are gone; returns the others by name, in a table that
     belongs to the UNet."""
     table = unet.__dict__.setdefault("_row_loras", {})
     if table:
         gc.collect()  # a method refers to itself
-    for name in [name for name, lora in table.items() if lora() is None]:
+    for name in [name for name, owner in table.items() if owner.lora() is None]:
         for _, layer in _lora_layers(unet):
             layer.delete_adapter(name)
         del unet.peft_config[name], table[name]

@@ -155,6 +155,8 @@ class Method(nn.Module):
 
     def step(self, step: int, epoch: int = 0) -> None:
         """Set what depends on the step: the range of t and the clip."""
+        if step < 0:
+            raise ValueError(f"steps count from 0: {step} is none")
         self.now = step
         T = self.model.schedule.steps
         low = schedules.value_at(self.cfg.min_step_percent, step, epoch)
@@ -205,8 +207,14 @@ class Method(nn.Module):
             raise ValueError("the method has no prompt yet: make it by lods.load, or call start")
         if (images is None) == (latents is None):
             raise ValueError("give either images (B, 3, H, W) in 0..1, or latents=")
+        given = latents if images is None else images
+        if not (isinstance(given, torch.Tensor) and given.is_floating_point()):
+            kind = getattr(given, "dtype", type(given).__name__)
+            raise ValueError(f"images in 0..1 and latents are tensors of floats, not {kind}")
         if images is not None and (images.ndim != 4 or images.shape[1] != 3):
             raise ValueError(f"images are (B, 3, H, W), not {tuple(images.shape)}")
+        if given.numel() == 0:
+            raise ValueError(f"a batch of shape {tuple(given.shape)} is empty")
         if latents is None:
             assert images is not None  # one of the two is given
             latents = self.latents_of(images)
