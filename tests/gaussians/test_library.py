@@ -115,3 +115,10 @@ def test_what_is_missing_or_does_not_fit_is_named():
         gs.Gaussians({**some, "quats": some["quats"][:3]})
     with pytest.raises(ValueError, match="have no size"):
         gs.Gaussians(some).groups(size=0.1)
+
+
+def test_a_mesh_is_written_as_glb_only(tmp_path):
+    mesh = gs.Mesh(torch.zeros(3, 3), torch.tensor([[0, 1, 2]]), torch.ones(3, 3))
+    with pytest.raises(ValueError, match=r"end the name in \.glb"):
+        mesh.write(tmp_path / "a.stl")
+    assert not list(tmp_path.iterdir())

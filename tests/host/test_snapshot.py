@@ -63,7 +63,8 @@ def test_what_links_point_to_is_not_copied(repository, tmp_path):
 @pytest.mark.parametrize("linked", ["code", "code/sub", "code/sub/kept.py"])
 def test_nothing_is_written_through_a_link(repository, tmp_path, linked, monkeypatch):
     told = []
-    monkeypatch.setattr("threestudio.warn", told.append)
+    for tell in ("warn", "info"):
+        monkeypatch.setattr(f"threestudio.{tell}", told.append)
     Path("sub").mkdir(), Path("sub/kept.py").write_text("new")
     run_git("add", ".")
     elsewhere = tmp_path / "elsewhere"
@@ -153,7 +154,8 @@ def test_a_linked_extension_is_left_out_and_named(repository, tmp_path, linked, 
 
 def test_without_a_repository_the_extensions_are_copied(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("threestudio.warn", told.append)
+    for tell in ("warn", "info"):
+        monkeypatch.setattr(f"threestudio.{tell}", told.append)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setattr(extensions, "loaded", {})

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from lods.cameras import Cameras
+from lods.methods import timesteps
 from lods.methods.conditions import Conditions
 from torch import nn
 
@@ -417,7 +418,8 @@ def test_monotone_timesteps_fall_with_the_root_of_the_step(make):
     cpu, got = torch.device("cpu"), []
     for step in (0, 1, 25, 100, 500):
         guidance.do_update_step(0, step)
-        got.append(guidance.timesteps(3, cpu).tolist())
+        bounds = guidance.min_step, guidance.max_step
+        got.append(timesteps.draw(guidance.cfg, bounds, step, 3, cpu).tolist())
     assert got == [[t] * 3 for t in (900, 820, 500, 100, 100)]
     with pytest.raises(ValueError, match=r"set timestep_schedule_steps"):
         make("sds", timestep_schedule="monotone")

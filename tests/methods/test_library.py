@@ -191,7 +191,7 @@ def test_a_method_that_learns_nothing_writes_nothing(tmp_path, name):
         ({"model": ""}, "there is no model folder and no card ''"),
         ({"prompt": ""}, "the prompt is empty: give prompt='a DSLR image of a hamburger'"),
         ({"prompt": "  "}, "the prompt is empty"),
-        ({"prompt": None}, "the prompt is empty"),
+        ({"prompt": None}, "the prompt must be one text, not null"),
         ({"prompt": "a hamburgr"}, "names no object that this model knows ('hamburgr': did you"),
     ],
 )
@@ -214,7 +214,7 @@ PICTURE, LATENTS = torch.rand(2, 3, 8, 8), torch.randn(2, 3, 4, 4)
         ({"images": PICTURE[0]}, "images are (B, 3, H, W), not (3, 8, 8)"),
         ({"latents": PICTURE}, "latents of this model are (B, 3, 4, 4), not (2, 3, 8, 8)"),
         ({"latents": LATENTS[0]}, "latents of this model are (B, 3, 4, 4), not (3, 4, 4)"),
-        ({"images": PICTURE, "cameras": cameras(1)}, "1 camera for 2 images"),
+        ({"images": PICTURE, "cameras": cameras(1)}, "for 2 images must be (2,)"),
     ],
 )
 def test_a_wrong_call_is_one_line(given, said):

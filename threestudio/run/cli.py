@@ -132,6 +132,7 @@ def run(call: Call, gpus: list[str]) -> int:
 
 def _extension_folders(call: Call) -> list[Path]:
     """Those whose code is run: nothing in the current folder is, unless it is asked for."""
+    from threestudio.utils import extensions
     from threestudio.utils.errors import UserError
     from threestudio.utils.extensions import find_extensions
 
@@ -142,6 +143,7 @@ def _extension_folders(call: Call) -> list[Path]:
     here = Path.cwd() / "custom"
     if not any(os.path.realpath(root) == os.path.realpath(here) for root in roots):
         names = [name for name, _ in find_extensions(here)]
+        extensions.left_out[:] = names
         if names:
             print(
                 f"not loaded: {', '.join(names)[:200]} in {here} (--extensions custom loads them)",

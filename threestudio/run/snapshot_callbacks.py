@@ -134,10 +134,10 @@ class CodeSnapshotCallback(VersionedCallback):
             linked = [name for name, path in extensions.loaded.items() if is_linked(path)]
             if linked:
                 names = ", ".join(linked)
-                threestudio.info(f"the snapshot of the code is without what is a link: {names}")
-        except NoGit as error:
-            only = " but of the extensions" if extensions.loaded else ""
-            threestudio.warn(f"no snapshot of the code{only}: it needs a git repository ({error})")
+                here = f"{Path.cwd()} is no git repository"
+                threestudio.info(f"no snapshot of the code{only}: {here}")
+            else:
+                threestudio.warn(f"no snapshot of the code{only}: {error}")
         except OSError as error:
             if disk_error(error):
                 raise

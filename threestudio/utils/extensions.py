@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 loaded: dict = {}  # extension name -> where :func:`load_custom_modules` found it
+left_out: list = []  # the names of those in the current folder, which nobody asked for
 failed: dict = {}  # extension name -> the exception it failed to load with
 _to_report: dict = {}  # those of them that the user was not told of yet
 
@@ -23,14 +24,17 @@ def last_line(error: BaseException, length: int = 200) -> str:
 
 
 def what_failed() -> str:
-    """The extensions that failed to load, in brackets, for the end of a message about a name that
-    they may have brought; "" if none did."""
+    """The extensions that failed to load, or were not asked for, in brackets, for the end of a
+    message about a name that they may have brought; "" if there are none."""
     errors = list(failed.items())
     text = "".join(
         f" (extension {name!r} failed to load: {last_line(error, 80)})"
         for name, error in errors[:2]
     )
-    return text + f" (so did {len(errors) - 2} others)" * (len(errors) > 2)
+    text += f" (so did {len(errors) - 2} others)" * (len(errors) > 2)
+    if left_out:
+        text += f" (not loaded: {', '.join(left_out)[:80]}; --extensions custom loads them)"
+    return text
 
 
 def report_failures() -> None:

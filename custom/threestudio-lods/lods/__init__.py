@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lods import cameras, gaussians, learned, methods, models, scores
     from lods.cameras import Cameras
-    from lods.methods.base import Losses, Method
+    from lods.methods.base import Method
+    from lods.methods.losses import Losses
     from lods.methods.registry import register
     from lods.pictures import save_images
 
@@ -38,7 +39,7 @@ __all__ = [
 _PACKAGES = ("cameras", "gaussians", "learned", "methods", "models", "scores")
 _WHERE = {
     "Cameras": "lods.cameras",
-    "Losses": "lods.methods.base",
+    "Losses": "lods.methods.losses",
     "Method": "lods.methods.base",
     "register": "lods.methods.registry",
     "save_images": "lods.pictures",

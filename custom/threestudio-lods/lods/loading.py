@@ -47,10 +47,9 @@ def load_method(
 
         check_words(model, prompt, text_settings)
         model = load(model, device, **given["model"])
-    elif given["model"]:
-        raise ValueError(
-            f"{next(iter(given['model']))} is a setting of a model that is loaded here"
-        )
+    elif given["model"] or device is not None:
+        name = next(iter(given["model"]), "device")
+        raise ValueError(f"{name} is a setting of a model that is loaded here: leave it out")
     tell(config, cls.unread, cls.grows_with_scale)
     made = cls(model, config)
     made.start(EmbeddedPrompts(model, prompt, negative_prompt, text_settings))

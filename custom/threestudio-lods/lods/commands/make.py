@@ -138,9 +138,12 @@ def _refuse_unknown_words(prompts: list[str], model: str) -> None:
     vocabulary = Vocabulary.read(folder) if folder else None
     if vocabulary is None:
         return
-    for prompt in prompts:
-        if refusal := vocabulary.refusal(prompt, FORCE):
-            raise ValueError(refusal)
+    refused = {p: text for p in prompts if (text := vocabulary.refusal(p, FORCE))}
+    if refused:
+        first, *others = refused
+        names = ", ".join(repr(prompt) for prompt in others[:5]) + ", ..." * (len(others) > 5)
+        more = f" (nor do {names})" if others else ""
+        raise ValueError(refused[first] + more)
 
 
 def _has_gpu() -> bool:

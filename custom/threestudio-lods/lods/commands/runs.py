@@ -39,6 +39,8 @@ class Run:
 def find_run(word: str, root: Path = Path("outputs")) -> Run:
     """The run that ``word`` means: its folder, or one that it alone is in, a checkpoint of it, or a
     piece of the name of its folder below ``root``. Raises ``ValueError`` for anything else."""
+    if not word.strip():
+        raise ValueError("the run is empty: give its folder, or a piece of its name")
     path = Path(word)
     if path.is_file():
         folder = path.resolve().parent.parent

@@ -1,6 +1,7 @@
 """Triangles with colours at their vertices."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,9 +51,11 @@ class Mesh:
 
     def write(self, path) -> None:
         """A glb file, turned so that y points up, as glTF wants it, and +x faces +z. Raises
-        ``ValueError`` for a mesh without colours."""
+        ``ValueError`` for another ending, and for a mesh without colours."""
         from lods.gaussians.mesh_file import write_mesh
 
+        if Path(path).suffix.lower() != ".glb":
+            raise ValueError(f"'{path}': a mesh is written as glb, so end the name in .glb")
         if self.rgb is None:
             raise ValueError("the mesh has no colours: set its rgb")
         turned = (x[:, [1, 2, 0]] for x in (self.vertices, self.normals()))

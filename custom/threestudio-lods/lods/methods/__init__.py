@@ -16,9 +16,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lods.methods.base import Losses, Method
+    from lods.methods.base import Method
     from lods.methods.conditions import Conditions, Prompts
     from lods.methods.learning import LearningMethod
+    from lods.methods.losses import Losses
     from lods.methods.registry import find, names, register
 
 __all__ = [
@@ -34,7 +35,7 @@ __all__ = [
 _WHERE = {
     "Conditions": "conditions",
     "LearningMethod": "learning",
-    "Losses": "base",
+    "Losses": "losses",
     "Method": "base",
     "Prompts": "conditions",
     "find": "registry",

@@ -1,8 +1,9 @@
 """What all methods share: encode, draw (t, noise), ask for the gradient, make it a loss."""
 
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -11,27 +12,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lods import log, schedules, scores, settings
 from lods.cameras import Cameras
-from lods.methods import predictions
+from lods.methods import predictions, timesteps
 from lods.methods.conditions import Conditions, Prompts
+from lods.methods.inputs import cameras_for, check_images, check_latents, check_values, resized
+from lods.methods.losses import Losses
 from lods.methods.sds_first import SDSFirst
 from lods.models.base import Model
 from torch import Tensor, nn
 
 Latents = Float[Tensor, "B c h w"]
-
-
-@dataclass(frozen=True)
-class Losses:
-    """``terms`` by name, each a scalar: ``loss_sds``, whose gradient is the method's, and the
-    losses of its learned part; ``numbers`` to log. ``total`` is what to call ``backward`` on."""
-
-    terms: dict[str, Float[Tensor, ""]]
-    numbers: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def total(self) -> Float[Tensor, ""]:
-        """The sum of all terms."""
-        return torch.stack(list(self.terms.values())).sum()
 
 
 class Method(nn.Module):
@@ -58,7 +47,7 @@ class Method(nn.Module):
         max_step_percent: Annotated[Any, "scheduled [0, 1]"] = 0.98
         # how: random, or monotone, the same t for all rows, which falls with the step (of HiFA,
         # arXiv:2305.18766): max - (max - min) sqrt(step / timestep_schedule_steps)
-        timestep_schedule: Annotated[str, ("random", "monotone")] = "random"
+        timestep_schedule: Annotated[str, timesteps.KINDS] = "random"
         timestep_schedule_steps: Annotated[int, "[0, 1e12]"] = 0
         # every element of the gradient is clamped to +- this; schedules allowed
         grad_clip: Annotated[Any | None, "scheduled (0, inf]"] = None
@@ -67,13 +56,7 @@ class Method(nn.Module):
 
         def contradictions(self):
             """Fields that do not go together: (field, what is wrong)."""
-            yield from _wrong_timesteps(self)
-            if self.timestep_schedule == "monotone" and self.timestep_schedule_steps < 1:
-                yield (
-                    "timestep_schedule",
-                    "=monotone needs the number of steps in which t falls: set "
-                    "timestep_schedule_steps, for example to trainer.max_steps",
-                )
+            yield from timesteps.contradictions(self)
 
     # whether the gradient grows with guidance_scale, which then has to be finite
     grows_with_scale: ClassVar[bool] = False
@@ -88,6 +71,7 @@ class Method(nn.Module):
         self.prompts: Prompts | None = None
         self._lost: Tensor | None = None  # share of the last gradient that was not finite
         self._warned: set[bool] = set()
+        self._looked = False  # at the values of an image
         self.step(0)
         self.create_learned()
         self.distil = SDSFirst(self, *self.sds_stage())
@@ -143,30 +127,19 @@ class Method(nn.Module):
         """w(t) of the configured ``weighting_strategy``."""
         return self.model.schedule.weight(t, self.cfg.weighting_strategy)
 
-    def timesteps(self, rows: int, device: torch.device) -> Int[Tensor, " B"]:
-        """t of each row, by ``timestep_schedule``."""
-        if self.cfg.timestep_schedule == "monotone":
-            done = min(self.now / self.cfg.timestep_schedule_steps, 1.0) ** 0.5
-            t = round(self.max_step - (self.max_step - self.min_step) * done)
-            return torch.full((rows,), t, device=device)
-        return torch.randint(self.min_step, self.max_step + 1, (rows,), device=device)
-
     # -- a step ----------------------------------------------------------------------------------
 
     def step(self, step: int, epoch: int = 0) -> None:
         """Set what depends on the step: the range of t and the clip."""
+        try:
+            step = operator.index(step)
+        except TypeError:
+            raise ValueError(f"a step is a whole number, not {step!r}") from None
         if step < 0:
             raise ValueError(f"steps count from 0: {step} is none")
         self.now = step
-        T = self.model.schedule.steps
-        low = schedules.value_at(self.cfg.min_step_percent, step, epoch)
-        high = schedules.value_at(self.cfg.max_step_percent, step, epoch)
-        if not 0 <= low <= high <= 1:  # a schedule in epochs, which the Config cannot see
-            raise ValueError(
-                f"0 <= min_step_percent <= max_step_percent <= 1 is needed, not {low} and {high} "
-                f"(at step {step})"
-            )
-        self.min_step, self.max_step = (min(int(T * share), T - 1) for share in (low, high))
+        bounds = timesteps.range_at(self.cfg, self.model.schedule.steps, step, epoch)
+        self.min_step, self.max_step = bounds
         clip = self.cfg.grad_clip
         self.grad_clip = None if clip is None else schedules.value_at(clip, step, epoch)
 
@@ -207,30 +180,16 @@ class Method(nn.Module):
             raise ValueError("the method has no prompt yet: make it by lods.load, or call start")
         if (images is None) == (latents is None):
             raise ValueError("give either images (B, 3, H, W) in 0..1, or latents=")
-        given = latents if images is None else images
-        if not (isinstance(given, torch.Tensor) and given.is_floating_point()):
-            kind = getattr(given, "dtype", type(given).__name__)
-            raise ValueError(f"images in 0..1 and latents are tensors of floats, not {kind}")
-        if images is not None and (images.ndim != 4 or images.shape[1] != 3):
-            raise ValueError(f"images are (B, 3, H, W), not {tuple(images.shape)}")
-        if given.numel() == 0:
-            raise ValueError(f"a batch of shape {tuple(given.shape)} is empty")
-        if latents is None:
-            assert images is not None  # one of the two is given
+        if images is not None:
+            check_images(images)
+            if not self._looked:  # later calls would have to wait for a GPU each time
+                self._looked = True
+                check_values(images)
             latents = self.latents_of(images)
-        z = latents
-        if z.ndim != 4 or tuple(z.shape[1:]) != tuple(self.model.latent_shape):
-            raise ValueError(
-                f"latents of this model are (B, {', '.join(map(str, self.model.latent_shape))}), "
-                f"not {tuple(z.shape)}"
-            )
-        if cameras is not None and len(cameras) != len(z):
-            many = "camera" if len(cameras) == 1 else "cameras"
-            raise ValueError(f"{len(cameras)} {many} for {len(z)} images: give one each, or none")
-        if cameras is None:
-            front = torch.zeros(len(z), device=z.device)
-            cameras = Cameras(front, front, front)
-        return self.losses(z, self.prompts.conditions(cameras, self.other_texts))
+        check_latents(latents, self.model.latent_shape)
+        assert latents is not None  # one of the two is given
+        cameras = cameras_for(cameras, latents)
+        return self.losses(latents, self.prompts.conditions(cameras, self.other_texts))
 
     def losses(self, latents: Latents, conditions: Conditions) -> Losses:
         """``loss_sds`` = 1/2 sum (z - stopgrad(z - g))^2 / B, whose gradient is g / B; the losses
@@ -280,32 +239,3 @@ class Method(nn.Module):
     def load(self, path: str | Path) -> dict[str, str]:
         """Start the learned part from a file of :meth:`save`; returns the file's metadata."""
         raise ValueError(f"{type(self).__name__} learns nothing: the file {path} has no use")
-
-
-def resized(x: Float[Tensor, "B C H W"], size: int) -> Float[Tensor, "B C h w"]:
-    """``x`` with ``size`` pixels a side, bilinearly."""
-    if x.shape[-2:] == (size, size):
-        return x
-    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
-
-
-def _wrong_timesteps(cfg: Any):
-    """``(field, what is wrong)`` where timesteps or clip of a later step make no sense."""
-    names = ("min_step_percent", "max_step_percent", "grad_clip")
-    values = [getattr(cfg, name) for name in names]
-    for name, value in zip(names, values):
-        try:
-            schedules.value_at(0 if value is None else value, 0)
-        except TypeError as error:
-            yield name, f"is no schedule: {error}"
-            return
-    for step in schedules.steps_of(*values):
-        low, high = (schedules.value_at(value, step) for value in values[:2])
-        if not 0 <= low <= high <= 1:
-            yield (
-                "min_step_percent",
-                "and max_step_percent must be 0 <= min_step_percent <= max_step_percent <= 1, "
-                f"not {low:g} and {high:g} (at step {step})",
-            )
-        if values[2] is not None and not schedules.value_at(values[2], step) > 0:
-            yield "grad_clip", f"must be above 0, or null for none (at step {step})"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from lods import scores
-from lods.methods import predictions
+from lods.methods import predictions, timesteps
 from lods.methods.conditions import Conditions
 from torch import Tensor
 
@@ -30,7 +30,8 @@ class SDSFirst:
         self, latents: Float[Tensor, "B c h w"], conditions: Conditions
     ) -> Float[Tensor, "B c h w"]:
         (method,) = self.method
-        t = method.timesteps(len(latents), latents.device)
+        bounds = method.min_step, method.max_step
+        t = timesteps.draw(method.cfg, bounds, method.now, len(latents), latents.device)
         if method.now >= self.steps:
             return method.own_gradient(latents, t, conditions)
         # with the frozen model's own two predictions, and new noise

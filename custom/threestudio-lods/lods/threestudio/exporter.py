@@ -55,6 +55,7 @@ class GaussianExporter(Exporter):
 
     def _mesh(self) -> Mesh:
         cfg = self.cfg
+        threestudio.info("making a mesh of the Gaussians, which can take a minute")
         found = surface(self.geometry, cfg.mesh_resolution, cfg.mesh_opacity, cfg.mesh_threshold)
         mesh = Mesh(found.vertices, found.faces)
         mesh.set_vertex_color(found.rgb)

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from lods import settings
 from lods.cameras import Cameras
 from lods.methods import registry
-from lods.methods.base import Method, resized
+from lods.methods.base import Method
 from lods.methods.conditions import Conditions
+from lods.methods.inputs import resized
 from lods.methods.options import tell
 from lods.models import memory
 from lods.models.cards import DEFAULT_MODEL
