@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -9,9 +10,13 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import threestudio
-from threestudio.run.git import NoGit
+from threestudio.run.git import NoGit, tracked_files
 from threestudio.run.snapshot import (
+    MAX_BYTES,
+    copy_files,
+    extension_files,
     is_linked,
+    is_plain,
     make_plain_folder,
 )
 from threestudio.utils import extensions
@@ -76,6 +81,52 @@ class ConfigSnapshotCallback(VersionedCallback):
         for i, raw in enumerate(self.raw):
             with whole_file(Path(self.savedir, f"raw_{i}.yaml" if i else "raw.yaml")) as tmp:
                 tmp.write_bytes(raw)
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        self.save_config_snapshot()
+
+
+class CodeSnapshotCallback(VersionedCallback):
+    """Copies the code: of the current folder the files that git tracks, and the extensions that are
+    loaded. Left out are ``load``, ``outputs`` and the folders in `exclude` (of runs: their copies
+    of the code would be copied), links, and files over 1 MB (weights, pictures). What prevents a
+    snapshot is one warning. See :mod:`threestudio.run.snapshot`.
+    """
+
+    def __init__(
+        self,
+        save_root,
+        version: int | None = None,
+        use_version: bool = True,
+        exclude: Iterable[str] = (),
+    ) -> None:
+        super().__init__(save_root, version, use_version)
+        self.exclude = list(exclude)
+
+    def get_file_list(self) -> list[str]:
+        """Paths of the tracked files, relative to the current folder. Raises ``NoGit``."""
+        outside = {Path(folder).resolve() for folder in (self.save_root, *self.exclude)}
+        here = Path.cwd().resolve()
+        outside -= {here, *here.parents}  # results in the repository's own folder, or around it
+        return [
+            name
+            for name in tracked_files(here)
+            if name.split("/")[0] not in ("load", "outputs")
+            and is_plain(here, name)
+            and os.path.getsize(name) <= MAX_BYTES
+            and not outside & set(Path(here, name).parents)
+        ]
+
+    @rank_zero_only
+    def save_code_snapshot(self) -> None:
+        """Copy the files. Raises ``OSError``, and ``NoGit`` when only the extensions could be."""
+        here = Path.cwd()
+        for name, path in extensions.loaded.items():
+            inside = here in path.absolute().parents
+            folder = path.absolute().parent.relative_to(here) if inside else Path("custom")
+            source, part = (path.parent, "") if path.is_file() else (path, name)
+            copy_files(source, extension_files(path), self.savedir, Path(folder, part))
+        copy_files(here, self.get_file_list(), self.savedir)
 
     def on_fit_start(self, trainer, pl_module) -> None:
         try:
