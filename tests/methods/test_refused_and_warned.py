@@ -170,3 +170,20 @@ def test_memory_switches_change_memory_only(make, name):
         total(out).backward()
         results.append([total(out).detach(), rgb.grad, *[p.grad for p in guidance.parameters()]])
     torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("hook", ["gradient", "texts", "check"])
+def test_a_mixin_of_a_hook_that_the_method_has_now_is_refused(make, registered, hook):
+    threestudio.register("old-mixin")(type("Old", (), {hook: lambda self, *args: None}))
+    with pytest.raises(ValueError, match=rf"^Old\.{hook} would never be called"):
+        make(f"{SDS}:old-mixin")
+
+
+def test_a_mixin_of_what_is_called_of_a_guidance_is_taken(make, registered):
+    mixin = type("Black", (), {"encode": lambda self, rgb, as_latents: torch.zeros(2, 4, 8, 8)})
+    threestudio.register("black-mixin")(mixin)
+    guidance = make(f"{SDS}:black-mixin")
+    seen = []
+    guidance.method.distil = lambda latents, conditions: seen.append(latents) or latents
+    guidance(images(), random_prompt(), *side_view(2))
+    assert not seen[0].any()

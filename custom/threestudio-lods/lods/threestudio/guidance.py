@@ -25,6 +25,13 @@ import threestudio
 from threestudio.utils.base import BaseModule
 
 WHERE = "system.guidance."
+# hooks of the guidances of 0.1, which the guidance's method has now: nobody would call them here
+MOVED = (
+    *("gradient", "diffuse", "predict", "predict_pair", "compose", "weight", "timesteps"),
+    *("texts", "look", "other_text", "start_from", "sds_stage", "distill", "recompute_context"),
+    *("create_learned", "learn", "learn_inside", "denoising_loss", "unscale_gradients"),
+    *("check", "load_denoiser"),
+)
 OTHER_TEXTS = {"source": "source", "bad": "nfsd_negative"}  # ours -> the prompt processor's
 
 
@@ -123,6 +130,7 @@ class MethodGuidance(BaseModule):
 
     def configure(self) -> None:
         cls, cfg = self.method_class, self.cfg
+        _refuse_moved(type(self))
         device = torch.device(self.device)
         config = settings.make(cls.Config, _part(cfg, cls.Config), WHERE)
         frozen = settings.make(ModelSettings, _part(cfg, ModelSettings), WHERE)
@@ -217,6 +225,18 @@ class MethodGuidance(BaseModule):
     def load_learned(self, path: str | Path) -> dict[str, str]:
         """Start from a file of ``save_learned``; returns the file's metadata."""
         return self.method.load(path)
+
+
+def _refuse_moved(cls: type[MethodGuidance]) -> None:
+    """Refuse a subclass or a mixin that overrides what is no longer called of a guidance."""
+    for name in MOVED:
+        if owner := next((base for base in cls.__mro__ if name in vars(base)), None):
+            raise ValueError(
+                f"{owner.__name__}.{name} would never be called, for {name!r} is the method's, not "
+                f"the guidance's: make it a subclass of {cls.method_class.__module__}."
+                f"{cls.method_class.__name__} that is registered by lods.register, see "
+                "docs/extending.md"
+            )
 
 
 def _leave_out_method(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
