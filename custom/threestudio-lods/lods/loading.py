@@ -1,6 +1,7 @@
 """``lods.load``: a method, its model and its prompt."""
 
 import dataclasses
+import os
 from typing import Any
 
 from lods import settings as fields
@@ -22,11 +23,15 @@ def load_method(
     """See :func:`lods.load`."""
     if not isinstance(method, str):
         raise ValueError(f"the method must be a name, not {fields.shown(method)}")
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
     if not (isinstance(model, str) or hasattr(model, "schedule")):
         raise ValueError(f"the model must be a name or a lods.models.base.Model, not {model!r}")
     for what, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if not isinstance(text, str):
             raise ValueError(f"the {what} must be one text, not {fields.shown(text)}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"the {what} holds half of a surrogate pair, which is no character")
     cls = find(method)
     parts = {"method": cls.Config, "model": ModelSettings, "texts": TextSettings}
     given: dict[str, dict[str, Any]] = {part: {} for part in parts}

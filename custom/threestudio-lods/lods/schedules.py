@@ -5,6 +5,7 @@ The notation is threestudio's: ``[v0, v1, s1]`` goes from v0 at step 0 to v1 at 
 """
 
 import itertools
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,10 +15,17 @@ def is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) or type(value).__name__ in ("ListConfig", "TupleConfig")
 
 
+def plain(value: Any) -> Any:
+    """A number of numpy's as Python's; anything else unchanged."""
+    if isinstance(value, numbers.Number) and type(value).__module__ == "numpy":
+        return value.item()  # type: ignore[attr-defined]
+    return value
+
+
 def knots(value: Iterable[Any]) -> list[tuple[float, float]]:
     """The ``(step, value)`` knots of a schedule that is written as a list. Raises ``ValueError``
     for a list of another form."""
-    items = list(value)
+    items = [plain(item) for item in value]
     if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in items):
         raise ValueError(f"the schedule {items} must hold numbers only")
     if len(items) == 3:

@@ -108,6 +108,7 @@ def check(name: str, value: Any, hint: Any) -> Any:
     """``value`` if the field ``name`` may have it (a float without a fraction as an int where an
     int is meant). Raises ``ValueError``, one line."""
     kind, beside = split(hint)
+    value = schedules.plain(value)
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
     if value is None:
         if type(None) in options or (kind is Any and not beside):

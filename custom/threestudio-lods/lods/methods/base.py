@@ -195,7 +195,13 @@ class Method(nn.Module):
         """``loss_sds`` = 1/2 sum (z - stopgrad(z - g))^2 / B, whose gradient is g / B; the losses
         of the learned part; and, to log, ``grad_norm`` (of g), ``min_step`` and ``max_step``."""
         learning = self.learn(latents, conditions)
-        grad = self.clean(self.distil(latents, conditions))
+        raw = self.distil(latents, conditions)
+        if getattr(raw, "shape", None) != latents.shape:
+            raise ValueError(
+                f"the gradient of {type(self).__name__} must be a tensor {tuple(latents.shape)}, "
+                f"as the latents, not {tuple(raw.shape) if isinstance(raw, Tensor) else raw!r}"
+            )
+        grad = self.clean(raw)
         target = (latents - grad).detach()
         loss = 0.5 * F.mse_loss(latents, target, reduction="sum") / len(latents)
         numbers = {

@@ -78,8 +78,9 @@ class LearningMethod(Method):
             raise ValueError(SEVERAL)
         losses: dict[str, Tensor] = {}
         for _ in range(self.cfg.prior_inner_steps):
-            losses = self.learning_losses(latents, conditions)
-            total = sum(losses.values(), torch.zeros((), device=latents.device))
+            with torch.enable_grad():  # also where the images are only looked at
+                losses = self.learning_losses(latents, conditions)
+                total = sum(losses.values(), torch.zeros((), device=latents.device))
             self.inner.step(torch.autograd.grad(total, self.inner.learned))
         return {name: value.detach() for name, value in losses.items()}
 

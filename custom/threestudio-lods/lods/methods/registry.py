@@ -1,8 +1,11 @@
 """Methods by name, ours and those from outside."""
 
+import dataclasses
 import functools
 import importlib
+import inspect
 import pkgutil
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,6 +29,7 @@ def register(name: str) -> Callable[[M], M]:
     def enter(cls: M) -> M:
         if not is_ours(cls):
             _import_ours()  # so that their names are known to be taken
+            _check(name, cls)
         if name in _methods and not _is_anew(cls, _methods[name]):
             raise ValueError(
                 f"there is a method {name!r} already, in {_methods[name].__module__}: choose "
@@ -37,6 +41,36 @@ def register(name: str) -> Callable[[M], M]:
         return cls
 
     return enter
+
+
+def _check(name: str, cls: type) -> None:
+    """Refuse what ``lods.load`` could not find, or what could not be configured."""
+    from lods.methods.base import Method
+    from lods.models.memory import ModelSettings
+    from lods.prompts import TextSettings
+
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
+        raise ValueError(f"{name!r} is no name of a method: it has letters, digits, - _ . and +")
+    if name.endswith("-guidance"):
+        raise ValueError(f"the name of a method does not end in -guidance, as {name!r} does")
+    if f"lods-{name}" in _methods:
+        raise ValueError(f"{name!r} is a short name of 'lods-{name}': choose another name")
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise ValueError(f"the method {name!r} is no subclass of lods.Method")
+    config = cls.Config
+    if not issubclass(config, Method.Config) or (
+        inspect.get_annotations(config) and "__dataclass_fields__" not in vars(config)
+    ):
+        raise ValueError(
+            f"the Config of {cls.__name__} must be a @dataclass that extends lods.Method.Config"
+        )
+    taken = {f.name for part in (ModelSettings, TextSettings) for f in dataclasses.fields(part)}
+    for field in dataclasses.fields(config):
+        if field.name in taken:
+            raise ValueError(
+                f"{cls.__name__} has a setting {field.name!r}, which is one of the model's or of "
+                "the texts' already: choose another name"
+            )
 
 
 def _is_anew(cls: type, before: type) -> bool:
@@ -62,6 +96,8 @@ def find(name: str) -> "type[Method]":
     ``-guidance`` (of threestudio's registry) is ignored. Raises ``ValueError``, which names the
     nearest."""
     _import_ours()
+    if not isinstance(name, str):
+        raise ValueError(f"a method is named by a text, not by {name!r}: {', '.join(names())}")
     name = name.removesuffix("-guidance")
     for full in (name, f"lods-{name}"):
         if full in _methods:

@@ -37,7 +37,13 @@ def load(name: str = "auto", device: Any = None, **settings: Any) -> "Model":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "auto":
         name = choose()[0]
-    return load_family(name, torch.device(device), make(ModelSettings, settings))
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"there is no device {device!r}: write 'cpu' or 'cuda:0'") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {str(device)!r} that torch sees: see lods doctor")
+    return load_family(name, device, make(ModelSettings, settings))
 
 
 def choose() -> tuple[str, str]:
