@@ -2,8 +2,11 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import lods
 import pytest
 import torch
 
@@ -157,3 +160,15 @@ def test_what_is_behind_a_link_is_not_taken_for_the_runs_own(tmp_path, monitor):
     scores = {"a.ckpt": torch.tensor(1.0)}
     callback.load_state_dict({"best_model_path": "a.ckpt", "best_k_models": scores})
     assert callback.best_model_path == "" and callback.best_k_models == {}
+
+
+@pytest.mark.slow
+def test_python_m_lods_imports_nothing_of_the_current_folder(tmp_path):
+    for name in ("argparse", "difflib", "json", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from here')")
+    package = Path(lods.__file__).parents[1]
+    for folder in (tmp_path, package):  # and in the one that holds lods, it is found as before
+        env = os.environ | {"PYTHONPATH": "" if folder == package else str(package)}
+        command = [sys.executable, "-m", "lods", "--version"]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, f"lods {lods.__version__}\n"), done.stderr
