@@ -185,7 +185,8 @@ def noted(out: Path) -> list[Any]:
         with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             with file.open("rb") as opened:
                 request = Request.of(json.loads(opened.read(MAX_REQUEST)))
-            if isinstance(request.prompt, str):
+            # nor may the table hold what steers a terminal
+            if isinstance(request.prompt, str) and request.prompt.isprintable():
                 jobs.append(make_job(request, file.parent))
     return jobs
 
