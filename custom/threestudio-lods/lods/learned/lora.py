@@ -69,7 +69,7 @@ class RowLora(nn.Module):
         node.add_module(last, leaf)
 
     @contextlib.contextmanager
-    def strength(self, rows: float | Float[Tensor, " B"]):
+    def strength(self, rows: float | Float[Tensor, " B"] | None):
         """Within this, the UNet's calls use these strengths, one for all rows or one for each of
         the first rows (0 for those after them)."""
         before, self._rows.value = self._rows.value, rows
@@ -127,12 +127,14 @@ class RowLora(nn.Module):
 class _Strength:
     """r_b of a LoRA: all that a UNet holds of a :class:`RowLora`, so that it can be forgotten."""
 
-    value: float | Tensor = 0.0
+    value: float | Tensor | None = None  # None: outside of every use of it
 
     def scale(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if self.value is None:
+            # not 0 * output: a LoRA that has diverged to nan leaves others on the same UNet alone
+            return torch.zeros_like(output)
         if not isinstance(self.value, Tensor):
-            # 0 * nan is nan: a LoRA that has diverged leaves others on the same UNet alone
-            return output * self.value if self.value else torch.zeros_like(output)
+            return output * self.value
         rows = F.pad(self.value, (0, len(output) - len(self.value)))
         return output * rows.view(-1, *[1] * (output.ndim - 1))
 
