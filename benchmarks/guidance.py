@@ -229,7 +229,7 @@ class Ours:
             options |= {"lora_scale": STRENGTH, "lora_rank": RANK}
         self.guidance = threestudio.find(GUIDANCES[guidance])(options)
         lora = getattr(self.guidance, "lora", None)
-        self.learnt = dict((self.guidance if lora is None else lora).named_parameters())
+        self.learnt = dict((self.guidance.method if lora is None else lora).named_parameters())
 
     def step(self, rgb, prompt):
         if self.one_call:
