@@ -82,6 +82,10 @@ class IdealModel:
         return (x_t - alpha * z) / sigma
 
     def predict(self, x_t, t, texts, cameras=None):
+        for value in [
+            v for v in vars(cameras).values() if v is not None
+        ]:  # one camera a row, always
+            assert len(value) == len(x_t)
         self.rows.append(len(x_t))
         return self.noise_of(x_t, self.network(t, texts), t)
 

@@ -215,7 +215,9 @@ def test_vsd_in_another_model(make, tiny_sd):
 @pytest.mark.parametrize("dropped", [True, False])
 def test_vsd_learns_without_a_camera_in_a_tenth_of_the_rows(make, monkeypatch, dropped):
     guidance, seen = make("vsd", lora_cfg_training=dropped, lora_n_timestamp_samples=400), []
-    monkeypatch.setattr(guidance.method, "predict_learned", lambda x, t, y: torch.zeros_like(x))
+    monkeypatch.setattr(
+        guidance.method, "predict_learned", lambda x, t, y, cameras: torch.zeros_like(x)
+    )
     rows = guidance.camera.rows
     monkeypatch.setattr(guidance.camera, "rows", lambda c: seen.append(c) or rows(c))
     texts = random_prompt().get_text_embeddings(*side_view(2)).chunk(2)

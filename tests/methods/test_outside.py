@@ -180,3 +180,17 @@ def test_a_method_in_an_extension_folder_is_a_guidance_type(
     assert system.guidance.cfg.share == 0.5 and not system.guidance.state_dict()
     with pytest.raises(ValueError, match=r"guidance\.share must be a number above 0"):
         fit(files, [*run, "system.guidance.share=0"], max_steps=1)
+
+
+@pytest.mark.parametrize("other", [None, "sibling"], ids=["one model", "two models"])
+@pytest.mark.parametrize("name", ["lods-embedding", "lods-lora", "lods-vsd"])
+def test_a_model_is_told_one_camera_for_every_row(name, other):
+    """Also in calls of several texts, and of several draws for each image."""
+    fields = {"lora_n_timestamp_samples": 3}
+    if name != "lods-embedding":
+        fields["pretrained_model_name_or_path_lora"] = other
+    model = IdealModel()
+    method = lods.load(name, model, PROMPT, **fields)
+    views = [torch.zeros(2)] * 3
+    method(latents=torch.zeros(2, 3, 4, 4), cameras=lods.Cameras(*views, torch.zeros(2, 4, 4)))
+    assert model.rows  # and the model compares them with its cameras

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,6 +21,13 @@ class Cameras:
     distance: Float[Tensor, " B"]
     c2w: Float[Tensor, "B 4 4"] | None = None
     mvp: Float[Tensor, "B 4 4"] | None = None
+
+    def repeat(self, times: int) -> "Cameras":
+        """All rows, so many times one after the other: rows 0..B-1, 0..B-1, ..."""
+        if times == 1:
+            return self
+        parts = {name: value for name, value in vars(self).items() if value is not None}
+        return Cameras(**{name: torch.cat([value] * times) for name, value in parts.items()})
 
     def __len__(self) -> int:
         return len(self.elevation)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+from lods.cameras import Cameras
 from lods.learned.lora import RowLora
 from lods.methods import predictions
 from lods.methods.learning import LearningMethod
@@ -67,10 +68,10 @@ class LoraMethod(LearningMethod):
     def learned_on(self) -> str:
         return canonical(self.lora_model.name)
 
-    def predict_learned(self, x_t, t, text):
+    def predict_learned(self, x_t, t, text, cameras: Cameras | None = None):
         """eps_lora under ``text``, in a call of its own."""
         with self.lora.strength(self.cfg.lora_scale):
-            return self.lora_model.predict(x_t, t, text)
+            return self.lora_model.predict(x_t, t, text, cameras)
 
     def predict_with_lora(
         self, x_t, t, conditions, texts: Sequence, learned_text
@@ -84,10 +85,9 @@ class LoraMethod(LearningMethod):
             with self.lora.strength(strengths.flatten()):
                 return self.predict(x_t, t, conditions, *texts, learned_text)
         if len(texts) > 1:
-            return *self.predict(x_t, t, conditions, *texts), self.predict_learned(
-                x_t, t, learned_text
-            )
-        eps_u = self.predict_learned(x_t, t, learned_text)
+            eps_lora = self.predict_learned(x_t, t, learned_text, conditions.cameras)
+            return *self.predict(x_t, t, conditions, *texts), eps_lora
+        eps_u = self.predict_learned(x_t, t, learned_text, conditions.cameras)
         rows = (*texts, *conditions.negatives)
         eps_c, *negatives = predictions.one_call(self.model, x_t, t, conditions, *rows)
         return predictions.perp_neg(eps_c, eps_u, tuple(negatives), conditions), eps_u

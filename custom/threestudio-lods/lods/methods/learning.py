@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lods import log
+from lods.cameras import Cameras
 from lods.learned.inner import InnerAdam
 from lods.methods.base import Method
 from lods.methods.conditions import Conditions
@@ -97,6 +98,11 @@ class LearningMethod(Method):
         t = torch.randint(self.model.schedule.steps, z.shape[:1], device=z.device)
         eps = torch.randn_like(z)
         return F.mse_loss(predict(self.model.add_noise(z, eps, t), t), eps)
+
+    def cameras_of_draws(self, conditions: Conditions) -> Cameras | None:
+        """The cameras of the rows of :meth:`denoising_loss`."""
+        cameras = conditions.cameras
+        return cameras and cameras.repeat(self.cfg.lora_n_timestamp_samples)
 
     def unscale_gradients(self, parameters) -> None:
         """Undo the ``grad_scale`` of ``Model.predict`` on what is learned through it."""

@@ -62,8 +62,10 @@ class LODSEmbedding(LearningMethod):
         return self.learnable_embedding.expand(rows, -1, -1)
 
     def learning_losses(self, latents, conditions):
+        cameras = self.cameras_of_draws(conditions)
+
         def predict(x_t, t):
-            return self.model.predict(x_t, t, self._null(len(x_t)), conditions.cameras)
+            return self.model.predict(x_t, t, self._null(len(x_t)), cameras)
 
         return {"loss_embedding": self.denoising_loss(latents, predict)}
 

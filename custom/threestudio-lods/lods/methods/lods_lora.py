@@ -26,9 +26,10 @@ class LODSLora(LoraMethod):
 
     def learning_losses(self, latents, conditions):
         null = conditions.null.repeat(self.cfg.lora_n_timestamp_samples, 1, 1)
+        cameras = self.cameras_of_draws(conditions)
 
         def predict(x_t, t):
-            return self.predict_learned(x_t, t, null)
+            return self.predict_learned(x_t, t, null, cameras)
 
         return {"loss_lora": self.denoising_loss(latents, predict)}
 

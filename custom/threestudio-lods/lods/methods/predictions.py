@@ -22,9 +22,10 @@ def one_call(
 ) -> Predictions:
     """The noise predictions under each of these texts."""
     n = len(texts)
-    return model.predict(
-        torch.cat([x_t] * n), torch.cat([t] * n), torch.cat(texts), conditions.cameras
-    ).chunk(n)
+    cameras = conditions.cameras and conditions.cameras.repeat(n)
+    return model.predict(torch.cat([x_t] * n), torch.cat([t] * n), torch.cat(texts), cameras).chunk(
+        n
+    )
 
 
 def with_perp_neg(predict: Predict) -> Predict:

@@ -49,6 +49,8 @@ class VSD(LoraMethod):
         return x_t.new_zeros(len(x_t), 16) if matrix is None else matrix.float().flatten(1).detach()
 
     def learning_losses(self, latents, conditions):
+        seen = self.cameras_of_draws(conditions)
+
         def predict(x_t, t):
             draws = len(x_t) // len(latents)
             cameras = self._cameras(latents, conditions).repeat(draws, 1)
@@ -56,7 +58,7 @@ class VSD(LoraMethod):
                 kept = torch.rand(len(cameras), 1, device=cameras.device) >= DROPPED
                 cameras = cameras * kept
             with self.camera.rows(cameras):
-                return self.predict_learned(x_t, t, conditions.prompt.repeat(draws, 1, 1))
+                return self.predict_learned(x_t, t, conditions.prompt.repeat(draws, 1, 1), seen)
 
         return {"loss_lora": self.denoising_loss(latents, predict)}
 
