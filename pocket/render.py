@@ -96,8 +96,8 @@ def _parts(obj: Path) -> list:
 
 
 def _look(part):
-    """(colour, texture) of a mesh; a texture is shown as it is, without the material's colour, which
-    these models leave at anything."""
+    """(colour, texture) of a mesh. A texture is shown as it is: these models' materials have any
+    colour beside it."""
     import pyvista
 
     material = part.visual.material
