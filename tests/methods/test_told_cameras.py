@@ -301,8 +301,3 @@ def test_without_cameras_a_call_is_one_line(name):
     with pytest.raises(ValueError, match="with its field of view") as caught:
         method(latents=latents(), cameras=views(fovy=None))
     one_line(caught)
-
-
-def test_fields_of_view_of_another_shape_are_one_line():
-    with pytest.raises(ValueError, match=r"fovy of the cameras has the shape \(\), which for 3"):
-        load("sds")(latents=latents(), cameras=views(fovy=torch.tensor(40.0)))

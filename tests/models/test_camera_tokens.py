@@ -98,6 +98,14 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     assert loaded.config == made.config and loaded.config.distance == [2.0, 0.5]
 
 
+def test_to_load_one_draws_no_random_numbers(tmp_path, encoder):
+    encoder.save(tmp_path)
+    before = torch.random.get_rng_state()
+    loaded = CameraTokens.load(tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(weight.requires_grad for weight in loaded.parameters())
+
+
 def test_only_a_folder_with_an_encoder_has_one(tmp_path, encoder):
     assert not has_camera_encoder(str(tmp_path)) and not has_camera_encoder("sd15")
     with pytest.raises(ValueError, match="has no camera_encoder"):

@@ -155,8 +155,10 @@ class CameraTokens(nn.Module):
                     f"{_or_none(found.get(name))} and should be {_or_none(wanted.get(name))}; "
                     "download the model again"
                 )
-        encoder = cls(config)
-        encoder.load_state_dict({name: value.float() for name, value in tensors.items()})
+        with torch.device("meta"):  # no random numbers are drawn, which would change a run's
+            encoder = cls(config)
+        values = {name: value.float() for name, value in tensors.items()}
+        encoder.load_state_dict(values, assign=True)
         return encoder
 
 

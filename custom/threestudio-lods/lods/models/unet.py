@@ -155,6 +155,7 @@ class UNetModel:
         has_encoder = has_camera_encoder(name_or_path)
         if settings.cameras != "words" and not has_encoder:
             raise ValueError(no_camera_encoder(name_or_path, settings.cameras))
+        encoder = CameraTokens.load(model.path) if has_encoder else None
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
         try:
@@ -180,8 +181,8 @@ class UNetModel:
         shared, vae = vae is not None, vae or load_weights(AutoencoderKL, model, "vae", dtype)
         loaded = cls(unet, vae, scheduler, device, name_or_path, shared)
         loaded.settings = settings
-        if has_encoder:
-            loaded._take_camera_tokens(CameraTokens.load(model.path))
+        if encoder is not None:
+            loaded._take_camera_tokens(encoder)
         loaded._compare_with_card(model)
         return loaded
 

@@ -207,12 +207,14 @@ class MethodGuidance(BaseModule):
         self.initialize(prompt_utils)
         latents = self.encode(rgb, rgb_as_latents)
         matrices = kwargs.get("c2w"), kwargs.get("mvp_mtx")
-        fovy = field_of_view(kwargs.get("fovy"), *matrices, len(latents))
-        if fovy is None and self.cfg.cameras != "words":
-            raise ValueError(
-                f"system.guidance.cameras={self.cfg.cameras} needs a field of view, and the batch "
-                f"of {type(self).__name__} has neither fovy (B,) in radians nor c2w and mvp_mtx"
-            )
+        fovy = None
+        if self.cfg.cameras != "words":
+            fovy = field_of_view(kwargs.get("fovy"), *matrices, len(latents))
+            if fovy is None:
+                raise ValueError(
+                    f"system.guidance.cameras={self.cfg.cameras} needs a field of view, and the "
+                    "batch has neither fovy (B,) in radians nor c2w and mvp_mtx"
+                )
         cameras = Cameras(elevation, azimuth, camera_distances, *matrices, fovy)
         prompts = self.prompts_of(prompt_utils)
         conditions = prompts.conditions(cameras, self.method.other_texts)
