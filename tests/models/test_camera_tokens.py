@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from lods.models.camera_tokens import CameraTokens, has_camera_tokens
+from lods.models.camera_tokens import CameraTokens
+from lods.models.cards import has_camera_encoder
 
 from tests.hostile import Bomb, one_line
 
@@ -97,12 +98,20 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     assert loaded.config == made.config and loaded.config.distance == [2.0, 0.5]
 
 
+def test_to_load_one_draws_no_random_numbers(tmp_path, encoder):
+    encoder.save(tmp_path)
+    before = torch.random.get_rng_state()
+    loaded = CameraTokens.load(tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(weight.requires_grad for weight in loaded.parameters())
+
+
 def test_only_a_folder_with_an_encoder_has_one(tmp_path, encoder):
-    assert not has_camera_tokens(tmp_path) and not has_camera_tokens(None)
+    assert not has_camera_encoder(str(tmp_path)) and not has_camera_encoder("sd15")
     with pytest.raises(ValueError, match="has no camera_encoder"):
         CameraTokens.load(tmp_path)
     encoder.save(tmp_path)
-    assert has_camera_tokens(tmp_path)
+    assert has_camera_encoder(str(tmp_path))
 
 
 @pytest.mark.parametrize(

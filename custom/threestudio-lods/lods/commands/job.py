@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lods.commands.runs import PARSED, copy, exported, start
+from lods.models.cards import has_camera_encoder
 
 BASE = {"gaussians": "gs", "nerf": "ngp"}  # in the names of configs
 OVERLAY = {"gaussians": "pocket", "nerf": "pocket-ngp"}
@@ -62,6 +63,8 @@ class Request:
             f"{prompt}.prompt": self.prompt,
             f"{prompt}.pretrained_model_name_or_path": self.model,
             "system.guidance_type": f"{self.method}-guidance",
+            # a model that understands cameras is told them; no other can be
+            "system.guidance.cameras": "tokens" if has_camera_encoder(self.model) else "words",
             # the last checkpoint alone, often enough that a killed run goes on near its end
             "checkpoint.save_top_k": 0,
             "checkpoint.every_n_train_steps": 50 if self.small else 500,
