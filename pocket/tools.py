@@ -13,8 +13,9 @@ if importlib.util.find_spec("lods") is None:  # not installed: the one of this r
 
 from lods.files import whole_file
 from lods.gaussians.kernel_cache import kernel
+from lods.models import renders
 
-__all__ = ["kernel", "say", "whole_file"]
+__all__ = ["kernel", "renders", "say", "whole_file"]
 
 
 def say(*values) -> None:
