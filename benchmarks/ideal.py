@@ -37,28 +37,10 @@ class Clock(pl.Callback):
         self.core_seconds = time.process_time() - self._start[1]
 
 
-def views_of(system, cameras) -> tuple[torch.Tensor, torch.Tensor]:
-    """Foreground (V, S, S, 3), premultiplied, and opacity (V, S, S) from true cameras."""
-    from lods.threestudio.data import camera_batch
-
-    foreground, opacity = [], []
-    system.eval()
-    system.do_update_step(system.true_current_epoch, system.true_global_step)
-    with torch.no_grad():
-        for camera in torch.from_numpy(np.array(cameras)):
-            batch = camera_batch(camera[None], {"height": 128, "width": 128, "rays_d": None})
-            out = system({**batch, "height": 128, "width": 128})
-            foreground.append(out["comp_rgb_fg"][0])
-            opacity.append(out["opacity"][0, ..., 0])
-    return torch.stack(foreground), torch.stack(opacity)
-
-
-def over(rgb: torch.Tensor, opacity: torch.Tensor, grey: float) -> torch.Tensor:
-    return (rgb + (1 - opacity[..., None]) * grey).clamp(0, 1)
-
-
 def sheet(rows: list[tuple[torch.Tensor, ...]]) -> Image.Image:
     """A line an object: four true views, and the run's over each background."""
+    from evaluation.against_truth import over
+
     lines = []
     for true, foreground, opacity in rows:
         picked = [true[list(SHEET_VIEWS)]]
@@ -83,13 +65,9 @@ def main() -> None:
     from threestudio.utils.extensions import load_extension
 
     load_extension(ROOT / "custom" / "threestudio-lods")
-    from lods.models.renders import Renders
-
     from evaluation import training, truth_metrics
-    from pocket.world import OBJECTS as WORLD
+    from evaluation.against_truth import over, truth_of, views_of
 
-    truth = Renders.read(args.truth)
-    fronts = {thing.name: thing.front for thing in WORLD}
     drawn = []
     for name in args.objects:
         model = f"system.prompt_processor.pretrained_model_name_or_path={args.ideal}"
@@ -102,13 +80,13 @@ def main() -> None:
         training.train(
             system, data, [clock], max_steps=cfg.trainer.max_steps, accelerator="cpu", devices=1
         )
-        thing = next(t for t in truth.objects if t.name == name and t.colour is None)
-        rgba = torch.from_numpy(truth.views(thing)).float() / 255
-        true_opacity = rgba[..., 3]
-        true = over(rgba[..., :3], true_opacity, 1.0)
-        foreground, opacity = views_of(system, thing.cameras)
-        made = over(foreground, opacity, 1.0)
-        found = truth_metrics.against(made, opacity, true, true_opacity, fronts[name])
+        true = truth_of(name, args.truth)
+        system.eval()
+        system.do_update_step(system.true_current_epoch, system.true_global_step)
+        foreground, opacity = views_of(system.renderer, true.cameras, true.rgb.shape[1])
+        found = truth_metrics.against(
+            over(foreground, opacity), opacity, true.rgb, true.opacity, true.thing.front
+        )
         row = {
             "name": args.name,
             "config": args.config[1],
@@ -126,7 +104,7 @@ def main() -> None:
         print({k: v for k, v in row.items() if k not in ("overrides", "commit")}, flush=True)
         rows = list(csv.DictReader(args.out.open())) if args.out.exists() else []
         write_table(args.out, [*rows, row])
-        drawn.append((true, foreground, opacity))
+        drawn.append((true.rgb, foreground, opacity))
         args.work.mkdir(parents=True, exist_ok=True)
         sheet(drawn).save(args.work / f"{args.name.replace(' ', '-')}.png")
 

@@ -1,7 +1,7 @@
 """Metrics of views of an object against true views from the same cameras: pure functions.
 
-Pictures are float (V, H, W, 3) in 0..1 over white, opacities (V, H, W); the V views are evenly
-around the object from azimuth 0, so that turning it by a view's angle shifts the order of the views.
+Pictures are float (V, H, W, 3) in 0..1 over white, opacities (V, H, W). The V views are evenly
+around the object from azimuth 0: turning it by a view's angle shifts the order of the views.
 """
 
 import numpy as np

@@ -132,9 +132,7 @@ class IdealModel:
         self._view = _view_index(self._numbers)
 
     @classmethod
-    def from_folder(
-        cls, name: str, device: torch.device, settings: ModelSettings
-    ) -> "IdealModel":
+    def from_folder(cls, name: str, device: torch.device, settings: ModelSettings) -> "IdealModel":
         """Of a folder of renders, by any name that the cards know."""
         return cls(Renders.read(resolve(name).path), device, settings, name)
 
@@ -282,9 +280,7 @@ class IdealModel:
             area = sums[:, 4:]
             white = -sharpness * (apart - 2 * s.sum(1) + 3 * area[:, 0])
             by_level = -sharpness * (area[..., None] * levels**2 - 2 * s[..., None] * levels)
-            any_colour = (
-                -sharpness * apart + (by_level.logsumexp(2) - np.log(LEVELS)).sum(1)
-            )
+            any_colour = -sharpness * apart + (by_level.logsumexp(2) - np.log(LEVELS)).sum(1)
             expected = by_level.softmax(2) @ levels  # (K, 3)
             parts.append((white + np.log(WHITE), any_colour + np.log(1 - WHITE), expected))
         white, any_colour, expected = (torch.cat(each) for each in zip(*parts))

@@ -128,7 +128,9 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         return f"{model}-zero" if model and self.two_encoders and self.zero_empty else model
 
     def embedding_shape(self) -> tuple[int | None, int | None]:
-        return (None, None) if self.two_encoders or self.named_objects else super().embedding_shape()
+        return (
+            (None, None) if self.two_encoders or self.named_objects else super().embedding_shape()
+        )
 
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "N T D"], list[int]]:
         if self.named_objects:
