@@ -249,6 +249,27 @@ def test_what_cannot_be_answered_is_refused(tmp_path):
     one_line(error.value)
 
 
+def test_a_prompt_without_any_of_its_objects_is_refused(tmp_path):
+    folder(tmp_path, fire_hydrant=(SOLID, pictures(1)))
+    with pytest.raises(ValueError, match="names no object") as error:
+        lods.load("lods-sds", str(tmp_path), prompt="a spaceship")
+    one_line(error.value)
+    assert "fire hydrant" in str(error.value)
+
+
+def test_a_run_embeds_its_prompt_as_the_library_does(tmp_path):
+    import threestudio
+
+    folder(tmp_path, ball=(SOLID, pictures(1)), cup=(SOLID, pictures(1, 5)))
+    texts = {"prompt": "a shiny ball", "negative_prompt": ""}
+    processor = threestudio.find("lods-prompt-processor")
+    utils = processor({"pretrained_model_name_or_path": str(tmp_path), **texts})()
+    wanted = model_of(tmp_path).text([*texts.values(), "a shiny ball, back view"])
+    assert torch.equal(utils.text_embeddings, wanted[:1])
+    assert torch.equal(utils.uncond_text_embeddings, wanted[1:2])
+    assert torch.equal(utils.text_embeddings_vd[2], wanted[2])
+
+
 # --- the folder -----------------------------------------------------------------------------------
 
 

@@ -64,8 +64,8 @@ class GaussianParameters(nn.Module):
 
     @torch.no_grad()
     def clamp_aspect(self, max_aspect: float) -> None:
-        """sigma <- max(sigma, sigma_max / ``max_aspect``), with sigma_max the largest of a Gaussian's
-        three, in place, after a step of the optimizer; infinity: nothing is done.
+        """sigma <- max(sigma, sigma_max / ``max_aspect``), with sigma_max a Gaussian's largest, in
+        place, after a step of the optimizer; infinity: nothing is done.
 
         What is much thinner than a pixel is drawn as thick as one, so that a thin Gaussian is a
         bright streak where it is seen edge-on."""
