@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from lods import scores
 from lods.cameras import Cameras, no_cameras
-from lods.models.base import AddsNoise, Context, Model, Schedule
+from lods.models.base import AddsNoise, Context, Model, Schedule, TextEncoder
 from lods.models.cards import resolve
 from lods.models.memory import ModelSettings
 from lods.models.renders import Object, Renders
@@ -117,9 +117,10 @@ class IdealModel(AddsNoise):
         self.name, self.settings = name or str(renders.folder), settings or ModelSettings()
         noise = (schedule or sd_schedule()).alphas_cumprod
         self.schedule = Schedule(noise.to(self.device))
+        self.cameras: str = self.settings.cameras
         self.image_size = renders.size
-        self.latent_shape = (3, renders.size, renders.size)
-        self.text = NamedObjects(renders.objects, self.device)
+        self.latent_shape: tuple[int, int, int] = (3, renders.size, renders.size)
+        self.text: TextEncoder = NamedObjects(renders.objects, self.device)
         self.text_shape = self.text.shape
         self.text_width = self.text_shape[1]
         cameras = np.concatenate([each.cameras for each in renders.objects])
@@ -135,11 +136,6 @@ class IdealModel(AddsNoise):
     def from_folder(cls, name: str, device: torch.device, settings: ModelSettings) -> "IdealModel":
         """Of a folder of renders, by any name that the cards know."""
         return cls(Renders.read(resolve(name).path), device, settings, name)
-
-    @property
-    def cameras(self) -> str:
-        """See :class:`lods.models.base.Model`."""
-        return getattr(self.settings, "cameras", "words")
 
     @functools.cached_property
     def _pictures(self) -> dict[int, Any]:
