@@ -9,8 +9,8 @@ from evaluation.grid import TRUE, load_grid
 from evaluation.machine import ROOT
 from evaluation.run import load_run
 from evaluation.table import Table, key_of
-from pocket.data import asked
-from pocket.scenes import KINDS
+from pocket.shapes.data import asked
+from pocket.shapes.scenes import KINDS
 
 GRIDS = ROOT / "evaluation/grids"
 
@@ -121,7 +121,7 @@ KEPT = {  # of the overlays as they were when the grids ran
 
 
 def test_the_overlays_new_settings_do_not_change_the_grids(lods, tmp_path):
-    """A run of the reported comparison is what it was, whatever pocket.yaml has learnt since."""
+    """A run of the reported comparison is what it was, whatever its overlay has learnt since."""
     background = {"color": [1.0, 1.0, 1.0], "random_aug": True, "random_aug_prob": 0.5}
     for name in ("pocket", "tuning", "quick"):
         runs = load_grid(GRIDS / f"{name}.yaml").runs
