@@ -1,5 +1,7 @@
 """The command ``lods``: what each word calls, what it refuses, and how ``make`` goes on."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -306,6 +308,28 @@ def test_the_key_tells_all_settings_apart_but_the_gpu():
     same = Request("a car", "nerf", "lods-sds", "pocket-shapes", True, gpu="1")
     other = Request("a car", "nerf", "lods-sds", "pocket-shapes", True, steps=9)
     assert one.key == same.key != other.key
+
+
+def test_a_request_of_version_0_2_keeps_its_key_and_a_model_of_the_same_name_has_another():
+    old = {**MUSHROOM, "on": "nerf", "method": "lods-sds", "seed": 0, "steps": None}
+    old = {key: old[key] for key in ("prompt", "on", "method", "model", "small", "seed", "steps")}
+    old |= {"model": "pocket", "overrides": []}
+    request = Request.of({**old, "gpu": None})
+    assert request.key == hashlib.sha256(json.dumps(old).encode()).hexdigest()[:8]
+    assert dataclasses.replace(request, latents=8).key != request.key
+
+
+def test_make_tells_a_model_by_a_former_name_from_the_one_that_had_it(monkeypatch):
+    card = dataclasses.replace(cards.all_cards()[cards.EMBEDDED], name="pocket", latent_channels=8)
+    both = {**cards.all_cards(), "pocket": card}
+    monkeypatch.setattr(cards, "all_cards", lambda: both)
+    said = {}
+    for name in both:
+        if both[name].folder:
+            args = make.parse_args(["a red mushroom", "--model", name], "lods make")
+            [request] = make.requests(args)
+            said[name] = request.latents
+    assert said == {"pocket-shapes": 0, "pocket": 8}
 
 
 # --- make: how it goes on -------------------------------------------------------------------------

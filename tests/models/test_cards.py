@@ -1,6 +1,7 @@
 """Model cards: which repository a name leads to, offline too, and models shaped like each card."""
 
 import importlib
+import inspect
 import itertools
 import os
 import socket
@@ -8,9 +9,11 @@ import threading
 import time
 from pathlib import Path
 
+import lods
 import pytest
 import torch
 from lods.models.unet import UNetModel, _pooled_width
+from omegaconf import OmegaConf
 
 import threestudio
 from tests.runs import ROOT, launch, read, small_run, two_and_two
@@ -65,6 +68,20 @@ def test_the_cards_are_whole(cards):
     ids = [repo for card in known.values() for repo in card.ids + card.aliases]
     assert len(ids) == len(set(ids)) == 7
     assert cards.find_card(cards.DEFAULT_MODEL) is known["sd21-base"]
+
+
+def test_each_model_of_the_package_has_overlays_and_settings_of_its_own(cards):
+    playground = importlib.import_module("lods.playground")
+    own = [card for card in cards.all_cards().values() if card.folder]
+    assert cards.EMBEDDED in [card.name for card in own]
+    assert inspect.signature(lods.load).parameters["model"].default == cards.EMBEDDED
+    for card in own:
+        assert {(card.name, kind) for kind in ("lora", "embedding")} <= set(playground.SETTINGS)
+        for end in ("", "-ngp"):
+            overlay = OmegaConf.load(ROOT / f"configs/{card.overlay}{end}.yaml")
+            name = overlay.system.prompt_processor.pretrained_model_name_or_path
+            assert cards.canonical(name) == card.name
+            assert overlay.data.width == overlay.data.height == card.image_size
 
 
 @pytest.mark.parametrize("name", ["sd15", SD15, OLD15])

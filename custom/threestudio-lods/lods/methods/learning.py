@@ -13,8 +13,7 @@ from lods.learned.inner import InnerAdam
 from lods.methods.base import Method
 from lods.methods.conditions import Conditions
 from lods.models.base import Model
-from lods.models.cards import canonical
-from lods.models.renamed import former
+from lods.models.cards import FORMER, canonical
 from torch import Tensor
 
 SEVERAL = (
@@ -134,10 +133,10 @@ class LearningMethod(Method):
         another model, raises ``ValueError``, one line, if it does not fit."""
         metadata = self.read_learned(Path(path))
         model, latents = metadata.get("model"), metadata.get("latents")
-        # files of version 0.2 and before say nothing of latents
-        named = former if latents is None else canonical
-        other = model is not None and named(model) != self.learned_on
-        if other or latents not in (None, self._latents):
+        named = None if model is None else canonical(model)
+        if latents is None:  # a file of version 0.2 or before
+            named = FORMER.get(named, named)
+        if named not in (None, self.learned_on) or latents not in (None, self._latents):
             log.warn(f"guidance: {path} was learned on {model!r}, not {self.learned_on!r}")
         log.info(f"guidance: the learned part starts from {path}")
         return metadata
