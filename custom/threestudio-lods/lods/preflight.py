@@ -13,7 +13,7 @@ from lods.models.vocabulary import FORCE, Vocabulary
 
 SYSTEMS = ("lods-gs-system", "lods-ngp-system")  # both load their models in every mode
 # by whether the system makes Gaussians: the geometries that it is meant for, the options that none
-# of the other kind has, and the overlay for the pocket model
+# of the other kind has, and the overlay for the embedded model
 GEOMETRY = {True: ("lods-gaussians",), False: ("implicit-volume", "volume-grid")}
 OPTIONS = {
     True: ("strategy", "lr_schedule", "geometry.init_type", "geometry.ball", "geometry.sh_degree"),
