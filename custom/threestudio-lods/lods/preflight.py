@@ -154,16 +154,25 @@ def processes(cfg: Any) -> int:
 
 
 def model_names(system: Any) -> list[str]:
+    """What :func:`named_models` finds, each name once."""
+    return list(dict.fromkeys(named_models(system).values()))
+
+
+def named_models(system: Any) -> dict[str, str]:
     """What the prompt processor and the guidance of this extension load, as far as the config
-    says it; each once."""
+    says it: the names of the models by their keys in the config."""
     keys = {"prompt_processor": ["pretrained_model_name_or_path"]}
     keys["guidance"] = list(keys["prompt_processor"])
     if system.get("guidance_type") in ("lods-lora-guidance", "lods-vsd-guidance"):
         keys["guidance"].append("pretrained_model_name_or_path_lora")
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}
     for part, names in keys.items():
         kind = str(system.get(f"{part}_type") or ("lods-" * (part == "prompt_processor")))
         if kind.startswith("lods-") and ":" not in kind:  # a mixin may load something else
             values = _part(system, part).get
-            found |= {value: None for name in names if isinstance(value := values(name), str)}
-    return [name for name in found if name]
+            found |= {
+                f"system.{part}.{name}": value
+                for name in names
+                if isinstance(value := values(name), str) and value
+            }
+    return found
