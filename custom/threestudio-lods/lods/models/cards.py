@@ -33,6 +33,7 @@ POCKET = (
 )
 # a repository counts as present in the hub's local cache with any of these
 MARKS = ("model_index.json", "unet/config.json", "text_encoder/config.json")
+CAMERA_ENCODER = "camera_encoder"  # its folder in that of a model, if it has one
 CONNECT_SECONDS = 1.0  # to find out that there is no network
 ASK_SECONDS = 5.0  # for each repository, where there is one
 
@@ -139,6 +140,23 @@ def local_folder(name_or_path: str) -> str | None:
     """The folder that a name stands for, if the hub need not be asked for it."""
     model = _without_hub(name_or_path, find_card(name_or_path))
     return model.path if model and os.path.isdir(model.path) else None
+
+
+def has_camera_encoder(name_or_path: str) -> bool:
+    """Whether the model's folder has an encoder of cameras
+    (:class:`lods.models.camera_tokens.CameraTokens`); false for a repository of the hub, in which
+    it is not looked for."""
+    folder = local_folder(name_or_path)
+    return folder is not None and os.path.isdir(os.path.join(folder, CAMERA_ENCODER))
+
+
+def no_camera_encoder(name_or_path: str, told: str, where: str = "") -> str:
+    """One line for a model that is to be told cameras (``cameras`` = ``told``), and has no encoder
+    of them. ``where`` stands before the setting ("system.guidance.")."""
+    return (
+        f"{where}cameras={told} needs a model with an encoder of cameras, and {name_or_path!r} has "
+        f"no folder {CAMERA_ENCODER}: set {where}cameras=words"
+    )
 
 
 def is_here(name_or_path: str) -> bool:
