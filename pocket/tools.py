@@ -14,9 +14,10 @@ if importlib.util.find_spec("lods") is None:  # not installed: the one of this r
 
 from lods.files import whole_file
 from lods.gaussians.kernel_cache import kernel
+from lods.models import renders
 from lods.models.camera_tokens import CameraTokens
 
-__all__ = ["CameraTokens", "kernel", "say", "whole_file"]
+__all__ = ["CameraTokens", "kernel", "renders", "say", "whole_file"]
 
 
 def say(*values) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from lods.models.base import Model
-from lods.models.cards import resolve
+from lods.models.cards import has_renders, resolve
 from lods.models.files import load_model_config
 from lods.models.memory import ModelSettings
 
@@ -43,6 +43,10 @@ def load_family(name: str, device: torch.device, settings: ModelSettings, vae: A
         return _checked(FAMILIES[name](name, device, settings), name, settings)
     _import_ours()
     location = resolve(name)
+    if has_renders(location.path):
+        from lods.models.ideal import IdealModel
+
+        return IdealModel.from_folder(name, device, settings)
     network = load_model_config(location.path, "unet", location.revision).get("_class_name")
     if network not in _classes:
         raise ValueError(

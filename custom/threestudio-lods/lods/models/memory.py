@@ -22,11 +22,13 @@ COMPILERS = {"cpu": ("CXX", ("g++", "clang++")), "cuda": ("CC", ("gcc", "clang",
 @dataclass
 class ModelSettings:
     """How the frozen weights are loaded and run, and what the model is told of cameras. But for
-    ``cameras`` and ``enable_vae_tiling`` nothing here changes a result beyond rounding."""
+    the first two and ``enable_vae_tiling`` nothing here changes a result beyond rounding."""
 
     # words for the view in the prompt; tokens, the camera itself as rows beside the text, for a
     # model with a camera_encoder; or both
     cameras: Annotated[str, TOLD] = "words"
+    # of an ideal denoiser that is told the camera: renders of each object that it looks at
+    ideal_neighbours: Annotated[int, "[1, 10000]"] = 4
 
     # of UNet and VAE: auto, float16, bfloat16 or float32; auto is float16 on CUDA with
     # half_precision_weights, else float32
