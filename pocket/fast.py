@@ -31,7 +31,7 @@ def in_bfloat16(device: str = "cpu") -> bool:
 
 
 def autocast(device: str = "cpu"):
-    """A context in which networks compute in bfloat16 where that pays, and as they are elsewhere."""
+    """A context in which networks compute in bfloat16 where that pays."""
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16, enabled=in_bfloat16(device))
 

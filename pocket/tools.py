@@ -1,4 +1,5 @@
-"""What this package takes from the library: files that are whole or absent, and compiled kernels.
+"""What this package takes from the library: files that are whole or absent, compiled kernels, and
+the encoder of cameras.
 
 The only place that says where they are, and ``say`` for the lines of trainings that take hours.
 """
@@ -13,8 +14,9 @@ if importlib.util.find_spec("lods") is None:  # not installed: the one of this r
 
 from lods.files import whole_file
 from lods.gaussians.kernel_cache import kernel
+from lods.models.camera_tokens import CameraTokens
 
-__all__ = ["kernel", "say", "whole_file"]
+__all__ = ["CameraTokens", "kernel", "say", "whole_file"]
 
 
 def say(*values) -> None:

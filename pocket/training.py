@@ -1,24 +1,33 @@
-"""The loop that trains each network of this package: resumable, exact, averaged.
+"""What trainings share: pictures as tensors, states on disk, and a loop that trains a network:
+resumable, exact, averaged.
 
-Learning rate: linear from 0, then constant, then linear to 0 over the last fifth of the steps. The
-state at the end of the constant part is kept in a file of its own, so that a finished training can
-go on with more steps from there. Each step draws from generators seeded by its number, so that an
-interrupted training that is taken up again gives the weights of one that was not.
+Learning rate of the loop: linear from 0, then constant, then linear to 0 over the last fifth of the
+steps. The state at the end of the constant part is kept in a file of its own, so that a finished
+training can go on with more steps from there. Each step draws from generators seeded by its number,
+so that an interrupted training that is taken up again gives the weights of one that was not.
 """
 
 import contextlib
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 
 from pocket.tools import say, whole_file
 
 TAIL = 0.2  # of the steps, the last ones, in which the rate falls to 0
 SAVE_S = 180  # seconds between two states on disk
+
+
+def to_tensor(images: UInt8[np.ndarray, "N H W 3"]) -> Float[torch.Tensor, "N 3 H W"]:
+    """Pictures of 0..255 as float32 in -1..1."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def save_state(path: Path, **state) -> None:
@@ -33,6 +42,14 @@ def load_state(path: Path) -> dict:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         raise ValueError(f"{path} is damaged ({error}): remove it to train again") from None
+
+
+def cosine(step: int, steps: int, peak: float, warm: int = 100) -> float:
+    """The learning rate at ``step`` of ``steps``: linear from 0 to ``peak`` in ``warm`` steps, then
+    half a cosine down to 2 % of it."""
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (0.51 + 0.49 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def rate(step: int, steps: int, falls: int, warm: int) -> float:

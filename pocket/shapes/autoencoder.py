@@ -1,4 +1,4 @@
-"""The pocket autoencoder: a small ``AutoencoderKL`` trained on rendered pictures.
+"""The autoencoder of the shapes: a small ``AutoencoderKL`` trained on rendered pictures.
 
 Loss: mean |x - x'| + 2 mean (x - x')^2 + 1e-6 KL, on random 32-pixel crops for the first 80 % of
 the steps (cheap) and on whole pictures after (borders). A KL weight of 1e-5 let one latent channel
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pocket.tools import say
+from pocket.training import cosine, save_state, to_tensor
 
 CHANNELS = (16, 32, 64)
 POSTERIOR_STD = 0.02  # of latents with standard deviation 1
@@ -37,24 +38,6 @@ def build():
         if ".conv2." in name:
             torch.nn.init.zeros_(parameter)
     return vae
-
-
-def to_tensor(images: np.ndarray) -> torch.Tensor:
-    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in -1..1."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-
-def save_state(path: Path, **state):
-    """Write a training state in one piece: a reader sees the old file or the new one."""
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
-
-
-def cosine(step: int, steps: int, peak: float, warm: int = 100) -> float:
-    """Learning rate: linear from 0 in ``warm`` steps, then half a cosine to 2 % of the peak."""
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.51 + 0.49 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def whiten(vae, images: torch.Tensor):

@@ -1,4 +1,4 @@
-"""Pictures and captions of the pocket world.
+"""Pictures and captions of the world of shapes.
 
 ``sample(rng)`` draws one object, camera, light and background and renders it; ``make`` renders a
 data set with all cores; captions use threestudio's view suffixes (side / front / back / overhead
@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pocket.raycast import render
-from pocket.scenes import COLOR_NAMES, COLORS, KINDS, Scene
+from pocket.shapes.raycast import render
+from pocket.shapes.scenes import COLOR_NAMES, COLORS, KINDS, Scene
 
 SIZE = 64
 VIEWS = ("side", "front", "back", "overhead")  # threestudio's order

@@ -1,4 +1,4 @@
-"""The text encoder and the UNet of the pocket model, trained together on cached latents.
+"""The text encoder and the UNet of ``pocket-shapes``, trained together on cached latents.
 
 Loss: mean |v' - v|^2 with v = sqrt(abar) eps - sqrt(1 - abar) x0 (v-prediction, Salimans and Ho,
 arXiv 2202.00512): unlike the noise loss it does not vanish at high noise, where class, colour and
@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pocket.autoencoder import build as build_vae
-from pocket.autoencoder import cosine, save_state, to_tensor
-from pocket.data import TEMPLATES, VIEWS, caption
 from pocket.portable import make_portable
-from pocket.scenes import COLOR_NAMES, KIND_NAMES
+from pocket.shapes.autoencoder import build as build_vae
+from pocket.shapes.data import TEMPLATES, VIEWS, caption
+from pocket.shapes.scenes import COLOR_NAMES, KIND_NAMES
 from pocket.tokenizer import save_tokenizer
 from pocket.tools import say, whole_file
+from pocket.training import cosine, save_state, to_tensor
 
 LENGTH, WIDTH = 16, 96
 EVERY = 500  # steps between two states on disk

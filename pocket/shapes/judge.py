@@ -1,6 +1,6 @@
 """The judge: a small classifier that says which object, colour and view a picture shows.
 
-It shares nothing with the pocket model: a residual network on pixels, trained on renders of its own
+It shares nothing with the model: a residual network on pixels, trained on renders of its own
 seeds, blurred, noised and recoloured so that it is not thrown by soft pictures. It is never used
 in training the model or in distillation, only to measure them.
 """
@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pocket.autoencoder import cosine, save_state
-from pocket.data import VIEWS
-from pocket.scenes import COLOR_NAMES, KIND_NAMES, KINDS
+from pocket.shapes.data import VIEWS
+from pocket.shapes.scenes import COLOR_NAMES, KIND_NAMES, KINDS
 from pocket.tools import say, whole_file
+from pocket.training import cosine, save_state
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 
@@ -112,7 +112,7 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 48, peak: float = 
     """Train and write WEIGHTS; resumable through ``work/judge_state.pt``."""
     from safetensors.torch import save_file
 
-    from pocket.data import make
+    from pocket.shapes.data import make
 
     file, state_file = work / "judge.npz", work / "judge_state.pt"
     if not file.exists():

@@ -1,9 +1,9 @@
 """How far the judge can be trusted: what it says of true renders, and of objects made wrong.
 
-``python -m pocket.judge_check`` writes ``docs/evaluation/judge.csv``. Every picture is a render
-that the judge was not trained on, of known kind, colour and view; the tests change it in ways in
-which distilled objects go wrong, and the accuracies compare what the judge says with the truth of
-what is shown.
+``python -m pocket.shapes.judge_check`` writes ``docs/evaluation/judge.csv``. Every picture is a
+render that the judge was not trained on, of known kind, colour and view; the tests change it in
+ways in which distilled objects go wrong, and the accuracies compare what the judge says with the
+truth of what is shown.
 
     true renders                 as they are, on the white ground of the tests and on any ground
     another colour               a colourable kind in a colour that was not asked for: how often the
@@ -36,14 +36,14 @@ import torch
 from jaxtyping import Float
 from scipy.ndimage import gaussian_filter
 
-from pocket.data import SIZE, build, draw, sample_camera
 from pocket.frechet import frechet
-from pocket.judge import load, verdict
-from pocket.report import FRONTS, accuracies, balanced_labels, write_table
-from pocket.scenes import COLOR_NAMES, COLORS, KIND_NAMES, KINDS, Scene
+from pocket.shapes.data import SIZE, build, draw, sample_camera
+from pocket.shapes.judge import load, verdict
+from pocket.shapes.report import FRONTS, accuracies, balanced_labels, write_table
+from pocket.shapes.scenes import COLOR_NAMES, COLORS, KIND_NAMES, KINDS, Scene
 from pocket.tools import say
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "evaluation" / "judge.csv"
+OUT = Path(__file__).resolve().parents[2] / "docs" / "evaluation" / "judge.csv"
 SEED, OTHER_SEED = 9301, 9302
 WHITE = np.ones((2, 3))
 COLUMNS = (
@@ -119,7 +119,7 @@ def pictures(
 ) -> tuple[Images, Float[np.ndarray, " N"]]:
     """Renders in 0..1 and the azimuths they are labelled with. Picture k has the same proportions,
     camera and light under every ``change`` of the object and ``camera_of`` the azimuth, which
-    shows what another azimuth sees; a ``ground`` of None is any of the pocket world's."""
+    shows what another azimuth sees; a ``ground`` of None is any of the world's."""
     images, azimuths = [], []
     for k, s in enumerate(shown):
         rng = np.random.default_rng((seed, k))
@@ -249,7 +249,7 @@ def check(judge, rounds: int, report: Callable[[dict], None] = lambda row: None)
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(
-        prog="python -m pocket.judge_check",
+        prog="python -m pocket.shapes.judge_check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

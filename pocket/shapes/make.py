@@ -1,4 +1,4 @@
-"""``python -m pocket.make``: the pocket model from nothing, with a fixed seed.
+"""``python -m pocket.shapes.make``: the model ``pocket-shapes`` from nothing, with a fixed seed.
 
 Stages, each resumable and kept under --work: render pictures, train the autoencoder, train text
 encoder and UNet together, then once more for the view words, save a ``StableDiffusionPipeline``
@@ -14,19 +14,27 @@ import numpy as np
 
 from pocket.tools import say, whole_file
 
-OUT = Path("custom/threestudio-lods/lods/models/pocket")
+OUT = Path("custom/threestudio-lods/lods/models/pocket-shapes")
 STAGES = ("data", "vae", "latents", "unet", "views", "save", "judge", "report")
 # what the pictures are made with
 WORLD = ("data.py", "raycast.py", "scenes.py")
-# An import has moved since the first folders were made, and the pictures are the same.
-MOVED = b"from pocket.tools import kernel", b"from threestudio.utils.kernel_cache import kernel"
+# What has been renamed since the first folders were made, though the pictures are the same: as it
+# is now, and as it was.
+MOVED = (
+    (b"world of shapes", b"pocket world"),
+    (b"from pocket.shapes.", b"from pocket."),
+    (b"from pocket.tools import kernel", b"from threestudio.utils.kernel_cache import kernel"),
+)
 
 
 def world() -> str:
     """A digest of the code that draws the pictures."""
     digest = hashlib.sha256()
     for name in WORLD:
-        digest.update((Path(__file__).parent / name).read_bytes().replace(*MOVED))
+        code = (Path(__file__).parent / name).read_bytes()
+        for now, before in MOVED:
+            code = code.replace(now, before)
+        digest.update(code)
     return digest.hexdigest()[:12]
 
 
@@ -46,7 +54,7 @@ def check_work(work: Path, **options) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/pocket"))
+    parser.add_argument("--work", type=Path, default=Path("build/pocket-shapes"))
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument(
         "--stages",
@@ -80,38 +88,38 @@ def main():
     torch.set_num_threads(args.threads)
     data_file = args.work / "train.npz"
     if "data" in stages and not data_file.exists():
-        from pocket.data import make
+        from pocket.shapes.data import make
 
         images, _, labels = make(args.pictures, args.seed, workers=args.threads)
         with whole_file(data_file) as tmp, tmp.open("wb") as file:
             np.savez(file, images=images, labels=labels)
         say(f"{len(images)} pictures in {data_file}")
     if "vae" in stages:
-        from pocket.autoencoder import train
+        from pocket.shapes.autoencoder import train
 
         train(args.work, steps=args.vae_steps, seed=args.seed)
     if "latents" in stages:
-        from pocket.diffusion import encode_all
+        from pocket.shapes.diffusion import encode_all
 
         encode_all(args.work)
     if "unet" in stages:
-        from pocket.diffusion import train
+        from pocket.shapes.diffusion import train
 
         train(args.work, steps=args.unet_steps, seed=args.seed)
     if "views" in stages:
-        from pocket.views import train
+        from pocket.shapes.views import train
 
         train(args.work, args.views_steps, args.turns, seed=args.seed, workers=args.threads)
     if "save" in stages:
-        from pocket.diffusion import save_pipeline
+        from pocket.shapes.diffusion import save_pipeline
 
         save_pipeline(args.work, args.out)
     if "judge" in stages:
-        from pocket.judge import train
+        from pocket.shapes.judge import train
 
         train(args.work, steps=args.judge_steps, seed=args.seed)
     if "report" in stages:
-        from pocket.report import report
+        from pocket.shapes.report import report
 
         report(args.out)
 

@@ -1,13 +1,13 @@
-"""What the judge says of the pocket model: tables as CSV, contact sheets as pictures.
+"""What the judge says of ``pocket-shapes``: tables as CSV, contact sheets as pictures.
 
-``python -m pocket.report --model FOLDER`` writes
+``python -m pocket.shapes.report --model FOLDER`` writes
 
-    pocket/results/accuracy.csv   object, colour and view accuracy on true renders (the ceiling), on
-                                  their VAE reconstructions and on samples of the model
-    pocket/results/noise.csv      held-out noise-prediction error by timestep under the right, the
-                                  empty and a wrong caption
-    pocket/results/distance.csv   nearest training picture and feature Frechet distance
-    docs/pocket-samples.png       100 samples, docs/pocket-world.png true renders
+    pocket/shapes/results/accuracy.csv   object, colour and view accuracy on true renders (the
+                                         ceiling), on their VAE reconstructions and on samples
+    pocket/shapes/results/noise.csv      held-out noise-prediction error by timestep under the
+                                         right, the empty and a wrong caption
+    pocket/shapes/results/distance.csv   nearest training picture and feature Frechet distance
+    docs/shapes-samples.png              100 samples, docs/shapes-world.png true renders
 """
 
 import argparse
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pocket.autoencoder import to_tensor
-from pocket.data import VIEWS, build, caption, draw, make, sample_camera
 from pocket.frechet import frechet
-from pocket.judge import load, verdict
-from pocket.scenes import COLOR_NAMES, KINDS
+from pocket.shapes.data import VIEWS, build, caption, draw, make, sample_camera
+from pocket.shapes.judge import load, verdict
+from pocket.shapes.scenes import COLOR_NAMES, KINDS
 from pocket.tools import say, whole_file
+from pocket.training import to_tensor
 
 RESULTS = Path(__file__).parent / "results"
 FRONTS = np.array([k.front for k in KINDS])
@@ -150,8 +150,8 @@ def accuracy_table(pipeline, judge, rounds: int) -> np.ndarray:
     write_csv("accuracy.csv", rows)
     shown = (samples * 255 + 0.5).astype(np.uint8)
     order = np.random.default_rng(0).permutation(len(shown))[:100]
-    sheet(shown[np.sort(order)], 20, Path("docs/pocket-samples.png"))
-    sheet(true[: 4 * len(KINDS)], 20, Path("docs/pocket-world.png"))
+    sheet(shown[np.sort(order)], 20, Path("docs/shapes-samples.png"))
+    sheet(true[: 4 * len(KINDS)], 20, Path("docs/shapes-world.png"))
     return samples
 
 
@@ -242,7 +242,7 @@ def report(folder, rounds: int = 3, count: int = 300):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="custom/threestudio-lods/lods/models/pocket")
+    parser.add_argument("--model", default="custom/threestudio-lods/lods/models/pocket-shapes")
     parser.add_argument("--rounds", type=int, default=3, help="samples per object and view")
     parser.add_argument("--count", type=int, default=300, help="held-out pictures for noise.csv")
     options = parser.parse_args()

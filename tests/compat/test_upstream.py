@@ -110,7 +110,7 @@ BASES = {"lods-prompt-processor": "stable-diffusion-prompt-processor"}
 OWN = {
     "stable-diffusion-prompt-processor": {"source_prompt", "source_suffix", "nfsd_negative_prompt"}
 }
-PAIRS = {"gs": "pocket.yaml", "ngp": "pocket-ngp.yaml"}
+PAIRS = {"gs": "pocket-shapes.yaml", "ngp": "pocket-shapes-ngp.yaml"}
 
 
 @pytest.mark.parametrize("overlay", [False, True])

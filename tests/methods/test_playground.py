@@ -216,19 +216,20 @@ def test_choice_of_the_model(playground, monkeypatch):
     def missing(*args):
         raise ValueError("it is not on the hub")
 
-    choose, pocket = playground.choose_model, str(playground.POCKET)
+    choose, small = playground.choose_model, cards.EMBEDDED
+    folder = str(cards.CARDS.parent / small)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model, family, why = choose(None)
-    assert (model, family) == (pocket, "pocket") and "no CUDA GPU" in why
+    assert (model, family) == (folder, small) and "no CUDA GPU" in why
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("lods.models.cards.resolve", lambda name: cards.Location(name))
     monkeypatch.setattr("lods.models.files.load_model_config", lambda *args: {})
     assert choose(None)[:2] == (cards.DEFAULT_MODEL, "stable-diffusion")
     monkeypatch.setattr("lods.models.files.load_model_config", missing)
-    assert choose(None) == (pocket, "pocket", "it is not on the hub")
+    assert choose(None) == (folder, small, "it is not on the hub")
     assert choose("a/b") == ("a/b", "stable-diffusion", "as asked")
-    assert choose("pocket")[:2] == (pocket, "pocket")
-    assert choose(pocket)[1] == "pocket"
+    assert choose(small)[:2] == (folder, small)
+    assert choose(folder)[1] == small
 
 
 @pytest.mark.slow

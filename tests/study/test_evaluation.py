@@ -16,11 +16,11 @@ from omegaconf import OmegaConf
 from evaluation import machine, metrics
 from evaluation.grid import TRUE, Run, load_grid, written
 from evaluation.table import CURVES, RESULTS, Table, begun
-from pocket import truth
-from pocket.data import VIEWS, asked
-from pocket.judge import load, verdict
-from pocket.scenes import COLOR_NAMES, KIND_NAMES, KINDS
-from pocket.truth import Orbit
+from pocket.shapes import truth
+from pocket.shapes.data import VIEWS, asked
+from pocket.shapes.judge import load, verdict
+from pocket.shapes.scenes import COLOR_NAMES, KIND_NAMES, KINDS
+from pocket.shapes.truth import Orbit
 from tests.runs import ROOT
 from tests.tiny_models import WORDS
 from threestudio.utils.errors import UserError

@@ -3,14 +3,15 @@
 import csv
 import statistics
 
+from lods.models import cards
 from omegaconf import OmegaConf
 
 from evaluation.grid import TRUE, load_grid
 from evaluation.machine import ROOT
 from evaluation.run import load_run
 from evaluation.table import Table, key_of
-from pocket.data import asked
-from pocket.scenes import KINDS
+from pocket.shapes.data import asked
+from pocket.shapes.scenes import KINDS
 
 GRIDS = ROOT / "evaluation/grids"
 
@@ -108,20 +109,28 @@ def test_the_two_best_of_each_method_come_to_the_second_round():
     assert not {r.prompt for r in runs} & {r.prompt for r in load_grid(GRIDS / "tuning.yaml").runs}
 
 
+SHAPES = {
+    "system.prompt_processor.pretrained_model_name_or_path": (
+        "custom/threestudio-lods/lods/models/pocket-shapes"
+    ),
+    "data.width": 64,
+}
 KEPT = {  # of the overlays as they were when the grids ran
     "gaussians": {
+        **SHAPES,
         "system.geometry.max_scale": 0.0,
         "system.geometry.ball": {"n_points": 2500, "radius": 0.6},
         "system.strategy.name": "none",
         "system.loss.lambda_sparsity": 2.0,
         "system.loss.lambda_opaque": 0.0,
     },
-    "nerf": {"system.loss.lambda_sparsity": 2.0, "system.loss.lambda_opaque": 0.0},
+    "nerf": {**SHAPES, "system.loss.lambda_sparsity": 2.0, "system.loss.lambda_opaque": 0.0},
 }
 
 
 def test_the_overlays_new_settings_do_not_change_the_grids(lods, tmp_path):
-    """A run of the reported comparison is what it was, whatever pocket.yaml has learnt since."""
+    """A run of the reported comparison is what it was, whatever its overlay has learnt since."""
+    assert cards.canonical(next(iter(SHAPES.values()))) == "pocket-shapes"
     background = {"color": [1.0, 1.0, 1.0], "random_aug": True, "random_aug_prob": 0.5}
     for name in ("pocket", "tuning", "quick"):
         runs = load_grid(GRIDS / f"{name}.yaml").runs

@@ -10,7 +10,8 @@ import torch
 from lods.models.cards import Location, first_line, is_hub_id, missing, no_such_model
 
 
-def _read_config(path: str) -> dict[str, Any]:
+def read_config(path: str) -> dict[str, Any]:
+    """The JSON object in the file ``path``. Raises ``ValueError``, one line, for anything else."""
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
@@ -35,7 +36,7 @@ def load_model_config(
     if name_or_path and os.path.isdir(name_or_path):
         path = os.path.join(name_or_path, subfolder, "config.json")
         if os.path.isfile(path):
-            return _read_config(path)
+            return read_config(path)
         raise ValueError(
             f"the folder {name_or_path!r} has no {subfolder}/config.json: it is not a diffusers "
             "Stable Diffusion folder (with unet, vae, text_encoder, tokenizer and scheduler)"
@@ -125,7 +126,7 @@ def refuse_code(folder: str, part: str) -> None:
     an attention kernel of the hub): files from others are treated as data."""
     for name in ("config.json", "tokenizer_config.json"):
         path = os.path.join(folder, part, name)
-        for key, value in _read_config(path).items() if os.path.isfile(path) else ():
+        for key, value in read_config(path).items() if os.path.isfile(path) else ():
             kernel = "attn_implementation" in key and "/" in str(value)
             if key == "auto_map" or kernel:
                 raise ValueError(
