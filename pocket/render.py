@@ -171,7 +171,8 @@ def render(
             if (i + 1) % every == 0 or i + 1 == count:
                 _save(folder / "cameras.npy", views[: max(map(len, have.values()))])
                 for colour, pictures in have.items():
-                    _save(files[colour], np.stack(pictures))
+                    if pictures:
+                        _save(files[colour], np.stack(pictures))
         stage.close()
 
 
