@@ -166,8 +166,8 @@ def accuracies(said: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> di
     return {**shares, **counts}
 
 
-def pictures(rgba: np.ndarray, ground: float = 1.0) -> Float[torch.Tensor, "N 3 H W"]:
-    """Renders before a grey background, in 0..1."""
+def pictures(rgba: np.ndarray, ground: float | np.ndarray = 1.0) -> Float[torch.Tensor, "N 3 H W"]:
+    """Renders before a grey background, or a colour (3, 1, 1), in 0..1."""
     x = torch.from_numpy(rgba).permute(0, 3, 1, 2).float().div_(255)
     return x[:, :3] + (1 - x[:, 3:]) * ground
 
