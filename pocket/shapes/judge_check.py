@@ -39,9 +39,9 @@ from scipy.ndimage import gaussian_filter
 from pocket.frechet import frechet
 from pocket.shapes.data import SIZE, build, draw, sample_camera
 from pocket.shapes.judge import load, verdict
-from pocket.shapes.report import FRONTS, accuracies, balanced_labels, write_table
+from pocket.shapes.report import FRONTS, accuracies, balanced_labels
 from pocket.shapes.scenes import COLOR_NAMES, COLORS, KIND_NAMES, KINDS, Scene
-from pocket.tools import say
+from pocket.tools import say, write_table
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "evaluation" / "judge.csv"
 SEED, OTHER_SEED = 9301, 9302

@@ -11,7 +11,6 @@
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from pocket.frechet import frechet
 from pocket.shapes.data import VIEWS, build, caption, draw, make, sample_camera
 from pocket.shapes.judge import load, verdict
 from pocket.shapes.scenes import COLOR_NAMES, KINDS
-from pocket.tools import say, whole_file
+from pocket.tools import say, write_table
 from pocket.training import to_tensor
 
 RESULTS = Path(__file__).parent / "results"
@@ -100,15 +99,6 @@ def sheet(images: np.ndarray, columns: int, file: Path):
     rows = [np.concatenate(images[i : i + columns], 1) for i in range(0, len(images), columns)]
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(rows, 0)).save(file, optimize=True)
-
-
-def write_table(file: Path, rows: list[dict]) -> None:
-    """Replace a CSV file by ``rows``, all with the keys of the first."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as tmp, tmp.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def write_csv(name: str, rows: list[dict]) -> None:
