@@ -29,6 +29,7 @@ WIDTH = 128
 CHANNELS = (64, 128, 192)
 HIGH, HIGH_SHARE = 300, 0.8  # of the timesteps, the share that is drawn from 300..999
 NAME = "unet"
+BATCH = 48
 
 
 def build_scheduler():
@@ -115,7 +116,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, ids, cameras, scale: float, seed: int, steps: int = 25) -> torch.Tensor:
-        """Latents of DDIM's ``steps`` steps. ``ids`` (2N, LENGTH) are N empty captions and N others,
+        """Latents of DDIM's ``steps`` steps. ``ids`` (2N, LENGTH): N empty captions and N others,
         and ``scale`` is the guidance from these to those; the cameras (N, 4) go with both."""
         from diffusers import DDIMScheduler
 
@@ -149,7 +150,8 @@ def fit(
     watch_s: float,
 ) -> Training:
     """Train ``model``, whose denoiser is ``network``, on all latents, to ``work/<name>_state.pt``;
-    more steps than before continue it."""
+    more steps than before continue it. ``peak`` is the rate for a batch of 48, and grows with the
+    root of the batch."""
     latents = Latents(work, tokenizer(work))
     model.to(device)
 
@@ -170,7 +172,7 @@ def fit(
     with fast(network, device):
         training = Training(
             work / f"{name}_state.pt", model, loss, steps,
-            peak=peak, warm=300, name=name, weight_decay=1e-2,
+            peak=peak * (batch / BATCH) ** 0.5, warm=300, name=name, weight_decay=1e-2,
         )  # fmt: skip
         training.run(watch, watch_s=watch_s, say_every=200)
     return training
@@ -180,7 +182,7 @@ def train(
     work: Path,
     steps: int,
     seed: int = 0,
-    batch: int = 48,
+    batch: int = BATCH,
     peak: float = 1e-3,
     device: str = "cpu",
     watch_s: float = 900,
@@ -201,9 +203,10 @@ def load_averaged(work: Path, name: str, model: nn.Module) -> nn.Module:
         raise ValueError(f"{work} has no {file.name} yet: run the stage {name} first")
     state = load_state(file)
     model.load_state_dict(state["model"])
-    average = state["average"]["shadow_params"]
-    for parameter, value in zip(model.parameters(), average, strict=True):
-        parameter.data.copy_(value)
+    if "average" in state:  # else weights that came from another machine, averaged there
+        average = state["average"]["shadow_params"]
+        for parameter, value in zip(model.parameters(), average, strict=True):
+            parameter.data.copy_(value)
     return model.eval()
 
 

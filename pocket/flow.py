@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from pocket.autoencoder import LATENT_CHANNELS, load_vae
-from pocket.diffusion import finish_folder, fit, load_averaged
+from pocket.diffusion import BATCH, finish_folder, fit, load_averaged
 from pocket.latents import LENGTH, tokenizer
 from pocket.tools import CameraTokens
 
 NAME = "flow"
 WIDTHS = (128, 64)  # of the two text encoders
 LAYERS = (3, 2)  # of these; the rows are those after the last but one
+LAYERS_OF_TRANSFORMER, HEADS, PATCH = 6, 4, 2  # heads are 64 wide
 ZERO_ROWS = 256  # as many as the pipeline appends
 
 
@@ -47,7 +48,9 @@ def build_text_encoder(tokens, width: int, layers: int):
     return CLIPTextModelWithProjection(config)
 
 
-def build_transformer(layers: int = 6, heads: int = 4, patch: int = 2, size: int = 16):
+def build_transformer(
+    layers: int = LAYERS_OF_TRANSFORMER, heads: int = HEADS, patch: int = PATCH, size: int = 16
+):
     from diffusers import SD3Transformer2DModel
 
     transformer = SD3Transformer2DModel(
@@ -173,7 +176,7 @@ def train(
     work: Path,
     steps: int,
     seed: int = 0,
-    batch: int = 48,
+    batch: int = BATCH,
     peak: float = 6e-4,
     device: str = "cpu",
     watch_s: float = 900,
