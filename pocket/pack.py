@@ -125,8 +125,11 @@ def take(work: Path, name: str, folder: Path) -> int:
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m pocket.pack", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m pocket.pack",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", choices=("make", "unpack", "weights", "take"))
     parser.add_argument("--work", type=Path, default=Path("build/pocket"))
     parser.add_argument("--name", choices=NAMES_OF_MODELS, default="unet")
