@@ -58,6 +58,8 @@ class Request:
         learned = "lora" if self.method in LORA else "embedding"
         configs = [f"lods-{BASE[self.on]}-{learned}", *[self._overlay()] * self.small]
         prompt = "system.prompt_processor"
+        # a model that understands cameras is told them; no other can be
+        told = "tokens" if cards.has_camera_encoder(self.model) else "words"
         settings = {
             "exp_root_dir": folder,
             "name": "run",
