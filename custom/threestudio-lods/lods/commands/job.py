@@ -69,10 +69,7 @@ class Request:
             f"{prompt}.prompt": self.prompt,
             f"{prompt}.pretrained_model_name_or_path": self.model,
             "system.guidance_type": f"{self.method}-guidance",
-            # a model that understands cameras is told them; no other can be
-            "system.guidance.cameras": "tokens"
-            if cards.has_camera_encoder(self.model)
-            else "words",
+            "system.guidance.cameras": told,
             # the last checkpoint alone, often enough that a killed run goes on near its end
             "checkpoint.save_top_k": 0,
             "checkpoint.every_n_train_steps": 50 if self.small else 500,
