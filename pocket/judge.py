@@ -219,9 +219,7 @@ def train(
     renders = Renders(work / "renders")
     unknown = {series.slug for series in renders.series} - set(SLUGS)
     if unknown:
-        raise ValueError(
-            f"{work}/renders has {sorted(unknown)[0]}, which is no object of the world"
-        )
+        raise ValueError(f"{work}/renders: {sorted(unknown)[0]} is no object of the world")
     torch.manual_seed(seed)
     judge = Judge().to(memory_format=torch.channels_last)
     fronts = torch.from_numpy(FRONTS)

@@ -66,8 +66,9 @@ def check(judge, renders: Renders, count: int) -> list[dict]:
     turned = {**labels, "azimuth": -labels["azimuth"]}
     tests.append(("mirrored", "", plain.flip(-1), turned))
     painted = np.array([bool(renders.series[i].colour) for i, _ in rows])
-    only = {k: v[painted] for k, v in labels.items()}
-    tests.append(("another colour", "", plain[torch.from_numpy(painted)], next_colour(only)))
+    if painted.any():
+        only = {k: v[painted] for k, v in labels.items()}
+        tests.append(("another colour", "", plain[torch.from_numpy(painted)], next_colour(only)))
     table = []
     for name, level, images, truth in tests:
         found = accuracies(verdict(judge, images), truth)

@@ -176,7 +176,7 @@ def by_object(objects: np.ndarray, **columns: np.ndarray) -> list[dict]:
         row: dict = {"object": name, "n": int(where.sum())}
         for key, values in columns.items():
             if isinstance(values, tuple):
-                value = values[0][where].mean() / values[1][where].mean()
+                value = values[0][where].mean() / (values[1][where].mean() or np.nan)
             else:
                 value = values[where].mean()
             row[key] = round(float(value), 3)
@@ -218,8 +218,10 @@ def sample_rows(judge, told: str, made: Pictures, truth: Pictures, labels) -> li
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Mean of a - b over the pictures, and its standard error."""
+    """Mean of a - b over the pictures, and its standard error; no numbers of less than two."""
     d = a - b
+    if len(d) < 2:
+        return np.nan, np.nan
     return round(float(d.mean()), 6), round(float(d.std(ddof=1) / np.sqrt(len(d))), 6)
 
 
@@ -263,7 +265,7 @@ def noise_rows(model, renders: Renders, rows, told: str, bins: int = 10) -> list
             errors[name] = torch.cat(parts).double().numpy()
         row = {"told": told, "t_low": low, "t_high": high, "n": len(rows)}
         row |= {name: round(float(e.mean()), 6) for name, e in errors.items()}
-        row["turned"] = round(float(errors["turned"][front].mean()), 6)
+        row["turned"] = round(float(errors["turned"][front].mean()), 6) if front.any() else np.nan
         for name, a, c, where in (
             ("empty_minus_right", "empty", "right", slice(None)),
             ("wrong_minus_empty", "wrong", "empty", slice(None)),

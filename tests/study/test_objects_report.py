@@ -203,8 +203,8 @@ def test_a_training_view_has_no_distance_to_the_nearest_one(renders):
 def test_all_tables_are_written(tmp_path, renders, monkeypatch):
     monkeypatch.setattr(report, "load", lambda: judge.Judge().eval())
     report.report(
-        tmp_path / "model", renders.folder.parent, tmp_path / "out", ["tokens", "words"], 1.0, 3, 1, 8,
-        model_of=Knows,
+        tmp_path / "model", renders.folder.parent, tmp_path / "out", ["tokens", "words"],
+        scale=1.0, steps=3, rounds=1, count=8, model_of=Knows,
     )  # fmt: skip
     tables = {}
     for name in ("vae", "accuracy", "samples", "noise", "nearest"):
