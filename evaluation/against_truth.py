@@ -53,7 +53,8 @@ def truth_of(prompt: str, folder: Path = TRUTH) -> TrueViews:
         known = Renders.read(folder)
         found = [t for t in known.objects if (t.name, t.colour) == (thing.name, colour)]
         if not found:
-            raise ValueError(f"{folder} has no {colour or ''} {thing.name}: make the truth anew")
+            wanted = f"{colour} {thing.name}" if colour else thing.name
+            raise ValueError(f"{folder} has no {wanted}: make the truth anew")
         rgba = torch.from_numpy(known.views(found[0])).float() / 255
     except ValueError as error:
         raise UserError(str(error)) from None
