@@ -235,7 +235,7 @@ def test_a_lora_has_no_place_in_it(tmp_path, method):
     folder(tmp_path, ball=(SOLID, pictures(1)))
     with pytest.raises(ValueError, match="no network") as error:
         lods.load(method, str(tmp_path), prompt="a ball")
-    one_line(error.value)
+    one_line(error)
 
 
 def test_what_cannot_be_answered_is_refused(tmp_path):
@@ -243,17 +243,17 @@ def test_what_cannot_be_answered_is_refused(tmp_path):
     model, x, t = model_of(tmp_path, "tokens"), torch.zeros(1, 3, SIZE, SIZE), torch.tensor([9])
     with pytest.raises(ValueError, match="fovy") as error:
         model.predict(x, t, model.text(["a ball"]))
-    one_line(error.value)
+    one_line(error)
     with pytest.raises(ValueError, match="allows none") as error:
         model.predict(x, t, torch.zeros(1, *model.text_shape), cameras_of(SOLID))
-    one_line(error.value)
+    one_line(error)
 
 
 def test_a_prompt_without_any_of_its_objects_is_refused(tmp_path):
     folder(tmp_path, fire_hydrant=(SOLID, pictures(1)))
     with pytest.raises(ValueError, match="names no object") as error:
         lods.load("lods-sds", str(tmp_path), prompt="a spaceship")
-    one_line(error.value)
+    one_line(error)
     assert "fire hydrant" in str(error.value)
 
 
@@ -302,7 +302,7 @@ def test_a_damaged_list_is_refused(tmp_path, key):
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="make them anew") as error:
         renders.Renders.read(tmp_path)
-    one_line(error.value)
+    one_line(error)
 
 
 @pytest.mark.parametrize("damage", ["gone", "other size", "no picture"])
@@ -318,4 +318,4 @@ def test_a_damaged_sheet_is_refused(tmp_path, damage):
         sheet.write_bytes((tmp_path / "x" / "ball.webp").read_bytes())
     with pytest.raises(ValueError, match="make it anew") as error:
         read.views(read.objects[0])
-    one_line(error.value)
+    one_line(error)
