@@ -44,6 +44,7 @@ def build_text_encoder(tokens, width: int, layers: int):
         eos_token_id=tokens.eos_token_id,
         pad_token_id=tokens.pad_token_id,
         projection_dim=width,
+        attn_implementation="eager",  # fused attention is slower on a CPU
     )
     return CLIPTextModelWithProjection(config)
 
