@@ -157,7 +157,7 @@ class Latents:
             rng, NAMES[slug], colour or None, view_of(elevation, azimuth) if view else -1, template
         )
 
-    def z(self, rows, ground=0) -> torch.Tensor:
+    def z(self, rows, ground: int | np.ndarray = 0) -> torch.Tensor:
         """Latents of rows, float (N, C, h, w), before the white background or (1) the other."""
         picked = np.broadcast_to(ground, len(rows))
         parts = [self.latents[i][v, g] for (i, v), g in zip(rows, picked, strict=True)]
