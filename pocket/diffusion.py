@@ -59,6 +59,7 @@ def build_text_encoder(tokens, width: int = WIDTH, layers: int = 2):
         eos_token_id=tokens.eos_token_id,
         pad_token_id=tokens.pad_token_id,
         projection_dim=width,
+        attn_implementation="eager",  # fused attention is slower on a CPU
     )
     return CLIPTextModel(config)
 

@@ -5,10 +5,12 @@ Rectified flow (Liu, Gong and Liu, arXiv 2209.03003): z_t = (1 - t) z + t eps wi
 network predicts the velocity eps - z, and t is the logistic function of a standard normal number
 (Esser et al., arXiv 2403.03206).
 
-The pipeline has no third text encoder here, and appends rows of zeros in its place, 256 unless it
-is told another number. Equal rows stay equal in every layer, so that n of them are one whose weight
-in the attention is n times as large: the training has one row and log n added to its attention
-scores, with another n from 1 to 256 in each step. So the network can be called with any number.
+The pipeline's third text encoder has nothing to say here: ``StableDiffusion3Pipeline`` appends rows
+of zeros where there is none, 256 unless it is told another number, and as its folders must have
+one, that of ours gives zeros too. Equal rows stay equal in every layer, so that n of them are one
+whose weight in the attention is n times as large: the training has one row and log n added to its
+attention scores, with another n from 1 to 256 in each step. So the network can be called with any
+number.
 """
 
 import math
@@ -44,8 +46,28 @@ def build_text_encoder(tokens, width: int, layers: int):
         eos_token_id=tokens.eos_token_id,
         pad_token_id=tokens.pad_token_id,
         projection_dim=width,
+        attn_implementation="eager",  # fused attention is slower on a CPU
     )
     return CLIPTextModelWithProjection(config)
+
+
+def build_silent_encoder(tokens):
+    """A T5 encoder whose rows are zeros: the weights of its last norm are."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=len(tokens),
+        d_model=sum(WIDTHS),
+        d_kv=8,
+        d_ff=8,
+        num_layers=1,
+        num_heads=1,
+        pad_token_id=tokens.pad_token_id,
+        eos_token_id=tokens.eos_token_id,
+    )
+    encoder = T5EncoderModel(config)
+    nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return encoder
 
 
 def build_transformer(
@@ -199,14 +221,16 @@ def save_pipeline(work: Path, folder: Path):
     tokens = tokenizer(work)
     model = load_averaged(work, NAME, Model(tokens))
     model.transformer.set_attn_processor(JointAttnProcessor2_0())
+    vae = load_vae(work)
+    vae.register_to_config(shift_factor=0.0)  # this pipeline adds it
     pipeline = StableDiffusion3Pipeline(
-        vae=load_vae(work),
+        vae=vae,
         text_encoder=model.text_encoder,
         tokenizer=tokens,
         text_encoder_2=model.text_encoder_2,
         tokenizer_2=tokens,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=build_silent_encoder(tokens),
+        tokenizer_3=tokens,
         transformer=model.transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
     )

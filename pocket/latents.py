@@ -26,6 +26,7 @@ NAMES = {o.slug: o.name for o in OBJECTS}
 UNSAID = {True: 0.4, False: 0.15}
 EMPTY = 0.1  # of the captions
 NO_ROWS = 0.4  # of the batches have no camera rows
+REFRESH = 500  # steps between two looks for new latents
 WORDS = tuple(
     dict.fromkeys(
         " ".join(
@@ -56,9 +57,10 @@ def grounds(key: str, view: int) -> list[np.ndarray]:
     return [white(rng), coloured(rng)]
 
 
-def encode_all(work: Path, device: str = "cpu", batch: int = 32) -> None:
-    """Encode the views under ``work/renders`` that have no latents yet, object by object. Latents
-    of another autoencoder, and of pictures that were rendered anew, are replaced."""
+def encode_all(work: Path, device: str = "cpu", most: int | None = None, batch: int = 32) -> None:
+    """Encode the views under ``work/renders`` that have no latents yet, object by object, of each
+    the first ``most``. Latents of another autoencoder, and of pictures that were rendered anew, are
+    replaced."""
     renders, vae = Renders(work / "renders"), load_vae(work)
     index_file = work / "latents" / "made_with.json"
     index = json.loads(index_file.read_text()) if index_file.exists() else {}
@@ -71,10 +73,11 @@ def encode_all(work: Path, device: str = "cpu", batch: int = 32) -> None:
             mark = f"{digest} {zlib.crc32(np.ascontiguousarray(series.rgba[0]).tobytes()):08x}"
             parts = [np.load(file)] if file.exists() and index.get(key) == mark else []
             have = sum(map(len, parts))
-            if have >= len(series.rgba):
+            wanted = len(series.rgba) if most is None else min(most, len(series.rgba))
+            if have >= wanted:
                 continue
-            for start in range(have, len(series.rgba), batch):
-                views = range(start, min(start + batch, len(series.rgba)))
+            for start in range(have, wanted, batch):
+                views = range(start, min(start + batch, wanted))
                 behind = np.array([grounds(key, v) for v in views])
                 rgba = series.rgba[views.start : views.stop]
                 both = [compose(rgba, behind[:, k]) for k in (0, 1)]
@@ -87,8 +90,8 @@ def encode_all(work: Path, device: str = "cpu", batch: int = 32) -> None:
             index[key] = mark
             with whole_file(index_file) as tmp:
                 tmp.write_text(json.dumps(index, indent=1))
-            made += len(series.rgba) - have
-    say(f"{made} views encoded, {sum(len(s.rgba) for s in renders.series)} in all")
+            made += wanted - have
+    say(f"{made} views encoded of {sum(len(s.rgba) for s in renders.series)} that there are")
 
 
 class Batch(NamedTuple):
@@ -119,7 +122,8 @@ class Latents:
         self.series: list[tuple[str, str]] = []
         self.latents, self.cameras = [], []
         slugs = sorted(NAMES, key=len, reverse=True)
-        for file in sorted((self.folder / "latents").glob("*.npy")):
+        files = (self.folder / "latents").glob("*.npy")
+        for file in sorted(files, key=lambda f: f.stem):
             slug = next((s for s in slugs if file.stem == s or file.stem.startswith(s + "-")), None)
             if slug is None:
                 continue  # an object that the world has no more
@@ -153,7 +157,7 @@ class Latents:
             rng, NAMES[slug], colour or None, view_of(elevation, azimuth) if view else -1, template
         )
 
-    def z(self, rows, ground=0) -> torch.Tensor:
+    def z(self, rows, ground: int | np.ndarray = 0) -> torch.Tensor:
         """Latents of rows, float (N, C, h, w), before the white background or (1) the other."""
         picked = np.broadcast_to(ground, len(rows))
         parts = [self.latents[i][v, g] for (i, v), g in zip(rows, picked, strict=True)]
@@ -164,7 +168,10 @@ class Latents:
 
     def draw(self, seed: int, step: int, count: int) -> Batch:
         """The batch of a step: rows by weight, backgrounds white but for a fifth, captions with
-        the view word left out or empty at random, cameras or none for the whole batch."""
+        the view word left out or empty at random, cameras or none for the whole batch. New
+        latents are taken in every ``REFRESH`` steps."""
+        if step % REFRESH == 0:
+            self.refresh()
         rng = np.random.default_rng((seed, 1, step))
         with_rows = bool(rng.uniform() >= NO_ROWS)
         which = rng.choice(len(self.series), size=count, p=self.weights)

@@ -76,7 +76,10 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--flow-out", type=Path, default=FLOW_OUT)
     parser.add_argument("--stages", help=f"of {','.join(STAGES)}")
-    parser.add_argument("--vae-steps", type=positive, default=6000)
+    parser.add_argument("--vae-steps", type=positive, default=4400)
+    parser.add_argument(
+        "--latent-views", type=positive, help="encode the first of each series only, for now"
+    )
     parser.add_argument("--unet-steps", type=positive, default=100_000)
     parser.add_argument("--decoder-steps", type=positive, default=6000)
     parser.add_argument("--flow-steps", type=positive, default=100_000)
@@ -119,7 +122,7 @@ def _run(stage: str, args) -> None:
     if stage == "vae":
         autoencoder.train(args.work, args.vae_steps, **options)
     elif stage == "latents":
-        latents.encode_all(args.work, args.device)
+        latents.encode_all(args.work, args.device, args.latent_views)
     elif stage == "unet":
         diffusion.train(args.work, args.unet_steps, batch=args.batch, **options)
     elif stage == "decoder":

@@ -4,7 +4,7 @@
     bash pocket/on_gpu.sh pack.safetensors OUT unet 20000 512     # there
     python -m pocket.pack take --work W --name unet --from OUT    # here again
 
-The pack holds latents in eight bits (their standard deviation is 1, the step 1/32), all with a
+The pack holds latents in eight bits (their standard deviation is 1, the step 1/24), all with a
 white background and every fourth also with another, the cameras, and the autoencoder in half
 precision. If that is more than the limit, the last views of each object are left out. What comes
 back are the averaged weights in half precision, in parts of at most 15 MiB.
@@ -22,7 +22,7 @@ from pocket.latents import NAMES
 from pocket.tools import say, whole_file
 from pocket.training import load_state, save_state
 
-STEP = 1 / 32
+STEP = 1 / 24
 COLOURED_EVERY = 4  # of the views, one goes along before its coloured background too
 PART = 15 << 20  # bytes
 NAMES_OF_MODELS = ("unet", "flow")
