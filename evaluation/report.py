@@ -75,7 +75,7 @@ SHARES = {
 MACHINE = ("device", "cpu", "threads", "python", "torch", "diffusers", "peft", "commit")
 # montages of the first seed: (grid, representation) -> file and methods
 MONTAGES = {
-    ("pocket", "gaussians"): (
+    ("shapes", "gaussians"): (
         "gaussians.webp",
         ("sds", "csd", "vsd-fast", "lods-embedding", "lods-lora", "lods-lora-fast", CEILING),
     ),

@@ -128,7 +128,7 @@ def background(rng) -> np.ndarray:
 def compose(rgba: np.ndarray, grounds) -> torch.Tensor:
     """Pictures before their backgrounds: uint8 (N, H, W, 4) premultiplied, and (N, 3) in 0..1, to
     float (N, 3, H, W) in -1..1."""
-    x = torch.from_numpy(np.ascontiguousarray(rgba)).permute(0, 3, 1, 2).float().div_(255)
+    x = torch.from_numpy(np.array(rgba)).permute(0, 3, 1, 2).float().div_(255)
     ground = torch.from_numpy(np.asarray(grounds, np.float32))[:, :, None, None]
     return (x[:, :3] + (1 - x[:, 3:]) * ground).mul_(2).sub_(1)
 

@@ -28,7 +28,8 @@ from pocket.watching import watch_model
 WIDTH = 128
 CHANNELS = (64, 128, 192)
 HIGH, HIGH_SHARE = 300, 0.8  # of the timesteps, the share that is drawn from 300..999
-STATE = "unet_state.pt"
+NAME = "unet"
+BATCH = 48
 
 
 def build_scheduler():
@@ -97,6 +98,13 @@ class Model(nn.Module):
             rows = torch.cat([rows, self.camera_encoder(cameras).to(rows.dtype)], dim=1)
         return self.unet(noisy, t, rows).sample
 
+    def times(self, rng, batch: int) -> torch.Tensor:
+        """Timesteps of a training step, evenly spread over 300..999 (four fifths) and 0..299."""
+        u = (np.arange(batch) + rng.uniform(size=batch)) / batch
+        low = u / (1 - HIGH_SHARE) * HIGH
+        high = HIGH + (u - (1 - HIGH_SHARE)) / HIGH_SHARE * (1000 - HIGH)
+        return torch.from_numpy(np.where(u < 1 - HIGH_SHARE, low, high).astype(int).clip(0, 999))
+
     def noised(self, z, noise, t):
         """(noisy latents, what the network should predict)."""
         schedule = self.scheduler
@@ -108,8 +116,8 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, ids, cameras, scale: float, seed: int, steps: int = 25) -> torch.Tensor:
-        """Latents of DDIM's ``steps`` steps, guided by ``scale`` against the empty caption; the
-        rows of the cameras go with both."""
+        """Latents of DDIM's ``steps`` steps. ``ids`` (2N, LENGTH): N empty captions and N others,
+        and ``scale`` is the guidance from these to those; the cameras (N, 4) go with both."""
         from diffusers import DDIMScheduler
 
         schedule = DDIMScheduler.from_config(
@@ -118,7 +126,7 @@ class Model(nn.Module):
         schedule.set_timesteps(steps)
         device = next(self.parameters()).device
         size = self.unet.config["sample_size"]
-        shape = len(ids), LATENT_CHANNELS, size, size
+        shape = len(ids) // 2, LATENT_CHANNELS, size, size
         x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
         twice = None if cameras is None else torch.cat([cameras, cameras])
         for t in schedule.timesteps:
@@ -128,33 +136,28 @@ class Model(nn.Module):
         return x
 
 
-def times(rng, batch: int) -> torch.Tensor:
-    """Timesteps, evenly spread in each batch over 300..999 (four fifths) and over 0..299."""
-    u = (np.arange(batch) + rng.uniform(size=batch)) / batch
-    low = u / (1 - HIGH_SHARE) * HIGH
-    high = HIGH + (u - (1 - HIGH_SHARE)) / HIGH_SHARE * (1000 - HIGH)
-    return torch.from_numpy(np.where(u < 1 - HIGH_SHARE, low, high).astype(int).clip(0, 999))
-
-
-def train(
+def fit(
     work: Path,
+    name: str,
+    model: nn.Module,
+    network: nn.Module,
     steps: int,
-    seed: int = 0,
-    batch: int = 48,
-    peak: float = 1e-3,
-    device: str = "cpu",
-    watch_s: float = 900,
-    model: Model | None = None,
-):
-    """Train on all latents, to ``work/unet_state.pt``; more steps than before continue it."""
-    tokens = tokenizer(work)
-    latents = Latents(work, tokens)
-    torch.manual_seed(seed)
-    model = (model or Model(tokens)).to(device)
+    *,
+    seed: int,
+    batch: int,
+    peak: float,
+    device: str,
+    watch_s: float,
+) -> Training:
+    """Train ``model``, whose denoiser is ``network``, on all latents, to ``work/<name>_state.pt``;
+    more steps than before continue it. ``peak`` is the rate for a batch of 48, and grows with the
+    root of the batch."""
+    latents = Latents(work, tokenizer(work))
+    model.to(device)
 
     def loss(step):
         drawn = latents.draw(seed, step, batch)
-        t = times(drawn.rng, batch)
+        t = model.times(drawn.rng, batch)
         noisy, target = model.noised(drawn.z, drawn.noise, t)
         noisy = noisy.to(device, memory_format=torch.channels_last)
         cameras = None if drawn.cameras is None else drawn.cameras.to(device)
@@ -164,24 +167,46 @@ def train(
 
     def watch(step):
         with autocast(device):
-            watch_model(model, latents, work, f"unet at {step}", f"unet-{step:06d}")
+            watch_model(model, latents, work, f"{name} at {step}", f"{name}-{step:06d}")
 
-    with fast(model.unet, device):
+    with fast(network, device):
         training = Training(
-            work / STATE, model, loss, steps, peak=peak, warm=300, name="unet", weight_decay=1e-2
-        )
+            work / f"{name}_state.pt", model, loss, steps,
+            peak=peak * (batch / BATCH) ** 0.5, warm=300, name=name, weight_decay=1e-2,
+        )  # fmt: skip
         training.run(watch, watch_s=watch_s, say_every=200)
+    return training
 
 
-def averaged_model(work: Path) -> Model:
-    """The model with the averaged weights of the state on disk, finished or not."""
-    if not (work / STATE).exists():
-        raise ValueError(f"{work} has no UNet yet: run the stage unet first")
+def train(
+    work: Path,
+    steps: int,
+    seed: int = 0,
+    batch: int = BATCH,
+    peak: float = 1e-3,
+    device: str = "cpu",
+    watch_s: float = 900,
+):
+    """Train on all latents, to ``work/unet_state.pt``; more steps than before continue it."""
+    torch.manual_seed(seed)
     model = Model(tokenizer(work))
-    state = load_state(work / STATE)
+    fit(
+        work, NAME, model, model.unet, steps,
+        seed=seed, batch=batch, peak=peak, device=device, watch_s=watch_s,
+    )  # fmt: skip
+
+
+def load_averaged(work: Path, name: str, model: nn.Module) -> nn.Module:
+    """``model`` with the averaged weights of the state on disk, of a finished training or not."""
+    file = work / f"{name}_state.pt"
+    if not file.exists():
+        raise ValueError(f"{work} has no {file.name} yet: run the stage {name} first")
+    state = load_state(file)
     model.load_state_dict(state["model"])
-    for parameter, value in zip(model.parameters(), state["average"]["shadow_params"], strict=True):
-        parameter.data.copy_(value)
+    if "average" in state:  # else weights that came from another machine, averaged there
+        average = state["average"]["shadow_params"]
+        for parameter, value in zip(model.parameters(), average, strict=True):
+            parameter.data.copy_(value)
     return model.eval()
 
 
@@ -190,7 +215,7 @@ def save_pipeline(work: Path, folder: Path):
     the encoder of cameras, which stock diffusers leaves alone, and ``vocabulary.json``."""
     from diffusers import StableDiffusionPipeline
 
-    model = averaged_model(work)
+    model = load_averaged(work, NAME, Model(tokenizer(work)))
     pipeline = StableDiffusionPipeline(
         vae=load_vae(work),
         text_encoder=model.text_encoder,

@@ -54,13 +54,14 @@ def fast(network, device: str = "cpu") -> Iterator[None]:
     if torch.device(device).type != "cpu":
         yield
         return
-    from diffusers.models.attention_processor import AttnProcessor
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     norms = [m for m in network.modules() if isinstance(m, nn.GroupNorm)]
-    # networks with a processor class of their own (joint attention) keep it
     processors = getattr(network, "attn_processors", {})
-    plain = processors and all("AttnProcessor" in type(p).__name__ for p in processors.values())
-    plain = plain and not any("Joint" in type(p).__name__ for p in processors.values())
+    # joint attention, of image and text, keeps its own
+    plain = bool(processors) and all(
+        isinstance(p, (AttnProcessor, AttnProcessor2_0)) for p in processors.values()
+    )
     try:
         if plain:
             network.set_attn_processor(AttnProcessor())

@@ -2,8 +2,9 @@
 
 Stages, each resumable and kept under --work: train the autoencoder; encode the renders; train text
 encoder, encoder of cameras and UNet together; train the decoder on; save a
-``StableDiffusionPipeline`` folder. More steps than a finished UNet or decoder had train it on from
-the end of its constant rate; new renders are taken in by every stage.
+``StableDiffusionPipeline`` folder; train the flow transformer, and save its folder. More steps than
+a finished UNet, decoder or transformer had train it on from the end of its constant rate; new
+renders are taken in by every stage.
 """
 
 import argparse
@@ -13,18 +14,20 @@ from pathlib import Path
 from pocket.tools import say, whole_file
 
 OUT = Path("custom/threestudio-lods/lods/models/pocket")
-STAGES = ("vae", "latents", "unet", "decoder", "save")
+FLOW_OUT = OUT.with_name("pocket-flow")
+STAGES = ("vae", "latents", "unet", "decoder", "save", "flow", "save-flow")
 
 
 def recipes(args) -> dict[str, dict]:
     """What each stage is made with and cannot be changed once it has begun."""
-    from pocket import autoencoder, diffusion
+    from pocket import autoencoder, diffusion, flow
 
     vae = [*autoencoder.CHANNELS, autoencoder.LATENT_CHANNELS]
     unet = [*diffusion.CHANNELS, diffusion.WIDTH]
     return {
         "vae": {"seed": args.seed, "channels": vae},
         "unet": {"seed": args.seed, "channels": unet},
+        "flow": {"seed": args.seed, "channels": [flow.LAYERS_OF_TRANSFORMER, flow.HEADS]},
     }
 
 
@@ -71,10 +74,15 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m pocket.make", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/pocket"))
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--flow-out", type=Path, default=FLOW_OUT)
     parser.add_argument("--stages", help=f"of {','.join(STAGES)}")
     parser.add_argument("--vae-steps", type=positive, default=6000)
     parser.add_argument("--unet-steps", type=positive, default=100_000)
     parser.add_argument("--decoder-steps", type=positive, default=6000)
+    parser.add_argument("--flow-steps", type=positive, default=100_000)
+    parser.add_argument(
+        "--batch", type=positive, default=48, help="of UNet and transformer; a GPU wants more"
+    )
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for the trainings")
@@ -105,7 +113,7 @@ def main(arguments=None):
 
 
 def _run(stage: str, args) -> None:
-    from pocket import autoencoder, diffusion, latents
+    from pocket import autoencoder, diffusion, flow, latents
 
     options = {"seed": args.seed, "device": args.device}
     if stage == "vae":
@@ -113,11 +121,15 @@ def _run(stage: str, args) -> None:
     elif stage == "latents":
         latents.encode_all(args.work, args.device)
     elif stage == "unet":
-        diffusion.train(args.work, args.unet_steps, **options)
+        diffusion.train(args.work, args.unet_steps, batch=args.batch, **options)
     elif stage == "decoder":
         autoencoder.train_decoder(args.work, args.decoder_steps, **options)
     elif stage == "save":
         diffusion.save_pipeline(args.work, args.out)
+    elif stage == "flow":
+        flow.train(args.work, args.flow_steps, batch=args.batch, **options)
+    elif stage == "save-flow":
+        flow.save_pipeline(args.work, args.flow_out)
 
 
 if __name__ == "__main__":

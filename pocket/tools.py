@@ -18,6 +18,7 @@ from lods.cameras import Cameras
 from lods.files import whole_file
 from lods.gaussians.kernel_cache import kernel
 from lods.models import load as load_model
+from lods.models import renders
 from lods.models.camera_tokens import CameraTokens
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Cameras",
     "kernel",
     "load_model",
+    "renders",
     "say",
     "whole_file",
     "write_table",

@@ -103,7 +103,8 @@ class Training:
         self.file, self.models, self.loss, self.steps = file, models, loss, steps
         self.warm, self.extra = warm, {} if extra is None else extra
         self.name = name or file.stem
-        self.parameters = [p for p in models.parameters() if p.requires_grad]
+        named = [(k, p) for k, p in models.named_parameters() if p.requires_grad]
+        self.names, self.parameters = [k for k, _ in named], [p for _, p in named]
         self.optimizer = torch.optim.AdamW(
             groups or [{"params": self.parameters}],
             lr=peak,
@@ -125,7 +126,8 @@ class Training:
         if not self.file.exists():
             return
         state = load_state(self.file)
-        if state["steps"] != self.steps and state["step"] > state["falls"]:
+        whole = "optimizer" in state
+        if whole and state["steps"] != self.steps and state["step"] > state["falls"]:
             if not self.plateau.exists():
                 raise ValueError(
                     f"{self.file} was trained for {state['steps']} steps and {self.plateau.name}, "
@@ -133,12 +135,19 @@ class Training:
                 )
             state = load_state(self.plateau)
         self.models.load_state_dict(state["model"])
+        self.step = state["step"]
+        if not whole:  # weights that came back from another machine
+            with torch.no_grad():
+                for mean, value in zip(self.average.shadow_params, self.parameters, strict=True):
+                    mean.copy_(value)
+            self.average.optimization_step = self.step
+            self.falls = max(self.falls, self.step)
+            return
         self.optimizer.load_state_dict(state["optimizer"])
         device = self.parameters[0].device
         self.average.load_state_dict(state["average"])
         self.average.to(device)
         self.extra.update(state["extra"])
-        self.step = state["step"]
         if state["steps"] == self.steps:
             self.falls = state["falls"]
         else:  # a constant part that is longer than the new one's ends here
@@ -153,6 +162,7 @@ class Training:
             file or self.file,
             model=self.models.state_dict(),
             average=self.average.state_dict(),
+            parameters=self.names,
             optimizer=self.optimizer.state_dict(),
             extra=self.extra,
             step=self.step,

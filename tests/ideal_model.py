@@ -3,6 +3,9 @@
 Under a text it believes in one picture m only, so that it sees the noise
 eps(x_t; m) = (x_t - alpha_t m) / sigma_t: the limit of :class:`tests.guidance_oracles.GaussianUNet`
 for no spread at all. It needs no network but the one that a LoRA and a camera can change.
+
+Told the cameras themselves, it believes in another picture for each: k m + v, with k and v of
+:func:`sight`.
 """
 
 import torch
@@ -11,6 +14,34 @@ from torch import nn
 
 CHANNELS, SIZE = 3, 4
 WIDTH = CHANNELS * SIZE * SIZE
+
+
+# In units of w(t) alpha / sigma, the gradient of each method at the start of what it learns, of the
+# latents z and the pictures under the four texts.
+S = 7.5  # guidance_scale
+GRADIENTS = {
+    "sds": lambda z, y, n, source, bad: z - n + S * (n - y),
+    "csd": lambda z, y, n, source, bad: n - y,
+    "nfsd": lambda z, y, n, source, bad: bad - n + S * (n - y),
+    "bridge": lambda z, y, n, source, bad: source - y,
+    "vsd": lambda z, y, n, source, bad: y - n + S * (n - y),  # its LoRA is still the model
+    "sdi": lambda z, y, n, source, bad: z - n + S * (n - y),  # whatever it has inverted to
+    "ism": lambda z, y, n, source, bad: S * (n - y),  # a step of DDIM keeps eps(.; n)
+    "embedding": lambda z, y, n, source, bad: (z - n) / S + n - y,  # still the null prompt
+    "lora": lambda z, y, n, source, bad: (z - n) / S + n - y,
+}
+SCALED = ("embedding", "lora", "vsd", "sds", "nfsd", "sdi", "ism")  # that read guidance_scale
+
+
+def sight(cameras):
+    """(k (B, 1, 1, 1), v (B, 3, 4, 4)): what a camera makes of a picture m, k m + v. All four
+    numbers of a camera count."""
+    elevation, azimuth, distance, fovy = cameras.numbers().unbind(-1)
+    turn, tilt = azimuth.deg2rad(), elevation.deg2rad()
+    waves = [turn.cos(), turn.sin(), tilt.sin(), distance - 3.6, (fovy - 40) / 4]
+    pictures = torch.randn(5, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(9))
+    k = 1.5 + (2 * turn).cos() / 2
+    return k.view(-1, 1, 1, 1), torch.einsum("kb,kchw->bchw", torch.stack(waves), pictures)
 
 
 class TimeEmbedding(nn.Module):
@@ -58,7 +89,8 @@ class IdealModel:
     latent_shape, image_size = (CHANNELS, SIZE, SIZE), SIZE
     text_width, text_shape, grad_scale = WIDTH, Texts.shape, 1.0
 
-    def __init__(self, name="ideal", device="cpu"):
+    def __init__(self, name="ideal", device="cpu", cameras="words"):
+        self.cameras = cameras
         self.name, self.device, self.text = name, torch.device(device), Texts()
         self.schedule = Schedule((1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0))
         self.network = Mean().requires_grad_(False)
@@ -87,7 +119,11 @@ class IdealModel:
         ]:  # one camera a row, always
             assert len(value) == len(x_t)
         self.rows.append(len(x_t))
-        return self.noise_of(x_t, self.network(t, texts), t)
+        mean = self.network(t, texts)
+        if self.cameras != "words":
+            k, v = sight(cameras)
+            mean = k * mean + v
+        return self.noise_of(x_t, mean, t)
 
     def lora_network(self):
         return self.network
@@ -96,7 +132,7 @@ class IdealModel:
         return self.network.time
 
     def sibling(self, name):
-        return IdealModel(name, self.device)
+        return IdealModel(name, self.device, self.cameras)
 
     def prepare(self, context=None):
         pass

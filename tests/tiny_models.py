@@ -66,11 +66,13 @@ def write_pipeline(
     act: str = "quick_gelu",
     unet: dict | None = None,
     seed: int = 0,
+    camera_tokens: int = 0,
 ) -> Path:
     """``width`` is the text width (a multiple of 4), ``width_2`` that of a second text encoder (0:
     there is none), ``tokens`` the length of a prompt, ``sample_size`` the latents' size; the VAE
     halves images once, so they have twice that size. ``unet`` are more fields of the UNet's config.
-    The weights depend on ``seed`` only, and the global random state is left as it was.
+    ``camera_tokens``: rows of an encoder of cameras, 0: there is none. The weights depend on
+    ``seed`` only, and the global random state is left as it was.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -162,4 +164,20 @@ def write_pipeline(
         )
     pipeline.save_pretrained(folder, safe_serialization=True)
     make_portable(folder)
+    if camera_tokens:
+        write_camera_encoder(folder, width + width_2, camera_tokens, seed)
     return folder
+
+
+def write_camera_encoder(folder, width: int, tokens: int = 2, seed: int = 0) -> Path:
+    """A random encoder of cameras in the folder of a model, whose rows are as large as those of a
+    text (those of the default initialisation are a tenth of that)."""
+    from lods.models.camera_tokens import CameraTokens
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(100 + seed)
+        encoder = CameraTokens(width=width, tokens=tokens, hidden=16)
+        with torch.no_grad():
+            for weight in encoder.parameters():
+                weight.mul_(4.0)
+    return encoder.save(folder)

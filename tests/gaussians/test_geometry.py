@@ -422,3 +422,31 @@ def test_gradients_reach_every_parameter_and_the_background(make):
     renderer.set_background(lambda dirs: seen.setdefault("dirs", dirs)[..., :3] * 0)
     renderer(**{k: v for k, v in batch.items() if k != "rays_d"})
     assert torch.allclose(seen["dirs"], batch["rays_d"], atol=1e-5)
+
+
+# -- limits ----------------------------------------------------------------------------------------
+
+
+def test_no_gaussian_gets_thinner_than_its_aspect_allows(make):
+    geometry = make(40)
+    with torch.no_grad():
+        geometry.scales.normal_(std=3)
+    before = geometry.scales.detach().clone()
+    geometry.clamp_aspect(math.inf)
+    assert torch.equal(geometry.scales, before)
+    geometry.clamp_aspect(4.0)
+    sigma, largest = geometry.scales.exp(), before.exp().max(1, keepdim=True).values
+    torch.testing.assert_close(sigma, before.exp().maximum(largest / 4))
+
+
+def test_the_limits_of_the_settings_hold_after_a_step():
+    cfg = {"ball": {"n_points": 30}, "max_scale": 0.1, "max_aspect": 5.0}
+    geometry = Gaussians(cfg)
+    with torch.no_grad():
+        geometry.scales.normal_(std=4)
+    geometry.limit_scales()
+    sigma = geometry.scales.exp()
+    assert sigma.max() <= 0.1 * (1 + 1e-6)
+    assert (sigma.max(1).values / sigma.min(1).values).max() <= 5.0 * (1 + 1e-5)
+    with pytest.raises(ValueError, match=r"max_aspect=0\.5"):
+        Gaussians({**cfg, "max_aspect": 0.5})

@@ -10,7 +10,7 @@ from lods.methods import registry
 from lods.models import families
 
 import threestudio
-from tests.ideal_model import IdealModel
+from tests.ideal_model import GRADIENTS, SCALED, IdealModel, S
 from tests.runs import ROOT, fit, small_run
 from threestudio.utils.extensions import load_extension
 
@@ -32,28 +32,15 @@ def latents(n=2):
 
 # --- a model family -------------------------------------------------------------------------------
 
-S = 7.5
-WANTED = {  # in units of w(t) alpha / sigma, of z and the pictures under the four texts
-    "sds": lambda z, y, n, source, bad: z - n + S * (n - y),
-    "csd": lambda z, y, n, source, bad: n - y,
-    "nfsd": lambda z, y, n, source, bad: bad - n + S * (n - y),
-    "bridge": lambda z, y, n, source, bad: source - y,
-    "vsd": lambda z, y, n, source, bad: y - n + S * (n - y),  # its LoRA is still the model
-    "sdi": lambda z, y, n, source, bad: z - n + S * (n - y),  # whatever it has inverted to
-    "ism": lambda z, y, n, source, bad: S * (n - y),  # a step of DDIM keeps eps(.; n)
-    "embedding": lambda z, y, n, source, bad: (z - n) / S + n - y,  # still the null prompt
-    "lora": lambda z, y, n, source, bad: (z - n) / S + n - y,
-}
-
 
 def test_all_methods_are_asked_of():
-    assert {f"lods-{name}" for name in WANTED} == set(registry.ours())
+    assert {f"lods-{name}" for name in GRADIENTS} == set(registry.ours())
 
 
-@pytest.mark.parametrize("name", WANTED)
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_a_family_from_outside_has_the_gradient_in_closed_form(ideal, name):
     fields = {"bridge_start": 0} if name == "bridge" else {}
-    if name in ("embedding", "lora", "vsd", "sds", "nfsd", "sdi", "ism"):
+    if name in SCALED:
         fields["guidance_scale"] = S
     method = lods.load(
         name,
@@ -72,7 +59,7 @@ def test_a_family_from_outside_has_the_gradient_in_closed_form(ideal, name):
     alpha, sigma = method.model.schedule.alpha_sigma(t)
     assert float(method.weight(t)) == pytest.approx(float(sigma**2))  # w(t) of DreamFusion
     unit = sigma**2 * alpha / sigma
-    wanted = WANTED[name](z.detach(), *(p.view(1, 3, 4, 4) for p in pictures))
+    wanted = GRADIENTS[name](z.detach(), *(p.view(1, 3, 4, 4) for p in pictures))
     torch.testing.assert_close(2 * gradient, (unit * wanted).expand_as(z), rtol=2e-3, atol=1e-4)
 
 

@@ -80,6 +80,47 @@ def test_one_seed_one_result(play, tmp_path, kind):
     assert not torch.equal(results[0], results[2])
 
 
+def test_the_pictures_show_the_side_that_is_asked_for(play, tiny_sd, tmp_path):
+    """By words in four directions, by tokens in any; the same side, the same pictures."""
+    from safetensors.torch import load_file
+
+    model, results = tiny_sd(sample_size=4, camera_tokens=2), {}
+    for cameras in ("words", "tokens"):
+        for azimuth in (90, 100, -90):
+            out = tmp_path / f"{cameras}{azimuth}"
+            flags = ["--model", model, "--cameras", cameras, "--azimuth", azimuth, "--steps", 2]
+            assert play("lora", *flags, "--particles", 1, "--output", out) == 0
+            results[cameras, azimuth] = load_file(out / "latents.safetensors")["latents"]
+    assert torch.equal(results["words", 90], results["words", -90])  # both are a side view
+    assert torch.equal(results["words", 90], results["words", 100])
+    tokens = [results["tokens", azimuth] for azimuth in (90, 100, -90)]
+    assert not any(torch.equal(tokens[0], other) for other in tokens[1:])
+
+
+def test_the_camera_is_in_the_middle_of_those_of_the_training(playground, lods, tiny_sd):
+    told = lods.models.load(tiny_sd(sample_size=4, camera_tokens=2), "cpu", cameras="tokens")
+    camera = playground.camera_at(told, -5.0, 30.0)
+    torch.testing.assert_close(camera.numbers(), torch.tensor([[-5.0, 30.0, 3.6, 40.0]]))
+    assert len(camera.repeat(3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--cameras", "tokens"], "has no folder camera_encoder: set cameras=words"),
+        (["--azimuth", "400"], "argument --azimuth: invalid number from -360 to 360"),
+        (["--elevation", "nan"], "argument --elevation: invalid number from -90 to 90"),
+        (["--cameras", "token"], "argument --cameras: invalid choice: 'token'"),
+    ],
+)
+def test_a_side_that_cannot_be_had_is_one_line(play, capsys, flags, said):
+    try:
+        status = play("lora", "--steps", 1, *flags)
+    except SystemExit as stop:  # of argparse
+        status = stop.code
+    assert status == 2 and said in capsys.readouterr().err
+
+
 def test_a_split_batch_has_the_same_gradients(playground, monkeypatch):
     """6 particles in chunks of 4 get the gradient of a mean over all 6."""
 

@@ -44,6 +44,8 @@ def test_a_step_that_is_no_whole_number_is_refused(method, step):
         ({"elevation": torch.zeros(1)}, r"elevation .* shape \(1,\), which for 2 images must be"),
         ({"distance": torch.zeros(2, 1)}, r"distance .* must be \(2,\)"),
         ({"c2w": torch.eye(4)[None]}, r"c2w .* must be \(2, 4, 4\)"),
+        ({"fovy": torch.tensor([40.0])}, r"fovy .* shape \(1,\), which for 2 images must be"),
+        ({"fovy": 40.0}, "fovy of the cameras is a tensor, not a float"),
     ],
 )
 def test_cameras_are_one_for_each_image(method, changes, said):

@@ -80,7 +80,7 @@ def test_each_model_of_the_package_has_overlays_and_settings_of_its_own(cards):
         for end in ("", "-ngp"):
             overlay = OmegaConf.load(ROOT / f"configs/{card.overlay}{end}.yaml")
             name = overlay.system.prompt_processor.pretrained_model_name_or_path
-            assert cards.canonical(name) == card.name
+            assert cards.canonical(name) == card.overlay
             assert overlay.data.width == overlay.data.height == card.image_size
 
 

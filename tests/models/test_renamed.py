@@ -63,16 +63,16 @@ def test_a_run_of_before_is_not_continued_with_the_model_that_has_its_name_now(
 ):
     cards(pocket=8)
     with pytest.raises(ValueError) as caught:
-        renamed.refuse_another([name], None)
-    line, key = str(caught.value), "pretrained_model_name_or_path=pocket-shapes"
+        renamed.refuse_another({"a.key": name, "another": "sd15", "a.third": name}, None)
+    line = str(caught.value)
     assert "\n" not in line and name in line
-    assert line.endswith(f"system.prompt_processor.{key} system.guidance.{key}")
+    assert line.endswith("add a.key=pocket-shapes a.third=pocket-shapes")
 
 
 @pytest.mark.parametrize("name", ["pocket-shapes", f"{PATH}-shapes", "sd15", "a/folder", ""])
 def test_with_any_other_name_it_is_continued(cards, renamed, name):
     cards(pocket=8)
-    renamed.refuse_another([name], None)
+    renamed.refuse_another({"a.key": name}, None)
 
 
 def test_a_run_of_now_is_continued_with_its_model(cards, renamed):
@@ -81,15 +81,15 @@ def test_a_run_of_now_is_continued_with_its_model(cards, renamed):
     noted = renamed.notes(names)
     assert [noted[name]["latent_channels"] for name in names[:3]] == [8, 8, 4]
     assert "sd15" not in noted  # whose name means the same everywhere
-    renamed.refuse_another(names, noted)
-    renamed.refuse_another(["pocket"], {})  # the run had another, and this one was asked for
+    renamed.refuse_another({name: name for name in names}, noted)
+    renamed.refuse_another({"a.key": "pocket"}, {})  # which it had not, but is asked for now
 
 
 def test_a_model_that_has_gone_is_said_to_be_gone(cards, renamed):
     cards(pocket=8)
     noted = {"pocket": {**renamed.notes(["pocket"])["pocket"], "latent_channels": 16}}
     with pytest.raises(ValueError, match="no longer part of this package"):
-        renamed.refuse_another(["pocket"], noted)
+        renamed.refuse_another({"a.key": "pocket"}, noted)
 
 
 @pytest.mark.parametrize("name", ["pocket", PATH])

@@ -343,10 +343,10 @@ def test_values_are_written_as_the_command_line_reads_them():
 
 def test_a_list_of_runs_may_be_cut_short():
     """``evaluate.py ... --dry-run | head -1``: more than a pipe holds is left unread."""
-    command = [sys.executable, "evaluate.py", GRIDS / "pocket.yaml", "--dry-run", "--out", "none"]
+    command = [sys.executable, "evaluate.py", GRIDS / "shapes.yaml", "--dry-run", "--out", "none"]
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     with subprocess.Popen(command, **pipe) as process:
-        assert process.stdout.readline().startswith("pocket: ")
+        assert process.stdout.readline().startswith("shapes: ")
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == ("", 0)
 

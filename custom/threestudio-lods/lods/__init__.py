@@ -78,7 +78,8 @@ def load(
             (the ``lods-`` may be left out), or one registered from outside.
         model: a name for :func:`lods.models.load` (a card, a diffusers folder, a hub id, "auto"),
             or a model that follows :class:`lods.models.base.Model`.
-        prompt: what to make; views are told by words that are added to it, such as "side view".
+        prompt: what to make; views are told by words that are added to it, such as "side view",
+            or, with ``cameras="tokens"`` and a model that understands them, by the camera itself.
         negative_prompt: the null prompt of the formulas.
         device: of a model that is loaded here; by default the CUDA device, or the CPU.
         settings: fields of the method's ``Config``, of

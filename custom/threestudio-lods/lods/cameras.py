@@ -1,10 +1,15 @@
-"""From where each image is seen."""
+"""From where each image is seen, and what of it a model is told."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+# What a model is told of a camera: words for the view in the prompt ("side view"), rows of its own
+# beside the rows of the text, or both
+TOLD = ("words", "tokens", "both")
 
 
 @dataclass(frozen=True)
@@ -14,6 +19,7 @@ class Cameras:
     ``elevation`` and ``azimuth`` are in degrees (azimuth 0 sees the front, 180 the back),
     ``distance`` in world units. ``c2w`` is camera to world with OpenGL axes (x right, y up, z
     backward), ``mvp`` the product of projection and world to camera; both are read by VSD only.
+    ``fovy``, the vertical field of view in degrees, is read by models with an encoder of cameras.
     """
 
     elevation: Float[Tensor, " B"]
@@ -21,6 +27,7 @@ class Cameras:
     distance: Float[Tensor, " B"]
     c2w: Float[Tensor, "B 4 4"] | None = None
     mvp: Float[Tensor, "B 4 4"] | None = None
+    fovy: Float[Tensor, " B"] | None = None
 
     def repeat(self, times: int) -> "Cameras":
         """All rows, so many times one after the other: rows 0..B-1, 0..B-1, ..."""
@@ -38,3 +45,61 @@ class Cameras:
     ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " B"]]:
         """(elevation, azimuth, distance)."""
         return self.elevation, self.azimuth, self.distance
+
+    def numbers(self) -> Float[Tensor, "B 4"]:
+        """(elevation, azimuth, distance, fovy) of each row, as an encoder of cameras takes them.
+        Raises ``ValueError``, one line, without a field of view."""
+        if self.fovy is None:
+            raise ValueError(
+                "the model is told the camera, with its field of view: give lods.Cameras(elevation,"
+                " azimuth, distance, fovy=...), one a row, in degrees"
+            )
+        return torch.stack([*self.views, self.fovy], dim=-1)
+
+
+def no_cameras(told: str) -> str:
+    """One line for a call without cameras of a model that is told them."""
+    return (
+        f"with cameras={told} the model is told the camera of each picture: give cameras="
+        "lods.Cameras(elevation, azimuth, distance, fovy=...)"
+    )
+
+
+def fovy_of(mvp: Float[Tensor, "B 4 4"], c2w: Float[Tensor, "B 4 4"]) -> Float[Tensor, " B"]:
+    """The vertical field of view in degrees, from world to clip space and camera to world:
+
+    P = mvp c2w is the projection, whose second row is (0, +-1 / tan(fovy / 2), 0, 0), with the
+    minus where image rows go down.
+    """
+    focal = (mvp.float() @ c2w.float())[:, 1, 1].abs()
+    return torch.rad2deg(2 * torch.atan(1 / focal))
+
+
+def contradictions(told: str, view_words: bool | None) -> Iterator[tuple[str, str]]:
+    """What is wrong with a setting ``cameras``, one of TOLD, beside ``view_dependent_prompting``
+    (None: as ``cameras`` wants it): (field, text)."""
+    if told == "tokens" and view_words:
+        yield (
+            "cameras",
+            "=tokens goes with prompts that have no words for the view: leave "
+            "view_dependent_prompting out, or set cameras=both",
+        )
+    if told == "both" and view_words is False:
+        yield (
+            "cameras",
+            "=both goes with prompts that have words for the view: leave view_dependent_prompting "
+            "out, or set cameras=tokens",
+        )
+
+
+def refuse_contradictions(told: str, asked: bool | None, where: str = "") -> None:
+    """Raise ``ValueError`` with the first of :func:`contradictions`. ``where`` stands before the
+    settings ("system.guidance.")."""
+    for field, text in contradictions(told, asked):
+        raise ValueError(f"{where}{field}{text}")
+
+
+def view_words(told: str, asked: bool | None) -> bool:
+    """Whether prompts get words for the view; ``asked``: ``view_dependent_prompting``, None where
+    it is left to ``cameras``."""
+    return told != "tokens" if asked is None else asked

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from lods import settings as fields
+from lods.cameras import refuse_contradictions
 from lods.methods.base import Method
 from lods.methods.options import tell
 from lods.methods.registry import find
@@ -44,6 +45,9 @@ def load_method(
         given[part][name] = value
     config = fields.make(cls.Config, given["method"])
     text_settings = fields.make(TextSettings, given["texts"])
+    if isinstance(model, str):  # of a model that is given, EmbeddedPrompts sees to it
+        frozen = fields.make(ModelSettings, given["model"])
+        refuse_contradictions(frozen.cameras, text_settings.view_dependent_prompting)
     if not prompt.strip():
         raise ValueError("the prompt is empty: give prompt='a DSLR image of a hamburger'")
     if isinstance(model, str):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lods.cameras import TOLD, Cameras
 from lods.files import whole_file
 from lods.models.cards import EMBEDDED
 
@@ -68,6 +69,17 @@ def _positive(kind, most=1e9):
     return parse
 
 
+def _angle(most: float):
+    def parse(text):
+        value = float(text)
+        if not -most <= value <= most:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"number from {-most} to {most} (float)"
+    return parse
+
+
 def parse_arguments(kind: str, argv=None, prog: str | None = None) -> argparse.Namespace:
     """The command line; what is None there gets the default of the chosen model later."""
     parser = argparse.ArgumentParser(
@@ -92,6 +104,14 @@ def parse_arguments(kind: str, argv=None, prog: str | None = None) -> argparse.N
     add("--steps", type=_positive(int), help=f"optimiser steps {by_model('steps')}")
     scale = f"guidance scale, inf allowed {by_model('guidance_scale')}"
     add("--guidance-scale", type=_positive(float, math.inf), help=scale)
+    told = (
+        "what the model is told of the side that the pictures show: words in the prompt (default)"
+    )
+    told += ", the camera itself (tokens), or both; tokens and both need a model with an encoder"
+    add("--cameras", choices=TOLD, default=TOLD[0], help=told)
+    for name, most, what in (("azimuth", 360, "0 the front, 180 the back"), ("elevation", 90, "")):
+        side = f"side that the pictures show, in degrees{', ' * bool(what)}{what} (default 0)"
+        add(f"--{name}", type=_angle(most), default=0.0, metavar="DEGREES", help=side)
     add("--particles", type=_positive(int, 65536), default=6, help="number of images (default 6)")
     add("--lr", type=_positive(float, 1e6), help=f"learning rate of the particles {by_model('lr')}")
     learned = f"learning rate of the {kind} {by_model('prior_lr')}"
@@ -124,6 +144,18 @@ def initial_particles(shape, start: int, device):
     if start == 1:
         return torch.rand(shape, device=device).mul_(2).sub_(1)
     return torch.rand(*shape, start, device=device).mul_(2).sub_(1).mean(-1)
+
+
+def camera_at(model: "Model", elevation: float, azimuth: float) -> Cameras:
+    """The camera of a picture that shows the object from this side (degrees), as far away and with
+    as wide a view as in the middle of what a model with an encoder of cameras was trained with."""
+    encoder = getattr(model, "camera_tokens", None)
+    distance, fovy = (
+        (encoder.config.distance[0], encoder.config.fovy[0]) if encoder else (1.0, 40.0)
+    )
+    numbers = torch.tensor([elevation, azimuth, distance, fovy], device=model.device)
+    elevations, azimuths, distances, fields = numbers[:, None]
+    return Cameras(elevations, azimuths, distances, fovy=fields)
 
 
 def optimise(
@@ -253,7 +285,9 @@ def run(kind: str, args: argparse.Namespace) -> Path:
         lora_n_timestamp_samples=defaults["samples"],
         max_step_percent=_schedule(defaults["t_max"], settings["steps"]),
         allow_unknown_words=True,
+        cameras=args.cameras,
     )
+    camera = camera_at(method.model, args.elevation, args.azimuth)
 
     wanted = Path(args.output) if args.output else default_folder(kind, settings["prompt"])
     config = {**vars(args), **defaults, **settings, "model": model, "why": why, "kind": kind}
@@ -273,6 +307,7 @@ def run(kind: str, args: argparse.Namespace) -> Path:
         settings["prior_lr"],
         defaults["batch"],
         defaults["drawn"],
+        lambda part: method(latents=part, cameras=camera.repeat(len(part))).terms,
     )
     start, done, interrupted = time.monotonic(), 0, None
     with open(folder / "metrics.csv", "w", newline="", buffering=1) as file:

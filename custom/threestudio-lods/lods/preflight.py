@@ -13,7 +13,7 @@ from lods.models.vocabulary import FORCE, Vocabulary
 
 SYSTEMS = ("lods-gs-system", "lods-ngp-system")  # both load their models in every mode
 # by whether the system makes Gaussians: the geometries that it is meant for, the options that none
-# of the other kind has, and the overlay for the pocket model
+# of the other kind has, and the overlay for the embedded model
 GEOMETRY = {True: ("lods-gaussians",), False: ("implicit-volume", "volume-grid")}
 OPTIONS = {
     True: ("strategy", "lr_schedule", "geometry.init_type", "geometry.ball", "geometry.sh_degree"),
@@ -24,6 +24,10 @@ OVERLAY = {True: "pocket.yaml", False: "pocket-ngp.yaml"}
 # host's own, which can be given a model of this extension
 PROCESSORS = ("lods-prompt-processor", "stable-diffusion-prompt-processor")
 LEARNING = ("lods-embedding-guidance", "lods-lora-guidance", "lods-vsd-guidance")
+PERP_NEG = (
+    "use_perp_neg needs prompts with words for the view (system.guidance.view_dependent_prompting="
+    "true, and cameras words or both), or set system.prompt_processor.use_perp_neg=false"
+)
 INNER_STEPS = (
     "prior_inner_steps would teach the learned part of each GPU something else: train on one GPU "
     "(--gpu 0), or set system.guidance.prior_inner_steps=0"
@@ -44,6 +48,7 @@ def preflight(cfg: Any, mode: str) -> None:
             refuse_training(cfg)
         for name in model_names(cfg.system):
             cards.refuse_early(name)
+        check_cameras(cfg.system)
     if cfg.get("resume") is None:  # what has been trained stays of use
         check_prompt(cfg)
 
@@ -63,6 +68,23 @@ def check_kind(cfg: Any) -> None:
                 f"system.{key} is of {other}, and {cfg.system_type} makes {own}: take the overlay "
                 f"configs/{OVERLAY[gaussians]}, or leave the key out"
             )
+
+
+def check_cameras(system: Any) -> None:
+    """Raise ``ValueError``, one line, for a guidance of this extension whose model is to be told
+    cameras and has no encoder of them, and for Perp-Neg, which needs words for the view, in prompts
+    without them."""
+    guidance, told = _part(system, "guidance"), _part(system, "guidance").get("cameras", "words")
+    if not str(system.get("guidance_type")).startswith("lods-"):
+        return
+    words = guidance.get("view_dependent_prompting")
+    words = told != "tokens" if words is None else words
+    if _part(system, "prompt_processor").get("use_perp_neg") is True and not words:
+        raise ValueError(PERP_NEG)
+    if told in ("tokens", "both"):
+        for name in model_names(system, ("guidance",)):
+            if cards.local_folder(name) and not cards.has_camera_encoder(name):
+                raise ValueError(cards.no_camera_encoder(name, told, "system.guidance."))
 
 
 def check_prompt(cfg: Any) -> None:
@@ -153,17 +175,26 @@ def processes(cfg: Any) -> int:
     return max(devices, 1) * max(nodes, 1)
 
 
-def model_names(system: Any) -> list[str]:
-    """What the prompt processor and the guidance of this extension load, as far as the config
-    says it; each once."""
+def model_names(system: Any, parts: Any = ("prompt_processor", "guidance")) -> list[str]:
+    """What :func:`named_models` finds, each name once."""
+    return list(dict.fromkeys(named_models(system, parts).values()))
+
+
+def named_models(system: Any, parts: Any = ("prompt_processor", "guidance")) -> dict[str, str]:
+    """What the prompt processor and the guidance of this extension load, or one of the two
+    ``parts``, as far as the config says it: the names of the models by their keys in the config."""
     keys = {"prompt_processor": ["pretrained_model_name_or_path"]}
     keys["guidance"] = list(keys["prompt_processor"])
     if system.get("guidance_type") in ("lods-lora-guidance", "lods-vsd-guidance"):
         keys["guidance"].append("pretrained_model_name_or_path_lora")
-    found: dict[str, None] = {}
-    for part, names in keys.items():
+    found: dict[str, str] = {}
+    for part, names in ((part, keys[part]) for part in parts):
         kind = str(system.get(f"{part}_type") or ("lods-" * (part == "prompt_processor")))
         if kind.startswith("lods-") and ":" not in kind:  # a mixin may load something else
             values = _part(system, part).get
-            found |= {value: None for name in names if isinstance(value := values(name), str)}
-    return [name for name in found if name]
+            found |= {
+                f"system.{part}.{name}": value
+                for name in names
+                if isinstance(value := values(name), str) and value
+            }
+    return found

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from jaxtyping import Float, Int
 from lods import log
-from lods.cameras import Cameras
+from lods.cameras import Cameras, refuse_contradictions, view_words
 from lods.methods.conditions import Conditions
 from lods.models.base import Model
 from lods.models.cards import local_folder
@@ -30,8 +30,9 @@ BAD_PICTURES = (
 class TextSettings:
     """Which texts stand beside the prompt."""
 
-    # "X, front view" by camera; false: the plain prompt
-    view_dependent_prompting: bool = True
+    # "X, front view" by camera; false: the plain prompt; null: true, unless the model is told the
+    # camera by tokens alone
+    view_dependent_prompting: bool | None = None
     # degrees of elevation, and of azimuth on either side of 0 and of 180
     overhead_threshold: Annotated[float, "[-360, 360]"] = 60.0
     front_threshold: Annotated[float, "[-360, 360]"] = 45.0
@@ -63,10 +64,14 @@ def check_words(
 
 class EmbeddedPrompts:
     """The texts of a run (:class:`lods.methods.conditions.Prompts`), embedded when they are first
-    wanted."""
+    wanted. Raises ``ValueError``, one line, for words for the view where the model is told the
+    camera by tokens alone, and for none where it is told both."""
 
     def __init__(self, model: Model, prompt: str, negative_prompt: str, settings: TextSettings):
         self.model, self.settings = model, settings
+        told, asked = getattr(model, "cameras", "words"), settings.view_dependent_prompting
+        refuse_contradictions(told, asked)
+        self.view_words = view_words(told, asked)
         source = settings.source_prompt
         self._texts = {
             "prompt": prompt,
@@ -94,7 +99,7 @@ class EmbeddedPrompts:
         """The texts for VIEWS; the null prompt and a text of bad pictures are one for all."""
         plain = self._texts[text]
         own = text == "source" and self.settings.source_prompt is not None
-        if text in ("null", "bad") or not (self.settings.view_dependent_prompting and plain):
+        if text in ("null", "bad") or not (self.view_words and plain):
             return [plain] * len(VIEWS)
         if text == "source" and not own:
             prompt, suffix = self._texts["prompt"], self.settings.source_suffix

@@ -189,8 +189,10 @@ def _models() -> Iterator[tuple[str, str]]:
             download = f"not downloaded: hf download {card.ids[0]}{revision}" if card.ids else ""
             yield name, download or "its folder is not there: install threestudio-lods again"
             continue
-        note = card.memory_note(gigabytes) if gigabytes else ""
-        yield name, READY + f" ({note})" * bool(note)
+        notes = [card.memory_note(gigabytes)] if gigabytes else []
+        notes += ["understands cameras"] * cards.has_camera_encoder(name)
+        said = "; ".join(filter(None, notes))
+        yield name, READY + f" ({said})" * bool(said)
     from lods.gaussians.initialize import ShapEInit
 
     shap_e = ShapEInit().pretrained_model_name_or_path

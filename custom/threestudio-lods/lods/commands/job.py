@@ -58,6 +58,8 @@ class Request:
         learned = "lora" if self.method in LORA else "embedding"
         configs = [f"lods-{BASE[self.on]}-{learned}", *[self._overlay()] * self.small]
         prompt = "system.prompt_processor"
+        # a model that understands cameras is told them; no other can be
+        told = "tokens" if cards.has_camera_encoder(self.model) else "words"
         settings = {
             "exp_root_dir": folder,
             "name": "run",
@@ -67,6 +69,7 @@ class Request:
             f"{prompt}.prompt": self.prompt,
             f"{prompt}.pretrained_model_name_or_path": self.model,
             "system.guidance_type": f"{self.method}-guidance",
+            "system.guidance.cameras": told,
             # the last checkpoint alone, often enough that a killed run goes on near its end
             "checkpoint.save_top_k": 0,
             "checkpoint.every_n_train_steps": 50 if self.small else 500,

@@ -62,6 +62,17 @@ class GaussianParameters(nn.Module):
         if max_scale > 0:
             self.scales.clamp_(max=math.log(max_scale))
 
+    @torch.no_grad()
+    def clamp_aspect(self, max_aspect: float) -> None:
+        """sigma <- max(sigma, sigma_max / ``max_aspect``), with sigma_max a Gaussian's largest, in
+        place, after a step of the optimizer; infinity: nothing is done.
+
+        What is much thinner than a pixel is drawn as thick as one, so that a thin Gaussian is a
+        bright streak where it is seen edge-on."""
+        if max_aspect < math.inf:
+            least = self.scales.max(dim=1, keepdim=True).values - math.log(max_aspect)
+            self.scales.copy_(torch.maximum(self.scales, least))
+
     def base_colors(self) -> Float[Tensor, "N 3"]:
         """The colour (N, 3) without its view dependence: max(1/2 + SH_C0 * sh0, 0), which can
         exceed 1."""

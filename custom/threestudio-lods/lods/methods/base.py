@@ -174,7 +174,8 @@ class Method(nn.Module):
         latents: Latents | None = None,
     ) -> Losses:
         """The losses of images in 0..1, or of ``latents``, seen from these cameras (by default
-        all from the front). Raises ``ValueError`` for neither or both, for other shapes, and
+        all from the front; a model that is told the cameras themselves needs them, with their field
+        of view). Raises ``ValueError`` for neither or both, for other shapes, and
         without prompts."""
         if self.prompts is None:
             raise ValueError("the method has no prompt yet: make it by lods.load, or call start")
@@ -188,7 +189,7 @@ class Method(nn.Module):
             latents = self.latents_of(images)
         check_latents(latents, self.model.latent_shape)
         assert latents is not None  # one of the two is given
-        cameras = cameras_for(cameras, latents)
+        cameras = cameras_for(cameras, latents, getattr(self.model, "cameras", "words"))
         return self.losses(latents, self.prompts.conditions(cameras, self.other_texts))
 
     def losses(self, latents: Latents, conditions: Conditions) -> Losses:

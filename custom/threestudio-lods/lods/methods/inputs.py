@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lods import log
-from lods.cameras import Cameras
+from lods.cameras import Cameras, no_cameras
 from torch import Tensor
+
+OPTIONAL = ("c2w", "mvp", "fovy")  # fields of Cameras
 
 
 def check_images(images: Any) -> None:
@@ -51,10 +53,16 @@ def _check_filled(given: Tensor) -> None:
         raise ValueError(f"a batch of shape {tuple(given.shape)} is empty")
 
 
-def cameras_for(cameras: Cameras | None, latents: Float[Tensor, "B c h w"]) -> Cameras:
-    """``cameras`` if there is one for each row; for None all see the front. Raises ``ValueError``
-    for another number of them, and for what are no tensors of one number (or matrix) a row."""
+def cameras_for(
+    cameras: Cameras | None, latents: Float[Tensor, "B c h w"], told: str = "words"
+) -> Cameras:
+    """``cameras`` if there is one for each row; for None all see the front, unless the model is
+    told more than words (``told``, see :data:`lods.cameras.TOLD`). Raises ``ValueError`` for
+    another number of them, for what are no tensors of one number (or matrix) a row, and where the
+    model needs cameras or their field of view and has none."""
     rows = len(latents)
+    if cameras is None and told != "words":
+        raise ValueError(no_cameras(told))
     if cameras is None:
         front = torch.zeros(rows, device=latents.device)
         return Cameras(front, front, front)
@@ -62,7 +70,7 @@ def cameras_for(cameras: Cameras | None, latents: Float[Tensor, "B c h w"]) -> C
         raise ValueError(f"cameras are a lods.Cameras, not a {type(cameras).__name__}")
     for name, value in vars(cameras).items():
         wanted = (rows, 4, 4) if name in ("c2w", "mvp") else (rows,)
-        if value is None and len(wanted) == 3:
+        if value is None and name in OPTIONAL:
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} of the cameras is a tensor, not a {type(value).__name__}")
@@ -71,6 +79,8 @@ def cameras_for(cameras: Cameras | None, latents: Float[Tensor, "B c h w"]) -> C
                 f"{name} of the cameras has the shape {tuple(value.shape)}, which for {rows} "
                 f"image{'s' * (rows > 1)} must be {wanted}"
             )
+    if told != "words":
+        cameras.numbers()
     return cameras
 
 

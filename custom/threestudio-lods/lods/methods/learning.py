@@ -134,7 +134,7 @@ class LearningMethod(Method):
         metadata = self.read_learned(Path(path))
         model, latents = metadata.get("model"), metadata.get("latents")
         named = None if model is None else canonical(model)
-        if latents is None:  # a file of version 0.2 or before
+        if named is not None and latents is None:  # a file of version 0.2 or before
             named = FORMER.get(named, named)
         if named not in (None, self.learned_on) or latents not in (None, self._latents):
             log.warn(f"guidance: {path} was learned on {model!r}, not {self.learned_on!r}")

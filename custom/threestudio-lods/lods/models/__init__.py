@@ -21,7 +21,8 @@ def load(name: str = "auto", device: Any = None, **settings: Any) -> "Model":
     """The frozen model of this name, ready to encode, decode and predict.
 
     ``name``: a card (:func:`all_cards`: sd15, sd21-base, sd21, sdxl, pocket-shapes), a diffusers
-    folder, a hub id, or the name of a family that was registered by :func:`register`; ``auto`` is
+    folder, a folder of renders for an ideal denoiser (:mod:`lods.models.ideal`), a hub id, or the
+    name of a family that was registered by :func:`register`; ``auto`` is
     Stable Diffusion 2.1-base where there is a CUDA device and the model is on this machine or can
     be downloaded, else the embedded model. ``device``: by default the current CUDA device, or the
     CPU. ``settings`` are the fields of :class:`lods.models.memory.ModelSettings`.

@@ -72,6 +72,9 @@ class Model(Protocol):
     # Gradients that go back through `predict` come out multiplied by this (1 unless the weights
     # are float16): a method that learns through it divides by it.
     grad_scale: float
+    # What it is told of a camera, one of :data:`lods.cameras.TOLD`: by "words" in the texts alone;
+    # with "tokens" and "both" `predict` needs cameras with a field of view.
+    cameras: str
 
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B c h w"]:
         """Latents z of images in 0..1. Differentiable."""
@@ -100,8 +103,8 @@ class Model(Protocol):
         texts: Float[Tensor, "B T D"],
         cameras: Cameras | None = None,
     ) -> Float[Tensor, "B c h w"]:
-        """The noise that the model sees in x_t under these texts (and cameras, for a model that is
-        conditioned on them), whatever the network itself predicts."""
+        """The noise that the model sees in x_t under these texts, and cameras if it is told them
+        (see ``cameras``), whatever the network itself predicts."""
         ...
 
     def lora_network(self) -> nn.Module:

@@ -14,10 +14,10 @@ from jaxtyping import Float
 from lods import settings
 from lods.files import whole_file
 from lods.learned.files import read_safetensors, write_safetensors
+from lods.models.cards import CAMERA_ENCODER as PART
 from lods.models.files import read_config
 from torch import Tensor, nn
 
-PART = "camera_encoder"  # its folder in the folder of a model
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_FREQUENCIES, MAX_FREQUENCY = 64, 1024
 
@@ -111,6 +111,23 @@ class CameraTokens(nn.Module):
             rows = self.linear_2(hidden)
         return rows.unflatten(-1, (self.config.tokens, self.config.width))
 
+    def unseen(self, cameras: Float[Tensor, "B 4"]) -> list[str]:
+        """What to say of distances and of fields of view that are far from those of the training:
+        more than twice the spread away from the middle. One line for either, none if all is well.
+        """
+        lines = []
+        for place, name in ((2, "distance"), (3, "fovy")):
+            middle, spread = getattr(self.config, name)
+            values = cameras[:, place]
+            far = values[~((values - middle).abs() <= 2 * spread)]
+            if len(far):
+                lines.append(
+                    f"a camera's {name} is {float(far[0]):.3g}, and the model was trained with "
+                    f"{middle - spread:g} to {middle + spread:g}"
+                    + (" (degrees)" if name == "fovy" else "")
+                )
+        return lines
+
     def save(self, folder: str | Path) -> Path:
         """Write it into the folder of a model, as ``camera_encoder/config.json`` and
         ``camera_encoder/model.safetensors`` (float32); returns the folder of the two."""
@@ -138,14 +155,11 @@ class CameraTokens(nn.Module):
                     f"{_or_none(found.get(name))} and should be {_or_none(wanted.get(name))}; "
                     "download the model again"
                 )
-        encoder = cls(config)
-        encoder.load_state_dict({name: value.float() for name, value in tensors.items()})
+        with torch.device("meta"):  # no random numbers are drawn, which would change a run's
+            encoder = cls(config)
+        values = {name: value.float() for name, value in tensors.items()}
+        encoder.load_state_dict(values, assign=True)
         return encoder
-
-
-def has_camera_tokens(folder: str | Path | None) -> bool:
-    """Whether a model's folder has an encoder of cameras; false for no folder."""
-    return folder is not None and (Path(folder) / PART).is_dir()
 
 
 def _waves(degrees: Float[Tensor, " B"], frequencies: list[int]) -> list[Float[Tensor, " B"]]:

@@ -33,6 +33,8 @@ POCKET = (
 )
 # a repository counts as present in the hub's local cache with any of these
 MARKS = ("model_index.json", "unet/config.json", "text_encoder/config.json")
+RENDERS = "renders.json"  # in the folder of an ideal denoiser, see lods.models.ideal
+CAMERA_ENCODER = "camera_encoder"  # its folder in that of a model, if it has one
 CONNECT_SECONDS = 1.0  # to find out that there is no network
 ASK_SECONDS = 5.0  # for each repository, where there is one
 
@@ -141,6 +143,30 @@ def local_folder(name_or_path: str) -> str | None:
     return model.path if model and os.path.isdir(model.path) else None
 
 
+def has_camera_encoder(name_or_path: str) -> bool:
+    """Whether the model's folder has an encoder of cameras
+    (:class:`lods.models.camera_tokens.CameraTokens`), or renders with theirs
+    (:mod:`lods.models.ideal`); false for a repository of the hub, in which it is not looked for."""
+    folder = local_folder(name_or_path)
+    return folder is not None and (
+        os.path.isdir(os.path.join(folder, CAMERA_ENCODER)) or has_renders(folder)
+    )
+
+
+def has_renders(folder: str) -> bool:
+    """Whether it is the folder of an ideal denoiser."""
+    return os.path.isfile(os.path.join(folder, RENDERS))
+
+
+def no_camera_encoder(name_or_path: str, told: str, where: str = "") -> str:
+    """One line for a model that is to be told cameras (``cameras`` = ``told``), and has no encoder
+    of them. ``where`` stands before the setting ("system.guidance.")."""
+    return (
+        f"{where}cameras={told} needs a model with an encoder of cameras, and {name_or_path!r} has "
+        f"no folder {CAMERA_ENCODER}: set {where}cameras=words"
+    )
+
+
 def is_here(name_or_path: str) -> bool:
     """Whether the model is on this machine, in a folder or in the hub's local cache. The network is
     not touched."""
@@ -246,7 +272,7 @@ def first_line(error: BaseException) -> str:
 
 def _is_model_folder(path: str) -> bool:
     """Whether it is a folder, and not just one that happens to be called like a card."""
-    parts = ("model_index.json", "unet", "text_encoder")
+    parts = ("model_index.json", "unet", "text_encoder", RENDERS)
     return any(os.path.exists(os.path.join(path, part)) for part in parts)
 
 

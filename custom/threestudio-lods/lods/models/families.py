@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from lods.models.base import Model
-from lods.models.cards import resolve
+from lods.models.cards import has_renders, resolve
 from lods.models.files import load_model_config
 from lods.models.memory import ModelSettings
 
@@ -40,9 +40,13 @@ def load_family(name: str, device: torch.device, settings: ModelSettings, vae: A
     """The model of a card, folder or hub id, with the VAE of another model if one is given. Raises
     ``ValueError``, one line, for a family that is not known."""
     if name in FAMILIES:
-        return FAMILIES[name](name, device, settings)
+        return _checked(FAMILIES[name](name, device, settings), name, settings)
     _import_ours()
     location = resolve(name)
+    if has_renders(location.path):
+        from lods.models.ideal import IdealModel
+
+        return IdealModel.from_folder(name, device, settings)
     network = load_model_config(location.path, "unet", location.revision).get("_class_name")
     if network not in _classes:
         raise ValueError(
@@ -50,3 +54,14 @@ def load_family(name: str, device: torch.device, settings: ModelSettings, vae: A
             f"{' or a '.join(_classes)}"
         )
     return _classes[network].from_pretrained(name, device, vae=vae, settings=settings)
+
+
+def _checked(model: Model, name: str, settings: ModelSettings) -> Model:
+    """A model of a family from outside, unless it is to be told cameras and is not."""
+    told = getattr(model, "cameras", "words")
+    if told != settings.cameras:
+        raise ValueError(
+            f"the model {name!r} has cameras={told}, and cameras={settings.cameras} is wanted: set "
+            f"cameras={told}"
+        )
+    return model

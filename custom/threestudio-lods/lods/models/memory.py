@@ -1,4 +1,4 @@
-"""Settings that trade memory against time in a frozen model, and time against compilation."""
+"""Settings of a frozen model: what it is told of cameras, and what trades memory against time."""
 
 import os
 import shutil
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import torch
 from lods import log
+from lods.cameras import TOLD
 
 Context = Callable[[], Callable[[], AbstractContextManager[Any]]]
 
@@ -20,8 +21,14 @@ COMPILERS = {"cpu": ("CXX", ("g++", "clang++")), "cuda": ("CC", ("gcc", "clang",
 
 @dataclass
 class ModelSettings:
-    """How the frozen weights are loaded and run. Nothing here changes a result beyond rounding,
-    except ``enable_vae_tiling``."""
+    """How the frozen weights are loaded and run, and what the model is told of cameras. But for
+    the first two and ``enable_vae_tiling`` nothing here changes a result beyond rounding."""
+
+    # words for the view in the prompt; tokens, the camera itself as rows beside the text, for a
+    # model with a camera_encoder; or both
+    cameras: Annotated[str, TOLD] = "words"
+    # of an ideal denoiser that is told the camera: renders of each object that it looks at
+    ideal_neighbours: Annotated[int, "[1, 10000]"] = 4
 
     # of UNet and VAE: auto, float16, bfloat16 or float32; auto is float16 on CUDA with
     # half_precision_weights, else float32

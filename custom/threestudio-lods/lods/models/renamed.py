@@ -12,9 +12,6 @@ from lods.models import cards
 
 # of a card: what tells two models apart that have had the same name
 SHAPE = ("latent_channels", "image_size", "text_width", "text_tokens")
-KEYS = tuple(
-    f"system.{part}.pretrained_model_name_or_path" for part in ("prompt_processor", "guidance")
-)
 
 
 def former(name: str) -> str:
@@ -31,26 +28,27 @@ def notes(names: Iterable[str]) -> dict[str, dict[str, int]]:
     return {name: _shape(card) for name, card in found.items() if card and card.folder}
 
 
-def refuse_another(names: Iterable[str], noted: Any) -> None:
+def refuse_another(named: Mapping[str, str], noted: Any) -> None:
     """Raise ``ValueError``, one line, for a name that stands for another model than in the run
     whose checkpoint holds ``noted``, the :func:`notes` of then; None for a checkpoint of version
-    0.2 or before, which has none."""
-    for name, now in notes(names).items():
+    0.2 or before, which has none. ``named``: the names by the keys that say them in the config."""
+    for name, now in notes(named.values()).items():
         if noted is None:
             then = cards.all_cards().get(former(name))
             before = _shape(then) if then else now
         else:
             before = noted.get(name, now) if isinstance(noted, Mapping) else now
         if before != now:
-            raise ValueError(_another(name, before))
+            keys = [key for key, value in named.items() if value == name]
+            raise ValueError(_another(name, before, keys))
 
 
-def _another(name: str, before: Any) -> str:
+def _another(name: str, before: Any, keys: list[str]) -> str:
     known = [card.name for card in cards.all_cards().values() if _shape(card) == before]
     said = f"the run was trained with another model than {name!r} is now"
     if not known:
         return f"{said}, and it is no longer part of this package: install the version of then"
-    wanted = " ".join(f"{key}={known[0]}" for key in KEYS)
+    wanted = " ".join(f"{key}={known[0]}" for key in keys)
     return f"{said}: it is called {known[0]!r} today; to go on with it, add {wanted}"
 
 

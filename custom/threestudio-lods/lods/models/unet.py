@@ -7,10 +7,18 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from lods import log, scores
-from lods.cameras import Cameras
+from lods.cameras import Cameras, no_cameras
 from lods.models import memory
 from lods.models.base import Context, Model, Schedule, TextEncoder
-from lods.models.cards import Location, canonical, first_line, resolve
+from lods.models.camera_tokens import CameraTokens
+from lods.models.cards import (
+    Location,
+    canonical,
+    first_line,
+    has_camera_encoder,
+    no_camera_encoder,
+    resolve,
+)
 from lods.models.families import load_family, serves
 from lods.models.files import cannot_be_had, load_model_config, load_weights
 from lods.models.memory import ModelSettings
@@ -28,7 +36,12 @@ class UNetModel:
     It follows :class:`lods.models.base.Model`. A plain holder: not a module, so that what holds it
     does not save these weights. All sizes are the model's. In and out go float32 tensors; casts to
     the weights' dtype and back happen here and nowhere else, and so does the conversion of the
-    model's output to noise. It is told of cameras by the words of a text only.
+    model's output to noise.
+
+    It is told of cameras by the words of a text; or, if ``settings.cameras`` says so and its folder
+    has a ``camera_encoder``, by rows of :class:`lods.models.camera_tokens.CameraTokens` after those
+    of the tokens, in every call and under every text, a learned one too. ``text_shape`` is without
+    them.
 
     A model shaped like SDXL takes the second text encoder's pooled embedding too. It travels as the
     embeddings' last row, its ``pooled_width`` numbers first and zeros after them, so that nobody
@@ -39,6 +52,8 @@ class UNetModel:
         self.name = name
         self.settings = ModelSettings()
         self._prepared, self._shares_vae = False, shares_vae
+        self.camera_tokens: CameraTokens | None = None
+        self._looked = False  # at the values of a camera
         self._text: TextEncoder | None = None
         self.device, self.dtype = torch.device(device), unet.dtype
         self.pooled_width: int = _pooled_width(unet.config)
@@ -97,6 +112,11 @@ class UNetModel:
         return tokens + self.pooled_rows, self.text_width
 
     @property
+    def cameras(self) -> str:
+        """See :class:`lods.models.base.Model`."""
+        return self.settings.cameras
+
+    @property
     def text(self) -> TextEncoder:
         """The model's text encoder (or two, for SDXL), loaded when a text is embedded."""
         if self._text is None:
@@ -132,6 +152,10 @@ class UNetModel:
                 f"the unet of {name_or_path!r} is a {kind}; a Stable-Diffusion-shaped model has a "
                 "UNet2DConditionModel"
             )
+        has_encoder = has_camera_encoder(name_or_path)
+        if settings.cameras != "words" and not has_encoder:
+            raise ValueError(no_camera_encoder(name_or_path, settings.cameras))
+        encoder = CameraTokens.load(model.path) if has_encoder else None
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
         try:
@@ -157,8 +181,21 @@ class UNetModel:
         shared, vae = vae is not None, vae or load_weights(AutoencoderKL, model, "vae", dtype)
         loaded = cls(unet, vae, scheduler, device, name_or_path, shared)
         loaded.settings = settings
+        if encoder is not None:
+            loaded._take_camera_tokens(encoder)
         loaded._compare_with_card(model)
         return loaded
+
+    def _take_camera_tokens(self, encoder: CameraTokens) -> None:
+        width = encoder.config.width
+        if width != self.text_width:
+            raise ValueError(
+                f"the camera_encoder of {self.name!r} makes rows of {width} numbers, and the UNet "
+                f"takes {self.text_width}: the model folder is damaged"
+            )
+        self.camera_tokens = encoder.to(self.device).eval().requires_grad_(False)
+        if self.cameras == "words":
+            log.info(f"model: {self.name} has a camera_encoder, which cameras=tokens would use")
 
     def _compare_with_card(self, model: Location) -> None:
         if model.card is None:
@@ -244,12 +281,15 @@ class UNetModel:
     ) -> Float[Tensor, "B C h w"]:
         """The noise that the model sees in ``x_t`` under ``texts``, whatever the network predicts;
         a model shaped like SDXL is told that the picture has its own size, and is not cropped.
-        ``cameras`` are of no use to this family: a text says what of the object is seen.
+        ``cameras`` are needed with ``settings.cameras`` tokens or both, and not looked at with
+        words. Raises ``ValueError``, one line, where they are needed and are not there, or not as
+        many as pictures.
 
         Gradients that go back through it are multiplied by ``grad_scale`` (not 1 in float16): a
         method that learns through it divides by that.
         """
         self.prepare()
+        rows = None if self.cameras == "words" else self._camera_rows(cameras, len(x_t))
         embeddings = texts.to(self.dtype)
         more = {}
         if self.pooled_rows:
@@ -259,6 +299,8 @@ class UNetModel:
             embeddings = embeddings[:, :-1]
             conditions = {"text_embeds": pooled, "time_ids": time_ids.expand(len(pooled), -1)}
             more["added_cond_kwargs"] = conditions
+        if rows is not None:
+            embeddings = torch.cat([embeddings, rows], dim=1)
         with self._plain():
             output = self.unet(
                 x_t.to(self.dtype), t, encoder_hidden_states=embeddings, **more
@@ -268,6 +310,21 @@ class UNetModel:
         return scores.to_noise(
             output, x_t.float(), *self.schedule.alpha_sigma(t), self.prediction_type
         )
+
+    @torch.no_grad()
+    def _camera_rows(self, cameras: Cameras | None, count: int) -> Float[Tensor, "B rows D"]:
+        """What stands for the cameras after the rows of a text."""
+        assert self.camera_tokens is not None  # from_pretrained has seen to it
+        if cameras is None:
+            raise ValueError(no_cameras(self.cameras))
+        if len(cameras) != count:
+            raise ValueError(f"there are {len(cameras)} cameras for {count} pictures")
+        numbers = cameras.numbers().to(self.device)
+        if not self._looked:  # later calls would have to wait for a GPU each time
+            self._looked = True
+            for line in self.camera_tokens.unseen(numbers):
+                log.warn(f"model: {line}")
+        return self.camera_tokens(numbers).to(self.dtype)
 
 
 def _pooled_width(config) -> int:

@@ -16,6 +16,8 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lods.models.cards import has_renders
+
 FILE = "vocabulary.json"
 FORCE = "system.prompt_processor.allow_unknown_words=true"
 MAX_BYTES = 1_000_000
@@ -44,15 +46,19 @@ def words_of(text: str) -> list[str]:
 @dataclass(frozen=True)
 class Vocabulary:
     """``groups``: names in lower case, of one word or more, by what they are for: "objects", and
-    whatever else the file has ("colors", "views")."""
+    whatever else the file has ("colors", "views"). ``only_names``: other words are of no harm."""
 
     groups: dict[str, tuple[str, ...]]
+    only_names: bool = False
 
     @classmethod
     def read(cls, folder) -> "Vocabulary | None":
-        """Of the model in ``folder``; None where it has no such file. Raises ``ValueError``, one
-        line, for a file that is not an object of lists of names, "objects" among them."""
+        """Of the model in ``folder``; None where it has no such file. An ideal denoiser knows the
+        objects that it has renders of, and reads no other words. Raises ``ValueError``, one line,
+        for a file that is not an object of lists of names, "objects" among them."""
         path = os.path.join(folder, FILE)
+        if has_renders(folder):
+            return cls({"objects": _rendered(folder)}, only_names=True)
         if not os.path.isfile(path):
             return None
         try:
@@ -127,7 +133,7 @@ class Vocabulary:
     def warning(self, texts: Iterable[str], prompt: str = "") -> str:
         """One line on the words of these texts that the model does not know, and on a ``prompt``
         that names a part of an object only; "" if there is nothing to say."""
-        unknown = self.unknown(texts)
+        unknown = [] if self.only_names else self.unknown(texts)
         lines = []
         if unknown:
             lines.append(
@@ -147,6 +153,13 @@ class Vocabulary:
         near = {word: self.nearest(word) for word in unknown}
         hints = [f"{_short(w)}: did you mean {n!r}?" for w, n in near.items() if n][:3]
         return f" ({' '.join(hints)})" if hints else ""
+
+
+def _rendered(folder: str) -> tuple[str, ...]:
+    from lods.models.renders import Renders
+
+    names = (" ".join(words_of(each.name)) for each in Renders.read(folder).objects)
+    return tuple(dict.fromkeys(names))
 
 
 def _short(text: str) -> str:

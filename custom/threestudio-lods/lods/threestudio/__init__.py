@@ -9,8 +9,8 @@ import threestudio
 
 log.send_to(threestudio)
 
-from lods.threestudio import exporter, geometry, guidance, prompt, renderer, systems  # noqa: E402
+from lods.threestudio import data, exporter, geometry, guidance, prompt, renderer, systems  # noqa: E402
 
 warn = threestudio.warn
 
-__all__ = ["exporter", "geometry", "guidance", "prompt", "renderer", "systems", "warn"]
+__all__ = ["data", "exporter", "geometry", "guidance", "prompt", "renderer", "systems", "warn"]

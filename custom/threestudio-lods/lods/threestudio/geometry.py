@@ -33,6 +33,9 @@ class Gaussians(GaussianParameters, BaseGeometry):
         # world units: no standard deviation grows above it in training, since a huge and faint
         # Gaussian is a veil before the views; 0: no limit
         max_scale: Annotated[float, "[0, 1e6]"] = 0.0
+        # the largest standard deviation of a Gaussian over its smallest, in training: thin ones are
+        # streaks where they are seen edge-on; .inf: no limit
+        max_aspect: Annotated[float, "[1, inf]"] = math.inf
         # who finds the neighbours: auto | simple-knn | gswarp (both CUDA) | scipy
         knn_backend: Annotated[str, KNN_BACKENDS] = "auto"
         # the settings of each init_type: BallInit, FileInit and ShapEInit in initialize.py
@@ -49,6 +52,11 @@ class Gaussians(GaussianParameters, BaseGeometry):
             raise ValueError(
                 f"system.geometry.max_scale={self.cfg.max_scale} must be a size in world units, or "
                 "0 for no limit"
+            )
+        if not self.cfg.max_aspect >= 1:
+            raise ValueError(
+                f"system.geometry.max_aspect={self.cfg.max_aspect} must be a ratio of 1 or more, "
+                "or .inf for no limit"
             )
         params = initial_gaussians(self.cfg, torch.device(self.device), self.settings_name)
         n_rest = (self.cfg.sh_degree + 1) ** 2 - 1
@@ -67,5 +75,7 @@ class Gaussians(GaussianParameters, BaseGeometry):
             threestudio.info(f"{self.count} Gaussians from init_type={self.cfg.init_type}")
 
     def limit_scales(self) -> None:
-        """After a step of the optimizer: no standard deviation above ``max_scale``."""
+        """After a step of the optimizer: no standard deviation above ``max_scale``, and none below
+        the largest of its Gaussian over ``max_aspect``."""
         self.clamp_scales(self.cfg.max_scale)
+        self.clamp_aspect(self.cfg.max_aspect)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from jaxtyping import Float
 from lods import settings
-from lods.cameras import Cameras
+from lods.cameras import Cameras, contradictions, fovy_of, view_words
 from lods.methods import registry
 from lods.methods.base import Method
 from lods.methods.conditions import Conditions
@@ -19,6 +19,7 @@ from lods.models import memory
 from lods.models.cards import DEFAULT_MODEL
 from lods.models.families import load_family
 from lods.models.memory import ModelSettings
+from lods.preflight import PERP_NEG
 from torch import Tensor
 
 import threestudio
@@ -42,8 +43,9 @@ class HostSettings:
     # a diffusers folder (relative to the current one, or absolute), a hub id, or a card of
     # lods/models/cards.yaml: sd15, sd21-base, sd21, sdxl, pocket-shapes
     pretrained_model_name_or_path: str = DEFAULT_MODEL
-    # prompts with "front view" etc. by camera; false: the plain prompt
-    view_dependent_prompting: bool = True
+    # prompts with "front view" etc. by camera; false: the plain prompt; null: true, unless
+    # cameras=tokens
+    view_dependent_prompting: bool | None = None
 
 
 @dataclass
@@ -59,6 +61,8 @@ class HostPrompts:
     def __init__(self, prompt_utils: Any, view_dependent: bool, asked_by: str):
         self.utils, self.view_dependent, self.asked_by = prompt_utils, view_dependent, asked_by
         self._others: dict[str, Any] = {}
+        if getattr(prompt_utils, "use_perp_neg", False) and not view_dependent:
+            raise ValueError(PERP_NEG)
 
     def _other(self, text: str) -> Any:
         if text not in self._others:
@@ -83,11 +87,6 @@ class HostPrompts:
             prompt, null = self._rows(self.utils, cameras)
             negatives, weights = (), None
         else:
-            if not self.view_dependent:
-                raise ValueError(
-                    "use_perp_neg needs system.guidance.view_dependent_prompting=true, or set "
-                    "system.prompt_processor.use_perp_neg=false"
-                )
             rows, weights = self.utils.get_text_embeddings_perp_neg(*cameras.views, True)
             n = len(weights)
             prompt, null = rows[:n], rows[n : 2 * n]
@@ -132,6 +131,7 @@ class MethodGuidance(BaseModule):
         cls, cfg = self.method_class, self.cfg
         _refuse_moved(type(self))
         device = torch.device(self.device)
+        settings.refuse_contradictions(self.Config, cfg, WHERE)
         config = settings.make(cls.Config, _part(cfg, cls.Config), WHERE)
         frozen = settings.make(ModelSettings, _part(cfg, ModelSettings), WHERE)
         for key, quiet in self.tolerated.items():
@@ -171,7 +171,8 @@ class MethodGuidance(BaseModule):
     def prompts_of(self, prompt_utils: Any) -> HostPrompts:
         """``prompt_utils`` as methods read them."""
         if self._prompts is None or self._prompts.utils is not prompt_utils:
-            dependent, asked_by = self.cfg.view_dependent_prompting, type(self).__name__
+            dependent = view_words(self.cfg.cameras, self.cfg.view_dependent_prompting)
+            asked_by = type(self).__name__
             self._prompts = HostPrompts(prompt_utils, dependent, asked_by)
         return self._prompts
 
@@ -206,7 +207,15 @@ class MethodGuidance(BaseModule):
         self.initialize(prompt_utils)
         latents = self.encode(rgb, rgb_as_latents)
         matrices = kwargs.get("c2w"), kwargs.get("mvp_mtx")
-        cameras = Cameras(elevation, azimuth, camera_distances, *matrices)
+        fovy = None
+        if self.cfg.cameras != "words":
+            fovy = field_of_view(kwargs.get("fovy"), *matrices, len(latents))
+            if fovy is None:
+                raise ValueError(
+                    f"system.guidance.cameras={self.cfg.cameras} needs a field of view, and the "
+                    "batch has neither fovy (B,) in radians nor c2w and mvp_mtx"
+                )
+        cameras = Cameras(elevation, azimuth, camera_distances, *matrices, fovy)
         prompts = self.prompts_of(prompt_utils)
         conditions = prompts.conditions(cameras, self.method.other_texts)
         found = self.method.losses(latents, conditions)
@@ -225,6 +234,25 @@ class MethodGuidance(BaseModule):
     def load_learned(self, path: str | Path) -> dict[str, str]:
         """Start from a file of ``save_learned``; returns the file's metadata."""
         return self.method.load(path)
+
+
+def field_of_view(
+    fovy: Float[Tensor, " B"] | float | None,
+    c2w: Float[Tensor, "B 4 4"] | None,
+    mvp: Float[Tensor, "B 4 4"] | None,
+    rows: int,
+) -> Float[Tensor, " B"] | None:
+    """In degrees, of each row: ``fovy`` of a batch, which has it in radians, for each row or one
+    for all; of a batch without it what the matrices say; None where there are none."""
+    if fovy is not None:
+        value = torch.as_tensor(fovy).flatten()
+        return torch.rad2deg(value.expand(rows)) if len(value) in (1, rows) else None
+    return None if c2w is None or mvp is None else fovy_of(mvp, c2w)
+
+
+def _contradictions(cfg: Any):
+    """Of the ``Config`` of every guidance."""
+    yield from contradictions(cfg.cameras, cfg.view_dependent_prompting)
 
 
 def _refuse_moved(cls: type[MethodGuidance]) -> None:
@@ -275,7 +303,8 @@ def guidance_for(name: str, cls: type[Method]) -> type[MethodGuidance]:
     for key in cls.unread:
         quiet[key] = {own[key].default}
     made = [(key, hint, default) for key, (hint, default) in others.items()]
-    config = dataclasses.make_dataclass("Config", made, bases=bases)
+    namespace = {"contradictions": _contradictions}
+    config = dataclasses.make_dataclass("Config", made, bases=bases, namespace=namespace)
     config.__module__ = __name__
     tolerated = {key: (*values, *[""] * (None in values)) for key, values in quiet.items()}
     kind = type(

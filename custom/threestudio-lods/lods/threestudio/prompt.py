@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from lods.models.cards import Location, first_line, missing, resolve
+from lods.models.cards import Location, first_line, has_renders, missing, resolve
 from lods.models.files import load_complete
+from lods.models.ideal import NamedObjects
+from lods.models.renders import Renders
 from lods.models.text import encode, has_two_encoders, zeros_for_empty
 from lods.models.vocabulary import Vocabulary
 from lods.prompts import BAD_PICTURES, RENDERS
@@ -59,6 +61,9 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         self._given = {f.name: getattr(self.cfg, f.name) for f in fields(self.Config)}
         model = resolve(self.cfg.pretrained_model_name_or_path)
         self.vocabulary = Vocabulary.read(model.path)
+        self.named_objects: NamedObjects | None = None
+        if has_renders(model.path):
+            self.named_objects = NamedObjects(Renders.read(model.path).objects)
         self.two_encoders = has_two_encoders(model)
         self.cfg.pretrained_model_name_or_path = _text_model(model)
         if self.two_encoders:
@@ -117,13 +122,19 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         )
 
     def fingerprint(self) -> str | None:
+        if self.named_objects:
+            return None  # faster than any cache
         model = super().fingerprint()
         return f"{model}-zero" if model and self.two_encoders and self.zero_empty else model
 
     def embedding_shape(self) -> tuple[int | None, int | None]:
-        return (None, None) if self.two_encoders else super().embedding_shape()
+        return (
+            (None, None) if self.two_encoders or self.named_objects else super().embedding_shape()
+        )
 
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "N T D"], list[int]]:
+        if self.named_objects:
+            return self.named_objects(texts), [1] * len(texts)
         if not (self.two_encoders or _in_upstream()):
             return super().encode(texts)
         zero_empty = self.two_encoders and self.zero_empty

@@ -1,0 +1,113 @@
+"""Metrics of views of an object against true views from the same cameras: pure functions.
+
+Pictures are float (V, H, W, 3) in 0..1 over white, opacities (V, H, W). The V views are evenly
+around the object from azimuth 0: turning it by a view's angle shifts the order of the views.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+
+SOLID = 0.5  # opacity of a silhouette
+GMSD_C = 0.0026  # of arXiv:1308.3052, for values in 0..1
+LUMA = (0.299, 0.587, 0.114)
+FRONT, BEHIND = 45.0, 90.0  # degrees from the front: a front view ends, one from behind begins
+
+
+def psnr_table(
+    made: Float[torch.Tensor, "V H W 3"], true: Float[torch.Tensor, "V H W 3"]
+) -> Float[np.ndarray, "V V"]:
+    """PSNR in dB, -10 log10 of the mean squared error, of each view against each true view; 100 at
+    most."""
+    a, b = made.flatten(1).double(), true.flatten(1).double()
+    error = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") ** 2 / a.shape[1]
+    return (-10 * error.clamp(min=1e-10).log10()).numpy()
+
+
+def ssim(a: Float[torch.Tensor, "V H W 3"], b: Float[torch.Tensor, "V H W 3"]) -> float:
+    """Structural similarity, a Gaussian window of 11 pixels and sigma 1.5, mean over views."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as measure
+
+    a, b = a.permute(0, 3, 1, 2).float(), b.permute(0, 3, 1, 2).float()
+    return float(measure(a, b, data_range=1.0))
+
+
+def gradients(images: Float[torch.Tensor, "V H W 3"]) -> Float[torch.Tensor, "V H W"]:
+    """Length of the brightness' gradient by Prewitt's filter, whose weights sum to 1."""
+    luma = (images.float() * images.new_tensor(LUMA)).sum(-1)[:, None]
+    across = torch.tensor([[1.0, 0.0, -1.0]]).repeat(3, 1) / 3
+    kernel = torch.stack([across, across.T])[:, None]
+    found = F.conv2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), kernel)
+    return found.square().sum(1).sqrt()
+
+
+def gmsd(a: Float[torch.Tensor, "V H W 3"], b: Float[torch.Tensor, "V H W 3"]) -> float:
+    """Gradient magnitude similarity deviation (arXiv:1308.3052), mean over views: the standard
+    deviation over the picture, at half its size, of (2 m n + c) / (m^2 + n^2 + c) with m and n the
+    lengths of the gradients. 0 for equal pictures; a distance that sees structure, not colour."""
+    m, n = (gradients(F.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)) for x in (a, b))
+    similarity = (2 * m * n + GMSD_C) / (m**2 + n**2 + GMSD_C)
+    return float(similarity.flatten(1).std(dim=1, correction=0).mean())
+
+
+def sharpness(made: Float[torch.Tensor, "V H W 3"], true: Float[torch.Tensor, "V H W 3"]) -> float:
+    """Mean length of the gradient, relative to that of the true views: 1 is as sharp as they are.
+    Noise and streaks raise it as edges do."""
+    return float(gradients(made).mean() / gradients(true).mean())
+
+
+def iou(made: Bool[np.ndarray, "V H W"], true: Bool[np.ndarray, "V H W"]) -> float:
+    """|A and B| / |A or B| of silhouettes, mean over views; 1 where both are empty."""
+    both, either = ((f(made, true)).sum((1, 2)) for f in (np.logical_and, np.logical_or))
+    return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
+
+
+def veil(opacity: Float[torch.Tensor, "V H W"]) -> float:
+    """Share of pixels that are neither empty nor solid, 0.02 to 0.98 of opacity: haze, and soft
+    edges."""
+    return float(((opacity > 0.02) & (opacity < 0.98)).float().mean())
+
+
+def janus_rate(table: Float[np.ndarray, "V V"]) -> float:
+    """Of the views from behind (more than 90 degrees from the front), the share that looks more
+    like a true front view (less than 45 degrees from it) than like any other: ``table`` is
+    :func:`psnr_table`. NaN without such views. Only meant for objects that have a front."""
+    views = len(table)
+    away = np.abs((np.arange(views) * 360.0 / views + 180) % 360 - 180)
+    behind = away > BEHIND + 1e-6
+    nearest = table[behind].argmax(1)
+    return float((away[nearest] < FRONT - 1e-6).mean()) if behind.any() else float("nan")
+
+
+def against(
+    made: Float[torch.Tensor, "V H W 3"],
+    opacity: Float[torch.Tensor, "V H W"] | None,
+    true: Float[torch.Tensor, "V H W 3"],
+    true_opacity: Float[torch.Tensor, "V H W"],
+    front: bool,
+) -> dict[str, float]:
+    """All metrics; ``turned_...`` after the turn about the vertical axis, in steps of a view's
+    angle, that has the best PSNR. ``opacity`` None and ``front`` False leave out what needs them
+    (NaN)."""
+    table, views = psnr_table(made, true), len(true)
+    order = np.arange(views)
+    by_turn = [float(table[order, (order + k) % views].mean()) for k in range(views)]
+    turn = int(np.argmax(by_turn))
+    found = {}
+    for name, k in (("", 0), ("turned_", turn)):
+        to, mask = true.roll(-k, 0), (true_opacity > SOLID).roll(-k, 0).numpy()
+        found |= {
+            f"{name}psnr": by_turn[k],
+            f"{name}ssim": ssim(made, to),
+            f"{name}gmsd": gmsd(made, to),
+            f"{name}iou": np.nan if opacity is None else iou((opacity > SOLID).numpy(), mask),
+        }
+    nan = float("nan")
+    return {
+        **found,
+        "turn": turn * 360.0 / views,
+        "sharpness": sharpness(made, true),
+        "half_transparent": nan if opacity is None else veil(opacity) - veil(true_opacity),
+        "janus_rate": janus_rate(table) if front else nan,
+    }

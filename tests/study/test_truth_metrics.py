@@ -1,0 +1,83 @@
+"""Metrics of an object against its true views."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation import truth_metrics as metrics
+
+VIEWS, SIZE = 8, 16
+
+
+@pytest.fixture
+def true():
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(VIEWS, SIZE, SIZE, 3, generator=generator)
+
+
+@pytest.fixture
+def opacity():
+    mask = torch.zeros(VIEWS, SIZE, SIZE)
+    for view in range(VIEWS):
+        mask[view, : 4 + view, : 10 - view] = 1.0
+    return mask
+
+
+def test_the_truth_against_itself_is_perfect(true, opacity):
+    found = metrics.against(true, opacity, true, opacity, True)
+    wanted = {"psnr": 100, "ssim": 1, "gmsd": 0, "iou": 1, "turn": 0, "sharpness": 1}
+    wanted |= {"turned_psnr": 100, "turned_iou": 1, "half_transparent": 0, "janus_rate": 0}
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, abs=1e-5), name
+
+
+def test_psnr_is_that_of_the_squared_error(true):
+    table = metrics.psnr_table(true + 0.1, true)
+    np.testing.assert_allclose(np.diag(table), 20, atol=1e-4)
+    other = -10 * math.log10(float(((true[2] + 0.1 - true[5]) ** 2).mean()))
+    assert table[2, 5] == pytest.approx(other, abs=1e-4)
+
+
+def test_a_turned_object_is_found_after_the_best_turn(true, opacity):
+    found = metrics.against(true.roll(-3, 0), opacity.roll(-3, 0), true, opacity, False)
+    assert found["turn"] == 3 * 360 / VIEWS
+    assert found["turned_psnr"] == pytest.approx(100) and found["turned_iou"] == 1
+    assert found["turned_ssim"] == pytest.approx(1, abs=1e-5) and found["psnr"] < 20
+    assert math.isnan(found["janus_rate"])
+
+
+def test_the_iou_of_two_silhouettes():
+    one, two = np.zeros((2, 4, 4), bool), np.zeros((2, 4, 4), bool)
+    one[0, :2], two[0, 1:3] = True, True  # 4 of 12; both are empty in the second view
+    assert metrics.iou(one, two) == pytest.approx((4 / 12 + 1) / 2)
+
+
+def test_sharpness_is_linear_in_the_contrast(true):
+    assert metrics.sharpness(0.3 * true + 0.2, true) == pytest.approx(0.3, abs=1e-5)
+
+
+def test_the_gradient_of_a_ramp():
+    ramp = torch.arange(8.0).repeat(8, 1)[None, ..., None].repeat(1, 1, 1, 3) / 10
+    # both neighbours are two pixels apart
+    assert metrics.gradients(ramp)[0, 1:-1, 1:-1] == pytest.approx(0.2, abs=1e-6)
+
+
+def test_structure_counts_for_gmsd_and_brightness_does_not(true):
+    assert metrics.gmsd(true + 0.2, true) == pytest.approx(0, abs=1e-5)
+    assert metrics.gmsd(true.flip(2), true) > 0.05
+
+
+def test_two_faces_are_seen_from_behind():
+    faces = torch.rand(VIEWS, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(1))
+    twice = faces[[0, 1, 2, 1, 0, 1, 2, 7]]  # of 8 views 45 degrees apart: a face at 0 and at 180
+    rate = metrics.janus_rate(metrics.psnr_table(twice, faces))
+    assert rate == pytest.approx(1 / 3)  # behind are 135, 180 and 225 degrees, and 180 is a face
+
+
+def test_haze_counts_beyond_that_of_the_truth(true, opacity):
+    hazy = opacity.clone()
+    hazy[:, -1] = 0.3
+    found = metrics.against(true, hazy, true, opacity, False)
+    assert found["half_transparent"] == pytest.approx(1 / SIZE)
