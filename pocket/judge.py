@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import nn
 
 from pocket.data import Renders, coloured, white
-from pocket.fast import autocast
+from pocket.fast import autocast, fast
 from pocket.tools import say, whole_file
 from pocket.training import Training
 from pocket.world import COLOURS, NAMES, OBJECTS, VIEWS, view_of
@@ -169,7 +169,7 @@ def accuracies(said: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> di
 def pictures(rgba: np.ndarray, ground: float | np.ndarray = 1.0) -> Float[torch.Tensor, "N 3 H W"]:
     """Renders before a grey background, or a colour (3, 1, 1), in 0..1."""
     x = torch.from_numpy(rgba).permute(0, 3, 1, 2).float().div_(255)
-    return x[:, :3] + (1 - x[:, 3:]) * ground
+    return x[:, :3] + (1 - x[:, 3:]) * torch.as_tensor(ground)
 
 
 def augment(
@@ -221,7 +221,7 @@ def train(
     if unknown:
         raise ValueError(f"{work}/renders: {sorted(unknown)[0]} is no object of the world")
     torch.manual_seed(seed)
-    judge = Judge().to(memory_format=torch.channels_last)
+    judge = Judge()
     fronts = torch.from_numpy(FRONTS)
 
     def loss(step: int) -> torch.Tensor:
@@ -251,10 +251,11 @@ def train(
         found = held_out(judge, renders)
         say(f"judge at {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
 
-    training = Training(
-        work / STATE, judge, loss, steps, peak=peak, warm=100, decay=0.99, weight_decay=5e-2,
-        name="judge",
-    )  # fmt: skip
-    training.run(watch, watch_s=600)
+    with fast(judge):
+        training = Training(
+            work / STATE, judge, loss, steps, peak=peak, warm=100, decay=0.99, weight_decay=5e-2,
+            name="judge",
+        )  # fmt: skip
+        training.run(watch, watch_s=600)
     # The rate has fallen to 0: the last weights, whose batch statistics are exactly theirs.
     save(judge.eval(), file)

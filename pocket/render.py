@@ -8,6 +8,7 @@ transparency is kept, so that any background can be laid under it later.
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,14 +51,14 @@ class Stage:
             if texture is not None:
                 surface.active_texture_coordinates = np.asarray(part.visual.uv, np.float32)
             # Edges sharper than 40 degrees stay edges.
-            surface = surface.compute_normals(
+            smooth: Any = surface.compute_normals(
                 cell_normals=False,
                 split_vertices=True,
                 feature_angle=40.0,
                 consistent_normals=False,
             )
             actor = plotter.add_mesh(
-                surface, color=colour, texture=texture, ambient=AMBIENT, diffuse=1.0, specular=0.0,
+                smooth, color=colour, texture=texture, ambient=AMBIENT, diffuse=1.0, specular=0.0,
                 smooth_shading=True, show_scalar_bar=False,
             )  # fmt: skip
             actor.ForceOpaqueOn()  # a texture's pixel is there or not: none is half transparent
@@ -78,7 +79,8 @@ class Stage:
         camera.view_angle = fovy
         camera.clipping_range = (distance - 1.6, distance + 1.6)
         self.plotter.render()
-        return self.plotter.screenshot(transparent_background=True, return_img=True)
+        shot = self.plotter.screenshot(transparent_background=True, return_img=True)
+        return np.asarray(shot)
 
     def close(self):
         self.plotter.close()

@@ -165,7 +165,9 @@ def decibels(made: Pictures, truth: Pictures) -> np.ndarray:
     return psnr(2 * made - 1, 2 * truth - 1).numpy()
 
 
-def by_object(objects: np.ndarray, **columns: np.ndarray) -> list[dict]:
+def by_object(
+    objects: np.ndarray, **columns: np.ndarray | tuple[np.ndarray, np.ndarray]
+) -> list[dict]:
     """Rows with the mean of each column by object, and over all of them ("all"); a column that is a
     pair is the first's mean over the second's."""
     rows = []
@@ -317,7 +319,6 @@ def report(
         judged(judge, "true views", truth, labels),
         judged(judge, "reconstructions", reconstructions(model, truth), labels),
     ]
-    near = [("true views", nearest(renders, truth, labels["object"]))]
     samples, noise, shown = [], [], [truth]
     for way in told:
         model = model if way == told[0] else model_of(str(folder), "cpu", cameras=way)
@@ -327,11 +328,13 @@ def report(
         row = judged(judge, f"samples, {way}", made, labels, guidance=scale, steps=steps)
         accuracy.append(row)
         samples += sample_rows(judge, way, made, truth, labels)
-        near.append((f"samples, {way}", nearest(renders, made, labels["object"])))
         noise += noise_rows(model, renders, some, way)
     write(out, "accuracy.csv", accuracy)
     write(out, "samples.csv", samples, [row for row in samples if row["object"] == "all"])
     write(out, "noise.csv", noise)
+    rms_of_all = nearest(renders, torch.cat(shown), np.tile(labels["object"], len(shown)))
+    sources = ["true views", *(f"samples, {way}" for way in told)]
+    near = zip(sources, np.split(rms_of_all, len(shown)), strict=True)
     write(
         out,
         "nearest.csv",

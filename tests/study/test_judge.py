@@ -1,5 +1,7 @@
 """The judge of the world of real objects: what it is asked, what is counted, and its training."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
@@ -166,3 +168,23 @@ def test_the_check_is_of_held_out_views_and_of_painted_ones_where_colours_change
 
 def test_slugs_are_in_the_order_of_the_answers():
     assert [slug.replace("-", " ") for slug in SLUGS] == list(NAMES)
+
+
+def test_the_committed_weights_are_small_and_of_this_world():
+    assert judge.WEIGHTS.stat().st_size < 4e6
+    said = judge.verdict(judge.load(), torch.ones(2, 3, 128, 128))
+    assert {name: len(value) for name, value in said.items()} == dict.fromkeys(said, 2)
+
+
+def test_the_committed_check_holds_what_is_claimed():
+    with open(judge_check.OUT) as file:
+        found = {(r["test"], r["level"]): r for r in csv.DictReader(file)}
+    levels = {("blurred", judge_check.BLURS), ("noise", judge_check.NOISES)}
+    assert {(t, f"{level:g}") for t, all_ in levels for level in all_} <= set(found)
+    for level in ("white", "any"):
+        true = {k: float(found["as they are", level][k]) for k in ("object", "colour", "view")}
+        assert true["object"] > 0.97 and true["colour"] > 0.97 and true["view"] > 0.87
+    # of 128 pixels, a blur by 4 or a noise of 0.1 is more than samples of a model have
+    for spoilt in (("blurred", "4"), ("noise", "0.1"), ("half-transparent", "0.75")):
+        assert float(found[spoilt]["object"]) > 0.95 and float(found[spoilt]["colour"]) > 0.95
+    assert float(found["another colour", ""]["colour"]) < 0.02
