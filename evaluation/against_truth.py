@@ -78,15 +78,15 @@ def load_run(run: Path):
     for name in PARTS:
         kind = threestudio.find(options[f"{name}_type"])
         parts[name] = kind(options.get(name, {}), **(parts if name == "renderer" else {}))
-    for name in PARTS:
-        if any(True for _ in parts[name].state_dict()):
-            state, epoch, step = load_module_weights(run / CHECKPOINT, name, map_location="cpu")
-            own = parts[name].state_dict()
-            parts[name].load_state_dict(
-                {k: v for k, v in state.items() if name != "renderer" or k in own}
-            )
-            parts[name].do_update_step(epoch, step, on_load_weights=True)
-        parts[name].eval()
+    state, epoch, step = load_module_weights(str(run / CHECKPOINT), map_location="cpu")
+    for name, part in parts.items():
+        mine = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+        wanted = part.state_dict()  # a renderer may hold the other parts, which have theirs
+        if missing := [k for k in wanted if k not in mine and k.split(".")[0] not in PARTS]:
+            raise UserError(f"{run / CHECKPOINT} has no {name}.{missing[0]}")
+        part.load_state_dict({k: v for k, v in mine.items()}, strict=False)
+        part.do_update_step(epoch, step, on_load_weights=True)
+        part.eval()
     return cfg, SimpleNamespace(**parts)
 
 

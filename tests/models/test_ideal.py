@@ -200,13 +200,13 @@ def test_sds_from_noise_reaches_the_true_view_of_each_camera(tmp_path):
     torch.manual_seed(0)
     method = lods.load(
         *("lods-sds", str(tmp_path)), prompt="a ball", cameras="tokens", guidance_scale=1.0,
-        ideal_neighbours=1, max_step_percent=[0, 0.9, 0.1, 400],
+        ideal_neighbours=1, max_step_percent=[0, 0.9, 0.1, 300],
     )  # fmt: skip
     images = torch.rand(4, 3, SIZE, SIZE, requires_grad=True)
     cameras = cameras_of(around(4))
-    optimizer = torch.optim.Adam([images], lr=0.03)
-    for step in range(600):
-        optimizer.param_groups[0]["lr"] = 0.03 * 0.99**step
+    optimizer = torch.optim.Adam([images], lr=0.03, betas=(0.9, 0.95))
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 0.03 * 0.985**step
         method.step(step)
         optimizer.zero_grad()
         method(images, cameras).terms["loss_sds"].backward()
@@ -216,7 +216,7 @@ def test_sds_from_noise_reaches_the_true_view_of_each_camera(tmp_path):
     true = torch.from_numpy(rgba[..., :4, :3]).permute(0, 3, 1, 2).float() / 255
     assert float((object_ - true).abs().max()) < 1e-3
     # beside it any one colour is true
-    assert float((beside - beside.mean((2, 3), keepdim=True)).abs().max()) < 1e-2
+    assert float((beside - beside.mean((2, 3), keepdim=True)).abs().max()) < 1e-3
 
 
 def test_lods_with_an_embedding_learns_on_it(tmp_path):

@@ -46,7 +46,7 @@ def run(tmp_path_factory):
     )
     (folder / "ckpts").mkdir()
     state = {f"geometry.{k}": v.detach() for k, v in gaussians().gaussians().items()}
-    state["background.env_color"] = torch.ones(3)
+    state |= {"background.env_color": torch.ones(3), "renderer.bbox": torch.zeros(2, 3)}
     checkpoint = {"state_dict": state, "epoch": 0, "global_step": 7}
     torch.save(checkpoint, folder / "ckpts/last.ckpt")
     return folder

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from jaxtyping import Float
 from lods.gaussians.cameras import orbit
@@ -84,6 +85,7 @@ def camera_batch(cameras: Float[Tensor, "B 4"], drawn: dict[str, Any]) -> dict[s
         "camera_distances": distance,
         "fovy": fovy,
         "c2w": c2w,
+        "proj_mtx": projection,
         "mvp_mtx": get_mvp_matrix(c2w, projection),
         "camera_positions": c2w[:, :3, 3],
         "light_positions": c2w[:, :3, 3],
@@ -102,7 +104,7 @@ class KnownCameraDataModule(RandomCameraDataModule):
     Config = KnownCameraDataModuleConfig
 
     def __init__(self, cfg: Any = None) -> None:
-        super().__init__(cfg)
+        pl.LightningDataModule.__init__(self)  # upstream's own would not know the new field
         self.cfg = parse_structured(KnownCameraDataModuleConfig, {} if cfg is None else cfg)
 
     def setup(self, stage: str | None = None) -> None:
