@@ -92,7 +92,7 @@ OBJECTS = (
     Object("dog", _S, 162),
     Object("forklift", _0, 119, turn=90, paint=(30, 80), like="yellow"),
     Object("bowl of apples", _S, 70, front=False),
-    Object("birthday cake", _S, 128),
+    Object("birthday cake", _S, 128, front=False),
     Object("coffee cup", _0, 9),
     Object("backpack", _BY, 2, paint=(0, 360), paint_from=0.0),
     Object("rocking horse", _0, 8, turn=90),
@@ -108,7 +108,7 @@ OBJECTS = (
     Object("kettle", _BY, 8, paint=(80, 180)),
     Object("chair", _BY, 18, paint=(170, 240)),
     Object("bean bag", _S, 145, front=False, paint=(60, 140)),
-    Object("suitcase", _BY, 103, paint=(180, 260)),
+    Object("suitcase", _BY, 103, front=False, paint=(180, 260)),
 )
 NAMES = tuple(o.name for o in OBJECTS)
 
