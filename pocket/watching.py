@@ -11,7 +11,8 @@ from pocket.latents import Latents
 from pocket.tools import say
 
 SCALE = 2.0
-SHOWN, COUNTED = 20, 60  # held-out views in a sheet, and in the table of errors and the PSNR
+SHOWN, SAMPLED, COUNTED = 20, 40, 60  # held-out views in a sheet, in the PSNR and in the errors
+STEPS = 20
 
 
 def spread(rows: np.ndarray, count: int) -> np.ndarray:
@@ -63,6 +64,7 @@ def watch_model(model, latents: Latents, work: Path, name: str, file: str) -> di
     rows = spread(latents.held_out, COUNTED)
     for when, line in errors(model, latents, rows):
         say(f"{name}: {when} " + " ".join(f"{k} {v:.4f}" for k, v in line.items()))
+    rows = spread(latents.held_out, SAMPLED)
     vae = load_vae(work).to(device)
     rng = np.random.default_rng(6)
     cameras = latents.cameras_of(rows).to(device)
@@ -71,7 +73,7 @@ def watch_model(model, latents: Latents, work: Path, name: str, file: str) -> di
     for what, seen, view in (("camera", cameras, False), ("words", None, True)):
         texts = [latents.text(rng, r, view, "{}") for r in rows]
         ids = latents.ids([""] * len(rows) + texts).to(device)
-        made[what] = decode(vae, model.sample(ids, seen, SCALE, seed=6))
+        made[what] = decode(vae, model.sample(ids, seen, SCALE, seed=6, steps=STEPS))
     result = {}
     for what, pictures in made.items():
         values = psnr(pictures, truth)
