@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -75,7 +76,8 @@ def main() -> None:
             *(str(ROOT / f"configs/{part}.yaml") for part in args.config),
             cli_args=[f"system.prompt_processor.prompt=a {name}", model, *args.overrides],
         )
-        system, data = training.build(cfg, args.work)
+        built: tuple[Any, Any] = training.build(cfg, args.work)
+        system, data = built
         clock = Clock()
         training.train(
             system, data, [clock], max_steps=cfg.trainer.max_steps, accelerator="cpu", devices=1

@@ -125,7 +125,7 @@ def cell(value) -> str:
 def main(argv=None) -> int:
     """Run the command line; returns the exit status: 2 after a mistake."""
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.against_truth", description=__doc__.split("\n\n")[1]
+        prog="python -m evaluation.against_truth", description=(__doc__ or "").split("\n\n")[-1]
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("--prompt", help="what the runs show, by default their own prompt")

@@ -30,7 +30,9 @@ def ssim(a: Float[torch.Tensor, "V H W 3"], b: Float[torch.Tensor, "V H W 3"]) -
     from torchmetrics.functional.image import structural_similarity_index_measure as measure
 
     a, b = a.permute(0, 3, 1, 2).float(), b.permute(0, 3, 1, 2).float()
-    return float(measure(a, b, data_range=1.0))
+    found = measure(a, b, data_range=1.0)
+    assert isinstance(found, torch.Tensor)  # a pair only where the whole map is asked for
+    return float(found)
 
 
 def gradients(images: Float[torch.Tensor, "V H W 3"]) -> Float[torch.Tensor, "V H W"]:

@@ -12,6 +12,7 @@ DIR`` makes them from the models and from what :mod:`pocket.render` has left in 
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -72,7 +73,8 @@ def judged(assets: Path, work: Path, only=None) -> dict:
         if not kept.exists():
             pictures = photograph(thing, assets, views)
             with whole_file(kept) as tmp, tmp.open("wb") as stream:
-                np.savez_compressed(stream, **{str(c): p for c, p in pictures.items()})
+                arrays: dict[str, Any] = {str(c): p for c, p in pictures.items()}
+                np.savez_compressed(stream, **arrays)
             say(f"{thing.name}: {len(views)} judged views")
         with np.load(kept, allow_pickle=False) as file:
             for colour in (None, *thing.colours):
@@ -106,7 +108,7 @@ def loss_of_compression(views: dict, folder: Path) -> dict[tuple, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--assets", type=Path, required=True, help="folder of the .sh3f files")
     parser.add_argument("--work", type=Path, default=Path("build/pocket"))
     args = parser.parse_args()

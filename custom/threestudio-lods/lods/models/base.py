@@ -48,6 +48,26 @@ class Schedule:
         )
 
 
+class AddsNoise:
+    """What models have whose noise is that of their ``schedule``."""
+
+    schedule: Schedule
+
+    def add_noise(
+        self, z: Float[Tensor, "B c h w"], eps: Float[Tensor, "B c h w"], t: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B c h w"]:
+        """x_t = alpha_t z + sigma_t eps."""
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return scores.rows(alpha, z) * z + scores.rows(sigma, z) * eps
+
+    def noise_of(
+        self, x_t: Float[Tensor, "B c h w"], z: Float[Tensor, "B c h w"], t: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B c h w"]:
+        """The eps with which ``add_noise`` makes x_t of z."""
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return (x_t - scores.rows(alpha, z) * z) / scores.rows(sigma, z)
+
+
 class TextEncoder(Protocol):
     """From texts to the embeddings that ``predict`` takes."""
 

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from lods import scores
 from lods.cameras import Cameras, no_cameras
-from lods.models.base import Context, Model, Schedule
+from lods.models.base import AddsNoise, Context, Model, Schedule, TextEncoder
 from lods.models.cards import resolve
 from lods.models.memory import ModelSettings
 from lods.models.renders import Object, Renders
@@ -90,7 +90,7 @@ def _views(text: str) -> list[bool]:
     return found if any(found) else [True] * len(VIEWS)
 
 
-class IdealModel:
+class IdealModel(AddsNoise):
     """See the module. It follows :class:`lods.models.base.Model`.
 
     ``cameras="words"``: the renders that the text allows. ``"tokens"`` and ``"both"``: of each
@@ -115,11 +115,12 @@ class IdealModel:
     ):
         self.renders, self.device = renders, torch.device(device)
         self.name, self.settings = name or str(renders.folder), settings or ModelSettings()
-        self.schedule = schedule or sd_schedule()
-        self.schedule.alphas_cumprod = self.schedule.alphas_cumprod.to(self.device)
+        noise = (schedule or sd_schedule()).alphas_cumprod
+        self.schedule = Schedule(noise.to(self.device))
+        self.cameras: str = self.settings.cameras
         self.image_size = renders.size
-        self.latent_shape = (3, renders.size, renders.size)
-        self.text = NamedObjects(renders.objects, self.device)
+        self.latent_shape: tuple[int, int, int] = (3, renders.size, renders.size)
+        self.text: TextEncoder = NamedObjects(renders.objects, self.device)
         self.text_shape = self.text.shape
         self.text_width = self.text_shape[1]
         cameras = np.concatenate([each.cameras for each in renders.objects])
@@ -135,11 +136,6 @@ class IdealModel:
     def from_folder(cls, name: str, device: torch.device, settings: ModelSettings) -> "IdealModel":
         """Of a folder of renders, by any name that the cards know."""
         return cls(Renders.read(resolve(name).path), device, settings, name)
-
-    @property
-    def cameras(self) -> str:
-        """See :class:`lods.models.base.Model`."""
-        return getattr(self.settings, "cameras", "words")
 
     @functools.cached_property
     def _pictures(self) -> dict[int, Any]:
@@ -188,20 +184,6 @@ class IdealModel:
     def decode(self, latents: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         """(z + 1) / 2, within 0..1."""
         return (latents / 2 + 0.5).clamp(0, 1)
-
-    def add_noise(
-        self, z: Float[Tensor, "B 3 H W"], eps: Float[Tensor, "B 3 H W"], t: Int[Tensor, " B"]
-    ) -> Float[Tensor, "B 3 H W"]:
-        """x_t = alpha_t z + sigma_t eps."""
-        alpha, sigma = self.schedule.alpha_sigma(t)
-        return scores.rows(alpha, z) * z + scores.rows(sigma, z) * eps
-
-    def noise_of(
-        self, x_t: Float[Tensor, "B 3 H W"], z: Float[Tensor, "B 3 H W"], t: Int[Tensor, " B"]
-    ) -> Float[Tensor, "B 3 H W"]:
-        """The eps with which ``add_noise`` makes x_t of z."""
-        alpha, sigma = self.schedule.alpha_sigma(t)
-        return (x_t - scores.rows(alpha, z) * z) / scores.rows(sigma, z)
 
     def predict(
         self,

@@ -112,7 +112,7 @@ def _object(entry: Any, size: int) -> Object:
         cameras = np.asarray(_get(entry, "cameras", list), np.float32)
     except (TypeError, ValueError, OverflowError):
         cameras = np.zeros(0)
-    if cameras.ndim != 2 or cameras.shape[1] != 4 or not 1 <= len(cameras) <= MAX_VIEWS:
+    if cameras.shape[1:] != (4,) or not 1 <= len(cameras) <= MAX_VIEWS:
         raise ValueError(f"the cameras of {name!r} are not 1 to {MAX_VIEWS} lists of four numbers")
     if -(-len(cameras) // columns) * size > MAX_SIDE:
         raise ValueError(f"the sheet of {name!r} would be more than {MAX_SIDE} pixels high")

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from lods import log, scores
 from lods.cameras import Cameras, no_cameras
 from lods.models import memory
-from lods.models.base import Context, Model, Schedule, TextEncoder
+from lods.models.base import AddsNoise, Context, Model, Schedule, TextEncoder
 from lods.models.camera_tokens import CameraTokens
 from lods.models.cards import (
     Location,
@@ -30,7 +30,7 @@ MAX_LATENT_SIZE = 1_024  # pixels of a latent's side
 
 
 @serves("UNet2DConditionModel")
-class UNetModel:
+class UNetModel(AddsNoise):
     """The frozen UNet, VAE and noise schedule of a Stable-Diffusion-shaped model.
 
     It follows :class:`lods.models.base.Model`. A plain holder: not a module, so that what holds it
@@ -257,20 +257,6 @@ class UNetModel:
         with self._plain():
             scaled = (latents / self.scaling_factor + self.shift).to(self.vae_dtype)
             return (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
-
-    def add_noise(
-        self, x0: Float[Tensor, "B C h w"], eps: Float[Tensor, "B C h w"], t: Int[Tensor, " B"]
-    ) -> Float[Tensor, "B C h w"]:
-        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps."""
-        alpha, sigma = self.schedule.alpha_sigma(t)
-        return scores.rows(alpha, x0) * x0 + scores.rows(sigma, x0) * eps
-
-    def noise_of(
-        self, x_t: Float[Tensor, "B C h w"], x0: Float[Tensor, "B C h w"], t: Int[Tensor, " B"]
-    ) -> Float[Tensor, "B C h w"]:
-        """The eps with which ``add_noise`` makes x_t of x0."""
-        alpha, sigma = self.schedule.alpha_sigma(t)
-        return (x_t - scores.rows(alpha, x0) * x0) / scores.rows(sigma, x0)
 
     def predict(
         self,
