@@ -14,6 +14,7 @@ EXTENSION = ROOT / "custom" / "threestudio-lods"
 # what published extensions import from threestudio 0.2.3, by module
 PUBLIC = {
     "threestudio.data.uncond": {
+        "RandomCameraDataModule",
         "RandomCameraDataModuleConfig",
         "RandomCameraDataset",
         "RandomCameraIterableDataset",

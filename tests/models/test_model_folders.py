@@ -81,14 +81,22 @@ def test_the_committed_folder_is_readable_by_old_versions():
 def test_rewriting_keeps_tensors_and_other_keys_and_is_done_once(tmp_path):
     file = tmp_path / "text_encoder_2" / "model.safetensors"
     file.parent.mkdir()
-    given = {"encoder.w": torch.randn(3).half(), "text_projection.weight": torch.eye(2)}
+    given = {
+        "embeddings.w": torch.eye(3),
+        "encoder.w": torch.randn(3).half(),
+        "text_projection.weight": torch.eye(2),
+    }
     save_file(given, file, metadata={"format": "pt"})
     make_portable(tmp_path)
     once = file.read_bytes()
     make_portable(tmp_path)
     assert file.read_bytes() == once
     found = load_file(file)
-    assert set(found) == {"text_model.encoder.w", "text_projection.weight"}
+    assert set(found) == {
+        "text_model.embeddings.w",
+        "text_model.encoder.w",
+        "text_projection.weight",
+    }
     assert torch.equal(found["text_model.encoder.w"], given["encoder.w"])
     with safe_open(file, "pt") as stored:
         assert stored.metadata() == {"format": "pt"}

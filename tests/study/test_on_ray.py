@@ -175,7 +175,7 @@ def test_secrets_do_not_go_to_other_machines(tmp_path, monkeypatch):
     kept = ["launch.py", "configs/new.yaml", "custom/new.py", "pocket/shapes/judge.safetensors"]
     left = [".env", "custom/.env", "a key[1]!.pem", "configs/token.json", "docs/a.md", "#1"]
     for name in kept + left:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     (tmp_path / "linked.py").symlink_to("launch.py")
     tracked = ["launch.py", "pocket/shapes/judge.safetensors"]
