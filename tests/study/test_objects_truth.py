@@ -32,7 +32,7 @@ def test_an_object_fills_its_views_and_stands_in_the_middle(folder):
     solid = views[..., 3] > 127
     share = solid.mean((1, 2))
     # a ball of the radius 0.87, seen from 3.2 to 4.0 with 36 to 44 degrees
-    assert share.min() > 0.2 and share.max() < 0.65
+    assert share.min() > 0.23 and share.max() < 0.60
     rows, columns = (np.arange(SIZE) - (SIZE - 1) / 2,) * 2
     middle = [(solid * grid).sum((1, 2)) / solid.sum((1, 2)) for grid in (rows[:, None], columns)]
     assert np.abs(middle).max() < 1.5
@@ -40,6 +40,6 @@ def test_an_object_fills_its_views_and_stands_in_the_middle(folder):
 
 def test_the_judged_cameras_are_those_of_the_test_views():
     cameras = truth.judged_cameras()
-    assert cameras.shape == (24, 4) and cameras[0].tolist() == pytest.approx([15.0, 0.0, 3.6, 40.0])
+    assert cameras.shape == (24, 4) and cameras[0] == pytest.approx([15.0, 0.0, 3.6, 40.0])
     assert np.diff(cameras[:, 1]) == pytest.approx(15.0)
     assert [view_of(e, a) for e, a in cameras[[0, 6, 12], :2]] == [1, 0, 2]
