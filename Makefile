@@ -6,7 +6,7 @@ PROMPT ?= a DSLR image of a hamburger
 WORKERS ?= auto
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-compat test-browser test-faults format pocket judge-report report bench clean
+.PHONY: demo test test-slow test-compat test-browser test-faults format pocket-shapes judge-report report bench clean
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -65,13 +65,13 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Retrains the pocket model from nothing (fixed seed; a little under three hours on two cores), then judges it.
-pocket: $(VENV)/.ready
-	$(BIN)/python -m pocket.make
+# Retrains the model pocket-shapes from nothing (fixed seed; a little under three hours on two cores), then judges it.
+pocket-shapes: $(VENV)/.ready
+	$(BIN)/python -m pocket.shapes.make
 
-# The tables in pocket/results, from the models that are there.
+# The tables in pocket/shapes/results, from the models that are there.
 judge-report: $(VENV)/.ready
-	$(BIN)/python -m pocket.report
+	$(BIN)/python -m pocket.shapes.report
 
 # The page of the comparison, from the tables in docs/evaluation.
 report: $(VENV)/.ready

@@ -1,7 +1,7 @@
 """Compare methods on a grid of representations, prompts and seeds: ``python evaluate.py --help``.
 
 python evaluate.py --quick
-python evaluate.py evaluation/grids/pocket.yaml --workers 2 --threads 1
+python evaluate.py evaluation/grids/shapes.yaml --workers 2 --threads 1
 """
 
 import sys

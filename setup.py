@@ -37,9 +37,9 @@ setup(
     packages=[*folders],
     package_dir=folders,
     package_data={
-        "lods": ["models/*.yaml", "models/pocket/*", "models/pocket/*/*"],
+        "lods": ["models/*.yaml", "models/pocket*/*", "models/pocket*/*/*"],
         f"{HOST}.evaluation": ["*.yaml", "grids/*.yaml"],
-        f"{HOST}.pocket": ["*.safetensors"],
+        f"{HOST}.pocket.shapes": ["*.safetensors"],
         f"{HOST}.configs": ["*.yaml"],
     },
     options={"build": {"build_base": build}},

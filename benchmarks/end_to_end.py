@@ -5,7 +5,7 @@ to ``benchmarks/results/end_to_end.csv``. On a CUDA device: lods-gs-embedding at
 8, and lods-ngp-lora at 256 pixels, batch 1, as their YAML has it, with a UNet and a VAE of the
 shapes of Stable Diffusion 2.1-base and random weights that are made here (time does not depend on
 weights, and nothing is downloaded; its text encoder has two layers only, as it works before the
-first step). On the CPU: both with the pocket prior and its overlays, and the overlays with a model
+first step). On the CPU: both with pocket-shapes and its overlays, and the overlays with a model
 of half the width and latents of 16 pixels. The Gaussians start from a ball of ``--gaussians``.
 
 - ``step_s``: median of whole steps, from the end of one to the end of the next: cameras, rendering,
@@ -43,8 +43,8 @@ from training import set_up, train
 JOBS = {
     "gs full": ("cuda", "lods-gs-embedding", "full", ()),
     "ngp full": ("cuda", "lods-ngp-lora", "full", ()),
-    "gs pocket": ("cpu", "lods-gs-embedding", "pocket", ()),
-    "ngp pocket": ("cpu", "lods-ngp-lora", "pocket", ()),
+    "gs pocket-shapes": ("cpu", "lods-gs-embedding", "pocket-shapes", ()),
+    "ngp pocket-shapes": ("cpu", "lods-ngp-lora", "pocket-shapes", ()),
     "gs half": ("cpu", "lods-gs-embedding", "half", ("data.batch_size=1",)),
     "ngp half": ("cpu", "lods-ngp-lora", "half", ("data.batch_size=1",)),
 }
@@ -55,11 +55,11 @@ MEASURED = (
 
 
 def make_model(kind: str, folder: Path) -> Path:
-    """A diffusers folder of random weights, ``full``, ``half`` or ``tiny``; the pocket prior's."""
+    """A diffusers folder: ``full``, ``half`` or ``tiny`` of random weights; ``pocket-shapes``."""
     from tests.tiny_models import WORDS, make_tiny_sd
 
-    if kind == "pocket":
-        return ROOT / "custom/threestudio-lods/lods/models/pocket"
+    if kind == "pocket-shapes":
+        return ROOT / "custom/threestudio-lods/lods/models/pocket-shapes"
     if kind == "tiny":
         return make_tiny_sd(folder)
     import diffusers

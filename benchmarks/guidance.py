@@ -50,9 +50,9 @@ SCALE, STRENGTH, RANK, TOKENS = 1000.0, 0.5, 4, 77
 
 
 def build(model: str, pixels: int, device: str, dtype: torch.dtype):
-    """UNet, VAE and schedule of random weights, or the pocket prior's."""
-    if model == "pocket":
-        folder = ROOT / "custom/threestudio-lods/lods/models/pocket"
+    """UNet, VAE and schedule of random weights, or those of pocket-shapes."""
+    if model == "pocket-shapes":
+        folder = ROOT / "custom/threestudio-lods/lods/models/pocket-shapes"
         unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
         vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae")
         # read as noise, which is all that the original knew
@@ -413,7 +413,7 @@ def measure(guidance, model, ways, pixels, batch, args, device, dtype, rate) -> 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--models", nargs="+", choices=("full", "half", "pocket"))
+    parser.add_argument("--models", nargs="+", choices=("full", "half", "pocket-shapes"))
     parser.add_argument("--pixels", type=int, help="of true-size models: 512, on a CPU 256")
     parser.add_argument("--batch", type=int, nargs="+", help="1 4 8, of half-size models 1")
     parser.add_argument("--guidances", nargs="+", choices=GUIDANCES, default=list(GUIDANCES))
@@ -426,9 +426,9 @@ def main():
     args = parser.parse_args()
     device = "cuda" if cuda else "cpu"
     diffusers.utils.logging.set_verbosity_error()  # of casts that are meant
-    args.models = args.models or (["full"] if cuda else ["pocket", "half"])
+    args.models = args.models or (["full"] if cuda else ["pocket-shapes", "half"])
     if args.quick:
-        args.models, args.rounds, args.batch = ["pocket"], 1, [2]
+        args.models, args.rounds, args.batch = ["pocket-shapes"], 1, [2]
         args.ways = [way for way in args.ways if way != COMPILED]
         args.out = ROOT / "build/guidance-quick.csv"
     dtype = getattr(torch, args.dtype or ("float16" if cuda else "float32"))
@@ -443,10 +443,10 @@ def main():
     rate, rows = matmul_rate(device, dtype), []
     print(f"matrix products: {rate / 1e12:.2f} TFLOP/s", flush=True)
     for model in args.models:
-        pixels = 64 if model == "pocket" else args.pixels or (512 if cuda else 256)
+        pixels = 64 if model == "pocket-shapes" else args.pixels or (512 if cuda else 256)
         for guidance in args.guidances:
             for batch in args.batch or ([1] if model == "half" else [1, 4, 8]):
-                ways = [w for w in args.ways if cuda or model == "pocket" or w != COMPILED]
+                ways = [w for w in args.ways if cuda or model == "pocket-shapes" or w != COMPILED]
                 got = measure(guidance, model, ways, pixels, batch, args, device, dtype, rate)
                 rows += [row | about for row in got]
                 for row in got:

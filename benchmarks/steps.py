@@ -1,8 +1,8 @@
 """The same training steps on every device and backend that this machine has, compared.
 
-``python benchmarks/steps.py`` takes the first steps of each configuration (with its pocket
-overlay) in a process of its own for each way to run it, from the same weights, cameras and random
-numbers (drawn on the CPU, whatever the device), and writes one row a way to
+``python benchmarks/steps.py`` takes the first steps of each configuration (with its overlay for
+pocket-shapes) in a process of its own for each way to run it, from the same weights, cameras and
+random numbers (drawn on the CPU, whatever the device), and writes one row a way to
 ``benchmarks/results/steps.csv``:
 
 - ``loss_difference``: the largest |loss - loss of the first way| / |loss of the first way| of the

@@ -1,9 +1,10 @@
-"""Text to 3D with the pocket prior, judged: does every view show the object that was asked for?
+"""Text to 3D with pocket-shapes, judged: does every view show the object that was asked for?
 
 ``python benchmarks/text_to_3d.py`` trains each prompt with each configuration through ``launch.py``
 (one process a run, as a user would), takes 12 of the test views evenly around the object, asks the
-judge of ``pocket/judge.py`` which object and which colour they show, and writes one row a run to
-``benchmarks/results/text_to_3d.csv``. Runs already in the file for this commit are not repeated.
+judge of ``pocket/shapes/judge.py`` which object and which colour they show, and writes one row a
+run to ``benchmarks/results/text_to_3d.csv``. Runs already in the file for this commit are not
+repeated.
 """
 
 import argparse
@@ -20,16 +21,16 @@ import torch
 from PIL import Image
 from timing import ROOT, commit, cpu_name, write_table
 
-from pocket.data import asked
-from pocket.judge import load, verdict
-from pocket.scenes import KIND_NAMES
+from pocket.shapes.data import asked
+from pocket.shapes.judge import load, verdict
+from pocket.shapes.scenes import KIND_NAMES
 
-# configuration -> the overlay that scales it to the pocket prior
+# configuration -> the overlay that scales it to pocket-shapes
 CONFIGS = {
-    "lods-gs-embedding": "pocket",
-    "lods-gs-lora": "pocket",
-    "lods-ngp-embedding": "pocket-ngp",
-    "lods-ngp-lora": "pocket-ngp",
+    "lods-gs-embedding": "pocket-shapes",
+    "lods-gs-lora": "pocket-shapes",
+    "lods-ngp-embedding": "pocket-shapes-ngp",
+    "lods-ngp-lora": "pocket-shapes-ngp",
 }
 PROMPTS = (
     "a DSLR image of a hamburger",

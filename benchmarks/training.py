@@ -11,7 +11,7 @@ from evaluation import training
 
 def set_up(config: str, overlay: bool, overrides: list[str], folder: Path):
     """``(cfg, system, data)`` of a configuration of ``configs/``, with the overlay that scales it
-    to the pocket prior or without; files of the run go to ``folder``."""
+    to an embedded model or without; files of the run go to ``folder``."""
     from threestudio.utils.config import load_config
     from threestudio.utils.extensions import load_extension
 

@@ -1,1 +1,1 @@
-"""Which method distils best on the pocket world: runs, metrics, statistics and the report."""
+"""Which method distils best on the world of shapes: runs, metrics, statistics and the report."""

@@ -61,7 +61,7 @@ def parse_args(argv, prog: str = "evaluate.py") -> argparse.Namespace:
         prog=prog,
         description="Compare methods: carry out the runs of a grid that its table lacks, one "
         "process a run. It can be stopped and started again; several can share a table.",
-        epilog="python evaluate.py evaluation/grids/pocket.yaml --only representation=2d "
+        epilog="python evaluate.py evaluation/grids/shapes.yaml --only representation=2d "
         "method=sds,csd --workers 2 --threads 1",
     )
     add = parser.add_argument

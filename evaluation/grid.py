@@ -11,7 +11,7 @@ A grid is a YAML file:
         representations: {nerf: {overrides: ..., tune: ..., settings: ...}}  # in addition, on this
     representations:
       nerf:
-        configs: [configs/lods-ngp-embedding.yaml, configs/pocket-ngp.yaml]
+        configs: [configs/lods-ngp-embedding.yaml, configs/pocket-shapes-ngp.yaml]
         steps: 400
         views: 24                 # test views around the object (not of latents)
         overrides: {key: value}
@@ -20,7 +20,7 @@ A grid is a YAML file:
     prompts: [a blue car]
     seeds: [0, 1]
     overrides: {key: value}       # on all representations
-    judge: true                   # prompts are of the pocket world: its metrics are computed
+    judge: true                   # prompts are of the world of shapes: its metrics are computed
     true_renders: true            # one more method, "true-renders": the ceiling of each metric
     clip: null                    # folder or hub id of a CLIP for clip_score
     gpus: 0                       # of a run on Ray
@@ -47,7 +47,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pocket.data import asked
+from pocket.shapes.data import asked
 from threestudio.utils.config import parse_structured
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.safe_yaml import check_yaml, read_limited
@@ -57,6 +57,11 @@ TRUE = "true-renders"
 CELL = ("grid", "canvas", "prior", "prompt", "seed")  # columns
 IDENTITY = (*CELL, "settings", "steps", "digest")
 ALIASES = {"priors": "methods", "canvases": "representations"}
+# Configs that were renamed after runs with them had been measured, which are the same runs still.
+MOVED = {
+    "configs/pocket-shapes.yaml": "configs/pocket.yaml",
+    "configs/pocket-shapes-ngp.yaml": "configs/pocket-ngp.yaml",
+}
 # Bounds that no comparison reaches: what is beyond them is a slip, and would only be found by
 # a process that lists runs until its memory is full.
 MAX_RUNS, MAX_STEPS, MAX_VIEWS, MAX_GPUS = 20_000, 10_000_000, 1_000, 64
@@ -153,7 +158,8 @@ class Run:
     def digest(self) -> str:
         """Of all that the grid says beyond the other names: a changed grid has other runs. What is
         in the configs is not in it; a table's column ``commit`` has that."""
-        says = (self.configs, sorted(self.overrides), self.guidance_type, self.scene_lr)
+        configs = tuple(MOVED.get(name, name) for name in self.configs)
+        says = (configs, sorted(self.overrides), self.guidance_type, self.scene_lr)
         says = json.dumps((*says, self.views, self.judge, self.clip))
         return hashlib.sha256(says.encode()).hexdigest()[:8]
 
@@ -302,8 +308,8 @@ def load_grid(path) -> Grid:
     """The grid in a YAML file, with all its runs in the order representation, prompt, seed, method.
 
     Raises :class:`UserError`, one line, for a key, method, representation, prompt or seed that is
-    not there, a value of the wrong type, and, with ``judge``, a prompt that is not of the pocket
-    world.
+    not there, a value of the wrong type, and, with ``judge``, a prompt that is not of the world
+    of shapes.
     """
     path = Path(path)
     where = str(path)

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 
-from pocket.data import VIEWS
 from pocket.frechet import frechet
-from pocket.scenes import KINDS
+from pocket.shapes.data import VIEWS
+from pocket.shapes.scenes import KINDS
 
 __all__ = ["accuracy", "clip_score", "frechet", "janus_rate", "judged", "silhouette_iou"]
 
@@ -26,8 +26,8 @@ def janus_rate(view: Int[np.ndarray, " V"], azimuth: Float[np.ndarray, " V"]) ->
     """Of the views from behind, the share in which a front is seen: of an object with one front,
     that looks along azimuth 0 as the captions have it, none should be.
 
-    ``view`` is the judge's, an index of ``pocket.data.VIEWS``; ``azimuth`` in degrees; behind is
-    more than 90 degrees from the front. NaN if there is no such view.
+    ``view`` is the judge's, an index of ``VIEWS``; ``azimuth`` in degrees; behind is more than
+    90 degrees from the front. NaN if there is no such view.
     """
     away = np.abs((np.asarray(azimuth) + 180.0) % 360.0 - 180.0)
     behind = away > 90.0 + 1e-6

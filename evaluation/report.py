@@ -42,7 +42,7 @@ from threestudio.utils.files import whole_file
 
 FOLDER = TABLES
 
-TITLE = "Methods of score distillation, compared with the pocket model"
+TITLE = "Methods of score distillation, compared with the model pocket-shapes"
 RATIO = Metric("frechet", "Fréchet distance", -1, 1, 2)
 GRADIENTS = {  # eps is the model's prediction of the noise, s the guidance scale
     "sds": "the guided eps minus the noise that was added (DreamFusion)",
@@ -75,7 +75,7 @@ SHARES = {
 MACHINE = ("device", "cpu", "threads", "python", "torch", "diffusers", "peft", "commit")
 # montages of the first seed: (grid, representation) -> file and methods
 MONTAGES = {
-    ("pocket", "gaussians"): (
+    ("shapes", "gaussians"): (
         "gaussians.webp",
         ("sds", "csd", "vsd-fast", "lods-embedding", "lods-lora", "lods-lora-fast", CEILING),
     ),

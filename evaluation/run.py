@@ -24,11 +24,11 @@ from evaluation.grid import TRUE, Run
 from evaluation.machine import ROOT, cpu_name, peak_mib, versions
 from evaluation.table import CELL, CURVES, RESULTS, begun
 from evaluation.training import build, train
-from pocket import truth
-from pocket.data import asked
-from pocket.judge import load as load_judge
-from pocket.judge import verdict
-from pocket.truth import Orbit, Pictures
+from pocket.shapes import truth
+from pocket.shapes.data import asked
+from pocket.shapes.judge import load as load_judge
+from pocket.shapes.judge import verdict
+from pocket.shapes.truth import Orbit, Pictures
 from threestudio.utils.config import config_to_primitive, load_config, parse_structured
 from threestudio.utils.errors import StoppedError, UserError
 from threestudio.utils.extensions import load_custom_modules
@@ -290,8 +290,8 @@ def small(images: Float[torch.Tensor, "V C H W"]) -> Float[torch.Tensor, "V C 64
 
 
 def score(run: Run, cfg, made: Pictures, clip=None) -> dict[str, float]:
-    """All metrics that apply; those that need the pocket world where the grid says ``judge``, and
-    the CLIP score with what ``load_clip`` gives."""
+    """All metrics that apply; those that need the world of shapes where the grid says ``judge``,
+    and the CLIP score with what ``load_clip`` gives."""
     scores = {}
     if run.judge:
         kind, color = asked(run.prompt)

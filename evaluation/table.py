@@ -10,8 +10,8 @@ from pathlib import Path
 from evaluation.batch import Lock
 from evaluation.csvfile import read_rows, write_rows
 from evaluation.grid import CELL, IDENTITY, Run, slug
-from pocket.data import asked
-from pocket.scenes import COLOR_NAMES, KIND_NAMES
+from pocket.shapes.data import asked
+from pocket.shapes.scenes import COLOR_NAMES, KIND_NAMES
 from threestudio.utils.errors import UserError
 from threestudio.utils.files import whole_file
 

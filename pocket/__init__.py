@@ -1,6 +1,7 @@
-"""How the pocket model is made and judged: scenes, renderer, captions, training, judge.
+"""How the models that come with the library are made and judged.
 
-The pocket model is a few-megabyte ``StableDiffusionPipeline`` folder that makes text-to-3D run
-anywhere. This package imports neither the host (``threestudio``) nor the study
+They are ``StableDiffusionPipeline`` folders of a few megabytes that make text-to-3D run anywhere.
+``pocket.shapes`` is the world of the model ``pocket-shapes``; beside it lies what the making of any
+model shares. This package imports neither the host (``threestudio``) nor the study
 (``evaluation``).
 """

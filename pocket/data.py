@@ -1,185 +1,160 @@
-"""Pictures and captions of the pocket world.
+"""The renders of the world's objects, read for training.
 
-``sample(rng)`` draws one object, camera, light and background and renders it; ``make`` renders a
-data set with all cores; captions use threestudio's view suffixes (side / front / back / overhead
-view, thresholds 45, 45 and 60 degrees).
+A folder ``renders/<slug>/`` holds ``cameras.npy`` (float32 (V, 4): elevation, azimuth, distance,
+field of view; angles in degrees), ``rgba.npy`` (uint8 (V, H, W, 4), colour times opacity and
+opacity) and, for an object that comes in colours, ``rgba-<colour>.npy`` of the first of the same
+cameras. One view in 25 is held out: no training sees it.
 """
 
-import multiprocessing
-import re
-from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from pocket.raycast import render
-from pocket.scenes import COLOR_NAMES, COLORS, KINDS, Scene
-
-SIZE = 64
-VIEWS = ("side", "front", "back", "overhead")  # threestudio's order
-TEMPLATES = (
-    "{}",
-    "a DSLR image of {}",
-    "a DSLR photo of {}",
-    "a photo of {}",
-    "a 3d render of {}",
-    "an image of {}",
-    "a high quality photo of {}",
-    "a picture of {}",
-)
+EVERY = 25  # of the views, one is held out
+COLOURED = 0.2  # of the pictures in training, those before another background than white
 
 
-def view_of(elevation: float, azimuth: float) -> int:
-    """Index into VIEWS of a camera, angles in degrees (the rules of threestudio's prompt
-    processor: later ones override earlier ones)."""
-    azimuth = (azimuth + 180) % 360 - 180
-    if elevation > 60:
-        return 3
-    if abs(azimuth) < 45:
-        return 1
-    return 2 if abs(azimuth) > 135 else 0
+class Series(NamedTuple):
+    """The renders of one object in one colour; ``colour`` is "" for the object as it is."""
+
+    slug: str
+    colour: str
+    rgba: np.ndarray  # uint8 (V, H, W, 4), read from disk when it is indexed
+    cameras: np.ndarray  # float32 (V, 4)
 
 
-def caption(rng, kind: int, color: int, view: int, template: str | None = None) -> str:
-    """A caption; ``color`` and ``view`` are -1 to leave the word out."""
-    words = KINDS[kind].name if color < 0 else f"{COLOR_NAMES[color]} {KINDS[kind].name}"
-    article = "an" if words[0] in "aeio" else "a"
-    template = template or TEMPLATES[rng.integers(len(TEMPLATES))]
-    text = template.format(f"{article} {words}")
-    return text if view < 0 else f"{text}, {VIEWS[view]} view"
+def read(folder: Path) -> list[Series]:
+    """All series under ``folder``, by object and colour.
 
-
-def asked(prompt: str) -> tuple[int, int]:
-    """(kind, color) that a prompt names, as indices; -1 for no colour. Capitals do not matter, as
-    to the tokenizer.
-
-    Raises ``ValueError`` for a prompt that does not name exactly one kind, or several colours, or
-    one for a kind that has no choice of them.
+    Raises ``ValueError`` for a file that is no such array.
     """
-    text = prompt.lower()
-    kinds = [i for i, k in enumerate(KINDS) if re.search(rf"\b{k.name}\b", text)]
-    if len(kinds) != 1:
-        names = ", ".join(k.name for k in KINDS)
-        raise ValueError(f"{prompt!r} must name exactly one of: {names}")
-    colors = [i for i, name in enumerate(COLOR_NAMES) if re.search(rf"\b{name}\b", text)]
-    if len(colors) > 1:
-        raise ValueError(f"{prompt!r} must name one colour at most, for the whole object")
-    if colors and KINDS[kinds[0]].natural is None:
-        raise ValueError(f"{prompt!r}: a {KINDS[kinds[0]].name} comes in its own colours only")
-    return kinds[0], colors[0] if colors else -1
+    found = []
+    for cameras_file in sorted(Path(folder).glob("*/cameras.npy")):
+        files = {"": cameras_file.with_name("rgba.npy")}
+        for file in sorted(cameras_file.parent.glob("rgba-*.npy")):
+            files[file.stem.removeprefix("rgba-")] = file
+        if not files[""].exists():
+            continue  # being rendered
+        cameras = _array(cameras_file, np.float32, (4,))
+        for colour, file in files.items():
+            rgba = _array(file, np.uint8, (None, None, 4), mmap_mode="r")
+            count = min(len(rgba), len(cameras))
+            if count:
+                slug = cameras_file.parent.name
+                found.append(Series(slug, colour, rgba[:count], cameras[:count]))
+    return found
 
 
-def _vary(rng, color, amount=0.04):
-    return np.clip(np.asarray(color) + rng.uniform(-amount, amount, 3), 0.0, 1.0)
+def _array(file: Path, dtype, tail: tuple, **options) -> np.ndarray:
+    try:
+        array = np.load(file, allow_pickle=False, **options)
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{file} cannot be read as an array: {error}") from None
+    fits = array.ndim == len(tail) + 1 and array.dtype == dtype
+    if not fits or any(n not in (None, m) for n, m in zip(tail, array.shape[1:], strict=True)):
+        raise ValueError(f"{file} holds {array.dtype} {array.shape}: render the object again")
+    return array
 
 
-def _background(rng):
-    u = rng.uniform()
-    if u < 0.64:
-        flat = np.full(3, rng.uniform(0.96, 1.0))
-    elif u < 0.74:
-        flat = np.full(3, rng.uniform(0.3, 0.9))
-    elif u < 0.80:
-        flat = np.full(3, rng.uniform(0.0, 0.08))
-    else:
-        flat = 1 - rng.uniform(0.05, 0.45) * rng.uniform(0, 1, 3)
-    if u > 0.94:
-        return np.stack([flat * rng.uniform(0.7, 1.0), flat])
-    return np.stack([flat, flat])
+class Renders:
+    """The series under a folder, and which of their views train and which are held out.
 
+    ``training`` and ``held_out`` are integer arrays (N, 2) of (index into ``series``, view); the
+    held-out ones are in the order of views, so that the first of them are of all series.
+    """
 
-@dataclass
-class Camera:
-    elevation: float
-    azimuth: float
-    fovy: float
-    fill: float
-    shift: np.ndarray
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.series: list[Series] = []
+        self.refresh()
+        if not self.series:
+            raise ValueError(f"no renders under {folder}: make them first (--stages render)")
 
+    def refresh(self) -> bool:
+        """Read again what is there; whether anything came."""
+        before = sum(len(s.cameras) for s in self.series)
+        series = read(self.folder)
+        rows = [(i, v) for i, s in enumerate(series) for v in range(len(s.cameras))]
+        rows = np.array(rows, int).reshape(-1, 2)
+        held = rows[:, 1] % EVERY == EVERY - 1
+        self.series, self.training = series, rows[~held]
+        self.held_out = rows[held][np.argsort(rows[held][:, 1], kind="stable")]
+        self.views = [self.training[self.training[:, 0] == i, 1] for i in range(len(series))]
+        return len(rows) != before
 
-def sample_camera(rng, view: int) -> Camera:
-    """A camera whose ``view_of`` is ``view``; ``fill`` is the part of the half frame that a unit
-    ball takes."""
-    elevation = rng.uniform(62, 88) if view == 3 else rng.uniform(-10, 45)
-    low, high = {0: (45, 135), 1: (-45, 45), 2: (135, 225), 3: (-180, 180)}[view]
-    azimuth = rng.uniform(low, high) * (rng.choice((-1, 1)) if view == 0 else 1)
-    return Camera(
-        elevation,
-        azimuth,
-        rng.uniform(30, 60),
-        rng.uniform(0.68, 0.95),
-        rng.uniform(-0.07, 0.07, 3),
-    )
+    def weights(self) -> np.ndarray:
+        """How often training draws each series: an object in k colours has k series and is drawn
+        sqrt(k) times as often as an object in one."""
+        slugs = [s.slug for s in self.series]
+        weights = np.array([slugs.count(slug) ** -0.5 for slug in slugs])
+        return weights / weights.sum()
 
-
-def build(rng, kind: int, color: int) -> Scene:
-    """The scene of a kind; ``color`` indexes COLORS."""
-    scene = Scene()
-    KINDS[kind].build(scene, rng, _vary(rng, COLORS[COLOR_NAMES[color]]))
-    return scene
-
-
-def draw(rng, scene: Scene, camera: Camera, sky=None, light=None, size: int = SIZE):
-    """Render one picture: uint8 (size, size, 3) and opacity float (size, size)."""
-    e, a = np.radians([camera.elevation, camera.azimuth])
-    back = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
-    right = np.array([-np.sin(a), np.cos(a), 0.0])
-    rotation = np.stack([right, np.cross(back, right), back], axis=1)
-    tan_half = np.tan(np.radians(camera.fovy) / 2)
-    origin = back / (camera.fill * np.sin(np.radians(camera.fovy) / 2)) + camera.shift
-    if light is None:
-        direction = rotation @ np.array(
-            [rng.uniform(-0.8, 0.8), rng.uniform(0.1, 1.0), rng.uniform(0.5, 1.0)]
+    def draw(self, rng, count: int, weights: np.ndarray | None = None) -> np.ndarray:
+        """``count`` training rows (series, view)."""
+        which = rng.choice(
+            len(self.series), size=count, p=self.weights() if weights is None else weights
         )
-        ambient = rng.uniform(0.5, 0.7)
-        light = np.concatenate([direction / np.linalg.norm(direction), [ambient, 1.08 - ambient]])
-    sky = _background(rng) if sky is None else sky
-    rgb, opacity = render(*scene.arrays(), origin, rotation, tan_half, size, 2, light, sky)
-    return (rgb * 255 + 0.5).astype(np.uint8), opacity
+        return np.array([(i, rng.choice(self.views[i])) for i in which])
+
+    def rgba(self, rows) -> np.ndarray:
+        """The pictures of ``rows``, uint8 (N, H, W, 4)."""
+        return np.stack([self.series[i].rgba[v] for i, v in rows])
+
+    def cameras(self, rows) -> np.ndarray:
+        """The cameras of ``rows``, float32 (N, 4)."""
+        return np.stack([self.series[i].cameras[v] for i, v in rows])
 
 
-def sample(rng):
-    """One training picture and its labels ``(kind, true color, named color, view)``; the named
-    colour is -1 where a caption should not name one."""
-    kind = int(rng.integers(len(KINDS)))
-    view = int(rng.choice(4, p=(0.34, 0.27, 0.27, 0.12)))
-    color = named = -1
-    if KINDS[kind].natural is not None:
-        color = int(rng.integers(len(COLORS)))
-        named = color
-        if rng.uniform() < 0.2:
-            named = -1
-            color = COLOR_NAMES.index(KINDS[kind].natural) if rng.uniform() < 0.7 else color
-    picture, opacity = draw(rng, build(rng, kind, max(color, 0)), sample_camera(rng, view))
-    return picture, (opacity * 255).astype(np.uint8), (kind, color, named, view)
+def white(rng) -> np.ndarray:
+    """A background that passes for white, (3,) in 0.96..1."""
+    return np.full(3, rng.uniform(0.96, 1.0))
 
 
-def turn(rng):
-    """One object that has a front, seen from the front, the side and the back under the same
-    light, sky and elevation: images (3, 64, 64, 3), masks (3, 64, 64), labels (3, 4)."""
-    kind = int(rng.choice([i for i, k in enumerate(KINDS) if k.front]))
-    color = int(rng.integers(len(COLORS))) if KINDS[kind].natural else -1
-    scene, camera, sky = build(rng, kind, max(color, 0)), sample_camera(rng, 1), _background(rng)
-    front, light_seed = camera.azimuth, rng.integers(1 << 31)
-    parts = []
-    for view, azimuth in ((1, front), (0, front + 90 * rng.choice((-1, 1))), (2, front + 180)):
-        seen = replace(camera, azimuth=azimuth)
-        picture, opacity = draw(np.random.default_rng(light_seed), scene, seen, sky)
-        parts.append((picture, (opacity * 255).astype(np.uint8), (kind, color, color, view)))
-    return tuple(np.array(part) for part in zip(*parts, strict=True))
+def coloured(rng) -> np.ndarray:
+    """A background that does not: of any colour (half), grey (a quarter) or nearly black."""
+    u = rng.uniform()
+    if u < 0.5:
+        return rng.uniform(0.0, 1.0, 3)
+    return np.full(3, rng.uniform(0.2, 0.9) if u < 0.75 else rng.uniform(0.0, 0.08))
 
 
-def _work(task):
-    seed, count, one = task
-    rng = np.random.default_rng(seed)
-    pictures, masks, labels = zip(*(one(rng) for _ in range(count)), strict=True)
-    return np.stack(pictures), np.stack(masks), np.array(labels, np.int8)
+def background(rng) -> np.ndarray:
+    """A background for training: white, and in a fifth of the draws another."""
+    return coloured(rng) if rng.uniform() < COLOURED else white(rng)
 
 
-def make(count: int, seed: int, workers: int = 2, chunk: int = 250, one=sample):
-    """``count`` draws of ``one``: images uint8 (N, 64, 64, 3), masks uint8 (N, 64, 64), labels
-    int8 (N, 4); with ``turn`` each has an axis of three views after N. The result depends on
-    (count, seed) only, not on the number of workers."""
-    tasks = [((seed, k), min(chunk, count - k * chunk), one) for k in range(-(-count // chunk))]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        parts = pool.map(_work, tasks, chunksize=1)
-    return tuple(np.concatenate([p[i] for p in parts]) for i in range(3))
+def compose(rgba: np.ndarray, grounds) -> torch.Tensor:
+    """Pictures before their backgrounds: uint8 (N, H, W, 4) premultiplied, and (N, 3) in 0..1, to
+    float (N, 3, H, W) in -1..1."""
+    x = torch.from_numpy(np.array(rgba)).permute(0, 3, 1, 2).float().div_(255)
+    ground = torch.from_numpy(np.asarray(grounds, np.float32))[:, :, None, None]
+    return (x[:, :3] + (1 - x[:, 3:]) * ground).mul_(2).sub_(1)
+
+
+def to_bytes(pictures: torch.Tensor) -> np.ndarray:
+    """float (N, 3, H, W) in -1..1 to uint8 (N, H, W, 3)."""
+    x = pictures.float().add(1).mul(127.5).round().clamp(0, 255)
+    return x.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Peak signal to noise ratio of each picture in decibels; (N, 3, H, W) in -1..1, clamped."""
+    error = (a.float().clamp(-1, 1) - b.float().clamp(-1, 1)).square().mean((1, 2, 3)) / 4
+    return -10 * torch.log10(error.clamp_min(1e-10))
+
+
+def sheet(rows: list[np.ndarray], file: Path) -> None:
+    """Write rows of pictures, uint8 (N, H, W, 3) each, as one PNG, one row below the other."""
+    from PIL import Image
+
+    from pocket.tools import whole_file
+
+    height, width = rows[0].shape[1:3]
+    page = np.full((height * len(rows), width * max(map(len, rows)), 3), 255, np.uint8)
+    for j, row in enumerate(rows):
+        for i, picture in enumerate(row):
+            page[j * height : (j + 1) * height, i * width : (i + 1) * width] = picture
+    with whole_file(file) as tmp:
+        Image.fromarray(page).save(tmp)

@@ -1,9 +1,11 @@
-"""The text encoder and the UNet of the pocket model, trained together on cached latents.
+"""The text encoder, the encoder of cameras and the UNet, trained together on cached latents.
 
-Loss: mean |v' - v|^2 with v = sqrt(abar) eps - sqrt(1 - abar) x0 (v-prediction, Salimans and Ho,
-arXiv 2202.00512): unlike the noise loss it does not vanish at high noise, where class, colour and
-view are decided, so these are learned early. Captions are dropped with probability 0.1 for
-classifier-free guidance; the weights saved are an exponential moving average.
+Loss: mean |v' - v|^2 with v = sqrt(abar) eps - sqrt(1 - abar) z (v-prediction, Salimans and Ho,
+arXiv 2202.00512): unlike the noise loss it does not vanish at high noise, where object, colour and
+view are decided, and four fifths of the timesteps are drawn there. Captions are empty with
+probability 0.1 for classifier-free guidance; the rows of the camera, appended to those of the text,
+are absent from 40 % of the batches, so that the UNet works with words only as well. The weights
+saved are an exponential moving average.
 """
 
 import json
@@ -12,35 +14,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
-from pocket.autoencoder import build as build_vae
-from pocket.autoencoder import cosine, save_state, to_tensor
-from pocket.data import TEMPLATES, VIEWS, caption
+from pocket.autoencoder import LATENT_CHANNELS, load_vae
+from pocket.fast import autocast, fast
+from pocket.latents import LENGTH, WORDS, Latents, tokenizer, vocabulary
 from pocket.portable import make_portable
-from pocket.scenes import COLOR_NAMES, KIND_NAMES
 from pocket.tokenizer import save_tokenizer
-from pocket.tools import say, whole_file
+from pocket.tools import CameraTokens, whole_file
+from pocket.training import Training, load_state
+from pocket.watching import watch_model
 
-LENGTH, WIDTH = 16, 96
-EVERY = 500  # steps between two states on disk
-WORDS = tuple(
-    dict.fromkeys(
-        " ".join(
-            [t.format("a an the of") for t in TEMPLATES]
-            + [*COLOR_NAMES, *KIND_NAMES, *VIEWS, "view ,"]
-        )
-        .lower()
-        .split()
-    )
-)
-
-
-def vocabulary() -> dict[str, list[str]]:
-    """What the model knows, for ``vocabulary.json``: the names of objects, colours and views, and
-    all other words of its captions."""
-    named = {"objects": [*KIND_NAMES], "colors": [*COLOR_NAMES], "views": [*VIEWS]}
-    said = {word for names in named.values() for name in names for word in name.split()}
-    return {**named, "other words": [w for w in WORDS if w not in said and w.isalnum()]}
+WIDTH = 128
+CHANNELS = (64, 128, 192)
+HIGH, HIGH_SHARE = 300, 0.8  # of the timesteps, the share that is drawn from 300..999
+NAME = "unet"
+BATCH = 48
 
 
 def build_scheduler():
@@ -56,188 +45,207 @@ def build_scheduler():
     )
 
 
-def build_models(tokenizer):
-    """The text encoder and the UNet, with random weights."""
-    from diffusers import UNet2DConditionModel
+def build_text_encoder(tokens, width: int = WIDTH, layers: int = 2):
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            projection_dim=WIDTH,
-        )
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+        projection_dim=width,
+        attn_implementation="eager",  # fused attention is slower on a CPU
     )
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 64, 128),
+    return CLIPTextModel(config)
+
+
+def build_unet(channels=CHANNELS, width: int = WIDTH, size: int = 16):
+    from diffusers import UNet2DConditionModel
+
+    levels = len(channels) - 1
+    return UNet2DConditionModel(
+        sample_size=size,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=channels,
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels + ("UpBlock2D",),
+        cross_attention_dim=width,
         attention_head_dim=4,
         norm_num_groups=8,
     )
-    return text_encoder, unet
 
 
-class Captions:
-    """Draws captions for labels and tokenises them, each distinct text once."""
+class Model(nn.Module):
+    """What is trained together; ``forward`` gives the prediction for noisy latents."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.known = tokenizer, {}
+    def __init__(self, tokens, channels=CHANNELS, width: int = WIDTH, size: int = 16):
+        super().__init__()
+        self.text_encoder = build_text_encoder(tokens, width)
+        self.camera_encoder = CameraTokens(width=width)
+        self.unet = build_unet(channels, width, size)
+        self.scheduler = build_scheduler()
 
-    def ids(self, text: str):
-        if text not in self.known:
-            self.known[text] = self.tokenizer(
-                text, padding="max_length", max_length=LENGTH, truncation=True
-            ).input_ids
-        return self.known[text]
+    def forward(self, noisy, t, ids, cameras=None):
+        """v of (N, C, h, w); ``cameras`` (N, 4) appends their rows to the text's."""
+        rows = self.text_encoder(ids)[0]
+        if cameras is not None:
+            rows = torch.cat([rows, self.camera_encoder(cameras).to(rows.dtype)], dim=1)
+        return self.unet(noisy, t, rows).sample
 
-    def draw(self, rng, labels, unsaid: float = 0.13):
-        """Token ids of a caption for each label; it leaves the view out with probability
-        ``unsaid`` and is empty with probability 0.1."""
-        texts = []
-        for kind, _, named, view in labels:
-            u = rng.uniform()
-            view = -1 if u > 1 - unsaid else int(view)
-            texts.append("" if u < 0.1 else caption(rng, int(kind), int(named), view))
-        return torch.tensor([self.ids(t) for t in texts])
+    def times(self, rng, batch: int) -> torch.Tensor:
+        """Timesteps of a training step, evenly spread over 300..999 (four fifths) and 0..299."""
+        u = (np.arange(batch) + rng.uniform(size=batch)) / batch
+        low = u / (1 - HIGH_SHARE) * HIGH
+        high = HIGH + (u - (1 - HIGH_SHARE)) / HIGH_SHARE * (1000 - HIGH)
+        return torch.from_numpy(np.where(u < 1 - HIGH_SHARE, low, high).astype(int).clip(0, 999))
 
+    def noised(self, z, noise, t):
+        """(noisy latents, what the network should predict)."""
+        schedule = self.scheduler
+        return schedule.add_noise(z, noise, t), schedule.get_velocity(z, noise, t)
 
-def encode_all(work: Path, pictures="train.npz", name="latents.pt") -> torch.Tensor:
-    """Posterior means of the training pictures, float16 (N, 4, 16, 16), cached on disk."""
-    file = work / name
-    if not file.exists():
-        vae = load_vae(work)
-        images = np.load(work / pictures)["images"]
-        with torch.no_grad():
-            parts = [
-                vae.encode(to_tensor(images[i : i + 100])).latent_dist.mean.half()
-                for i in range(0, len(images), 100)
-            ]
-        with whole_file(file) as tmp:
-            torch.save(torch.cat(parts), tmp)
-    return torch.load(file, weights_only=True)
+    def bins(self) -> list[tuple[str, torch.Tensor]]:
+        """Five ranges of time by name, for the table of errors: (name, their middle)."""
+        return [(f"t {low}-{low + 199}", torch.tensor([low + 100])) for low in range(0, 1000, 200)]
 
+    @torch.no_grad()
+    def sample(self, ids, cameras, scale: float, seed: int, steps: int = 25) -> torch.Tensor:
+        """Latents of DDIM's ``steps`` steps. ``ids`` (2N, LENGTH): N empty captions and N others,
+        and ``scale`` is the guidance from these to those; the cameras (N, 4) go with both."""
+        from diffusers import DDIMScheduler
 
-def load_vae(work: Path):
-    vae = build_vae().eval().requires_grad_(False)
-    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["model"])
-    return vae
-
-
-def fit(state_file, name, models, draw, steps, rates, warm=200, decay=0.998):
-    """Train (text encoder, UNet) on ``draw(step) -> (x, noise, t, ids)`` to ``state_file``.
-
-    The cosine's peaks are ``rates``, one a model. Resumable; finished when the file's step equals
-    ``steps``.
-    """
-    text_encoder, unet = models
-    unet.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
-    ema = {k: v.clone() for k, v in models.state_dict().items()}
-    groups = [{"params": list(m.parameters())} for m in models]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
-    scheduler = build_scheduler()
-    start, running = 0, None
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        ema, start = state["ema"], state["step"]
-        models.load_state_dict(state["model"])
-        if start < steps:
-            optimizer.load_state_dict(state["optimizer"])
-    for step in range(start, steps):
-        x, noise, t, ids = draw(step)
-        noisy = scheduler.add_noise(x, noise, t)
-        target = scheduler.get_velocity(x, noise, t)
-        loss = (unet(noisy, t, text_encoder(ids)[0]).sample - target).square().mean()
-        for group, peak in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = cosine(step, steps, peak, warm=warm)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
-        optimizer.step()
-        keep = min(decay, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for k, v in models.state_dict().items():
-                if v.is_floating_point():
-                    ema[k].lerp_(v, 1 - keep)
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if (step + 1) % 100 == 0:
-            say(f"{name} {step + 1}/{steps} loss {running:.4f}")
-        if (step + 1) % EVERY == 0 or step + 1 == steps:
-            save_state(
-                state_file,
-                model=models.state_dict(),
-                ema=ema,
-                optimizer=optimizer.state_dict(),
-                step=step + 1,
-            )
+        schedule = DDIMScheduler.from_config(
+            self.scheduler.config, timestep_spacing="trailing", clip_sample=False
+        )
+        schedule.set_timesteps(steps)
+        device = next(self.parameters()).device
+        size = self.unet.config["sample_size"]
+        shape = len(ids) // 2, LATENT_CHANNELS, size, size
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        twice = None if cameras is None else torch.cat([cameras, cameras])
+        for t in schedule.timesteps:
+            both = torch.cat([x, x])
+            null, said = self(both, t.to(device), ids, twice).float().chunk(2)
+            x = schedule.step(null + scale * (said - null), t, x).prev_sample
+        return x
 
 
-def stratified(rng, batch: int, low: int = 0) -> torch.Tensor:
-    """Timesteps that cover [low, 1000) evenly in each batch, so that the loss is less noisy."""
-    u = (np.arange(batch) + rng.uniform(size=batch)) / batch
-    return torch.from_numpy((low + u * (1000 - low)).astype(int))
+def fit(
+    work: Path,
+    name: str,
+    model: nn.Module,
+    network: nn.Module,
+    steps: int,
+    *,
+    seed: int,
+    batch: int,
+    peak: float,
+    device: str,
+    watch_s: float,
+) -> Training:
+    """Train ``model``, whose denoiser is ``network``, on all latents, to ``work/<name>_state.pt``;
+    more steps than before continue it. ``peak`` is the rate for a batch of 48, and grows with the
+    root of the batch."""
+    latents = Latents(work, tokenizer(work))
+    model.to(device)
+
+    def loss(step):
+        drawn = latents.draw(seed, step, batch)
+        t = model.times(drawn.rng, batch)
+        noisy, target = model.noised(drawn.z, drawn.noise, t)
+        noisy = noisy.to(device, memory_format=torch.channels_last)
+        cameras = None if drawn.cameras is None else drawn.cameras.to(device)
+        with autocast(device):
+            made = model(noisy, t.to(device), drawn.ids.to(device), cameras)
+        return (made.float() - target.to(device)).square().mean()
+
+    def watch(step):
+        with autocast(device):
+            watch_model(model, latents, work, f"{name} at {step}", f"{name}-{step:06d}")
+
+    with fast(network, device):
+        training = Training(
+            work / f"{name}_state.pt", model, loss, steps,
+            peak=peak * (batch / BATCH) ** 0.5, warm=300, name=name, weight_decay=1e-2,
+        )  # fmt: skip
+        training.run(watch, watch_s=watch_s, say_every=200)
+    return training
 
 
-def train(work: Path, steps: int, seed: int = 0, batch: int = 32, peak: float = 1.2e-3):
-    """Train both models on all pictures, to ``work/unet_state.pt``."""
-    latents = encode_all(work)
-    labels = np.load(work / "train.npz")["labels"]
-    tokenizer = save_tokenizer(work / "tokenizer", WORDS, LENGTH)
-    captions = Captions(tokenizer)
-
-    def draw(step):
-        rng = np.random.default_rng((seed, 1, step))
-        noise_source = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        pick = rng.integers(len(latents), size=batch)
-        x = latents[pick].float().contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(x.shape, generator=noise_source)
-        t = stratified(rng, batch)
-        return x, noise, t, captions.draw(rng, labels[pick])
-
+def train(
+    work: Path,
+    steps: int,
+    seed: int = 0,
+    batch: int = BATCH,
+    peak: float = 1e-3,
+    device: str = "cpu",
+    watch_s: float = 900,
+):
+    """Train on all latents, to ``work/unet_state.pt``; more steps than before continue it."""
     torch.manual_seed(seed)
-    models = torch.nn.ModuleList(build_models(tokenizer))
-    fit(work / "unet_state.pt", "unet", models, draw, steps, (peak, peak))
+    model = Model(tokenizer(work))
+    fit(
+        work, NAME, model, model.unet, steps,
+        seed=seed, batch=batch, peak=peak, device=device, watch_s=watch_s,
+    )  # fmt: skip
+
+
+def load_averaged(work: Path, name: str, model: nn.Module) -> nn.Module:
+    """``model`` with the averaged weights of the state on disk, of a finished training or not."""
+    file = work / f"{name}_state.pt"
+    if not file.exists():
+        raise ValueError(f"{work} has no {file.name} yet: run the stage {name} first")
+    state = load_state(file)
+    model.load_state_dict(state["model"])
+    if "average" in state:  # else weights that came from another machine, averaged there
+        average = state["average"]["shadow_params"]
+        for parameter, value in zip(model.parameters(), average, strict=True):
+            parameter.data.copy_(value)
+    return model.eval()
 
 
 def save_pipeline(work: Path, folder: Path):
-    """Write the averaged weights as a ``StableDiffusionPipeline`` folder in half precision."""
+    """Write the averaged weights as a ``StableDiffusionPipeline`` folder in half precision, with
+    the encoder of cameras, which stock diffusers leaves alone, and ``vocabulary.json``."""
     from diffusers import StableDiffusionPipeline
 
-    tokenizer = save_tokenizer(work / "tokenizer", WORDS, LENGTH)
-    models = torch.nn.ModuleList(build_models(tokenizer))
-    models.load_state_dict(torch.load(work / "views_state.pt", weights_only=True)["ema"])
+    model = load_averaged(work, NAME, Model(tokenizer(work)))
     pipeline = StableDiffusionPipeline(
         vae=load_vae(work),
-        text_encoder=models[0].eval(),
-        tokenizer=tokenizer,
-        unet=models[1].eval(),
-        scheduler=build_scheduler(),
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer(work),
+        unet=model.unet,
+        scheduler=model.scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(folder)
+    finish_folder(folder, model.camera_encoder)
+
+
+def finish_folder(folder: Path, camera_encoder: CameraTokens):
+    """What a pipeline's folder needs besides what diffusers writes."""
     mask = os.umask(0)
     os.umask(mask)
     for file in folder.rglob("*.safetensors"):  # which safetensors writes for the owner alone
         file.chmod(0o666 & ~mask)
-    # transformers goes by this where diffusers goes by its own default, float32: they must agree
-    config = folder / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    # Also the two files that older versions of transformers read.
-    save_tokenizer(folder / "tokenizer", WORDS, LENGTH)
+    for config in folder.glob("text_encoder*/config.json"):
+        # transformers goes by this where diffusers goes by its own default, float32: they must
+        # agree
+        text = config.read_text().replace('"dtype": "float16"', '"dtype": "float32"')
+        config.write_text(text)
+    for part in folder.glob("tokenizer*"):  # also what older transformers read
+        save_tokenizer(part, WORDS, LENGTH)
     make_portable(folder)
-    (folder / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=1) + "\n")
+    camera_encoder.save(folder)
+    with whole_file(folder / "vocabulary.json") as tmp:
+        tmp.write_text(json.dumps(vocabulary(), indent=1) + "\n")

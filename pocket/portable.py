@@ -44,7 +44,7 @@ def prefix_keys(file: Path) -> None:
     with safe_open(file, "pt") as stored:
         metadata = stored.metadata()
         tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-    if not any(key.startswith(BARE) for key in tensors):
+    if not any(key.startswith(BARE[0]) for key in tensors):  # in the older form, or a T5 encoder
         return
     named = {PREFIX + k if k.startswith(BARE) else k: v for k, v in tensors.items()}
     with whole_file(file) as tmp:

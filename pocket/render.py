@@ -8,10 +8,11 @@ transparency is kept, so that any background can be laid under it later.
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pocket.assets import catalogue, unpack
+from pocket.assets import find_entry, rotation, unpack
 from pocket.colours import level, paint
 from pocket.tools import say, whole_file
 from pocket.world import HALF_SIDE, OBJECTS, SIZE, Object, cameras
@@ -31,8 +32,7 @@ class Stage:
     """
 
     def __init__(self, obj: Path, rotation: np.ndarray, turn: float, size: int = SIZE):
-        import pyvista
-
+        pyvista = _pyvista()
         angle = np.radians(turn)
         about = np.array(
             [[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]]
@@ -51,14 +51,14 @@ class Stage:
             if texture is not None:
                 surface.active_texture_coordinates = np.asarray(part.visual.uv, np.float32)
             # Edges sharper than 40 degrees stay edges.
-            surface = surface.compute_normals(
+            smooth: Any = surface.compute_normals(
                 cell_normals=False,
                 split_vertices=True,
                 feature_angle=40.0,
                 consistent_normals=False,
             )
             actor = plotter.add_mesh(
-                surface, color=colour, texture=texture, ambient=AMBIENT, diffuse=1.0, specular=0.0,
+                smooth, color=colour, texture=texture, ambient=AMBIENT, diffuse=1.0, specular=0.0,
                 smooth_shading=True, show_scalar_bar=False,
             )  # fmt: skip
             actor.ForceOpaqueOn()  # a texture's pixel is there or not: none is half transparent
@@ -79,10 +79,19 @@ class Stage:
         camera.view_angle = fovy
         camera.clipping_range = (distance - 1.6, distance + 1.6)
         self.plotter.render()
-        return self.plotter.screenshot(transparent_background=True, return_img=True)
+        shot = self.plotter.screenshot(transparent_background=True, return_img=True)
+        return np.asarray(shot)
 
     def close(self):
         self.plotter.close()
+
+
+def _pyvista():
+    try:
+        import pyvista
+    except ImportError:
+        raise ValueError("The objects are rendered with pyvista: pip install pyvista") from None
+    return pyvista
 
 
 def _parts(obj: Path) -> list:
@@ -98,8 +107,6 @@ def _parts(obj: Path) -> list:
 def _look(part):
     """(colour, texture) of a mesh. A texture is shown as it is: these models' materials have any
     colour beside it."""
-    import pyvista
-
     material = part.visual.material
     image = getattr(material, "image", None)
     if image is None or part.visual.uv is None:
@@ -112,7 +119,7 @@ def _look(part):
     pixels[..., 3] = np.where(pixels[..., 3] < 128, 0, 255)
     if (pixels[..., 3] == 255).all():
         pixels = pixels[..., :3]
-    texture = pyvista.Texture(np.ascontiguousarray(pixels))
+    texture = _pyvista().Texture(np.ascontiguousarray(pixels))
     texture.repeat, texture.interpolate, texture.mipmap = True, True, False
     return "white", texture
 
@@ -128,10 +135,9 @@ def reduce(picture: np.ndarray) -> np.ndarray:
 def stage_of(thing: Object, assets: Path, folder: Path, size: int = SIZE) -> Stage:
     """The stage of an object, its model unpacked to ``folder``."""
     archive = assets / f"{thing.library}.sh3f"
-    entry = catalogue(archive)[thing.entry]
+    entry = find_entry(archive, thing.entry)
     obj = unpack(archive, entry, folder)
-    numbers = [float(x) for x in entry.get("modelRotation", "1 0 0 0 1 0 0 0 1").split()]
-    return Stage(obj, np.array(numbers).reshape(3, 3), thing.turn, size)
+    return Stage(obj, rotation(entry), thing.turn, size)
 
 
 def render(
@@ -150,7 +156,8 @@ def render(
     have = {c: list(np.load(f)) if f.exists() else [] for c, f in files.items()}
     if all(len(have[c]) >= wanted for c, wanted in sorts.items()):
         return
-    views = cameras(count, SEED)
+    # What was rendered for a larger count stays, with its cameras.
+    views = cameras(max(count, *map(len, have.values())), SEED)
     start = min(len(have[c]) for c, wanted in sorts.items() if len(have[c]) < wanted)
     with tempfile.TemporaryDirectory() as unpacked:
         stage = stage_of(thing, assets, Path(unpacked))
@@ -164,9 +171,10 @@ def render(
                     seen = picture if colour is None else paint(picture, thing, colour, m)
                     have[colour].append(reduce(seen))
             if (i + 1) % every == 0 or i + 1 == count:
-                _save(folder / "cameras.npy", views[: i + 1])
+                _save(folder / "cameras.npy", views[: max(map(len, have.values()))])
                 for colour, pictures in have.items():
-                    _save(files[colour], np.stack(pictures))
+                    if pictures:
+                        _save(files[colour], np.stack(pictures))
         stage.close()
 
 

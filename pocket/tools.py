@@ -1,8 +1,11 @@
-"""What this package takes from the library: files that are whole or absent, and compiled kernels.
+"""What this package takes from the library: files that are whole or absent, compiled kernels,
+cameras and their encoder, and models by their folders.
 
-The only place that says where they are, and ``say`` for the lines of trainings that take hours.
+The only place that says where they are; ``say`` for the lines of trainings that take hours, and
+``write_table`` for what came of them.
 """
 
+import csv
 import importlib.util
 import os
 import sys
@@ -11,11 +14,23 @@ from pathlib import Path
 if importlib.util.find_spec("lods") is None:  # not installed: the one of this repository
     sys.path.append(str(Path(__file__).resolve().parents[1] / "custom" / "threestudio-lods"))
 
+from lods.cameras import Cameras
 from lods.files import whole_file
 from lods.gaussians.kernel_cache import kernel
+from lods.models import load as load_model
 from lods.models import renders
+from lods.models.camera_tokens import CameraTokens
 
-__all__ = ["kernel", "renders", "say", "whole_file"]
+__all__ = [
+    "CameraTokens",
+    "Cameras",
+    "kernel",
+    "load_model",
+    "renders",
+    "say",
+    "whole_file",
+    "write_table",
+]
 
 
 def say(*values) -> None:
@@ -27,3 +42,11 @@ def say(*values) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.close(nowhere)
+
+
+def write_table(file: Path, rows: list[dict]) -> None:
+    """Replace a CSV file by ``rows``, all with the keys of the first."""
+    with whole_file(file) as tmp, tmp.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

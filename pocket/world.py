@@ -43,7 +43,8 @@ class Object:
     ``entry`` is its number in the catalogue of ``library``. ``turn`` degrees about the vertical
     bring its front to azimuth 0. ``paint`` is the part that is recoloured, as ranges of hue in
     degrees (low, high; low > high goes through 0) of what has a saturation of at least
-    ``paint_from``; None for an object that comes in its own colours only.
+    ``paint_from``; None for an object that comes in its own colours only. ``like`` is the colour
+    word that is as true of its own colours.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Object:
     front: bool = True  # front and back can be told apart
     paint: tuple[float, float] | None = None
     paint_from: float = 0.25
+    like: str | None = None
 
     @property
     def slug(self) -> str:
@@ -81,16 +83,16 @@ OBJECTS = (
     Object("cactus", _0, 107, front=False),
     Object("christmas tree", _S, 130, front=False),
     Object("bonsai tree", _S, 192, front=False),
-    Object("fire hydrant", _K, 79, paint=(330, 30)),
+    Object("fire hydrant", _K, 79, paint=(330, 30), like="red"),
     Object("teapot", _S, 123),
     Object("barrel", _0, 72, front=False),
     Object("hot dog", _0, 147, front=False),
     Object("rabbit", _S, 205),
     Object("traffic cone", _S, 262, front=False),
     Object("dog", _S, 162),
-    Object("forklift", _0, 119, turn=90, paint=(30, 80)),
+    Object("forklift", _0, 119, turn=90, paint=(30, 80), like="yellow"),
     Object("bowl of apples", _S, 70, front=False),
-    Object("birthday cake", _S, 128),
+    Object("birthday cake", _S, 128, front=False),
     Object("coffee cup", _0, 9),
     Object("backpack", _BY, 2, paint=(0, 360), paint_from=0.0),
     Object("rocking horse", _0, 8, turn=90),
@@ -99,14 +101,14 @@ OBJECTS = (
     Object("puzzle cube", _BY, 69),
     Object("tricycle", _S, 189),
     Object("basketball", _0, 78, front=False),
-    Object("sneakers", _S, 147, paint=(330, 30)),
-    Object("car", _K, 59, paint=(330, 30)),
+    Object("sneakers", _S, 147, paint=(330, 30), like="red"),
+    Object("car", _K, 59, paint=(330, 30), like="red"),
     Object("toaster", _S, 395, paint=(10, 60)),
     Object("gift", _BY, 26, front=False, paint=(160, 220)),
     Object("kettle", _BY, 8, paint=(80, 180)),
     Object("chair", _BY, 18, paint=(170, 240)),
     Object("bean bag", _S, 145, front=False, paint=(60, 140)),
-    Object("suitcase", _BY, 103, paint=(180, 260)),
+    Object("suitcase", _BY, 103, front=False, paint=(180, 260)),
 )
 NAMES = tuple(o.name for o in OBJECTS)
 

@@ -48,12 +48,18 @@ def _run(tree: Path, *command: str) -> None:
         sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-3000:]}")
 
 
-def cases() -> dict[str, list[str]]:
-    """The runs of ``launch.py`` by name: their configurations and overrides."""
+def model_of(tree: Path) -> str:
+    """The card of the model of shapes in this checkout: up to version 0.2 it was called pocket."""
+    folder = tree / "custom/threestudio-lods/lods/models/pocket-shapes"
+    return folder.name if folder.is_dir() else "pocket"
+
+
+def cases(model: str) -> dict[str, list[str]]:
+    """The runs of ``launch.py`` with this card, by name: their configurations and overrides."""
     found = {}
     for canvas, overlay, methods in (
-        ("gs", "configs/pocket.yaml", ON_GAUSSIANS),
-        ("ngp", "configs/pocket-ngp.yaml", ON_RADIANCE_FIELD),
+        ("gs", f"configs/{model}.yaml", ON_GAUSSIANS),
+        ("ngp", f"configs/{model}-ngp.yaml", ON_RADIANCE_FIELD),
     ):
         for method in methods:
             base = "lora" if method in ("lora", "vsd") else "embedding"
@@ -80,13 +86,17 @@ def _train(tree: Path, case: list[str], folder: Path, steps: int, resume: str = 
 
 def save(tree: Path, out: Path, like: Path | None, only: str) -> None:
     """Train every case whose name holds ``only`` in the checkout ``tree``; keep it in ``out``."""
-    for name, case in cases().items():
+    model = model_of(tree)
+    # which a configuration or a checkpoint that was kept may know by another name
+    parts = ("prompt_processor", "guidance")
+    named = [f"system.{part}.pretrained_model_name_or_path={model}" for part in parts]
+    for name, case in cases(model).items():
         if only not in name:
             continue
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
         if like is not None:
-            case = ["--config", str(like / name / "parsed.yaml")]
+            case = ["--config", str(like / name / "parsed.yaml"), *named]
         _train(tree, case, folder, 4)
         if name.endswith(("gs-embedding", "gs-vsd", "ngp-lora")):
             resumed = out / f"{name}-resumed"
@@ -102,7 +112,7 @@ def save(tree: Path, out: Path, like: Path | None, only: str) -> None:
     for kind in ("lora", "embedding"):
         if only in f"2d-{kind}":
             target = out / f"2d-{kind}"
-            options = ["--model", "pocket", "--steps", "4", "--gpu", "-1", "--output", str(target)]
+            options = ["--model", model, "--steps", "4", "--gpu", "-1", "--output", str(target)]
             _run(tree, f"2dplayground_{kind}.py", *options)
             print(f"2d-{kind}", flush=True)
 

@@ -143,15 +143,15 @@ class FewSteps(ast.NodeTransformer):
 
 
 @pytest.fixture(scope="module")
-def pocket():
-    return lods.models.load("pocket", "cpu")
+def small():
+    return lods.models.load("pocket-shapes", "cpu")
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])
-def test_a_block_of_python_runs_as_it_stands(registered, pocket, tmp_path, monkeypatch, code):
-    """With the pocket model, whatever it names, and in an empty folder."""
+def test_a_block_of_python_runs_as_it_stands(registered, small, tmp_path, monkeypatch, code):
+    """With a small model, whatever it names, and in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lods.models, "load", lambda *args, **settings: pocket)
+    monkeypatch.setattr(lods.models, "load", lambda *args, **settings: small)
     tree = ast.fix_missing_locations(FewSteps().visit(ast.parse(code)))
     exec(compile(tree, "README.md", "exec"), {"__name__": "__main__"})
 

@@ -15,7 +15,7 @@ from threestudio.utils.config import load_config
 SCRIPT = ROOT / "custom" / "threestudio-lods" / "merge.py"
 PAIRS = [
     (f"lods-{backbone}-{learned}.yaml", overlay)
-    for backbone, overlay in (("gs", "pocket.yaml"), ("ngp", "pocket-ngp.yaml"))
+    for backbone, overlay in (("gs", "pocket-shapes.yaml"), ("ngp", "pocket-shapes-ngp.yaml"))
     for learned in ("embedding", "lora")
 ]
 

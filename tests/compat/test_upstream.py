@@ -14,6 +14,7 @@ EXTENSION = ROOT / "custom" / "threestudio-lods"
 # what published extensions import from threestudio 0.2.3, by module
 PUBLIC = {
     "threestudio.data.uncond": {
+        "RandomCameraDataModule",
         "RandomCameraDataModuleConfig",
         "RandomCameraDataset",
         "RandomCameraIterableDataset",
@@ -110,7 +111,7 @@ BASES = {"lods-prompt-processor": "stable-diffusion-prompt-processor"}
 OWN = {
     "stable-diffusion-prompt-processor": {"source_prompt", "source_suffix", "nfsd_negative_prompt"}
 }
-PAIRS = {"gs": "pocket.yaml", "ngp": "pocket-ngp.yaml"}
+PAIRS = {"gs": "pocket-shapes.yaml", "ngp": "pocket-shapes-ngp.yaml"}
 
 
 @pytest.mark.parametrize("overlay", [False, True])

@@ -31,8 +31,8 @@ def names():
 
 
 @pytest.fixture(scope="module")
-def pocket():
-    return lods.models.load("pocket", "cpu")
+def small():
+    return lods.models.load("pocket-shapes", "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +41,8 @@ def in_a_folder(registered, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", names())
-def test_an_example_makes_its_picture_and_opens_as_a_notebook(pocket, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(lods.models, "load", lambda *args, **settings: pocket)
+def test_an_example_makes_its_picture_and_opens_as_a_notebook(small, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(lods.models, "load", lambda *args, **settings: small)
     load(name).main(steps=2, out="folder/picture.png")
     (size,) = (size for start, size in SIZES.items() if name.startswith(start))
     with Image.open(tmp_path / "folder/picture.png") as picture:
@@ -67,13 +67,13 @@ def test_the_triangles_are_drawn_in_their_colours_and_hidden_by_those_before_the
     assert [shape.get("fill") for shape in svg] == ["rgb(0,0,255)", "rgb(255,0,0)"]
 
 
-def test_the_method_of_its_own_is_sds_at_one_end_and_csd_at_the_other(pocket):
+def test_the_method_of_its_own_is_sds_at_one_end_and_csd_at_the_other(small):
     load("03_a_method")
     load("03_a_method")  # as a notebook's cell that is run again
-    latents = torch.randn(1, *pocket.latent_shape)
+    latents = torch.randn(1, *small.latent_shape)
 
     def loss(name, **settings):
-        method = lods.load(name, pocket, "a penguin", guidance_scale=5, **settings)
+        method = lods.load(name, small, "a penguin", guidance_scale=5, **settings)
         torch.manual_seed(0)
         return float(method(latents=latents).total)
 

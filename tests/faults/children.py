@@ -11,9 +11,9 @@ from pathlib import Path
 from tests.runs import ROOT, small_run
 
 CONFIGS = {
-    "gs-embedding": ["lods-gs-embedding.yaml", "pocket.yaml"],
-    "gs-lora": ["lods-gs-lora.yaml", "pocket.yaml"],
-    "ngp-embedding": ["lods-ngp-embedding.yaml", "pocket-ngp.yaml"],
+    "gs-embedding": ["lods-gs-embedding.yaml", "pocket-shapes.yaml"],
+    "gs-lora": ["lods-gs-lora.yaml", "pocket-shapes.yaml"],
+    "ngp-embedding": ["lods-ngp-embedding.yaml", "pocket-shapes-ngp.yaml"],
 }
 _NGP = "system.geometry.pos_encoding_config={n_levels: 2, log2_hashmap_size: 8, base_resolution: 4}"
 

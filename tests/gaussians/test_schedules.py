@@ -11,17 +11,17 @@ from tests.gaussians.clouds import cameras, make_renderer, optimizer_for
 from tests.runs import ROOT, fit
 
 pytestmark = pytest.mark.slow
-OVERLAY = [str(ROOT / "configs" / name) for name in ("lods-gs-embedding.yaml", "pocket.yaml")]
+OVERLAY = [str(ROOT / f"configs/{name}.yaml") for name in ("lods-gs-embedding", "pocket-shapes")]
 
 
 @pytest.mark.parametrize(
     "strategy, least, most", [("none", 1, 1), ("default", 0.8, 3), ("mcmc", 1, 2)]
 )
-def test_the_pocket_overlay_makes_an_object_that_holds_on_any_background(strategy, least, most):
+def test_the_overlay_makes_an_object_that_holds_on_any_background(strategy, least, most):
     """On white, grey and black the judge sees what was asked for, whatever changes the number of
     Gaussians; no veil is before the views, and what is inside of the silhouette is opaque."""
-    from pocket.data import asked
-    from pocket.judge import load, verdict
+    from pocket.shapes.data import asked
+    from pocket.shapes.judge import load, verdict
 
     prompt = "a robot"
     overrides = [f"system.prompt_processor.prompt={prompt}", f"system.strategy.name={strategy}"]

@@ -1,5 +1,7 @@
 """The command ``lods``: what each word calls, what it refuses, and how ``make`` goes on."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -20,7 +22,7 @@ from lods.models import cards
 from tests.runs import ROOT, small_run
 
 LIBRARY = ROOT / "custom" / "threestudio-lods"
-MUSHROOM = {"prompt": "a red mushroom", "model": "pocket", "small": True}
+MUSHROOM = {"prompt": "a red mushroom", "model": "pocket-shapes", "small": True}
 
 
 @pytest.fixture(autouse=True)
@@ -271,15 +273,15 @@ def test_a_file_of_prompts_that_is_no_text_is_refused(away):
 @pytest.mark.parametrize(
     ("on", "method", "small", "configs"),
     [
-        ("gaussians", "lods-lora", True, ["lods-gs-lora", "pocket"]),
-        ("gaussians", "lods-vsd", True, ["lods-gs-lora", "pocket"]),
+        ("gaussians", "lods-lora", True, ["lods-gs-lora", "pocket-shapes"]),
+        ("gaussians", "lods-vsd", True, ["lods-gs-lora", "pocket-shapes"]),
         ("gaussians", "lods-sds", False, ["lods-gs-embedding"]),
-        ("nerf", "lods-embedding", True, ["lods-ngp-embedding", "pocket-ngp"]),
+        ("nerf", "lods-embedding", True, ["lods-ngp-embedding", "pocket-shapes-ngp"]),
         ("nerf", "lods-lora", False, ["lods-ngp-lora"]),
     ],
 )
 def test_make_takes_the_configs_of_the_representation_and_the_method(on, method, small, configs):
-    request = Request("a red mushroom", on, method, "pocket", small)
+    request = Request("a red mushroom", on, method, "pocket-shapes", small)
     words = request.words(Path("x"))
     assert words[: words.index("--train")] == ["--config", *configs]
     assert f"system.guidance_type={method}-guidance" in words
@@ -291,7 +293,9 @@ def test_what_make_asks_for_is_a_valid_config(on, method):
     from threestudio.run.arguments import Program, find_config, parse_args
     from threestudio.run.preflight import read_config
 
-    request = Request("a car: red", on, method, "pocket", True, 3, 7, ("trainer.precision=32",))
+    request = Request(
+        "a car: red", on, method, "pocket-shapes", True, 3, 7, ("trainer.precision=32",)
+    )
     call = parse_args(request.words(Path("x")), Program(home=ROOT))
     files = [find_config(word, call.program) for word in call.args.config]
     cfg = read_config(files, call.overrides, "train")
@@ -300,10 +304,32 @@ def test_what_make_asks_for_is_a_valid_config(on, method):
 
 
 def test_the_key_tells_all_settings_apart_but_the_gpu():
-    one = Request("a car", "nerf", "lods-sds", "pocket", True)
-    same = Request("a car", "nerf", "lods-sds", "pocket", True, gpu="1")
-    other = Request("a car", "nerf", "lods-sds", "pocket", True, steps=9)
+    one = Request("a car", "nerf", "lods-sds", "pocket-shapes", True)
+    same = Request("a car", "nerf", "lods-sds", "pocket-shapes", True, gpu="1")
+    other = Request("a car", "nerf", "lods-sds", "pocket-shapes", True, steps=9)
     assert one.key == same.key != other.key
+
+
+def test_a_request_of_version_0_2_keeps_its_key_and_a_model_of_the_same_name_has_another():
+    old = {**MUSHROOM, "on": "nerf", "method": "lods-sds", "seed": 0, "steps": None}
+    old = {key: old[key] for key in ("prompt", "on", "method", "model", "small", "seed", "steps")}
+    old |= {"model": "pocket", "overrides": []}
+    request = Request.of({**old, "gpu": None})
+    assert request.key == hashlib.sha256(json.dumps(old).encode()).hexdigest()[:8]
+    assert dataclasses.replace(request, latents=8).key != request.key
+
+
+def test_make_tells_a_model_by_a_former_name_from_the_one_that_had_it(monkeypatch):
+    card = dataclasses.replace(cards.all_cards()[cards.EMBEDDED], name="pocket", latent_channels=8)
+    both = {**cards.all_cards(), "pocket": card}
+    monkeypatch.setattr(cards, "all_cards", lambda: both)
+    said = {}
+    for name in both:
+        if both[name].folder:
+            args = make.parse_args(["a red mushroom", "--model", name], "lods make")
+            [request] = make.requests(args)
+            said[name] = request.latents
+    assert said == {"pocket-shapes": 0, "pocket": 8}
 
 
 # --- make: how it goes on -------------------------------------------------------------------------
@@ -495,7 +521,7 @@ def test_doctor_names_every_rasteriser_and_every_card_without_the_network(offlin
         "rasteriser torch",
     }
     assert set(cards.all_cards()) <= set(states)
-    assert states["rasteriser cpu"] == "ready" == states["pocket"].split(" (")[0]
+    assert states["rasteriser cpu"] == "ready" == states["pocket-shapes"].split(" (")[0]
 
 
 def test_doctor_tells_how_a_card_is_downloaded(offline, monkeypatch):

@@ -76,7 +76,7 @@ def test_an_empty_test_is_told(module, said):
 
 def test_a_training_without_a_visible_object_fails(tiny_sd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    files = [str(ROOT / "configs" / name) for name in ("lods-gs-embedding.yaml", "pocket.yaml")]
+    files = [str(ROOT / f"configs/{name}.yaml") for name in ("lods-gs-embedding", "pocket-shapes")]
     more = ["system.geometry.ball.n_points=50", "system.renderer.far_plane=0.5"]
     with pytest.raises(ValueError, match="nothing of the object was visible in the last 2 batches"):
         fit(files, [*small_run(tiny_sd()), *more])

@@ -167,11 +167,13 @@ def test_the_run_asks_again_when_it_knows_the_number(monkeypatch, capsys, tmp_pa
     monkeypatch.setenv(VISIBLE, "2,3")
     monkeypatch.setattr("threestudio.run.gpus.installed_gpus", lambda: None)
     monkeypatch.setattr("threestudio.run.gpus.count_gpus", lambda gpus, wanted: len(gpus))
-    configs = [str(ROOT / "configs" / name) for name in ("lods-gs-embedding.yaml", "pocket.yaml")]
+    configs = [
+        str(ROOT / f"configs/{name}.yaml") for name in ("lods-gs-embedding", "pocket-shapes")
+    ]
     words = ["system.prompt_processor.prompt=a car", "system.strategy.name=default"]
     words.append(
         "system.prompt_processor.pretrained_model_name_or_path="
-        f"{ROOT / 'custom/threestudio-lods/lods/models/pocket'}"
+        f"{ROOT / 'custom/threestudio-lods/lods/models/pocket-shapes'}"
     )
     assert launch(configs, words) == 2
     error = capsys.readouterr().err.splitlines()[-1]

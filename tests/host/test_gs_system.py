@@ -21,8 +21,8 @@ from tests.runs import LEARNING, ROOT, fit, launch, read, same, small_run, switc
 CONFIGS = {
     "embedding": ["lods-gs-embedding.yaml"],
     "lora": ["lods-gs-lora.yaml"],
-    "embedding+pocket": ["lods-gs-embedding.yaml", "pocket.yaml"],
-    "lora+pocket": ["lods-gs-lora.yaml", "pocket.yaml"],
+    "embedding+pocket": ["lods-gs-embedding.yaml", "pocket-shapes.yaml"],
+    "lora+pocket": ["lods-gs-lora.yaml", "pocket-shapes.yaml"],
 }
 GROW = "refine_start_iter: 0, refine_every: 1, refine_stop_iter: 9"
 STRATEGIES = {  # with changes of the number of Gaussians at every step from 1 on

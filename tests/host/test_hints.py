@@ -12,8 +12,8 @@ from threestudio.utils.config import config_to_primitive, load_config, parse_ove
 from threestudio.utils.errors import UserError
 from threestudio.utils.hints import full_key, unquoted
 
-GS = [str(ROOT / "configs" / name) for name in ("lods-gs-embedding.yaml", "pocket.yaml")]
-NGP = [str(ROOT / "configs" / name) for name in ("lods-ngp-embedding.yaml", "pocket-ngp.yaml")]
+GS = [str(ROOT / f"configs/{name}.yaml") for name in ("lods-gs-embedding", "pocket-shapes")]
+NGP = [str(ROOT / f"configs/{name}.yaml") for name in ("lods-ngp-embedding", "pocket-shapes-ngp")]
 KEY = "system.prompt_processor.prompt"
 CAR = f"{KEY}=a car"
 

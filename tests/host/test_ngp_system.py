@@ -14,8 +14,8 @@ from tests.runs import LEARNING, ROOT, fit, launch, small_run, switch, two_and_t
 CONFIGS = {
     "embedding": ["lods-ngp-embedding.yaml"],
     "lora": ["lods-ngp-lora.yaml"],
-    "embedding+pocket": ["lods-ngp-embedding.yaml", "pocket-ngp.yaml"],
-    "lora+pocket": ["lods-ngp-lora.yaml", "pocket-ngp.yaml"],
+    "embedding+pocket": ["lods-ngp-embedding.yaml", "pocket-shapes-ngp.yaml"],
+    "lora+pocket": ["lods-ngp-lora.yaml", "pocket-shapes-ngp.yaml"],
 }
 KEYS = ("state_dict", "optimizer_states", "rng_state", "global_step")
 

@@ -26,7 +26,7 @@ PLACES = {
     **{f"{name}/": f"lods_host/{name}/" for name in ("threestudio", "evaluation", "configs")},
     "pocket/": "lods_host/pocket/",
 }
-LEFT_OUT = ("pocket/results/",)  # tables about the pocket model, of which nothing that runs reads
+LEFT_OUT = ("pocket/shapes/results/",)  # of which nothing that runs reads
 
 
 def tracked():

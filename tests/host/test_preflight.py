@@ -199,7 +199,16 @@ def test_names_of_nothing_and_hub_ids_out_of_reach_are_refused(asked):
 
 def test_what_can_be_had_or_is_not_known_is_left_to_the_run(asked):
     os.makedirs("folder/that_may_be_a_model")
-    for model in ("pocket", "sd15", SD15, "folder/that_may_be_a_model", "folder", "", None, 3):
+    for model in (
+        "pocket-shapes",
+        "sd15",
+        SD15,
+        "folder/that_may_be_a_model",
+        "folder",
+        "",
+        None,
+        3,
+    ):
         asked(model, lora="sdxl")  # which this guidance does not load
     asked("sdxl", system_type="dreamfusion-system")
     others = {"guidance_type": "stable-diffusion-guidance"}

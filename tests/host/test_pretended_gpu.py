@@ -172,7 +172,7 @@ def test_gaussians_train_in_16_bits_and_go_on_without_a_gpu(run, tmp_path, monke
 def test_a_radiance_field_trains_by_the_torch_references(run, tmp_path, monkeypatch):
     words = ["data.resolution_milestones=[]", "trainer.max_steps=3"]
     words.append("system.geometry.isosurface_resolution=16")
-    status, output = run(["lods-ngp-embedding.yaml", "pocket-ngp.yaml"], *words)
+    status, output = run(["lods-ngp-embedding.yaml", "pocket-shapes-ngp.yaml"], *words)
     assert status == 0, output[-3000:]
     for line in ("hash grid: torch (tinycudann", "Ray marching: torch (nerfacc"):
         assert line in output

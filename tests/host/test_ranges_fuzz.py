@@ -67,7 +67,7 @@ def wrong_values(hint):
         wrong += ["no such word", "", 3.5, [1], True]
     elif base in (str, Optional[str]):
         wrong += [["a"], [["a"]], {}, [1, 2], {"a": {}}]
-    elif base is bool:
+    elif base in (bool, Optional[bool]):
         wrong += ["perhaps", 2.5, [True], NAN, {}]
     elif base in (List[str], Optional[List[str]], Tuple[str, ...]):
         wrong += ["a", [1.5], [["a"]], 3]

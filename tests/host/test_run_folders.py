@@ -342,21 +342,21 @@ def test_the_overlays_find_their_model_from_everywhere(tmp_path, monkeypatch, lo
     from threestudio.utils.pretrained import find_model
 
     cards = sys.modules["lods.models.cards"]
-    name = OmegaConf.load(ROOT / "configs/pocket.yaml").system.prompt_processor
+    name = OmegaConf.load(ROOT / "configs/pocket-shapes.yaml").system.prompt_processor
     name = name.pretrained_model_name_or_path
     monkeypatch.chdir(tmp_path)
     assert Path(find_model(name)) == Path(cards.resolve(name).path) == ROOT / name
-    assert cards.canonical(name) == cards.canonical("pocket") == "pocket"
+    assert cards.canonical(name) == cards.canonical("pocket-shapes") == "pocket-shapes"
     cards.refuse_early(name)
     (tmp_path / name).mkdir(parents=True)  # but a folder of that name here is what was meant
     assert find_model(name) == cards.resolve(name).path == name
-    for other in ("configs", "custom/threestudio-lods", "owner/name", "/etc", "pocket", ""):
+    for other in ("configs", "custom/threestudio-lods", "owner/name", "/etc", "pocket-shapes", ""):
         assert find_model(other) == other
 
 
 @pytest.mark.slow
 def test_a_shipped_configuration_runs_from_another_folder(tmp_path):
-    files = [str(ROOT / "configs" / name) for name in ("lods-gs-embedding.yaml", "pocket.yaml")]
+    files = [str(ROOT / f"configs/{name}.yaml") for name in ("lods-gs-embedding", "pocket-shapes")]
     more = ["system.prompt_processor.prompt=a red car", "trainer.max_steps=1", "data.batch_size=1"]
     more += ["data.n_test_views=2", "data.eval_width=24", "data.eval_height=24"]
     command = [sys.executable, str(ROOT / "launch.py"), "--config", *files, "--train", *more]

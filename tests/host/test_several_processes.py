@@ -223,12 +223,12 @@ def test_processes_build_the_same_system_and_draw_other_numbers(tmp_path, monkey
 
 SYSTEMS = {
     "gs": (
-        ["lods-gs-embedding.yaml", "pocket.yaml"],
+        ["lods-gs-embedding.yaml", "pocket-shapes.yaml"],
         ["system.geometry.init_type=ball", "system.geometry.ball={n_points: 120, radius: 0.6}"],
         ["gaussians.ply", "prior.safetensors"],
     ),
     "ngp": (
-        ["lods-ngp-lora.yaml", "pocket-ngp.yaml"],
+        ["lods-ngp-lora.yaml", "pocket-shapes-ngp.yaml"],
         ["data.resolution_milestones=[]", "system.geometry.isosurface_resolution=16"],
         ["prior.safetensors"],
     ),

@@ -112,11 +112,11 @@ def test_a_closed_form_model_has_its_mode_as_fixed_point(make, kind):
     assert (away > 1e-4).all(), "descent leads back to the mode"
 
 
-def test_v_prediction_of_the_pocket_prior(make, lods):
+def test_v_prediction_of_pocket_shapes(make, lods):
     """At t = 900 almost all is noise, and a trained model sees it."""
     from pathlib import Path
 
-    guidance = make(model=str(Path(lods.__file__).parent / "models" / "pocket"))
+    guidance = make(model=str(Path(lods.__file__).parent / "models" / "pocket-shapes"))
     assert guidance.scheduler.config.prediction_type == "v_prediction"
     size, t = guidance.latent_size, torch.tensor([900])
     eps = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(0))

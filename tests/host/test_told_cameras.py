@@ -222,12 +222,12 @@ def test_make_tells_cameras_to_a_model_that_understands_them(told, tiny_sd, tmp_
 
 
 def test_doctor_tells_which_models_understand_cameras(monkeypatch):
-    monkeypatch.setattr(cards, "has_camera_encoder", lambda name: name == "pocket")
-    monkeypatch.setattr(cards, "is_here", lambda name: name in ("pocket", "sd15"))
+    monkeypatch.setattr(cards, "has_camera_encoder", lambda name: name == "pocket-shapes")
+    monkeypatch.setattr(cards, "is_here", lambda name: name in ("pocket-shapes", "sd15"))
     states = dict(doctor._models())
-    assert "understands cameras" in states["pocket"] and states["sd15"].startswith("ready")
+    assert "understands cameras" in states["pocket-shapes"] and states["sd15"].startswith("ready")
     assert "understands" not in states["sd15"]
-    assert all(doctor.Finding("models", n, states[n]).ready for n in ("pocket", "sd15"))
+    assert all(doctor.Finding("models", n, states[n]).ready for n in ("pocket-shapes", "sd15"))
 
 
 # --- resume ---------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_four_steps_with_cameras_are_two_and_two(told, tmp_path, monkeypatch, me
     monkeypatch.chdir(tmp_path)
     ball = ["system.geometry.init_type=ball", "system.geometry.ball={n_points: 60, radius: 0.6}"]
     more = [f"system.guidance_type=lods-{method}-guidance", "system.guidance.cameras=tokens"]
-    files = [*CONFIG, str(ROOT / "configs" / "pocket.yaml")]
+    files = [*CONFIG, str(ROOT / "configs" / "pocket-shapes.yaml")]
     reference = "system.renderer.backend=torch"
     run = files, [*small_run(told), *ball, *more, reference]
     start, whole = two_and_two(run, KEYS)

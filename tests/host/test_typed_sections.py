@@ -74,7 +74,10 @@ def test_what_is_no_mapping_is_refused(overlay, text):
 
 # --- the shipped overlays, with other types than ours ---
 
-OVERLAYS = {"lods-gs-embedding.yaml": "pocket.yaml", "lods-ngp-lora.yaml": "pocket-ngp.yaml"}
+OVERLAYS = {
+    "lods-gs-embedding.yaml": "pocket-shapes.yaml",
+    "lods-ngp-lora.yaml": "pocket-shapes-ngp.yaml",
+}
 
 
 def shipped(base, *overrides, extra=()):
@@ -108,7 +111,7 @@ def test_the_bridge_gets_its_own(base, start, lods):
 def test_the_hosts_guidance_trains_with_the_shipped_overlay(tmp_path, monkeypatch, tiny_sd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    files = [str(CONFIGS / "lods-gs-embedding.yaml"), str(CONFIGS / "pocket.yaml")]
+    files = [str(CONFIGS / "lods-gs-embedding.yaml"), str(CONFIGS / "pocket-shapes.yaml")]
     types = ["system.guidance_type=stable-diffusion-guidance"]
     types += ["system.prompt_processor_type=stable-diffusion-prompt-processor"]
     more = ["system.geometry.ball.n_points=60", "trainer.limit_test_batches=0"]

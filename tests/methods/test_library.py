@@ -187,7 +187,7 @@ def test_a_method_that_learns_nothing_writes_nothing(tmp_path, name):
         ({"lora_rank": 2.5}, "lora_rank must be a whole number in [1, 1024], not 2.5"),
         ({"weights_dtype": "half"}, "weights_dtype must be one of auto, float16"),
         ({"max_step_percent": 0.01}, "0 <= min_step_percent <= max_step_percent <= 1, not 0.02"),
-        ({"model": "pockt"}, "no card 'pockt' (did you mean 'pocket'?)"),
+        ({"model": "pocket-shaps"}, "no card 'pocket-shaps' (did you mean 'pocket-shapes'?)"),
         ({"model": ""}, "there is no model folder and no card ''"),
         ({"prompt": ""}, "the prompt is empty: give prompt='a DSLR image of a hamburger'"),
         ({"prompt": "  "}, "the prompt is empty"),

@@ -100,7 +100,7 @@ def test_the_pictures_show_the_side_that_is_asked_for(play, tiny_sd, tmp_path):
 def test_the_camera_is_in_the_middle_of_those_of_the_training(playground, lods, tiny_sd):
     told = lods.models.load(tiny_sd(sample_size=4, camera_tokens=2), "cpu", cameras="tokens")
     camera = playground.camera_at(told, -5.0, 30.0)
-    assert camera.numbers().tolist() == [[-5.0, 30.0, 3.6000000953674316, 40.0]]
+    torch.testing.assert_close(camera.numbers(), torch.tensor([[-5.0, 30.0, 3.6, 40.0]]))
     assert len(camera.repeat(3)) == 3
 
 
@@ -257,19 +257,20 @@ def test_choice_of_the_model(playground, monkeypatch):
     def missing(*args):
         raise ValueError("it is not on the hub")
 
-    choose, pocket = playground.choose_model, str(playground.POCKET)
+    choose, small = playground.choose_model, cards.EMBEDDED
+    folder = str(cards.CARDS.parent / small)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model, family, why = choose(None)
-    assert (model, family) == (pocket, "pocket") and "no CUDA GPU" in why
+    assert (model, family) == (folder, small) and "no CUDA GPU" in why
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("lods.models.cards.resolve", lambda name: cards.Location(name))
     monkeypatch.setattr("lods.models.files.load_model_config", lambda *args: {})
     assert choose(None)[:2] == (cards.DEFAULT_MODEL, "stable-diffusion")
     monkeypatch.setattr("lods.models.files.load_model_config", missing)
-    assert choose(None) == (pocket, "pocket", "it is not on the hub")
+    assert choose(None) == (folder, small, "it is not on the hub")
     assert choose("a/b") == ("a/b", "stable-diffusion", "as asked")
-    assert choose("pocket")[:2] == (pocket, "pocket")
-    assert choose(pocket)[1] == "pocket"
+    assert choose(small)[:2] == (folder, small)
+    assert choose(folder)[1] == small
 
 
 @pytest.mark.slow

@@ -78,4 +78,4 @@ def test_a_device_is_for_a_model_that_is_loaded(method):
 def test_what_is_no_name_or_text_is_refused_by_name(values):
     (name,) = values
     with pytest.raises(ValueError, match=f"^the {name} must be"):
-        lods.load(**{"method": "sds", "model": "pocket", "prompt": "a red car", **values})
+        lods.load(**{"method": "sds", "model": "pocket-shapes", "prompt": "a red car", **values})

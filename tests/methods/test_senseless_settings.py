@@ -77,10 +77,15 @@ def test_one_model_by_two_names_is_loaded_once(lods, make, tiny_sd, monkeypatch)
 
 def test_a_folder_beside_the_extension_has_one_name(lods, tmp_path, monkeypatch):
     cards = importlib.import_module("lods.models.cards")
-    folder = cards.CARDS.parent / cards.all_cards()["pocket"].folder
+    folder = cards.CARDS.parent / cards.all_cards()["pocket-shapes"].folder
     monkeypatch.chdir(folder.parent)
-    for name in ("pocket", str(folder), folder.name, f"../{folder.parent.name}/{folder.name}"):
-        assert cards.canonical(name) == "pocket"
+    for name in (
+        "pocket-shapes",
+        str(folder),
+        folder.name,
+        f"../{folder.parent.name}/{folder.name}",
+    ):
+        assert cards.canonical(name) == "pocket-shapes"
     assert cards.canonical(str(tmp_path)) == str(tmp_path)
 
 

@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture
 def model():
-    return lods.models.load("pocket", "cpu")
+    return lods.models.load("pocket-shapes", "cpu")
 
 
 def gradients(method):

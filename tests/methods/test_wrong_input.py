@@ -35,8 +35,8 @@ def test_numbers_of_numpy_and_torch_are_numbers():
     "given, said",
     [
         ({"prompt": "a car \ud800"}, "prompt holds half of a surrogate pair"),
-        ({"model": "pocket", "device": "gpu"}, "there is no device 'gpu'"),
-        ({"model": "pocket", "device": "cuda:99"}, "there is no device 'cuda:99' that torch sees"),
+        ({"model": "sd15", "device": "gpu"}, "there is no device 'gpu'"),
+        ({"model": "sd15", "device": "cuda:99"}, "there is no device 'cuda:99' that torch sees"),
     ],
 )
 def test_arguments_of_load_that_make_no_sense(given, said):

@@ -1,6 +1,7 @@
 """Model cards: which repository a name leads to, offline too, and models shaped like each card."""
 
 import importlib
+import inspect
 import itertools
 import os
 import socket
@@ -8,9 +9,11 @@ import threading
 import time
 from pathlib import Path
 
+import lods
 import pytest
 import torch
 from lods.models.unet import UNetModel, _pooled_width
+from omegaconf import OmegaConf
 
 import threestudio
 from tests.runs import ROOT, launch, read, small_run, two_and_two
@@ -18,7 +21,7 @@ from tests.tiny_models import KINDS
 from threestudio import find
 
 SD15, OLD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"
-POCKET = ROOT / "custom" / "threestudio-lods" / "lods" / "models" / "pocket"
+FOLDER = ROOT / "custom" / "threestudio-lods" / "lods" / "models" / "pocket-shapes"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def hub(cards, tmp_path, monkeypatch):
 
 def test_the_cards_are_whole(cards):
     known = cards.all_cards()
-    assert list(known) == ["sd15", "sd21-base", "sd21", "sdxl", "pocket"]
+    assert list(known) == ["sd15", "sd21-base", "sd21", "sdxl", "pocket-shapes"]
     for name, card in known.items():
         assert bool(card.ids) != bool(card.folder), name
         assert all(repo.count("/") == 1 for repo in card.ids + card.aliases)
@@ -65,6 +68,20 @@ def test_the_cards_are_whole(cards):
     ids = [repo for card in known.values() for repo in card.ids + card.aliases]
     assert len(ids) == len(set(ids)) == 7
     assert cards.find_card(cards.DEFAULT_MODEL) is known["sd21-base"]
+
+
+def test_each_model_of_the_package_has_overlays_and_settings_of_its_own(cards):
+    playground = importlib.import_module("lods.playground")
+    own = [card for card in cards.all_cards().values() if card.folder]
+    assert cards.EMBEDDED in [card.name for card in own]
+    assert inspect.signature(lods.load).parameters["model"].default == cards.EMBEDDED
+    for card in own:
+        assert {(card.name, kind) for kind in ("lora", "embedding")} <= set(playground.SETTINGS)
+        for end in ("", "-ngp"):
+            overlay = OmegaConf.load(ROOT / f"configs/{card.overlay}{end}.yaml")
+            name = overlay.system.prompt_processor.pretrained_model_name_or_path
+            assert cards.canonical(name) == card.overlay
+            assert overlay.data.width == overlay.data.height == card.image_size
 
 
 @pytest.mark.parametrize("name", ["sd15", SD15, OLD15])
@@ -89,20 +106,20 @@ def test_other_names_go_through(cards, hub, tmp_path):
 
 def test_a_model_folder_wins_and_another_folder_does_not(cards, hub):
     os.makedirs("sd15")
-    os.makedirs("pocket")
+    os.makedirs("pocket-shapes")
     hub(SD15)
     assert cards.resolve("sd15").path == SD15
-    assert Path(cards.resolve("pocket").path) == POCKET
+    assert Path(cards.resolve("pocket-shapes").path) == FOLDER
     os.makedirs("sd15/unet")
     os.makedirs(f"{OLD15}/unet")
     assert cards.resolve("sd15") == ("sd15", None, None)
     assert cards.resolve(OLD15) == (OLD15, None, None)
 
 
-def test_the_pocket_model_is_found_from_everywhere(cards, tmp_path, monkeypatch):
+def test_the_model_of_shapes_is_found_from_everywhere(cards, tmp_path, monkeypatch):
     for folder in (ROOT, tmp_path):  # in the first there is a folder of that name
         monkeypatch.chdir(folder)
-        assert Path(cards.resolve("pocket").path) == POCKET
+        assert Path(cards.resolve("pocket-shapes").path) == FOLDER
 
 
 def two_mirrors(cards, monkeypatch, **more):
@@ -214,7 +231,7 @@ def test_the_command_says_it_in_one_line(hub, capsys):
     said = [line for line in capsys.readouterr().err.splitlines() if "hf download" in line]
     assert len(said) == 1 and "stabilityai/stable-diffusion-xl-base-1.0" in said[0]
     assert launch(files, [*small_run("sdlx"), "system.geometry.init_type=ball"]) == 2
-    assert "one of sd15, sd21-base, sd21, sdxl, pocket" in capsys.readouterr().err
+    assert "one of sd15, sd21-base, sd21, sdxl, pocket-shapes" in capsys.readouterr().err
 
 
 # -- the model and its card ------------------------------------------------------------------------
@@ -224,11 +241,11 @@ def frozen(name, **options):
     return UNetModel.from_pretrained(name, **options)
 
 
-def test_the_pocket_model_is_as_its_card_says(monkeypatch, tmp_path):
+def test_the_model_of_shapes_is_as_its_card_says(monkeypatch, tmp_path):
     said = []
     monkeypatch.setattr(threestudio, "warn", said.append)
     monkeypatch.chdir(tmp_path)
-    frozen("pocket")
+    frozen("pocket-shapes")
     assert said == []
 
 
@@ -402,13 +419,13 @@ def test_the_plain_prompt_processor_is_not_enough_for_sdxl(xl):
         guidance.initialize(plain())
 
 
-@pytest.mark.parametrize("model", ["xl", "pocket"])
+@pytest.mark.parametrize("model", ["xl", "pocket-shapes"])
 def test_upstreams_hook_writes_where_upstream_reads(xl, tmp_path, monkeypatch, model):
     """threestudio 0.2.3 calls ``spawn_func(model, prompts, folder)``, in this process if ``spawn``
     is false, and reads md5("<model>-<prompt>").pt."""
     import hashlib
 
-    model = {"xl": xl, "pocket": str(POCKET)}[model]
+    model = {"xl": xl, "pocket-shapes": str(FOLDER)}[model]
     wanted = processor(model)
     hosts = find("lods-prompt-processor").__mro__[1]
     monkeypatch.setattr(hosts, "spawn_func", staticmethod(lambda *a: None), raising=False)

@@ -170,8 +170,8 @@ def test_offload_is_for_a_gpu(make, memory, monkeypatch):
 
 
 def test_tiles_are_nearly_the_whole(lods, memory):
-    """On the pocket model's VAE and a smooth picture: an approximation, with a usable gradient."""
-    name = str(ROOT / "custom/threestudio-lods/lods/models/pocket")
+    """On a trained VAE and a smooth picture: an approximation, with a usable gradient."""
+    name = str(ROOT / "custom/threestudio-lods/lods/models/pocket-shapes")
     ramp = torch.linspace(0, 1, 64)
     picture = torch.stack(torch.broadcast_tensors(ramp, ramp[:, None], torch.tensor(0.5)), -1)
     results = []
@@ -273,7 +273,7 @@ def test_the_cpu_compiles_without_a_choice_of_layouts(memory, monkeypatch):
     asked = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append(how))
     memory.compile_fixed(torch.nn.Linear(2, 2))
-    # with it, gradients of the pocket UNet are wrong: benchmarks/guidance.py compares them
+    # with it, gradients of the model of shapes are wrong: benchmarks/guidance.py compares them
     assert asked[0]["options"] == {"layout_optimization": False} and not asked[0]["dynamic"]
 
 

@@ -11,15 +11,15 @@ from tests.runs import ROOT
 from threestudio.utils.errors import UserError
 from threestudio.utils.safe_models import MAX_TIMESTEPS, refuse_long_schedule
 
-POCKET = ROOT / "custom" / "threestudio-lods" / "lods" / "models" / "pocket"
+SHAPES = ROOT / "custom" / "threestudio-lods" / "lods" / "models" / "pocket-shapes"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """``folder(file, **values)``: a copy of the pocket model with other values in one file."""
+    """``folder(file, **values)``: a copy of pocket-shapes with other values in one file."""
 
     def write(file, **values):
-        shutil.copytree(POCKET, tmp_path / "model", dirs_exist_ok=True)
+        shutil.copytree(SHAPES, tmp_path / "model", dirs_exist_ok=True)
         path = tmp_path / "model" / file
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
         return str(tmp_path / "model")
@@ -52,7 +52,7 @@ def test_a_latent_of_no_sensible_size_is_refused(lods, folder, size):
 
 
 def test_good_ones_pass(lods):
-    refuse_long_schedule(str(POCKET), "scheduler")
-    refuse_long_schedule(str(POCKET), "unet")
+    refuse_long_schedule(str(SHAPES), "scheduler")
+    refuse_long_schedule(str(SHAPES), "unet")
     refuse_long_schedule(str(Path("nowhere")), "scheduler")
-    assert UNetModel.from_pretrained(str(POCKET)).schedule.steps == 1000
+    assert UNetModel.from_pretrained(str(SHAPES)).schedule.steps == 1000

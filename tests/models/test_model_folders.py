@@ -1,4 +1,4 @@
-"""Model folders: the pocket model is the same model in every version of the libraries, and a
+"""Model folders: pocket-shapes is the same model in every version of the libraries, and a
 network without all of its weights is refused, whoever loads it."""
 
 import json
@@ -14,10 +14,10 @@ import threestudio
 from pocket.portable import make_portable
 from tests.runs import ROOT
 
-POCKET = ROOT / "custom" / "threestudio-lods" / "lods" / "models" / "pocket"
-# What the pocket model gave in September 2026 with transformers 5.23 and diffusers 0.42, and before
+SHAPES = ROOT / "custom" / "threestudio-lods" / "lods" / "models" / "pocket-shapes"
+# What pocket-shapes gave in September 2026 with transformers 5.23 and diffusers 0.42, and before
 # its files were rewritten. `python -m tests.models.test_model_folders` records it anew.
-RECORDED = ROOT / "tests" / "data" / "pocket_outputs.safetensors"
+RECORDED = ROOT / "tests" / "data" / "shapes_outputs.safetensors"
 TEXTS = ("a DSLR image of a hamburger, front view", "", "a photo of a xyzzy", "a Snowman's hat, 3d")
 ENCODER = "text_encoder/model.safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -32,9 +32,9 @@ def processor(name, model, **fields):
 def outputs():
     """Embeddings of the texts, and on one noisy latent the UNet's noise, the VAE's picture and the
     mean of its latents."""
-    made = processor("lods-prompt-processor", POCKET)
+    made = processor("lods-prompt-processor", SHAPES)
     embeddings = made.encode(list(TEXTS))[0]
-    prior = UNetModel.from_pretrained("pocket")
+    prior = UNetModel.from_pretrained("pocket-shapes")
     latents = torch.linspace(-2, 2, 4 * 16 * 16).sin().view(1, 4, 16, 16)
     noise = prior.predict(latents, torch.tensor([400]), embeddings[:1])
     picture = prior.decode(latents)
@@ -53,12 +53,12 @@ def computed(lods):
 
 
 @pytest.mark.parametrize("name", ["embeddings", "noise", "picture", "latents"])
-def test_the_pocket_model_is_the_same_in_every_version(computed, name):
+def test_the_model_of_shapes_is_the_same_in_every_version(computed, name):
     torch.testing.assert_close(computed[name], load_file(RECORDED)[name], rtol=1e-4, atol=1e-5)
 
 
 def test_the_hosts_text_encoder_is_the_extensions(computed):
-    plain = processor("stable-diffusion-prompt-processor", POCKET).encode(list(TEXTS))[0]
+    plain = processor("stable-diffusion-prompt-processor", SHAPES).encode(list(TEXTS))[0]
     assert torch.equal(plain, computed["embeddings"])
 
 
@@ -75,20 +75,28 @@ def readable_by_old_versions(folder):
 
 
 def test_the_committed_folder_is_readable_by_old_versions():
-    assert readable_by_old_versions(POCKET)
+    assert readable_by_old_versions(SHAPES)
 
 
 def test_rewriting_keeps_tensors_and_other_keys_and_is_done_once(tmp_path):
     file = tmp_path / "text_encoder_2" / "model.safetensors"
     file.parent.mkdir()
-    given = {"encoder.w": torch.randn(3).half(), "text_projection.weight": torch.eye(2)}
+    given = {
+        "embeddings.w": torch.eye(3),
+        "encoder.w": torch.randn(3).half(),
+        "text_projection.weight": torch.eye(2),
+    }
     save_file(given, file, metadata={"format": "pt"})
     make_portable(tmp_path)
     once = file.read_bytes()
     make_portable(tmp_path)
     assert file.read_bytes() == once
     found = load_file(file)
-    assert set(found) == {"text_model.encoder.w", "text_projection.weight"}
+    assert set(found) == {
+        "text_model.embeddings.w",
+        "text_model.encoder.w",
+        "text_projection.weight",
+    }
     assert torch.equal(found["text_model.encoder.w"], given["encoder.w"])
     with safe_open(file, "pt") as stored:
         assert stored.metadata() == {"format": "pt"}
@@ -130,7 +138,7 @@ def ours(model):
 def ours_in_upstream(model, tmp_path, monkeypatch):
     hosts = threestudio.find("stable-diffusion-prompt-processor")
     monkeypatch.setattr(hosts, "spawn_func", staticmethod(lambda *a: None), raising=False)
-    made = processor("lods-prompt-processor", POCKET)
+    made = processor("lods-prompt-processor", SHAPES)
     monkeypatch.delattr(hosts, "load_part")
     made.cfg.pretrained_model_name_or_path = str(model)
     made.spawn_func(str(model), ["a car"], str(tmp_path))
@@ -156,7 +164,7 @@ def test_a_network_without_all_of_its_weights_is_refused(lods, tiny_sd, tmp_path
 
 
 def test_upstream_too_gets_no_random_text_encoder(lods, tmp_path, monkeypatch):
-    model = without(POCKET, tmp_path / "model", ENCODER, "all")
+    model = without(SHAPES, tmp_path / "model", ENCODER, "all")
     with pytest.raises(ValueError, match="tensors of a CLIPTextModel are missing"):
         ours_in_upstream(model, tmp_path, monkeypatch)
     assert not list(tmp_path.glob("*.pt"))
@@ -180,7 +188,7 @@ def test_the_clip_of_an_evaluation_is_looked_at(tmp_path):
 
 
 def test_the_judge_is_looked_at(tmp_path, monkeypatch):
-    from pocket import judge
+    from pocket.shapes import judge
 
     tensors = load_file(judge.WEIGHTS)
     tensors.pop("heads.kind.bias")

@@ -17,7 +17,7 @@ from threestudio.utils.errors import UserError
 from threestudio.utils.extensions import load_extension
 
 EXTENSION = ROOT / "custom" / "threestudio-lods"
-POCKET = EXTENSION / "lods" / "models" / "pocket"
+SHAPES = EXTENSION / "lods" / "models" / "pocket-shapes"
 FORCE = "system.prompt_processor.allow_unknown_words=true"
 
 
@@ -27,8 +27,8 @@ def module(lods):
 
 
 @pytest.fixture(scope="module")
-def pocket(module):
-    return module.Vocabulary.read(POCKET)
+def shapes(module):
+    return module.Vocabulary.read(SHAPES)
 
 
 @pytest.fixture
@@ -82,8 +82,8 @@ def test_words_are_those_that_the_tokenizer_sees(module, text, words):
         "a bear",  # a part of a name
     ],
 )
-def test_a_prompt_with_a_known_object_is_taken(pocket, prompt):
-    assert pocket.refusal(prompt) == ""
+def test_a_prompt_with_a_known_object_is_taken(shapes, prompt):
+    assert shapes.refusal(prompt) == ""
 
 
 @pytest.mark.parametrize(
@@ -102,31 +102,31 @@ def test_a_prompt_with_a_known_object_is_taken(pocket, prompt):
         ("?!", ""),
     ],
 )
-def test_a_prompt_without_one_is_refused_with_a_list_and_what_was_meant(pocket, prompt, hint):
-    line = pocket.refusal(prompt)
+def test_a_prompt_without_one_is_refused_with_a_list_and_what_was_meant(shapes, prompt, hint):
+    line = shapes.refusal(prompt)
     start = f"the prompt {prompt!r} names no object that this model knows{hint}: it knows the "
     assert line.startswith(f"{start}objects hamburger, snowman, ") and "\n" not in line
     assert line.endswith(f", penguin; to try it all the same, add {FORCE}")
-    assert all(name in line for name in pocket.objects)
+    assert all(name in line for name in shapes.objects)
 
 
-def test_unknown_words_are_named_once_with_all_that_are_known(pocket):
-    line = pocket.warning(["a pink robot", "a pink robot, side view", "grren"], "a pink robot")
+def test_unknown_words_are_named_once_with_all_that_are_known(shapes):
+    line = shapes.warning(["a pink robot", "a pink robot, side view", "grren"], "a pink robot")
     assert line.startswith(
         "this model does not know 'pink', 'grren' and reads them letter by letter "
         "('grren': did you mean 'green'?). It knows the objects hamburger, "
     )
     assert "; colors red, orange, " in line and "; views side, front, back, overhead; " in line
-    assert pocket.warning(["a red car", "A blue 3D render, overhead view."], "a red car") == ""
+    assert shapes.warning(["a red car", "A blue 3D render, overhead view."], "a red car") == ""
     many = " ".join(f"w{chr(97 + i)}q" for i in range(9))
-    assert "'weq' and 4 more words and" in pocket.warning([many])
+    assert "'weq' and 4 more words and" in shapes.warning([many])
 
 
-def test_a_part_of_a_name_is_told_what_it_is_a_part_of(pocket):
-    assert pocket.warning(["a cone"], "a cone").startswith(
+def test_a_part_of_a_name_is_told_what_it_is_a_part_of(shapes):
+    assert shapes.warning(["a cone"], "a cone").startswith(
         "'cone' alone is no object that it knows: write 'ice cream cone', 'traffic cone'. It knows"
     )
-    assert pocket.warning(["a teddy bear cone"], "a teddy bear cone") == ""
+    assert shapes.warning(["a teddy bear cone"], "a teddy bear cone") == ""
 
 
 def test_a_long_list_is_cut(module):
@@ -150,7 +150,7 @@ def test_a_file_of_something_else_is_one_line(module, tmp_path, text):
 @pytest.fixture
 def make(lods, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = {"pretrained_model_name_or_path": "pocket"}
+    options = {"pretrained_model_name_or_path": "pocket-shapes"}
     return lambda **cfg: threestudio.find("lods-prompt-processor")({**options, **cfg})
 
 
@@ -205,7 +205,7 @@ def ask(lods, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check = load_extension(EXTENSION, submodule="preflight").preflight
 
-    def run(prompt, kind="lods-prompt-processor", model="pocket", mode="train", **cfg):
+    def run(prompt, kind="lods-prompt-processor", model="pocket-shapes", mode="train", **cfg):
         options = {"prompt": prompt, "pretrained_model_name_or_path": model}
         options |= cfg.pop("options", {})
         system = {"prompt_processor_type": kind, "prompt_processor": options}
@@ -215,7 +215,7 @@ def ask(lods, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("model", ["pocket", str(POCKET), f"{POCKET}/../pocket"])
+@pytest.mark.parametrize("model", ["pocket-shapes", str(SHAPES), f"{SHAPES}/../pocket-shapes"])
 def test_it_is_refused_by_every_name_of_the_model(ask, model):
     with pytest.raises(ValueError, match="the prompt 'a boat' names no object"):
         ask("a boat", model=model)
@@ -228,9 +228,9 @@ def test_it_is_refused_by_every_name_of_the_model(ask, model):
 def test_the_hosts_own_processor_is_looked_at_too(ask, capsys):
     kind = "stable-diffusion-prompt-processor"
     with pytest.raises(ValueError, match=f"=lods-prompt-processor {FORCE}$"):
-        ask("a boat", kind=kind, model=str(POCKET), system_type="dreamfusion-system")
+        ask("a boat", kind=kind, model=str(SHAPES), system_type="dreamfusion-system")
     assert capsys.readouterr().err == ""
-    ask("a pink car", kind=kind, model=str(POCKET))
+    ask("a pink car", kind=kind, model=str(SHAPES))
     assert capsys.readouterr().err.startswith("warning: this model does not know 'pink' and")
 
 
@@ -268,9 +268,9 @@ def test_an_overlay_of_the_other_kind_is_one_line(ask, system_type, key, value, 
 
 def test_launch_refuses_it_in_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    files = [str(ROOT / "configs" / f"{n}.yaml") for n in ("lods-gs-embedding", "pocket")]
+    files = [str(ROOT / "configs" / f"{n}.yaml") for n in ("lods-gs-embedding", "pocket-shapes")]
     words = ["system.prompt_processor.prompt=a hamburgr", "use_timestamp=false"]
-    words.append(f"system.prompt_processor.pretrained_model_name_or_path={POCKET}")
+    words.append(f"system.prompt_processor.pretrained_model_name_or_path={SHAPES}")
     assert launch(files, words) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.count("\n") == 1 and "did you mean 'hamburger'" in err
@@ -282,9 +282,9 @@ def test_the_playground_refuses_it_before_the_model_is_loaded(lods, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     monkeypatch.setattr("lods.models.load", lambda *args, **settings: pytest.fail("loaded"))
-    assert playground.main("lora", ["--model", "pocket", "--prompt", "a boat"]) == 2
+    assert playground.main("lora", ["--model", "pocket-shapes", "--prompt", "a boat"]) == 2
     assert "to try it all the same, add --allow-unknown-words" in capsys.readouterr().err
-    check_words("pocket", "a boat", TextSettings(allow_unknown_words=True))
+    check_words("pocket-shapes", "a boat", TextSettings(allow_unknown_words=True))
 
 
 def test_evaluate_refuses_it_before_a_run_begins(lods):

@@ -30,7 +30,7 @@ def test_a_pipe_in_place_of_a_request_is_passed_over(tmp_path):
     (tmp_path / "a").mkdir()
     os.mkfifo(tmp_path / "a" / make.REQUEST)
     (tmp_path / "b").mkdir()
-    request = make.Request("a red car", "gaussians", "lods-lora", "pocket", small=True)
+    request = make.Request("a red car", "gaussians", "lods-lora", "pocket-shapes", small=True)
     (tmp_path / "b" / make.REQUEST).write_text(json.dumps(request.plain()))
     assert [job.folder for job in make.noted(tmp_path)] == [tmp_path / "b"]
 

@@ -295,11 +295,11 @@ def test_a_pickle_as_initial_shape(bomb, lods, suffix):
         one_line(caught)
 
 
-# --- training of the pocket prior ---
+# --- training of pocket-shapes ---
 
 
-def test_the_training_scripts_of_the_pocket_prior(bomb, tmp_path, monkeypatch):
-    from pocket import autoencoder, diffusion, judge
+def test_the_training_scripts_of_pocket_shapes(bomb, tmp_path, monkeypatch):
+    from pocket.shapes import autoencoder, diffusion, judge
 
     monkeypatch.setattr(judge, "WEIGHTS", tmp_path / "judge.safetensors")
     images, labels = np.zeros((4, 128, 128, 3), np.uint8), np.zeros((4, 4), np.int64)

@@ -16,11 +16,11 @@ from omegaconf import OmegaConf
 from evaluation import machine, metrics
 from evaluation.grid import TRUE, Run, load_grid, written
 from evaluation.table import CURVES, RESULTS, Table, begun
-from pocket import truth
-from pocket.data import VIEWS, asked
-from pocket.judge import load, verdict
-from pocket.scenes import COLOR_NAMES, KIND_NAMES, KINDS
-from pocket.truth import Orbit
+from pocket.shapes import truth
+from pocket.shapes.data import VIEWS, asked
+from pocket.shapes.judge import load, verdict
+from pocket.shapes.scenes import COLOR_NAMES, KIND_NAMES, KINDS
+from pocket.shapes.truth import Orbit
 from tests.runs import ROOT
 from tests.tiny_models import WORDS
 from threestudio.utils.errors import UserError
@@ -343,10 +343,10 @@ def test_values_are_written_as_the_command_line_reads_them():
 
 def test_a_list_of_runs_may_be_cut_short():
     """``evaluate.py ... --dry-run | head -1``: more than a pipe holds is left unread."""
-    command = [sys.executable, "evaluate.py", GRIDS / "pocket.yaml", "--dry-run", "--out", "none"]
+    command = [sys.executable, "evaluate.py", GRIDS / "shapes.yaml", "--dry-run", "--out", "none"]
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     with subprocess.Popen(command, **pipe) as process:
-        assert process.stdout.readline().startswith("pocket: ")
+        assert process.stdout.readline().startswith("shapes: ")
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == ("", 0)
 

@@ -36,7 +36,7 @@ representations:
     steps: 25
     overrides: {data.n_particles: 3}
   gaussians:
-    configs: [configs/lods-gs-embedding.yaml, configs/pocket.yaml]
+    configs: [configs/lods-gs-embedding.yaml, configs/pocket-shapes.yaml]
     steps: 3
     views: 4
     overrides:

@@ -5,10 +5,10 @@ import csv
 import numpy as np
 import pytest
 
-from pocket import data, judge_check
-from pocket.judge import load
-from pocket.judge_check import Shown
-from pocket.scenes import COLORS, KIND_NAMES
+from pocket.shapes import data, judge_check
+from pocket.shapes.judge import load
+from pocket.shapes.judge_check import Shown
+from pocket.shapes.scenes import COLORS, KIND_NAMES
 
 CAR, DUCK, DONUT = (KIND_NAMES.index(n) for n in ("car", "rubber duck", "donut"))
 

@@ -172,13 +172,13 @@ def test_secrets_do_not_go_to_other_machines(tmp_path, monkeypatch):
     """Untracked files are left out, except code; so is what is hidden, or a link."""
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    kept = ["launch.py", "configs/new.yaml", "custom/new.py", "pocket/judge.safetensors"]
+    kept = ["launch.py", "configs/new.yaml", "custom/new.py", "pocket/shapes/judge.safetensors"]
     left = [".env", "custom/.env", "a key[1]!.pem", "configs/token.json", "docs/a.md", "#1"]
     for name in kept + left:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     (tmp_path / "linked.py").symlink_to("launch.py")
-    tracked = ["launch.py", "pocket/judge.safetensors"]
+    tracked = ["launch.py", "pocket/shapes/judge.safetensors"]
     subprocess.run(["git", "add", *tracked], cwd=tmp_path, check=True)
     (tmp_path / ".git/info/exclude").write_text("\n".join(machine.not_for_others()))
     names = "\0".join([*kept, *left, "linked.py"])

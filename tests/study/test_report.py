@@ -88,7 +88,7 @@ def make_rows(priors=PRIORS, canvases=("gaussians",), prompts=PROMPTS, seeds="01
             for prompt in prompts:
                 for seed in seeds:
                     row = dict.fromkeys(COLUMNS, "")
-                    row |= dict(grid="pocket", canvas=canvas, prior=prior, prompt=prompt)
+                    row |= dict(grid="shapes", canvas=canvas, prior=prior, prompt=prompt)
                     row |= dict(seed=seed, status="ok", steps="300", device="cpu", threads="1")
                     row |= dict(commit="abc1234", cpu="EPYC", kind=prompt.split()[-1])
                     row["object_accuracy"] = f"{rng.uniform(0.6, 0.9):.4f}"
@@ -258,11 +258,11 @@ def test_settings_of_one_method_are_contestants_of_their_own(tmp_path):
     longer = [{**r, "steps": "600"} for r in rows if r["prior"] == "csd"]
     page, _ = made(tmp_path, [*rows, *longer])
     assert "csd: as shipped, 300 steps" in page.text and ", 600 steps" in page.text
-    assert page.table("failed", "missing")["gaussians (grid pocket)"]["missing"] == "0"
+    assert page.table("failed", "missing")["gaussians (grid shapes)"]["missing"] == "0"
 
 
 @pytest.mark.parametrize(
-    "cell, said", [("n/a", "frechet of the row 'pocket gaussians sds"), ("nan", "'nan', not a")]
+    "cell, said", [("n/a", "frechet of the row 'shapes gaussians sds"), ("nan", "'nan', not a")]
 )
 def test_a_cell_that_is_no_number_is_one_clear_line(tmp_path, capsys, cell, said):
     rows = make_rows()
@@ -349,10 +349,10 @@ def test_what_failed_and_what_is_missing_is_in_tables(tmp_path, capsys):
     rows[3]["status"] = "loss is <b>not</b> finite at step 7"
     assert rows.pop(10)["prior"] == "sds"
     page, _ = made(tmp_path, rows)
-    measured = page.table("failed", "missing")["gaussians (grid pocket)"]
+    measured = page.table("failed", "missing")["gaussians (grid shapes)"]
     assert (measured["failed"], measured["missing"]) == ("1", "1")
     failed = page.table("failed run (left out of the means)")
-    name = f"pocket / gaussians / sds / {rows[3]['prompt']} / {rows[3]['seed']}"
+    name = f"shapes / gaussians / sds / {rows[3]['prompt']} / {rows[3]['seed']}"
     assert failed[name]["reason"] == rows[3]["status"]
     assert ["commit", "not recorded", "94"] in next(t for t in page.tables if "measured on" in t[0])
     shown = page.table("method", "object accuracy, %", "seconds")
@@ -389,12 +389,12 @@ def test_the_committed_summary_has_the_numbers_of_the_table():
     text = (report.FOLDER / "summary.md").read_text()
     found = {(s.grid, s.representation): s for s in sections(read(report.FOLDER / "results.csv"))}
     for grid, representation, method, said in (
-        ("pocket", "2d", "lods-lora-fast", "94.6"),
-        ("pocket", "2d", "sds", "119.0"),
-        ("pocket", "gaussians", "lods-lora-fast", "97.0"),
-        ("pocket", "gaussians", "sds", "116.9"),
-        ("pocket", "nerf", "lods-lora-fast", "101.5"),
-        ("pocket", "nerf", "sds", "96.4"),
+        ("shapes", "2d", "lods-lora-fast", "94.6"),
+        ("shapes", "2d", "sds", "119.0"),
+        ("shapes", "gaussians", "lods-lora-fast", "97.0"),
+        ("shapes", "gaussians", "sds", "116.9"),
+        ("shapes", "nerf", "lods-lora-fast", "101.5"),
+        ("shapes", "nerf", "sds", "96.4"),
         ("improve", "2d", "sds", "316.8"),
         ("improve", "2d", "csd", "374.6"),
         ("improve", "2d", "lods-lora-4", "124.8"),
@@ -420,23 +420,23 @@ def test_what_is_learned_is_a_table_and_a_plot(tmp_path):
     assert set(found) == {"vsd", "lods-lora"}
     assert found["vsd"]["change"] == "+0.0500 [+0.0500, +0.0500]"
     assert found["lods-lora"]["change"].startswith(f"{MINUS}0.0500")
-    assert "gaussians (grid pocket): denoising loss of the learned part" in page.text
+    assert "gaussians (grid shapes): denoising loss of the learned part" in page.text
     page, _ = made(tmp_path, make_rows())
     assert "learned part" not in page.text
 
 
 def test_sheets_of_the_first_seed_are_in_the_page(tmp_path):
     rows = make_rows(("sds", "csd"), prompts=PROMPTS[:2], seeds=("2", "10"))
-    (tmp_path / "sheets/pocket").mkdir(parents=True)
+    (tmp_path / "sheets/shapes").mkdir(parents=True)
     for prior, seed, color in (("sds", 2, "red"), ("sds", 10, "blue"), ("csd", 10, "lime")):
-        file = tmp_path / f"sheets/pocket/gaussians-{prior}-a-car-{seed}.webp"
+        file = tmp_path / f"sheets/shapes/gaussians-{prior}-a-car-{seed}.webp"
         Image.new("RGB", (256, 64), color).save(file)
     page, markdown = made(tmp_path, rows)
     pictures = [v for tag, name, v in page.attributes if (tag, name) == ("img", "src")]
-    wanted = [(tmp_path / "sheets/pocket/gaussians-sds-a-car-2.webp").read_bytes()]
+    wanted = [(tmp_path / "sheets/shapes/gaussians-sds-a-car-2.webp").read_bytes()]
     assert [base64.b64decode(p.split(",")[1]) for p in pictures] == wanted
     assert all(p.startswith("data:image/webp;base64,") for p in pictures)
-    assert "![](sheets/pocket/gaussians-sds-a-car-2.webp)" in markdown
+    assert "![](sheets/shapes/gaussians-sds-a-car-2.webp)" in markdown
     shown = next(t for t in page.tables if t[0] == ["prompt", "sds"])
     assert shown[1:] == [["a car", ""], ["a mug", "none"]]
 

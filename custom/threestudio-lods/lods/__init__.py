@@ -2,7 +2,7 @@
 
     import lods
 
-    method = lods.load("lods-lora", model="pocket", prompt="a red mushroom")
+    method = lods.load("lods-lora", prompt="a red mushroom")
     losses = method(images)           # (B, 3, H, W) in 0..1, from a renderer of your own
     losses.total.backward()
 
@@ -60,7 +60,7 @@ def __dir__() -> list[str]:
 
 def load(
     method: str,
-    model: Any = "pocket",
+    model: Any = "pocket-shapes",
     prompt: str = "",
     negative_prompt: str = "",
     device: Any = None,

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lods.cameras import TOLD, Cameras
 from lods.files import whole_file
+from lods.models.cards import EMBEDDED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,11 +31,9 @@ if TYPE_CHECKING:
     from lods.models.base import Model
     from torch import Tensor
 
-POCKET = Path(__file__).resolve().parent / "models" / "pocket"
-
 # Per model and method: the published settings for Stable Diffusion
 # (original implementation of arXiv:2312.04820; but the negative prompt is empty, where it has a new
-# token for its LoRA), and what suits the pocket model.
+# token for its LoRA), and what suits a model that comes with this package, by the name of its card.
 #   batch      particles in one UNet call
 #   drawn      which ones: true, as many as there are in every step, drawn with replacement, as in
 #              the original; false, all of them once, so that none rests
@@ -44,16 +43,16 @@ POCKET = Path(__file__).resolve().parent / "models" / "pocket"
 #   samples    draws of (t, noise) per particle for the learned part's loss
 _SD = {"prompt": "an astronaut is riding a horse", "lr": 3e-2, "samples": 1}
 _SD |= {"batch": 3, "drawn": True, "start": 4}
-_POCKET = {"prompt": "a DSLR image of a hamburger", "lr": 3e-2, "samples": 1}
-_POCKET |= {"batch": 64, "drawn": False, "start": 1}
+_SHAPES = {"prompt": "a DSLR image of a hamburger", "lr": 3e-2, "samples": 1}
+_SHAPES |= {"batch": 64, "drawn": False, "start": 1}
 SETTINGS = {
     ("stable-diffusion", "lora"): _SD
     | {"steps": 700, "guidance_scale": 1e6, "prior_lr": 1e-5, "t_max": (0.98, 0.98)},
     ("stable-diffusion", "embedding"): _SD
     | {"steps": 1000, "guidance_scale": 100.0, "prior_lr": 1e-4, "t_max": (0.98, 0.98)},
-    ("pocket", "lora"): _POCKET
+    ("pocket-shapes", "lora"): _SHAPES
     | {"steps": 300, "guidance_scale": 7.5, "prior_lr": 1e-3, "t_max": (0.98, 0.5)},
-    ("pocket", "embedding"): _POCKET
+    ("pocket-shapes", "embedding"): _SHAPES
     | {"steps": 300, "guidance_scale": 7.5, "prior_lr": 1e-3, "t_max": (0.98, 0.5)},
 }
 
@@ -86,20 +85,20 @@ def parse_arguments(kind: str, argv=None, prog: str | None = None) -> argparse.N
     parser = argparse.ArgumentParser(
         prog=prog,
         description=f"Distil images from a prompt with LODS ({kind}). Without arguments: Stable "
-        "Diffusion if there is a GPU and the model can be had, else the embedded pocket model.",
+        "Diffusion if there is a GPU and the model can be had, else the embedded model.",
     )
     add = parser.add_argument
 
     def by_model(key: str) -> str:
-        pocket, large = (SETTINGS[family, kind][key] for family in ("pocket", "stable-diffusion"))
-        return f"(default: {pocket}; for Stable Diffusion {large})"
+        small, large = (SETTINGS[family, kind][key] for family in (EMBEDDED, "stable-diffusion"))
+        return f"(default: {small}; for Stable Diffusion {large})"
 
     add("--prompt", help=f"what to make {by_model('prompt')}")
-    unknown = "take a prompt in which the pocket model knows no object"
+    unknown = "take a prompt in which the embedded model knows no object"
     add("--allow-unknown-words", action="store_true", help=unknown)
     add(
         "--model",
-        help="sd15, sd21-base, sd21, sdxl, pocket, hub id or diffusers folder "
+        help=f"sd15, sd21-base, sd21, sdxl, {EMBEDDED}, hub id or diffusers folder "
         "(default: chosen, and said why)",
     )
     add("--steps", type=_positive(int), help=f"optimiser steps {by_model('steps')}")
@@ -125,16 +124,19 @@ def parse_arguments(kind: str, argv=None, prog: str | None = None) -> argparse.N
 
 
 def choose_model(model: str | None) -> tuple[str, str, str]:
-    """(folder or hub id, "stable-diffusion" or "pocket", why in a few words)."""
+    """(folder or hub id, whose SETTINGS suit it, why in a few words): "stable-diffusion", or the
+    card of a model that comes with this package."""
     from lods.models import choose
+    from lods.models.cards import CARDS, all_cards, canonical
 
     if model is None:
         name, why = choose()
     else:
         name, why = model, "as asked"
-    if name == "pocket" or Path(name).resolve() == POCKET:
-        return str(POCKET) if name == "pocket" else name, "pocket", why
-    return name, "stable-diffusion", why
+    card = all_cards().get(canonical(name))
+    if card is None or card.folder is None:
+        return name, "stable-diffusion", why
+    return str(CARDS.parent / card.folder) if name == card.name else name, card.name, why
 
 
 def initial_particles(shape, start: int, device):

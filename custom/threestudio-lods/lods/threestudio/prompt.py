@@ -36,7 +36,7 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
     What it returns has one method more, ``other_text(kind)``: the same for a text that a method
     compares the prompt with, embedded when it is asked for. "source" tells what the renders look
     like now, and has the words for the view as the prompt does; "nfsd_negative" has not. A text is
-    worth something in words that the model knows: the pocket model would read the published ones
+    worth something in words that the model knows: the embedded model would read the published ones
     letter by letter, and cut them off after 14 tokens, so that pocket.yaml has others.
 
     A model whose folder has a ``vocabulary.json`` (see :mod:`lods.models.vocabulary`) is not asked

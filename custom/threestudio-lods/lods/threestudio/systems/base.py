@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from lods.models import renamed
+from lods.preflight import named_models
 from lods.threestudio.systems.coverage import Coverage
 from lods.threestudio.systems.losses import Losses
 from lods.threestudio.systems.pictures import Pictures
@@ -84,6 +86,17 @@ class LODSSystem(Losses, Pictures):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         return self.renderer(**batch)
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["lods_models"] = renamed.notes(named_models(self.cfg).values())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another model than the run's, by whatever name."""
+        super().on_load_checkpoint(checkpoint)
+        renamed.refuse_another(named_models(self.cfg), checkpoint.get("lods_models"))
 
     # -- files ---------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What a prompt of the pocket world truly looks like: renders of random objects it describes."""
+"""What a prompt of the world of shapes truly looks like: renders of random objects it describes."""
 
 import hashlib
 import math
@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 
-from pocket.data import SIZE, Camera, build, draw, sample_camera
-from pocket.judge import WEIGHTS, load, verdict
-from pocket.scenes import COLOR_NAMES, KINDS
+from pocket.shapes.data import SIZE, Camera, build, draw, sample_camera
+from pocket.shapes.judge import WEIGHTS, load, verdict
+from pocket.shapes.scenes import COLOR_NAMES, KINDS
 from pocket.tools import whole_file
 
 SHAPES = 8  # random objects of the reference, each seen in all test views
 FRONTS = 192  # random objects of the reference of latents, each seen once
 GROUND = np.ones((2, 3))  # white
 HERE = Path(__file__).resolve().parent
-KEPT = HERE.parent / "build" / "pocket-truth"
+KEPT = HERE.parents[1] / "build" / "shapes-truth"
 
 
 @dataclass(frozen=True)

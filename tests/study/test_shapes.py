@@ -1,4 +1,4 @@
-"""The pocket world and the model trained on it."""
+"""The world of shapes and the model pocket-shapes."""
 
 import ast
 import csv
@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pocket import autoencoder, data, make, raycast, report, scenes
-from pocket.judge import load, verdict
+from pocket.shapes import autoencoder, data, make, raycast, report, scenes
+from pocket.shapes.judge import load, verdict
 from pocket.tokenizer import save_tokenizer
 from tests.runs import ROOT
 
-MODEL = ROOT / "custom/threestudio-lods/lods/models/pocket"
+MODEL = ROOT / "custom/threestudio-lods/lods/models/pocket-shapes"
 
 
 def _inside(kind, param, p):
@@ -137,7 +137,7 @@ def test_a_turn_is_one_object_from_three_sides():
 @pytest.mark.slow
 def test_the_phase_of_view_words_goes_on_from_the_average(tmp_path, monkeypatch):
     """Two steps at once, and one step, a stop, and another, end in the same weights."""
-    from pocket import diffusion, views
+    from pocket.shapes import diffusion, views
 
     images, _, labels = data.make(8, seed=0, workers=1)
     np.savez(tmp_path / "train.npz", images=images, labels=labels)
@@ -173,7 +173,7 @@ def test_the_phase_of_view_words_goes_on_from_the_average(tmp_path, monkeypatch)
 
 
 def test_sides_of_an_object_differ_in_the_view_word_only(tmp_path, monkeypatch):
-    from pocket import diffusion, views
+    from pocket.shapes import diffusion, views
 
     images, _, labels = data.make(8, seed=0, workers=1)
     np.savez(tmp_path / "train.npz", images=images, labels=labels)
@@ -192,7 +192,7 @@ def test_sides_of_an_object_differ_in_the_view_word_only(tmp_path, monkeypatch):
 
 
 def test_every_word_is_one_token(tmp_path):
-    from pocket.diffusion import WORDS
+    from pocket.shapes.diffusion import WORDS
 
     # Words whose pieces are merges of others, in both orders, are what breaks a naive table.
     words = ["hat", "chair", "ai", "cha", "that", *WORDS]
@@ -202,8 +202,8 @@ def test_every_word_is_one_token(tmp_path):
     assert len(tokenizer("x " * 50, truncation=True, max_length=16).input_ids) == 16
 
 
-def test_what_the_pocket_models_training_writes_is_readable_by_old_versions(tmp_path, monkeypatch):
-    from pocket import diffusion
+def test_what_the_training_writes_is_readable_by_old_versions(tmp_path, monkeypatch):
+    from pocket.shapes import diffusion
     from tests.models.test_model_folders import readable_by_old_versions
 
     models = torch.nn.ModuleList(
@@ -218,7 +218,7 @@ def test_what_the_pocket_models_training_writes_is_readable_by_old_versions(tmp_
 def test_the_shipped_vocabulary_is_that_of_the_captions_and_of_the_tokenizer():
     from transformers import CLIPTokenizer
 
-    from pocket.diffusion import vocabulary
+    from pocket.shapes.diffusion import vocabulary
 
     listed = json.loads((MODEL / "vocabulary.json").read_text())
     assert listed == vocabulary() and listed["objects"] == list(scenes.KIND_NAMES)
@@ -350,7 +350,7 @@ def test_output_that_cannot_be_written_ends_no_training():
 
 
 def test_a_text_encoder_without_all_of_its_weights_is_refused(tmp_path):
-    folder = shutil.copytree(MODEL, tmp_path / "pocket")
+    folder = shutil.copytree(MODEL, tmp_path / "model")
     weights = load_file(folder / "text_encoder/model.safetensors")
     weights.pop("text_model.final_layer_norm.bias")
     save_file(weights, folder / "text_encoder/model.safetensors", metadata={"format": "pt"})
@@ -365,13 +365,20 @@ def test_a_folder_of_other_pictures_is_refused(tmp_path):
         make.check_work(tmp_path, seed=1, pictures=10)
 
 
+def test_folders_that_were_made_before_the_code_was_moved_are_still_of_this_world():
+    """The digest that they have kept; another is right only if the pictures become others."""
+    assert make.world() == "a2e858bdf30c"
+
+
 def test_another_model_leaves_this_one_its_judge(tmp_path, monkeypatch):
     done = []
     for module, name in (("diffusion", "save_pipeline"), ("judge", "train"), ("report", "report")):
-        monkeypatch.setattr(f"pocket.{module}.{name}", lambda *a, n=module, **k: done.append(n))
+        monkeypatch.setattr(
+            f"pocket.shapes.{module}.{name}", lambda *a, n=module, **k: done.append(n)
+        )
     for module in ("autoencoder", "views", "diffusion"):
-        monkeypatch.setattr(f"pocket.{module}.train", lambda *a, **k: None)
-    monkeypatch.setattr("pocket.diffusion.encode_all", lambda *a: None)
+        monkeypatch.setattr(f"pocket.shapes.{module}.train", lambda *a, **k: None)
+    monkeypatch.setattr("pocket.shapes.diffusion.encode_all", lambda *a: None)
     monkeypatch.chdir(ROOT)
     (tmp_path / "train.npz").touch()
     monkeypatch.setattr("sys.argv", ["make", "--work", str(tmp_path), "--out", str(tmp_path / "p")])

@@ -1,4 +1,4 @@
-"""The last phase of the pocket model's training: view words.
+"""The last phase of the training of ``pocket-shapes``: view words.
 
 Front and back of an object have the same silhouette, so the loss of the first phase gains little
 by telling them apart, and guidance then draws a face on every side. Here half of each batch is one
@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pocket.data import make, turn
-from pocket.diffusion import (
+from pocket.shapes.data import make, turn
+from pocket.shapes.diffusion import (
     LENGTH,
     WORDS,
     Captions,

@@ -1,4 +1,4 @@
-"""The objects of the pocket world, each built from primitives with random proportions.
+"""The objects of the world of shapes, each built from primitives with random proportions.
 
 Axes are threestudio's: z up, the front of an object looks along +x (azimuth 0).
 """
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pocket.raycast import BOX, DOME, FRUSTUM, SPHERE, TORUS, WEDGE
+from pocket.shapes.raycast import BOX, DOME, FRUSTUM, SPHERE, TORUS, WEDGE
 
 COLORS = {
     "red": (0.85, 0.08, 0.08),

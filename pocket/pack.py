@@ -1,0 +1,158 @@
+"""What a training takes to a machine with a GPU, and what comes back, in small files.
+
+    python -m pocket.pack make --work W --to pack.safetensors --megabytes 40
+    bash pocket/on_gpu.sh pack.safetensors OUT unet 20000 512     # there
+    python -m pocket.pack take --work W --name unet --from OUT    # here again
+
+The pack holds latents in eight bits (their standard deviation is 1, the step 1/24), all with a
+white background and every fourth also with another, the cameras, and the autoencoder in half
+precision. If that is more than the limit, the last views of each object are left out. What comes
+back are the averaged weights in half precision, in parts of at most 15 MiB.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pocket.autoencoder import load_vae
+from pocket.latents import NAMES
+from pocket.tools import say, whole_file
+from pocket.training import load_state, save_state
+
+STEP = 1 / 24
+COLOURED_EVERY = 4  # of the views, one goes along before its coloured background too
+PART = 15 << 20  # bytes
+NAMES_OF_MODELS = ("unet", "flow")
+
+
+def make(work: Path, file: Path, megabytes: float) -> int:
+    """Write the pack of ``work``; returns how many views of a series it has at most.
+
+    Raises ``ValueError`` if the limit leaves no view.
+    """
+    from safetensors.torch import save_file
+
+    vae = {f"vae {k}": v.half().contiguous() for k, v in load_vae(work).state_dict().items()}
+    room = megabytes * 2**20 - sum(2 * v.numel() for v in vae.values()) - 2**16
+    series = {f.stem: np.load(f) for f in sorted((work / "latents").glob("*.npy"))}
+    cameras = {f.parent.name: np.load(f) for f in sorted((work / "renders").glob("*/cameras.npy"))}
+    if not series:
+        raise ValueError(f"{work} has no latents yet: run the stage latents first")
+    counts = [len(z) for z in series.values()]
+    each = next(iter(series.values()))[0, 0].size
+    views = max(counts)
+    while views and sum(min(n, views) for n in counts) * each * (1 + 1 / COLOURED_EVERY) > room:
+        views -= 1
+    if not views:
+        raise ValueError(f"{megabytes} MB is too little for the latents: give more --megabytes")
+    tensors = dict(vae)
+    for key, z in series.items():
+        eight = np.clip(np.round(z[:views].astype(np.float32) / STEP), -127, 127).astype(np.int8)
+        tensors[f"white {key}"] = torch.from_numpy(np.ascontiguousarray(eight[:, 0]))
+        other = np.ascontiguousarray(eight[::COLOURED_EVERY, 1])
+        tensors[f"coloured {key}"] = torch.from_numpy(other)
+    for slug, values in cameras.items():
+        tensors[f"cameras {slug}"] = torch.from_numpy(values[:views])
+    with whole_file(file) as tmp:
+        save_file(tensors, tmp)
+    return views
+
+
+def unpack(file: Path, work: Path) -> None:
+    """Make a work folder of a pack. A view without a coloured background has its white one
+    twice."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(file)
+    vae = {k[4:]: v.float() for k, v in tensors.items() if k.startswith("vae ")}
+    work.mkdir(parents=True, exist_ok=True)
+    save_state(work / "vae.pt", model=vae)
+    for name, value in tensors.items():
+        kind, _, key = name.partition(" ")
+        if kind == "cameras" and key in NAMES:
+            _save(work / "renders" / key / "cameras.npy", value.numpy())
+        elif kind == "white" and any(key == s or key.startswith(f"{s}-") for s in NAMES):
+            z = np.stack([value.numpy()] * 2, axis=1)
+            z[::COLOURED_EVERY, 1] = tensors[f"coloured {key}"].numpy()
+            _save(work / "latents" / f"{Path(key).name}.npy", z.astype(np.float16) * STEP)
+
+
+def _save(file: Path, array: np.ndarray) -> None:
+    with whole_file(file) as tmp, tmp.open("wb") as stream:
+        np.save(stream, array)
+
+
+def weights(work: Path, name: str, folder: Path) -> list[Path]:
+    """Write the averaged weights of a training in half precision to ``folder``, in parts."""
+    from safetensors.torch import save
+
+    state = load_state(work / f"{name}_state.pt")
+    values = {k: v for k, v in state["model"].items() if v.is_floating_point()}
+    average = dict(zip(state["parameters"], state["average"]["shadow_params"], strict=True))
+    values = {k: average.get(k, v).half().contiguous() for k, v in values.items()}
+    data = save(values, {"step": str(state["step"])})
+    parts = []
+    for k, start in enumerate(range(0, len(data), PART)):
+        parts.append(folder / f"{name}.{k}.part")
+        with whole_file(parts[-1]) as tmp:
+            tmp.write_bytes(data[start : start + PART])
+    return parts
+
+
+def take(work: Path, name: str, folder: Path) -> int:
+    """Make a state of the parts in ``folder``, which ``save`` and further training take up;
+    returns its step. Replaces none that has seen more steps."""
+    from safetensors.torch import load
+
+    parts = sorted(folder.glob(f"{name}.*.part"), key=lambda f: int(f.name.split(".")[-2]))
+    if not parts:
+        raise ValueError(f"{folder} has no {name}.0.part")
+    data = b"".join(part.read_bytes() for part in parts)
+    try:
+        values = {k: v.float() for k, v in load(data).items()}
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        step = int(header["__metadata__"]["step"])
+    except Exception as error:
+        raise ValueError(f"the parts of {name} in {folder} are damaged: {error}") from None
+    file = work / f"{name}_state.pt"
+    if file.exists() and load_state(file)["step"] > step:
+        raise ValueError(f"{file} has seen more than {step} steps: move it away first")
+    save_state(file, model=values, step=step, steps=step, falls=step, weights_only=True)
+    return step
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m pocket.pack",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=("make", "unpack", "weights", "take"))
+    parser.add_argument("--work", type=Path, default=Path("build/pocket"))
+    parser.add_argument("--name", choices=NAMES_OF_MODELS, default="unet")
+    parser.add_argument("--from", type=Path, dest="source")
+    parser.add_argument("--to", type=Path)
+    parser.add_argument("--megabytes", type=float, default=40.0)
+    args = parser.parse_args(arguments)
+    needed = {"make": "to", "unpack": "source", "weights": "to", "take": "source"}[args.what]
+    if getattr(args, needed) is None:
+        parser.error(f"{args.what} needs --{'from' if needed == 'source' else 'to'}")
+    try:
+        if args.what == "make":
+            views = make(args.work, args.to, args.megabytes)
+            say(f"{args.to}: {args.to.stat().st_size / 2**20:.1f} MiB, up to {views} views each")
+        elif args.what == "unpack":
+            unpack(args.source, args.work)
+        elif args.what == "weights":
+            say(*weights(args.work, args.name, args.to))
+        else:
+            say(f"{args.name} after {take(args.work, args.name, args.source)} steps")
+    except (OSError, ValueError) as error:
+        parser.error(str(error).splitlines()[0])
+
+
+if __name__ == "__main__":
+    main()
