@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from lods.models.renders import Renders
 
-from pocket import objects_truth as truth
+from pocket import truth
 from pocket.world import OBJECTS, SIZE, view_of
 
 

@@ -5,7 +5,7 @@
 - ``pocket/ideal``: the objects of the gallery from many cameras, for the ideal denoiser
   (``lods.load("lods-sds", model="pocket/ideal", cameras="tokens", ...)``).
 
-Both are folders of :mod:`lods.models.renders`. ``python -m pocket.objects_truth --assets DIR --work
+Both are folders of :mod:`lods.models.renders`. ``python -m pocket.truth --assets DIR --work
 DIR`` makes them from the models and from what :mod:`pocket.render` has left in the work folder.
 """
 
