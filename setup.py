@@ -39,6 +39,8 @@ setup(
     package_data={
         "lods": ["models/*.yaml", "models/pocket*/*", "models/pocket*/*/*"],
         f"{HOST}.evaluation": ["*.yaml", "grids/*.yaml"],
+        # without pocket/ideal and pocket/truth: they are for the study of this repository
+        f"{HOST}.pocket": ["*.safetensors", "*.md", "*.sh"],
         f"{HOST}.pocket.shapes": ["*.safetensors"],
         f"{HOST}.configs": ["*.yaml"],
     },

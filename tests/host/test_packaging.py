@@ -26,7 +26,8 @@ PLACES = {
     **{f"{name}/": f"lods_host/{name}/" for name in ("threestudio", "evaluation", "configs")},
     "pocket/": "lods_host/pocket/",
 }
-LEFT_OUT = ("pocket/shapes/results/",)  # of which nothing that runs reads
+# tables of which nothing that runs reads, and pictures of the study of a checkout
+LEFT_OUT = tuple(f"pocket/{part}/" for part in ("shapes/results", "results", "ideal", "truth"))
 
 
 def tracked():
