@@ -22,7 +22,7 @@ from pocket.latents import LENGTH, WORDS, Latents, tokenizer, vocabulary
 from pocket.portable import make_portable
 from pocket.tokenizer import save_tokenizer
 from pocket.tools import CameraTokens, whole_file
-from pocket.training import Training, load_state
+from pocket.training import Training, build_scheduler, load_state
 from pocket.watching import watch_model
 
 WIDTH = 128
@@ -30,19 +30,6 @@ CHANNELS = (64, 128, 192)
 HIGH, HIGH_SHARE = 300, 0.8  # of the timesteps, the share that is drawn from 300..999
 NAME = "unet"
 BATCH = 48
-
-
-def build_scheduler():
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-    )
 
 
 def build_text_encoder(tokens, width: int = WIDTH, layers: int = 2):
@@ -99,6 +86,10 @@ class Model(nn.Module):
             rows = torch.cat([rows, self.camera_encoder(cameras).to(rows.dtype)], dim=1)
         return self.unet(noisy, t, rows).sample
 
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.unet
+
     def times(self, rng, batch: int) -> torch.Tensor:
         """Timesteps of a training step, evenly spread over 300..999 (four fifths) and 0..299."""
         u = (np.arange(batch) + rng.uniform(size=batch)) / batch
@@ -137,22 +128,22 @@ class Model(nn.Module):
         return x
 
 
-def fit(
+def train(
     work: Path,
-    name: str,
-    model: nn.Module,
-    network: nn.Module,
     steps: int,
+    seed: int = 0,
+    batch: int = BATCH,
+    device: str = "cpu",
     *,
-    seed: int,
-    batch: int,
-    peak: float,
-    device: str,
-    watch_s: float,
-) -> Training:
-    """Train ``model``, whose denoiser is ``network``, on all latents, to ``work/<name>_state.pt``;
-    more steps than before continue it. ``peak`` is the rate for a batch of 48, and grows with the
-    root of the batch."""
+    name: str = NAME,
+    kind: type[nn.Module] = Model,
+    peak: float = 1e-3,
+    watch_s: float = 900,
+) -> None:
+    """Train a ``kind`` of model on all latents, to ``work/<name>_state.pt``; more steps than before
+    continue it. ``peak`` is the rate for a batch of 48, and grows with the root of the batch."""
+    torch.manual_seed(seed)
+    model = kind(tokenizer(work))
     latents = Latents(work, tokenizer(work))
     model.to(device)
 
@@ -170,31 +161,12 @@ def fit(
         with autocast(device):
             watch_model(model, latents, work, f"{name} at {step}", f"{name}-{step:06d}")
 
-    with fast(network, device):
+    with fast(model.denoiser, device):
         training = Training(
             work / f"{name}_state.pt", model, loss, steps,
             peak=peak * (batch / BATCH) ** 0.5, warm=300, name=name, weight_decay=1e-2,
         )  # fmt: skip
         training.run(watch, watch_s=watch_s, say_every=200)
-    return training
-
-
-def train(
-    work: Path,
-    steps: int,
-    seed: int = 0,
-    batch: int = BATCH,
-    peak: float = 1e-3,
-    device: str = "cpu",
-    watch_s: float = 900,
-):
-    """Train on all latents, to ``work/unet_state.pt``; more steps than before continue it."""
-    torch.manual_seed(seed)
-    model = Model(tokenizer(work))
-    fit(
-        work, NAME, model, model.unet, steps,
-        seed=seed, batch=batch, peak=peak, device=device, watch_s=watch_s,
-    )  # fmt: skip
 
 
 def load_averaged(work: Path, name: str, model: nn.Module) -> nn.Module:

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from pocket.autoencoder import LATENT_CHANNELS, load_vae
-from pocket.diffusion import BATCH, finish_folder, fit, load_averaged
+from pocket.diffusion import finish_folder, load_averaged
 from pocket.latents import LENGTH, tokenizer
 from pocket.tools import CameraTokens
 
-NAME = "flow"
+NAME, PEAK = "flow", 6e-4  # of the state's file, and of the rate
 WIDTHS = (128, 64)  # of the two text encoders
 LAYERS = (3, 2)  # of these; the rows are those after the last but one
 LAYERS_OF_TRANSFORMER, HEADS, PATCH = 6, 4, 2  # heads are 64 wide
@@ -159,6 +159,10 @@ class Model(nn.Module):
         pooled = torch.cat([each.text_embeds for each in said], dim=-1)
         return self.transformer(noisy, rows, pooled, 1000 * t).sample
 
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.transformer
+
     def times(self, rng, batch: int) -> torch.Tensor:
         """Times in (0, 1) of a training step: the logistic function of normal numbers, evenly
         spread over the quantiles. Also draws how many rows of zeros the step stands for."""
@@ -192,24 +196,6 @@ class Model(nn.Module):
             null, said = self(torch.cat([x, x]), t, ids, twice).float().chunk(2)
             x = x - (null + scale * (said - null)) / steps
         return x
-
-
-def train(
-    work: Path,
-    steps: int,
-    seed: int = 0,
-    batch: int = BATCH,
-    peak: float = 6e-4,
-    device: str = "cpu",
-    watch_s: float = 900,
-):
-    """Train on all latents, to ``work/flow_state.pt``; more steps than before continue it."""
-    torch.manual_seed(seed)
-    model = Model(tokenizer(work))
-    fit(
-        work, NAME, model, model.transformer, steps,
-        seed=seed, batch=batch, peak=peak, device=device, watch_s=watch_s,
-    )  # fmt: skip
 
 
 def save_pipeline(work: Path, folder: Path):

@@ -130,7 +130,8 @@ def _run(stage: str, args) -> None:
     elif stage == "save":
         diffusion.save_pipeline(args.work, args.out)
     elif stage == "flow":
-        flow.train(args.work, args.flow_steps, batch=args.batch, **options)
+        more = {"name": flow.NAME, "kind": flow.Model, "peak": flow.PEAK}
+        diffusion.train(args.work, args.flow_steps, batch=args.batch, **options, **more)
     elif stage == "save-flow":
         flow.save_pipeline(args.work, args.flow_out)
 

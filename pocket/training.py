@@ -30,6 +30,20 @@ def to_tensor(images: UInt8[np.ndarray, "N H W 3"]) -> Float[torch.Tensor, "N 3 
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
+def build_scheduler():
+    """Stable Diffusion's table of noise, for a network that predicts v."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+
+
 def save_state(path: Path, **state) -> None:
     """Write a training state in one piece: a reader sees the old file or the new one."""
     with whole_file(path) as tmp:

@@ -19,7 +19,7 @@ from pocket.shapes.data import TEMPLATES, VIEWS, caption
 from pocket.shapes.scenes import COLOR_NAMES, KIND_NAMES
 from pocket.tokenizer import save_tokenizer
 from pocket.tools import say, whole_file
-from pocket.training import cosine, save_state, to_tensor
+from pocket.training import build_scheduler, cosine, save_state, to_tensor
 
 LENGTH, WIDTH = 16, 96
 EVERY = 500  # steps between two states on disk
@@ -41,19 +41,6 @@ def vocabulary() -> dict[str, list[str]]:
     named = {"objects": [*KIND_NAMES], "colors": [*COLOR_NAMES], "views": [*VIEWS]}
     said = {word for names in named.values() for name in names for word in name.split()}
     return {**named, "other words": [w for w in WORDS if w not in said and w.isalnum()]}
-
-
-def build_scheduler():
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-    )
 
 
 def build_models(tokenizer):
