@@ -319,3 +319,9 @@ def test_a_damaged_sheet_is_refused(tmp_path, damage):
     with pytest.raises(ValueError, match="make it anew") as error:
         read.views(read.objects[0])
     one_line(error)
+
+
+def test_its_setting_is_refused_for_a_model_with_a_network():
+    with pytest.raises(ValueError, match="ideal_neighbours=2 is a setting of ideal denoisers") as e:
+        lods.models.load("pocket-shapes", "cpu", ideal_neighbours=2)
+    one_line(e)

@@ -47,6 +47,11 @@ def load_family(name: str, device: torch.device, settings: ModelSettings, vae: A
         from lods.models.ideal import IdealModel
 
         return IdealModel.from_folder(name, device, settings)
+    if settings.ideal_neighbours is not None:
+        raise ValueError(
+            f"ideal_neighbours={settings.ideal_neighbours} is a setting of ideal denoisers, and "
+            f"{name!r} has a network: leave it out"
+        )
     network = load_model_config(location.path, "unet", location.revision).get("_class_name")
     if network not in _classes:
         raise ValueError(

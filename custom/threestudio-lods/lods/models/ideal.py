@@ -36,6 +36,7 @@ from torch import Tensor, nn
 VIEWS = ("side", "front", "back", "overhead")
 WHITE = 0.5  # share of white backgrounds; the others are any colour
 LEVELS = 256
+NEIGHBOURS = 4  # renders of an object that a camera allows, unless set
 CHUNK = 64  # renders that are in float64 at a time
 NO_NETWORK = (
     "the ideal denoiser has no network, so that a LoRA has no place in it: take a method that "
@@ -234,7 +235,7 @@ class IdealModel(AddsNoise):
             raise ValueError("the text's embedding allows none of the ideal denoiser's renders")
         if camera is not None:
             far = camera_distances(camera, self._numbers[rows])
-            k, near = self.settings.ideal_neighbours, []
+            k, near = self.settings.ideal_neighbours or NEIGHBOURS, []
             for sort in self._sort[rows].unique().tolist():
                 mine = (self._sort[rows] == sort).nonzero()[:, 0]
                 near.append(mine[far[mine].sort(stable=True).indices[:k]].sort().values)

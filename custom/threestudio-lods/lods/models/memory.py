@@ -27,8 +27,9 @@ class ModelSettings:
     # words for the view in the prompt; tokens, the camera itself as rows beside the text, for a
     # model with a camera_encoder; or both
     cameras: Annotated[str, TOLD] = "words"
-    # of an ideal denoiser that is told the camera: renders of each object that it looks at
-    ideal_neighbours: Annotated[int, "[1, 10000]"] = 4
+    # of an ideal denoiser that is told the camera, and of no other model: renders of each object
+    # that it looks at, 4 unless set
+    ideal_neighbours: Annotated[int | None, "[1, 10000]"] = None
 
     # of UNet and VAE: auto, float16, bfloat16 or float32; auto is float16 on CUDA with
     # half_precision_weights, else float32
