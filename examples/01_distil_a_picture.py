@@ -15,7 +15,7 @@ def main(
 ) -> torch.Tensor:
     """Returns the four pictures, (4, 3, H, W) in 0..1."""
     torch.manual_seed(0)
-    method = lods.load("lods-lora", model="pocket-shapes", prompt=prompt, guidance_scale=20)
+    method = lods.load("lods-lora", model="pocket", prompt=prompt, guidance_scale=20)
 
     # Four latents, and one optimizer for them and for the learned part
     shape = (4, *method.model.latent_shape)

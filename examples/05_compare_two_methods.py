@@ -54,7 +54,7 @@ def agreement(model: lods.models.Model, latents: torch.Tensor, prompt: str) -> f
 # %% All runs
 def main(steps: int = 120, out: str = "comparison.png", prompts=PROMPTS) -> dict[str, list[float]]:
     """Returns the agreement of each method's pictures with their prompts, in percent."""
-    model = lods.models.load("pocket-shapes")
+    model = lods.models.load("pocket")
     found: dict[str, list[float]] = {name: [] for name in METHODS}
     pictures = []
     for name, prompt in tqdm([(name, prompt) for name in METHODS for prompt in prompts]):

@@ -22,7 +22,7 @@ from lods.models import cards
 from tests.runs import ROOT, small_run
 
 LIBRARY = ROOT / "custom" / "threestudio-lods"
-MUSHROOM = {"prompt": "a red mushroom", "model": "pocket-shapes", "small": True}
+ARMCHAIR = {"prompt": "a red armchair", "model": "pocket", "small": True}
 
 
 @pytest.fixture(autouse=True)
@@ -181,12 +181,12 @@ def test_merge_writes_one_yaml(away):
 
 
 def test_a_run_is_found_by_its_folder_its_checkpoint_and_a_piece_of_its_name(away):
-    run = make_run(away / "outputs" / "gs" / "a_mushroom@1")
+    run = make_run(away / "outputs" / "gs" / "a_armchair@1")
     make_run(away / "outputs" / "gs" / "a_car@2")
-    relative = Path("outputs/gs/a_mushroom@1")
+    relative = Path("outputs/gs/a_armchair@1")
     assert runs.find_run(str(run)).folder == run
-    assert runs.find_run("mushr").folder == relative
-    found = runs.find_run("outputs/gs/a_mushroom@1/ckpts/last.ckpt")
+    assert runs.find_run("armch").folder == relative
+    found = runs.find_run("outputs/gs/a_armchair@1/ckpts/last.ckpt")
     assert found.folder == relative and found.checkpoint == relative / "ckpts" / "last.ckpt"
 
 
@@ -241,14 +241,18 @@ def test_exported_files_are_copied_where_they_are_asked_for(away, monkeypatch):
         ([], "give a prompt, or --prompts FILE"),
         ([""], "a prompt is empty"),
         (["a ${x}"], "which configs take for a reference"),
-        (["a red mushrom"], "did you mean 'mushroom'?"),
-        (["a red mushroom", "--method", "lods-loras"], "did you mean 'lods-lora'?"),
-        (["a red mushroom", "--on", "mesh"], "'mesh'"),
-        (["a red mushroom", "--model", "sd-15"], "did you mean 'sd15'?"),
-        (["a red mushroom", "--steps", "0"], "number from 1 to"),
-        (["a red mushroom", "--seed", "-1"], "is not a number from 0"),
+        (["a red armchir"], "did you mean 'armchair'?"),
+        (["a red armchair", "--method", "lods-loras"], "did you mean 'lods-lora'?"),
+        (["a red armchair", "--on", "mesh"], "'mesh'"),
+        (["a red armchair", "--model", "sd-15"], "did you mean 'sd15'?"),
+        (["a red armchair", "--steps", "0"], "number from 1 to"),
+        (["a red armchair", "--seed", "-1"], "is not a number from 0"),
+        (
+            ["a snowman", "--model", "pocket-shapes", "--quality", "best"],
+            "no overlay pocket-shapes-best",
+        ),
         (["--prompts", "none.txt"], "--prompts none.txt cannot be read: No such file"),
-        (["--ray", "a red mushroom", "a car"], "--ray takes the word after it for an address"),
+        (["--ray", "a red armchair", "a car"], "--ray takes the word after it for an address"),
         (["--status"], "nothing was made in outputs/make"),
     ],
 )
@@ -281,20 +285,45 @@ def test_a_file_of_prompts_that_is_no_text_is_refused(away):
     ],
 )
 def test_make_takes_the_configs_of_the_representation_and_the_method(on, method, small, configs):
-    request = Request("a red mushroom", on, method, "pocket-shapes", small)
+    request = Request("a red armchair", on, method, "pocket-shapes", small)
     words = request.words(Path("x"))
     assert words[: words.index("--train")] == ["--config", *configs]
     assert f"system.guidance_type={method}-guidance" in words
 
 
+@pytest.mark.parametrize(
+    ("on", "method", "quality", "overlays"),
+    [
+        ("gaussians", "lods-sds", "good", ["pocket"]),
+        ("gaussians", "lods-lora", "draft", ["pocket", "pocket-lora", "pocket-draft"]),
+        ("nerf", "lods-vsd", "good", ["pocket-ngp", "pocket-lora"]),
+        ("nerf", "lods-embedding", "best", ["pocket-ngp", "pocket-ngp-best"]),
+    ],
+)
+def test_the_method_and_the_quality_add_overlays(on, method, quality, overlays):
+    request = Request("a cupcake", on, method, "pocket", True, quality=quality)
+    words = request.words(Path("x"))
+    assert words[2 : words.index("--train")] == overlays
+
+
+def test_a_quality_has_a_folder_of_its_own():
+    good, draft = (
+        Request(**ARMCHAIR, on="nerf", method="lods-sds", quality=q) for q in ("good", "draft")
+    )
+    folders = {make.folder_of(request, Path("out")).name for request in (good, draft)}
+    assert folders == {"a_red_armchair-nerf-lods-sds", "a_red_armchair-nerf-lods-sds-draft"}
+    assert good.key != draft.key
+
+
 @pytest.mark.parametrize("on", list(job.BASE))
 @pytest.mark.parametrize("method", ["lods-embedding", "lods-lora", "lods-sds", "lods-vsd"])
-def test_what_make_asks_for_is_a_valid_config(on, method):
+@pytest.mark.parametrize("quality", job.QUALITIES)
+def test_what_make_asks_for_is_a_valid_config(on, method, quality):
     from threestudio.run.arguments import Program, find_config, parse_args
     from threestudio.run.preflight import read_config
 
     request = Request(
-        "a car: red", on, method, "pocket-shapes", True, 3, 7, ("trainer.precision=32",)
+        "a car: red", on, method, "pocket", True, 3, 7, ("trainer.precision=32",), quality=quality
     )
     call = parse_args(request.words(Path("x")), Program(home=ROOT))
     files = [find_config(word, call.program) for word in call.args.config]
@@ -311,7 +340,7 @@ def test_the_key_tells_all_settings_apart_but_the_gpu():
 
 
 def test_a_request_of_version_0_2_keeps_its_key_and_a_model_of_the_same_name_has_another():
-    old = {**MUSHROOM, "on": "nerf", "method": "lods-sds", "seed": 0, "steps": None}
+    old = {**ARMCHAIR, "on": "nerf", "method": "lods-sds", "seed": 0, "steps": None}
     old = {key: old[key] for key in ("prompt", "on", "method", "model", "small", "seed", "steps")}
     old |= {"model": "pocket", "overrides": []}
     request = Request.of({**old, "gpu": None})
@@ -319,16 +348,11 @@ def test_a_request_of_version_0_2_keeps_its_key_and_a_model_of_the_same_name_has
     assert dataclasses.replace(request, latents=8).key != request.key
 
 
-def test_make_tells_a_model_by_a_former_name_from_the_one_that_had_it(monkeypatch):
-    card = dataclasses.replace(cards.all_cards()[cards.EMBEDDED], name="pocket", latent_channels=8)
-    both = {**cards.all_cards(), "pocket": card}
-    monkeypatch.setattr(cards, "all_cards", lambda: both)
+def test_make_tells_a_model_by_a_former_name_from_the_one_that_had_it():
     said = {}
-    for name in both:
-        if both[name].folder:
-            args = make.parse_args(["a red mushroom", "--model", name], "lods make")
-            [request] = make.requests(args)
-            said[name] = request.latents
+    for name, prompt in (("pocket-shapes", "a mushroom"), ("pocket", "a cupcake")):
+        [request] = make.requests(make.parse_args([prompt, "--model", name], "lods make"))
+        said[name] = request.latents
     assert said == {"pocket-shapes": 0, "pocket": 8}
 
 
@@ -361,36 +385,36 @@ def trained(monkeypatch):
     return started_and
 
 
-FOLDER = Path("outputs/make/a_red_mushroom-gaussians-lods-embedding")
+FOLDER = Path("outputs/make/a_red_armchair-gaussians-lods-embedding")
 
 
 def test_make_trains_exports_and_shows_the_files(trained, capsys):
-    assert cli.main(["make", "a red mushroom"]) == 0
+    assert cli.main(["make", "a red armchair"]) == 0
     assert ["--train" in words for words in trained.words] == [True, False]
     shown = capsys.readouterr().out.splitlines()[-4:]
     assert shown == [
-        "a red mushroom:",
+        "a red armchair:",
         *(f"  {FOLDER / name}" for name in ("picture.png", "video.mp4", "gaussians.ply")),
     ]
     assert (FOLDER / "video.mp4").read_text() == "it4-test.mp4"
 
 
 def test_what_is_made_is_not_made_again(trained):
-    assert cli.main(["make", "a red mushroom"]) == cli.main(["make", "a red mushroom"]) == 0
+    assert cli.main(["make", "a red armchair"]) == cli.main(["make", "a red armchair"]) == 0
     assert len(trained.words) == 2
 
 
 def test_other_settings_are_made_anew_beside_the_old_run(trained):
     for more in ([], ["--steps", "9"]):
-        assert cli.main(["make", "a red mushroom", *more]) == 0
+        assert cli.main(["make", "a red armchair", *more]) == 0
     assert len(list((FOLDER / "run").iterdir())) == 2
 
 
 def test_a_stopped_make_goes_on_from_its_checkpoint(trained, capsys):
     trained.statuses[:] = [143]
-    assert cli.main(["make", "a red mushroom"]) == 143
+    assert cli.main(["make", "a red armchair"]) == 143
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "the same command goes on: lods make 'a red mushroom'"
+    assert last == "the same command goes on: lods make 'a red armchair'"
     assert cli.main(shlex.split(last.split(": ")[1])[1:]) == 0
     [run] = (FOLDER / "run").iterdir()
     assert f"resume={run}/ckpts/last.ckpt" in trained.words[1] and "--train" in trained.words[1]
@@ -398,13 +422,13 @@ def test_a_stopped_make_goes_on_from_its_checkpoint(trained, capsys):
 
 def test_a_failed_make_is_tried_again_and_its_status_is_told(trained):
     trained.statuses[:] = [2]
-    assert cli.main(["make", "a red mushroom"]) == 2
+    assert cli.main(["make", "a red armchair"]) == 2
     assert json.loads((FOLDER / "job.json").read_text())["state"] == "failed"
-    assert cli.main(["make", "a red mushroom"]) == 0
+    assert cli.main(["make", "a red armchair"]) == 0
 
 
 def test_the_status_names_what_is_done_and_what_was_stopped(trained, capsys):
-    assert cli.main(["make", "a red mushroom"]) == 0
+    assert cli.main(["make", "a red armchair"]) == 0
     trained.statuses[:] = [130]
     assert cli.main(["make", "a blue car"]) == 130
     capsys.readouterr()
@@ -412,12 +436,12 @@ def test_the_status_names_what_is_done_and_what_was_stopped(trained, capsys):
     rows = capsys.readouterr().out.splitlines()[1:]
     assert [row.split()[:4] for row in rows] == [
         ["a", "blue", "car", "stopped"],
-        ["a", "red", "mushroom", "done"],
+        ["a", "red", "armchair", "done"],
     ]
 
 
 def test_a_request_that_is_damaged_hides_no_other(trained, capsys):
-    assert cli.main(["make", "a red mushroom"]) == 0
+    assert cli.main(["make", "a red armchair"]) == 0
     for name, text in (("x", "["), ("y", '{"prompt": 3}'), ("z", "[" * 9999)):
         (FOLDER.parent / name).mkdir()
         (FOLDER.parent / name / "request.json").write_text(text)
@@ -428,7 +452,7 @@ def test_a_request_that_is_damaged_hides_no_other(trained, capsys):
 
 @pytest.mark.slow
 def test_two_prompts_are_made_in_processes_of_their_own(away):
-    prompts = ("a red mushroom", "a blue car")
+    prompts = ("a red armchair", "a blue car")
     done = lods("make", *prompts, *tiny(2), "--workers", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     for prompt in prompts:
@@ -439,7 +463,7 @@ def test_two_prompts_are_made_in_processes_of_their_own(away):
 
 @pytest.mark.slow
 def test_a_killed_batch_goes_on_where_it_was(away):
-    argv = ["make", "a red mushroom", *tiny(400), "checkpoint.every_n_train_steps=2"]
+    argv = ["make", "a red armchair", *tiny(400), "checkpoint.every_n_train_steps=2"]
     process = subprocess.Popen(command(*argv, "--workers", "1"), cwd=away, env=environment())
     try:
         wait_for(lambda: list(FOLDER.glob("run/*/ckpts/last.ckpt")))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lods
 import pytest
+import numpy as np
 import torch
 from lods.models.unet import UNetModel, _pooled_width
 from omegaconf import OmegaConf
@@ -60,7 +61,7 @@ def hub(cards, tmp_path, monkeypatch):
 
 def test_the_cards_are_whole(cards):
     known = cards.all_cards()
-    assert list(known) == ["sd15", "sd21-base", "sd21", "sdxl", "pocket-shapes"]
+    assert list(known) == ["sd15", "sd21-base", "sd21", "sdxl", "pocket-shapes", "pocket"]
     for name, card in known.items():
         assert bool(card.ids) != bool(card.folder), name
         assert all(repo.count("/") == 1 for repo in card.ids + card.aliases)
@@ -81,7 +82,11 @@ def test_each_model_of_the_package_has_overlays_and_settings_of_its_own(cards):
             overlay = OmegaConf.load(ROOT / f"configs/{card.overlay}{end}.yaml")
             name = overlay.system.prompt_processor.pretrained_model_name_or_path
             assert cards.canonical(name) == card.overlay
-            assert overlay.data.width == overlay.data.height == card.image_size
+            width = OmegaConf.to_container(overlay.data)["width"]
+            assert np.max(width) == card.image_size
+        for more in card.more_overlays:
+            ends = [f"-{more}"] if more == "lora" else [f"-{more}", f"-ngp-{more}"]
+            assert all((ROOT / f"configs/{card.overlay}{end}.yaml").exists() for end in ends)
 
 
 @pytest.mark.parametrize("name", ["sd15", SD15, OLD15])
@@ -231,7 +236,7 @@ def test_the_command_says_it_in_one_line(hub, capsys):
     said = [line for line in capsys.readouterr().err.splitlines() if "hf download" in line]
     assert len(said) == 1 and "stabilityai/stable-diffusion-xl-base-1.0" in said[0]
     assert launch(files, [*small_run("sdlx"), "system.geometry.init_type=ball"]) == 2
-    assert "one of sd15, sd21-base, sd21, sdxl, pocket-shapes" in capsys.readouterr().err
+    assert "one of sd15, sd21-base, sd21, sdxl, pocket-shapes, pocket" in capsys.readouterr().err
 
 
 # -- the model and its card ------------------------------------------------------------------------

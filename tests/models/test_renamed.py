@@ -59,9 +59,10 @@ def renamed(lods):
 
 @pytest.mark.parametrize("name", ["pocket", PATH, f"/home/me/{PATH}/"])
 def test_a_run_of_before_is_not_continued_with_the_model_that_has_its_name_now(
-    cards, renamed, name
+    cards, renamed, name, tmp_path, monkeypatch
 ):
     cards(pocket=8)
+    monkeypatch.chdir(tmp_path)  # where the path that configs give is no folder
     with pytest.raises(ValueError) as caught:
         renamed.refuse_another({"a.key": name, "another": "sd15", "a.third": name}, None)
     line = str(caught.value)
@@ -75,8 +76,9 @@ def test_with_any_other_name_it_is_continued(cards, renamed, name):
     renamed.refuse_another({"a.key": name}, None)
 
 
-def test_a_run_of_now_is_continued_with_its_model(cards, renamed):
+def test_a_run_of_now_is_continued_with_its_model(cards, renamed, tmp_path, monkeypatch):
     cards(pocket=8)
+    monkeypatch.chdir(tmp_path)
     names = ["pocket", PATH, "pocket-shapes", "sd15"]
     noted = renamed.notes(names)
     assert [noted[name]["latent_channels"] for name in names[:3]] == [8, 8, 4]

@@ -60,7 +60,7 @@ def __dir__() -> list[str]:
 
 def load(
     method: str,
-    model: Any = "pocket-shapes",
+    model: Any = "pocket",
     prompt: str = "",
     negative_prompt: str = "",
     device: Any = None,

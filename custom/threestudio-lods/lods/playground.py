@@ -45,11 +45,14 @@ _SD = {"prompt": "an astronaut is riding a horse", "lr": 3e-2, "samples": 1}
 _SD |= {"batch": 3, "drawn": True, "start": 4}
 _SHAPES = {"prompt": "a DSLR image of a hamburger", "lr": 3e-2, "samples": 1}
 _SHAPES |= {"batch": 64, "drawn": False, "start": 1}
+_POCKET = _SHAPES | {"steps": 300, "t_max": (0.98, 0.3)}
 SETTINGS = {
     ("stable-diffusion", "lora"): _SD
     | {"steps": 700, "guidance_scale": 1e6, "prior_lr": 1e-5, "t_max": (0.98, 0.98)},
     ("stable-diffusion", "embedding"): _SD
     | {"steps": 1000, "guidance_scale": 100.0, "prior_lr": 1e-4, "t_max": (0.98, 0.98)},
+    ("pocket", "lora"): _POCKET | {"guidance_scale": 7.5, "prior_lr": 4e-3},
+    ("pocket", "embedding"): _POCKET | {"guidance_scale": 7.5, "prior_lr": 1e-3},
     ("pocket-shapes", "lora"): _SHAPES
     | {"steps": 300, "guidance_scale": 7.5, "prior_lr": 1e-3, "t_max": (0.98, 0.5)},
     ("pocket-shapes", "embedding"): _SHAPES

@@ -17,6 +17,7 @@ OVERLAY_ENDS = {"gaussians": "", "nerf": "-ngp"}
 FORMATS = {"gaussians": "[ply,glb]", "nerf": "glb"}
 # methods that learn a LoRA of the model; what is learned has the rate of the base config
 LORA = ("lods-lora", "lods-vsd")
+QUALITIES = ("draft", "good", "best")  # good is the overlay itself
 RESULTS = ("picture.png", "video.mp4")  # and the exported files
 LAST = Path("ckpts", "last.ckpt")
 
@@ -36,6 +37,7 @@ class Request:
     gpu: str | None = None
     # channels of the latents, of a model whose name was another's up to version 0.2; else 0
     latents: int = 0
+    quality: str = "good"
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Request":
@@ -51,12 +53,14 @@ class Request:
         told = {name: value for name, value in self.plain().items() if name != "gpu"}
         if not self.latents:  # as in requests of version 0.2
             del told["latents"]
+        if self.quality == "good":  # likewise
+            del told["quality"]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
 
     def words(self, folder: Path) -> list[str]:
         """The command line of the training, as ``lods train`` takes it."""
         learned = "lora" if self.method in LORA else "embedding"
-        configs = [f"lods-{BASE[self.on]}-{learned}", *[self._overlay()] * self.small]
+        configs = [f"lods-{BASE[self.on]}-{learned}", *(self.overlays() if self.small else [])]
         prompt = "system.prompt_processor"
         # a model that understands cameras is told them; no other can be
         told = "tokens" if cards.has_camera_encoder(self.model) else "words"
@@ -83,11 +87,26 @@ class Request:
         """The first words of a command line that goes on with the run."""
         return ["--config", str(run / PARSED), f"resume={run / LAST}", *self._gpu()]
 
-    def _overlay(self) -> str:
+    def overlays(self) -> list[str]:
+        """The configs that go after the full one: the overlay of the model, or of the embedded
+        one; then, of those that its card lists, the ones for the method and the quality. Raises
+        ``ValueError`` for a quality that there is no overlay for."""
         known = cards.all_cards()
         card = known.get(cards.canonical(self.model))
-        named = card.overlay if card else None
-        return f"{named or known[cards.EMBEDDED].overlay}{OVERLAY_ENDS[self.on]}"
+        if card is None or card.overlay is None:
+            card = known[cards.EMBEDDED]
+        overlay = f"{card.overlay}{OVERLAY_ENDS[self.on]}"
+        found = [overlay]
+        if self.method in LORA and "lora" in card.more_overlays:
+            found.append(f"{card.overlay}-lora")
+        if self.quality == "good":
+            return found
+        if self.quality not in card.more_overlays:
+            raise ValueError(
+                f"--quality {self.quality}: there is no overlay {overlay}-{self.quality}; --steps sets "
+                "the training steps of any model"
+            )
+        return [*found, f"{overlay}-{self.quality}"]
 
     def _gpu(self) -> list[str]:
         return [] if self.gpu is None else ["--gpu", self.gpu]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lods import host
-from lods.commands.job import BASE, RESULTS, Request, make
+from lods.commands.job import BASE, QUALITIES, RESULTS, Request, make
 from lods.commands.parser import Parser, count, made_folder
 from lods.files import whole_file
 from lods.models.cards import EMBEDDED
@@ -50,6 +50,12 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
         f"Diffusion where there is a GPU and the model can be had, else {EMBEDDED})",
     )
     add("--out", type=Path, default=Path("outputs", "make"), help="folder (outputs/make)")
+    add(
+        "--quality",
+        choices=QUALITIES,
+        default="good",
+        help="how much time an object gets, with a model of this package (good)",
+    )
     add("--steps", type=count, help="training steps; dates in schedules stay as they are")
     add("--seed", type=int, default=0, help="random seed (0)")
     add("--gpu", help="GPU to use, such as 0")
@@ -128,10 +134,19 @@ def requests(args: argparse.Namespace) -> list[Request]:
     force = ["system.prompt_processor.allow_unknown_words=true"] * args.allow_unknown_words
     overrides = (*force, *args.overrides)
     common = {"model": model, "small": small, "seed": args.seed, "steps": args.steps}
+    if args.quality != "good":
+        if not small:
+            raise ValueError(
+                f"--quality {args.quality} is for models of this package and for CPUs; at full size "
+                "--steps sets the training steps"
+            )
+        common["quality"] = args.quality
     if card and renamed.former(model) != card.name:
         common["latents"] = card.latent_channels
     common |= {"on": args.on, "method": method, "overrides": overrides, "gpu": args.gpu}
-    return [Request(prompt=prompt, **common) for prompt in args.prompts]
+    wanted = [Request(prompt=prompt, **common) for prompt in args.prompts]
+    wanted[0].overlays()
+    return wanted
 
 
 def _refuse_unknown_words(prompts: list[str], model: str) -> None:
@@ -163,7 +178,8 @@ def folder_of(request: Request, out: Path) -> Path:
     """One for each prompt, representation, method and seed."""
     safe_name = host.module("threestudio.utils.config").safe_name
     seed = f"-seed{request.seed}" if request.seed else ""
-    name = f"{request.prompt.replace(' ', '_')}-{request.on}-{request.method}{seed}"
+    quality = f"-{request.quality}" if request.quality != "good" else ""
+    name = f"{request.prompt.replace(' ', '_')}-{request.on}-{request.method}{quality}{seed}"
     return out / safe_name(name)
 
 

@@ -20,7 +20,7 @@ _WHERE = {
 def load(name: str = "auto", device: Any = None, **settings: Any) -> "Model":
     """The frozen model of this name, ready to encode, decode and predict.
 
-    ``name``: a card (:func:`all_cards`: sd15, sd21-base, sd21, sdxl, pocket-shapes), a diffusers
+    ``name``: a card (:func:`all_cards`: sd15, sd21-base, sd21, sdxl, pocket), a diffusers
     folder, a folder of renders for an ideal denoiser (:mod:`lods.models.ideal`), a hub id, or the
     name of a family that was registered by :func:`register`; ``auto`` is
     Stable Diffusion 2.1-base where there is a CUDA device and the model is on this machine or can

