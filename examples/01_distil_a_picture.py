@@ -33,7 +33,7 @@ def main(
     # The pictures
     with torch.no_grad():
         pictures = method.model.decode(latents)
-    print("saved", lods.save_images(out, pictures, columns=4, zoom=4))
+    print("saved", lods.save_images(out, pictures, columns=4, zoom=2))
     return pictures
 
 

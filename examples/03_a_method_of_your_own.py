@@ -47,14 +47,14 @@ def distil(method: lods.Method, steps: int, lr: float = 0.03) -> torch.Tensor:
         return method.model.decode(latents)
 
 
-def main(prompt: str = "a penguin", steps: int = 250, out: str = "my-method.png") -> torch.Tensor:
+def main(prompt: str = "a snowman", steps: int = 250, out: str = "my-method.png") -> torch.Tensor:
     """Returns four pictures, (4, 3, H, W) in 0..1: two of SDS, and two of the new method."""
     model = lods.models.load("pocket")
     settings = {"prompt": prompt, "guidance_scale": 5, "max_step_percent": [0.98, 0.5, steps]}
     sds = distil(lods.load("sds", model, **settings), steps)
     mine = distil(lods.load("my-mix", model, mix=0.5, **settings), steps)
     pictures = torch.cat([sds, mine])
-    print("SDS on the left, my-mix on the right:", lods.save_images(out, pictures, 4, zoom=4))
+    print("SDS on the left, my-mix on the right:", lods.save_images(out, pictures, 4, zoom=2))
     return pictures
 
 

@@ -15,7 +15,7 @@ METHODS = {
     "sds": {"guidance_scale": 5.0},
     "lods-lora": {"guidance_scale": 20.0},
 }
-PROMPTS = ("a photo of a traffic cone", "a penguin", "a picture of an orange birthday cake")
+PROMPTS = ("a photo of a traffic cone", "a teddy bear", "a picture of a blue backpack")
 
 
 def distil(method: lods.Method, steps: int, seed: int) -> torch.Tensor:
@@ -69,7 +69,7 @@ def main(steps: int = 120, out: str = "comparison.png", prompts=PROMPTS) -> dict
         each = ", ".join(f"{value:.1f}" for value in values)
         print(f"{name:12} agreement {sum(values) / len(values):.1f} % ({each})")
     sheet = torch.cat(pictures)
-    print("saved", lods.save_images(out, sheet, columns=len(prompts), zoom=4))
+    print("saved", lods.save_images(out, sheet, columns=len(prompts), zoom=2))
     return found
 
 

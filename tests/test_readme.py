@@ -144,7 +144,7 @@ class FewSteps(ast.NodeTransformer):
 
 @pytest.fixture(scope="module")
 def small():
-    return lods.models.load("pocket-shapes", "cpu")
+    return lods.models.load("pocket", "cpu")
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])

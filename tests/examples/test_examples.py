@@ -32,7 +32,7 @@ def names():
 
 @pytest.fixture(scope="module")
 def small():
-    return lods.models.load("pocket-shapes", "cpu")
+    return lods.models.load("pocket", "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_the_method_of_its_own_is_sds_at_one_end_and_csd_at_the_other(small):
     latents = torch.randn(1, *small.latent_shape)
 
     def loss(name, **settings):
-        method = lods.load(name, small, "a penguin", guidance_scale=5, **settings)
+        method = lods.load(name, small, "a snowman", guidance_scale=5, **settings)
         torch.manual_seed(0)
         return float(method(latents=latents).total)
 

@@ -75,8 +75,8 @@ def test_what_is_no_mapping_is_refused(overlay, text):
 # --- the shipped overlays, with other types than ours ---
 
 OVERLAYS = {
-    "lods-gs-embedding.yaml": "pocket-shapes.yaml",
-    "lods-ngp-lora.yaml": "pocket-shapes-ngp.yaml",
+    "lods-gs-embedding.yaml": "pocket.yaml",
+    "lods-ngp-lora.yaml": "pocket-ngp.yaml",
 }
 
 
@@ -97,7 +97,7 @@ def test_the_shipped_overlays_name_no_field_that_one_method_only_knows(base, lod
         assert set(cfg[name]) <= set(fields)
 
 
-@pytest.mark.parametrize("base, start", zip(OVERLAYS, (150, 200), strict=True))
+@pytest.mark.parametrize("base, start", zip(OVERLAYS, (200, 300), strict=True))
 def test_the_bridge_gets_its_own(base, start, lods):
     cfg = shipped(base, "system.guidance_type=lods-bridge-guidance")
     assert (cfg.guidance.bridge_start, cfg.guidance.bridge_sds_scale) == (start, 5.0)

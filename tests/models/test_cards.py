@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import lods
-import pytest
 import numpy as np
+import pytest
 import torch
 from lods.models.unet import UNetModel, _pooled_width
 from omegaconf import OmegaConf

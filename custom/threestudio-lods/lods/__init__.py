@@ -2,7 +2,7 @@
 
     import lods
 
-    method = lods.load("lods-lora", prompt="a red mushroom")
+    method = lods.load("lods-lora", prompt="a blue backpack")
     losses = method(images)           # (B, 3, H, W) in 0..1, from a renderer of your own
     losses.total.backward()
 
@@ -68,7 +68,7 @@ def load(
 ) -> "Method":
     """A method with its model and its prompt, ready to be called.
 
-        method = lods.load("lods-embedding", prompt="a red mushroom", guidance_scale=7.5)
+        method = lods.load("lods-embedding", prompt="a blue backpack", guidance_scale=7.5)
         optimizer = torch.optim.Adam([{"params": [latents]}, {"params": method.parameters()}])
         losses = method(latents=latents)
         losses.total.backward()

@@ -30,7 +30,7 @@ usage: lods COMMAND ...
 
 Text to 3D by score distillation. To begin with:
 
-    lods make "a red mushroom"
+    lods make "a blue backpack"
 
 {commands}
 

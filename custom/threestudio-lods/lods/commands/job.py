@@ -103,8 +103,8 @@ class Request:
             return found
         if self.quality not in card.more_overlays:
             raise ValueError(
-                f"--quality {self.quality}: there is no overlay {overlay}-{self.quality}; --steps sets "
-                "the training steps of any model"
+                f"--quality {self.quality}: there is no overlay {overlay}-{self.quality}; "
+                "--steps sets the training steps of any model"
             )
         return [*found, f"{overlay}-{self.quality}"]
 

@@ -21,7 +21,7 @@ from lods.settings import nearest
 ABOUT = """\
 Make 3D objects from prompts: trained, rendered from all sides, exported.
 
-    lods make "a red mushroom"
+    lods make "a blue backpack"
     lods make --prompts list.txt --on nerf --workers 2
 
 Each object has a folder below --out. The same command goes on where it was stopped or killed, and
@@ -137,8 +137,8 @@ def requests(args: argparse.Namespace) -> list[Request]:
     if args.quality != "good":
         if not small:
             raise ValueError(
-                f"--quality {args.quality} is for models of this package and for CPUs; at full size "
-                "--steps sets the training steps"
+                f"--quality {args.quality} is for the models of this package and for CPUs; "
+                "at full size --steps sets the training steps"
             )
         common["quality"] = args.quality
     if card and renamed.former(model) != card.name:

@@ -6,7 +6,7 @@ KINDS = ("lora", "embedding")
 ABOUT = """\
 Distil a few pictures from a prompt.
 
-    lods 2d lora --prompt "a red mushroom"
+    lods 2d lora --prompt "a blue backpack"
 
 lods 2d lora --help and lods 2d embedding --help show the options.
 """

@@ -1,0 +1,84 @@
+"""The overlays of the embedded model: what they say of each method, and that each of them runs."""
+
+import pytest
+from lods.methods import registry
+from lods.models import cards
+
+from tests.runs import ROOT, launch
+from threestudio.utils.config import load_config
+
+CONFIGS = ROOT / "configs"
+BASES = {"lods-gs-embedding": "pocket", "lods-ngp-embedding": "pocket-ngp"}
+LORA = {"lods-gs-lora": "pocket", "lods-ngp-lora": "pocket-ngp"}
+CHAINS = [
+    *([base, overlay] for base, overlay in BASES.items()),
+    *([base, overlay, "pocket-lora"] for base, overlay in LORA.items()),
+    *(
+        [base, overlay, f"{overlay}-{q}"]
+        for base, overlay in BASES.items()
+        for q in ("draft", "best")
+    ),
+]
+SMALL = (
+    "system.prompt_processor.prompt=a hamburger",
+    "data.batch_size=1",
+    "data.width=32",
+    "data.height=32",
+    "data.resolution_milestones=[]",
+    "data.eval_width=16",
+    "data.eval_height=16",
+    "data.n_test_views=2",
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=2",
+    "trainer.enable_progress_bar=false",
+    "use_timestamp=false",
+    "tag=t",
+)
+
+
+def small(chain):
+    """Overrides that make these configs a run of seconds."""
+    more = SMALL if "ngp" in chain[0] else [w for w in SMALL if "milestones" not in w]
+    balls = [] if "ngp" in chain[0] else ["system.geometry.ball.n_points=60"]
+    rays = ["system.renderer.num_samples_per_ray=8"] if "ngp" in chain[0] else []
+    return [*more, *balls, *rays]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids="+".join)
+@pytest.mark.slow
+def test_two_steps_of_each(chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    files = [str(CONFIGS / f"{name}.yaml") for name in chain]
+    assert launch(files, small(chain)) == 0
+
+
+@pytest.mark.parametrize("name", sorted(registry.names()))
+@pytest.mark.parametrize(("base", "overlay"), BASES.items())
+def test_every_method_of_the_library_is_told_the_camera(name, base, overlay):
+    files = [str(CONFIGS / f"{file}.yaml") for file in (base, overlay)]
+    words = ["system.prompt_processor.prompt=x", f"system.guidance_type={name}-guidance"]
+    assert load_config(*files, cli_args=words).system.guidance.cameras == "tokens"
+
+
+@pytest.mark.parametrize("overlay", [chain[-1] for chain in CHAINS])
+def test_schedules_end_within_the_steps(overlay):
+    """Nothing that an overlay schedules lies after the last step of the chain it is made for."""
+    [chain] = [c for c in CHAINS if c[-1] == overlay and ("lora" not in overlay or "gs" in c[0])]
+    files = [str(CONFIGS / f"{file}.yaml") for file in chain]
+    words = ["system.prompt_processor.prompt=x", "system.guidance_type=lods-bridge-guidance"]
+    cfg = load_config(*files, cli_args=words)
+    steps = cfg.trainer.max_steps
+    assert cfg.system.guidance.bridge_start == steps / 2
+    assert cfg.system.guidance.max_step_percent[3] == steps
+    if "strategy" in cfg.system:
+        assert cfg.system.strategy.mcmc.refine_stop_iter < steps
+        assert cfg.system.loss.lambda_opaque[3] < steps
+        assert cfg.system.lr_schedule["geometry.means"][3] == steps
+        assert cfg.system.strategy.mcmc.cap_max == cfg.system.geometry.ball.n_points
+
+
+def test_the_card_of_the_embedded_model_lists_its_overlays():
+    listed = cards.all_cards()[cards.EMBEDDED].more_overlays
+    there = {chain[-1].rpartition("-")[2] for chain in CHAINS if len(chain) > 2}
+    assert set(listed) == there
