@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,12 @@ class Request:
         return [] if self.gpu is None else ["--gpu", self.gpu]
 
 
-def make(request: Request, folder: Path) -> int:
-    """Do what is left of the request in ``folder``; returns the exit status of a run."""
+def make(request: Request, folder: Path, options: Sequence[str] = ()) -> int:
+    """Do what is left of the request in ``folder``, with more options for the training; returns the
+    exit status of a run."""
     run = _run_of(request, folder)
     words = request.words(folder) if run is None else [*request.again(run), "--train"]
-    status = start(words)
+    status = start([*words, *options])
     run = _run_of(request, folder)
     if status or run is None:
         return status or 1
