@@ -28,7 +28,6 @@ from threestudio.run.snapshot_callbacks import CodeSnapshotCallback, ConfigSnaps
 from threestudio.run.viewer.options import ViewerOptions
 from threestudio.utils import extensions
 
-
 # the options of the view, and the socket that it listens at
 Viewer = tuple[ViewerOptions, socket.socket]
 

@@ -21,7 +21,7 @@ class Curves:
         """The values at a step, which is above the last."""
         with self._lock:
             self._calls += 1
-            if self._points and step <= self._points[-1][0] or self._calls % self._every:
+            if (self._points and step <= self._points[-1][0]) or self._calls % self._every:
                 return
             self._points.append((step, values))
             if len(self._points) > MOST:

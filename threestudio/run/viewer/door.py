@@ -202,6 +202,8 @@ def _is_new_value(message: dict[Any, Any]) -> bool:
     if not isinstance(updates, dict) or set(updates) != {"value"}:
         return False
     value = updates["value"]
-    return isinstance(value, bool) or _is_number(value) or (
-        isinstance(value, str) and len(value) <= MAX_TEXT
+    return (
+        isinstance(value, bool)
+        or _is_number(value)
+        or (isinstance(value, str) and len(value) <= MAX_TEXT)
     )

@@ -89,9 +89,7 @@ def quaternion(matrix: np.ndarray) -> tuple[float, float, float, float]:
     return float(w), float(x), float(y), float(z)
 
 
-def batch_of(
-    view: View, width: int, height: int, device: Any, unit: bool = True
-) -> dict[str, Any]:
+def batch_of(view: View, width: int, height: int, device: Any, unit: bool = True) -> dict[str, Any]:
     """The batch of one camera that renderers and systems take. `unit`: rays of unit length."""
     c2w, fovy = view.c2w()[None], torch.tensor([view.fov])
     position = c2w[:, :3, 3]

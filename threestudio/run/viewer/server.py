@@ -51,7 +51,8 @@ def listen(options: ViewerOptions) -> socket.socket:
 
 
 class Server:
-    """A running server at a socket of :func:`listen`. ``viser`` is viser's own object; ``url`` has the token where there is one.
+    """A running server at a socket of :func:`listen`. ``viser`` is viser's own object; ``url`` has
+    the token where there is one.
 
     Raises :class:`UserError` where this viser cannot be put behind a door: nothing is served then.
     """
@@ -63,10 +64,10 @@ class Server:
         self.port = self.door.port = listening.getsockname()[1]
         self.host = options.host
         installed = False
-        with _starting, contextlib.redirect_stdout(io.StringIO()):  # viser prints a box
-            with _behind(self.door, listening) as used:
-                self.viser = viser.ViserServer(options.host, self.port, label=label, verbose=False)
-                installed = bool(used)
+        quiet = contextlib.redirect_stdout(io.StringIO())  # viser prints a box
+        with _starting, quiet, _behind(self.door, listening) as used:
+            self.viser = viser.ViserServer(options.host, self.port, label=label, verbose=False)
+            installed = bool(used)
         if not installed or self.viser.get_port() != self.port:
             self.stop()
             raise UserError(

@@ -40,9 +40,9 @@ class Sight:
 
     @torch.no_grad()
     def images(self, model: Model) -> dict[str, Float[Tensor, "B 3 H W"]]:
-        """See :meth:`lods.methods.base.Method.seen`. With the noise prediction eps the clean latents
-        are (x_t - sigma_t eps) / alpha_t, and the difference is 1/2 + d / (2 max |d|), with d that
-        of the decoded images and the maximum over all of them."""
+        """See :meth:`lods.methods.base.Method.seen`. The clean latents that the noise prediction
+        eps means are (x_t - sigma_t eps) / alpha_t; the difference is 1/2 + d / (2 max |d|), with d
+        that of the decoded images and the maximum over all of them."""
         if self.x_t is None or self.t is None:
             return {}
         alpha, sigma = (scores.rows(v, self.x_t) for v in model.schedule.alpha_sigma(self.t))
