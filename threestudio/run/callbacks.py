@@ -21,6 +21,7 @@ from threestudio.run.folder import checkpoint_folder, last_checkpoint
 from threestudio.run.interrupt import InterruptGuard
 from threestudio.run.named_callbacks import NamedCallback
 from threestudio.run.progress import CustomProgressBar, ProgressCallback
+from threestudio.run.record import RunRecord
 from threestudio.run.resume import RestoreCheck
 from threestudio.run.snapshot_callbacks import CodeSnapshotCallback, ConfigSnapshotCallback
 from threestudio.utils import extensions
@@ -73,7 +74,7 @@ def make_callbacks(
     elif trainer_args.get("enable_progress_bar", True) and not any(
         issubclass(each.cls, ProgressBar) for each in named
     ):
-        made.append(CustomProgressBar())
+        made.append(CustomProgressBar(pictures=call.args.show_previews))
     if call.args.train:
         made += _of_training(call, cfg, guard, trainer_args)
     return [*made, *(each.make() for each in named)]
@@ -91,6 +92,7 @@ def _of_training(
         ConfigSnapshotCallback(
             call.args.config, cfg, os.path.join(cfg.trial_dir, "configs"), use_version=False
         ),
+        RunRecord(cfg.trial_dir),
     ]
     if trainer_args.get("logger", True):
         made.append(LearningRateMonitor(logging_interval="step"))

@@ -20,6 +20,7 @@ COMMANDS = {
     "resume": ("runs", "go on with the training of a run"),
     "test": ("runs", "render the views and the video of a run again"),
     "export": ("runs", "write the object of a run as glb, ply, obj, ..."),
+    "report": ("report", "a page of a run, or of several side by side: one HTML file"),
     "2d": ("playground", "distil pictures, not objects: lods 2d lora, lods 2d embedding"),
     "compare": ("compare", "compare methods on a grid of prompts and seeds: evaluate.py"),
     "merge": ("merge", "one YAML from several, for launchers that take one"),

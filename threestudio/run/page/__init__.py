@@ -39,12 +39,7 @@ def write_page(runs: Sequence, target=None) -> Path:
     Raises :class:`UserError` for no run, more than MAX_RUNS, several without a target, and a target
     that is there and no such page; ``OSError`` where the disk takes no page.
     """
-    if not 1 <= len(runs) <= MAX_RUNS:
-        raise UserError(f"a page shows 1 to {MAX_RUNS} runs, not {len(runs)}")
-    if target is None and len(runs) > 1:
-        raise UserError("a page of several runs needs a file to be written to")
-    target = Path(runs[0], NAME) if target is None else Path(target)
-    _refuse_foreign(target)
+    target = check(runs, target)
     facts = [read_facts(run) for run in runs]
     budget = BUDGET
     while len(text := page(facts, str(target.parent), budget).encode()) >= MAX_BYTES:
@@ -55,6 +50,17 @@ def write_page(runs: Sequence, target=None) -> Path:
         budget //= 2
     with whole_file(target) as tmp:
         tmp.write_bytes(text)
+    return target
+
+
+def check(runs: Sequence, target=None) -> Path:
+    """Where :func:`write_page` would write. Raises as it does, before anything is read."""
+    if not 1 <= len(runs) <= MAX_RUNS:
+        raise UserError(f"a page shows 1 to {MAX_RUNS} runs, not {len(runs)}")
+    if target is None and len(runs) > 1:
+        raise UserError("a page of several runs needs a file to be written to")
+    target = Path(runs[0], NAME) if target is None else Path(target)
+    _refuse_foreign(target)
     return target
 
 
