@@ -10,15 +10,19 @@ import shlex
 import struct
 import zlib
 from html.parser import HTMLParser
+from importlib.metadata import version
+from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
 
 from tests.glb_files import glb, linear
+from tests.host.test_launch import cli, last, train  # noqa: F401 (a fixture)
 from tests.run_folders import PROMPT, gaussians, picture, run_folder, write_gaussians
 from threestudio.run.page import curves, objects, try_page, write_page
 from threestudio.run.page.facts import read_facts
+from threestudio.run.record import read_record
 from threestudio.utils.errors import UserError
 
 EVIL = "</script><img src=x onerror=alert(1)> \"'<b>&amp; </title>"
@@ -406,3 +410,55 @@ def test_the_picture_of_a_run_without_an_object_is_shown(run):
     page = Page(write_page([run]))
     [stage] = [e for e in page.all("div") if "stage" in e[1].get("class", "")]
     assert "data-object" not in stage[1] and page.all("img", alt=f"A view of {PROMPT}")
+
+
+# --- in a run -----------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_its_page(cli):  # noqa: F811
+    status, out, _ = train(cli)
+    page = Page(Path("outputs/toy/p/report.html"))
+    assert status == 0 and "  page: outputs/toy/p/report.html\n" in out
+    assert page.rows()["steps"] == "4"
+    command = page.all("pre", **{"class": "command"})[0][2]
+    assert command == Path("outputs/toy/p/cmd.txt").read_text().partition("\n")[0]
+    cells = [e[2] for e in page.elements if e[0] == "td"]
+    assert cells[:2] == ["system.prompt", "p"]
+    assert f"torch {version('torch')}" in page.text
+
+
+def test_the_command_that_repeats_a_run_repeats_it(cli):  # noqa: F811
+    assert train(cli, "trainer.max_steps=3", "seed=5")[0] == 0
+    page = Page(Path("outputs/toy/p/report.html"))
+    again = shlex.split(page.all("pre", **{"class": "command"})[1][2])
+    assert again[:2] == ["python", "launch.py"]
+    kept = [word for word in again[2:] if word not in ("--extensions", "custom")]
+    assert cli(*kept)[0] == 0
+    losses = [read_facts(f"outputs/toy/{name}").curves["train/loss_toy"] for name in ("p", "p-002")]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_a_run_is_recorded_with_each_of_its_trainings(cli):  # noqa: F811
+    assert train(cli)[0] == 0
+    assert train(cli, "resume=outputs/toy/p", "trainer.max_steps=6")[0] == 0
+    record = read_record("outputs/toy/p")
+    assert [(t["from_step"], t["to_step"]) for t in record] == [(0, 4), (4, 6)]
+    for training in record:
+        assert training["device"] == "cpu" and training["seconds"] >= 0
+        assert training["versions"]["torch"] == version("torch")
+
+
+def test_a_page_that_is_not_wanted_is_not_made(cli):  # noqa: F811
+    status, out, _ = train(cli, "report=false")
+    assert status == 0 and "page" not in out
+    assert not Path("outputs/toy/p/report.html").exists()
+
+
+def test_a_run_whose_page_cannot_be_made_is_a_good_run(cli, monkeypatch):  # noqa: F811
+    def fail(*args):
+        raise RuntimeError("kaputt")
+
+    monkeypatch.setattr("threestudio.run.page.read_facts", fail)
+    status, out, err = train(cli)
+    assert status == 0 and "no report.html: kaputt" in out + err
+    assert "Traceback" not in err and Path(last()).is_file()

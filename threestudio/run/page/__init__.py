@@ -48,6 +48,7 @@ def write_page(runs: Sequence, target=None) -> Path:
                 f"a page of these {len(runs)} runs would have more than 5 MB: name fewer"
             )
         budget //= 2
+    target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as tmp:
         tmp.write_bytes(text)
     return target
@@ -197,11 +198,11 @@ def _footer(runs: Sequence[Facts]) -> Html:
     return tag("footer", *parts)
 
 
-def try_page(run) -> Path | None:
-    """The page of a run that has just ended; what keeps it from being made is one warning, for
+def try_page(run, target=None) -> Path | None:
+    """The page of a run that has just ended, as of :func:`write_page`; what keeps it from being made is one warning, for
     the run has done its work."""
     try:
-        return write_page([run])
+        return write_page([run], target)
     except Exception as error:
         text = " ".join(str(error).split())[:300] or type(error).__name__
         threestudio.warn(f"no {NAME}: {text}")

@@ -10,7 +10,7 @@ class Html(str):
     """Text that is HTML already, and is not escaped again."""
 
 
-def tag(name: str, *inside: Any, **attributes: Any) -> Html:
+def tag(name: str, /, *inside: Any, **attributes: Any) -> Html:
     """An element. What is inside is escaped unless it is :class:`Html`; lists are written out, None
     is nothing. An attribute of None or False is left out, of True has no value; ``class_`` and
     ``for_`` lose their underscore, other underscores become hyphens."""
