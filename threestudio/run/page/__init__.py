@@ -199,8 +199,8 @@ def _footer(runs: Sequence[Facts]) -> Html:
 
 
 def try_page(run, target=None) -> Path | None:
-    """The page of a run that has just ended, as of :func:`write_page`; what keeps it from being made is one warning, for
-    the run has done its work."""
+    """The page of a run that has just ended, as of :func:`write_page`; what keeps it from being
+    made is one warning, for the run has done its work."""
     try:
         return write_page([run], target)
     except Exception as error:
