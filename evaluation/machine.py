@@ -2,7 +2,6 @@
 
 import fnmatch
 import os
-import platform
 import re
 import resource
 from importlib.metadata import PackageNotFoundError, version
@@ -35,12 +34,6 @@ def _is_code(name: str) -> bool:
 def peak_mib() -> int:
     """The most memory that this process has held so far; it only rises."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def cpu_name() -> str:
-    file = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", file.read_text()) if file.exists() else []
-    return names[0] if names else platform.processor()
 
 
 def code() -> tuple[tuple[str, str, str], ...]:

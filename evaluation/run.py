@@ -21,7 +21,7 @@ from PIL import Image
 import threestudio
 from evaluation import metrics
 from evaluation.grid import TRUE, Run
-from evaluation.machine import ROOT, cpu_name, peak_mib, versions
+from evaluation.machine import ROOT, peak_mib, versions
 from evaluation.table import CELL, CURVES, RESULTS, begun
 from evaluation.training import build, train
 from pocket.shapes import truth
@@ -29,6 +29,7 @@ from pocket.shapes.data import asked
 from pocket.shapes.judge import load as load_judge
 from pocket.shapes.judge import verdict
 from pocket.shapes.truth import Orbit, Pictures
+from threestudio.run.machine import cpu_name
 from threestudio.utils.config import config_to_primitive, load_config, parse_structured
 from threestudio.utils.errors import StoppedError, UserError
 from threestudio.utils.extensions import load_custom_modules

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from threestudio.run.terminal import PROTOCOLS
 from threestudio.run.viewer import options as viewer
 from threestudio.utils.errors import UserError, nearest
 
@@ -135,6 +136,12 @@ def _make_parser(program: Program) -> _Parser:
         help="for a program that starts and watches the run, as threestudio's web app does (it is "
         "not part of this repository, and no page is opened): the state is in the file 'progress' "
         "of the run's folder instead of a bar, the log in 'logs', and training ends with an export",
+    )
+    parser.add_argument(
+        "--show-previews",
+        choices=("auto", *PROTOCOLS),
+        help="draw each validation picture in the terminal too, if it is one that shows pictures: "
+        "auto finds out which kind, the others say it",
     )
     parser.add_argument(
         "--verbose", action="store_true", help="log everything, and show where errors come from"

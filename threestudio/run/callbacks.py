@@ -23,6 +23,7 @@ from threestudio.run.interrupt import InterruptGuard
 from threestudio.run.interventions import Interventions, read
 from threestudio.run.named_callbacks import NamedCallback
 from threestudio.run.progress import CustomProgressBar, ProgressCallback
+from threestudio.run.record import RunRecord
 from threestudio.run.resume import RestoreCheck
 from threestudio.run.snapshot_callbacks import CodeSnapshotCallback, ConfigSnapshotCallback
 from threestudio.run.viewer.options import ViewerOptions
@@ -80,7 +81,7 @@ def make_callbacks(
     elif trainer_args.get("enable_progress_bar", True) and not any(
         issubclass(each.cls, ProgressBar) for each in named
     ):
-        made.append(CustomProgressBar())
+        made.append(CustomProgressBar(pictures=call.args.show_previews))
     if call.args.train:
         made += _of_training(call, cfg, guard, trainer_args, viewer)
     elif viewer is not None:
@@ -109,6 +110,7 @@ def _of_training(
         ConfigSnapshotCallback(
             call.args.config, cfg, os.path.join(cfg.trial_dir, "configs"), use_version=False
         ),
+        RunRecord(cfg.trial_dir),
     ]
     if viewer is not None:
         from threestudio.run.viewer.callback import ViewerCallback

@@ -23,13 +23,19 @@ _PACKAGES = {
 
 
 def report(call: Call, cfg: Any, system: Any) -> None:
-    """Print where the results are."""
+    """Print where the results are, after the page that shows them is made."""
     print(f"\nresults in {cfg.trial_dir}")
     summary = getattr(system, "result_summary", None)
     for line in summary() if summary is not None else []:
         print(f"  {line}")
     if call.args.train and os.path.exists(last_checkpoint(cfg)):
         print(f"  checkpoint: {last_checkpoint(cfg)}")
+    if cfg.report and call.mode != "validate":
+        from threestudio.run.page import try_page
+
+        made = try_page(cfg.trial_dir)
+        if made is not None:
+            print(f"  page: {made}")
 
 
 def report_interrupt(call: Call, cfg: Any, stop: Any) -> int:

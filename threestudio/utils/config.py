@@ -159,6 +159,7 @@ class ExperimentConfig:
     n_gpus: Annotated[int, "[0, 100000]"] = 1
 
     resume: Optional[str] = None  # noqa: UP045
+    report: bool = True  # report.html, a page of the run, in its folder at its end
 
     data_type: str = ""
     data: dict = field(default_factory=dict)

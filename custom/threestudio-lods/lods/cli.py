@@ -21,6 +21,7 @@ COMMANDS = {
     "test": ("runs", "render the views and the video of a run again"),
     "view": ("view", "show a run in a browser, one that is being trained too"),
     "export": ("runs", "write the object of a run as glb, ply, obj, ..."),
+    "report": ("report", "a page of a run, or of several side by side: one HTML file"),
     "2d": ("playground", "distil pictures, not objects: lods 2d lora, lods 2d embedding"),
     "compare": ("compare", "compare methods on a grid of prompts and seeds: evaluate.py"),
     "merge": ("merge", "one YAML from several, for launchers that take one"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lods import host
 from lods.commands.runs import PARSED, copy, exported, start
 from lods.models import cards
 
@@ -19,6 +20,7 @@ FORMATS = {"gaussians": "[ply,glb]", "nerf": "glb"}
 # methods that learn a LoRA of the model; what is learned has the rate of the base config
 LORA = ("lods-lora", "lods-vsd")
 RESULTS = ("picture.png", "video.mp4")  # and the exported files
+PAGE = "report.html"  # of the run, unless its config says report: false
 LAST = Path("ckpts", "last.ckpt")
 
 
@@ -126,6 +128,8 @@ def publish(run: Path, folder: Path) -> None:
     for file in exported(run):
         if _step(file) == last:
             copy(file, folder / file.name)
+    if (run / PAGE).is_file():  # written anew: its links are relative
+        host.module("threestudio.run.page").try_page(run, folder / PAGE)
 
 
 def _step(path: Path) -> int:

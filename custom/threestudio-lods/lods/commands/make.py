@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lods import host
-from lods.commands.job import BASE, RESULTS, Request, make
+from lods.commands.job import BASE, PAGE, RESULTS, Request, make
 from lods.commands.parser import (
     Parser,
     add_viewer,
@@ -204,8 +204,8 @@ def noted(out: Path) -> list[Any]:
 
 
 def show_results(folder: Path) -> None:
-    """Print where the picture, the video and the 3D files are."""
-    names = [name for name in RESULTS if (folder / name).is_file()]
+    """Print where the picture, the video, the page and the 3D files are."""
+    names = [name for name in (*RESULTS, PAGE) if (folder / name).is_file()]
     ends = (".glb", ".ply", ".obj", ".safetensors")
     names += sorted(path.name for path in folder.glob("*.*") if path.suffix in ends)
     for name in names:

@@ -101,6 +101,14 @@ class LoraMethod(LearningMethod):
             self.sight.keep(x_t, t, conditions, (*texts, None), found)
         return found
 
+    def moved(self):
+        """|s B A| / |W|, over all projections that it is on together, with s ``lora_scale``."""
+        sizes = self.lora.sizes(self.lora_model.lora_network())
+        return sizes and (
+            abs(self.cfg.lora_scale) * sizes[0] / sizes[1],
+            "|s B A| / |W|, W the weights of the model that it is on",
+        )
+
     def write_learned(self, path, metadata):
         """A LoRA for ``load_lora_weights`` of diffusers' pipelines, at ``lora_scale``."""
         return self.lora.save(path, self.cfg.lora_scale, metadata)
