@@ -45,6 +45,8 @@ class LODSSystem(Losses, Pictures):
         )
 
     cfg: Config
+    # for the host, which looks all parts up before the first is built
+    builds_too = ("guidance", "prompt_processor", "exporter")
 
     def configure(self) -> None:
         if self.cfg.sheet_views < 0 or self.cfg.sheet_columns < 1:
