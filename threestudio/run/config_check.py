@@ -11,7 +11,8 @@ from threestudio.utils.config import parse_structured
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.trainer_options import never_ends
 
-_BUILT = ("geometry", "material", "background", "renderer")  # parts that every Lift3D system builds
+# parts that every Lift3D system builds; a system names further ones in ``builds_too``
+_BUILT = ("geometry", "material", "background", "renderer")
 
 
 def check_parts(cfg: DictConfig, mode: str) -> None:
@@ -30,7 +31,7 @@ def check_parts(cfg: DictConfig, mode: str) -> None:
     options = _parse(system, cfg.system)
     if options is None:
         return
-    classes = {}
+    classes, built = {}, (*_BUILT, *getattr(system, "builds_too", ()))
     for key in options:
         part = str(key).removesuffix("_type")
         name = options[key]
@@ -42,7 +43,7 @@ def check_parts(cfg: DictConfig, mode: str) -> None:
         try:
             classes[part] = threestudio.find(name)
         except KeyError:
-            if part in _BUILT:
+            if part in built:
                 raise
     for part in ("renderer", "exporter")[: 1 + (mode == "export")]:
         _check_fit(part, classes, options)
