@@ -37,7 +37,7 @@ setup(
     packages=[*folders],
     package_dir=folders,
     package_data={
-        "lods": ["models/*.yaml", "models/pocket*/*", "models/pocket*/*/*"],
+        "lods": ["models/*.yaml", "studio/*.yaml", "studio/assets/*", "models/pocket*/*", "models/pocket*/*/*"],
         f"{HOST}.evaluation": ["*.yaml", "grids/*.yaml"],
         # without pocket/ideal and pocket/truth: they are for the study of this repository
         f"{HOST}.pocket": ["*.safetensors", "*.md", "*.sh"],
