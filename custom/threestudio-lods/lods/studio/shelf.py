@@ -286,7 +286,10 @@ def _json(path: Path) -> Any:
 
 
 def _request(folder: Path) -> Request:
-    found = Request.of(_json(folder / REQUEST))
+    try:
+        found = Request.of(_json(folder / REQUEST))
+    except KeyError:
+        raise ValueError from None
     texts = (found.prompt, found.on, found.method, found.model, *found.overrides)
     if not all(isinstance(text, str) for text in texts) or type(found.seed) is not int:
         raise ValueError
@@ -307,9 +310,9 @@ def _job(folder: Path, request: Request) -> dict[str, Any]:
 
 def _process(folder: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError, TypeError, RecursionError):
-        found = _json(folder / PROCESS) if _is_plain(folder / PROCESS) else {}
+        found = _json(folder / PROCESS) if _is_plain(folder / PROCESS) else None
         kinds = {"attempt": int, "pid": int, "who": str, "began": float}
-        if all(type(found.get(key)) is kind for key, kind in kinds.items()):
+        if isinstance(found, dict) and all(type(found.get(k)) is t for k, t in kinds.items()):
             return found
     return {}
 
