@@ -72,7 +72,7 @@ PROMPTS = (
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_prompt_arrives_in_the_config_as_it_was_written(prompt, tmp_path):
     words = read_form(FORM | {"prompt": prompt, "any_words": True})[0].words(tmp_path)
-    base = "system: {prompt_processor: {prompt: ???}}"
+    base = "system:\n  prompt_processor:\n    prompt: ???\n"
     [word] = [word for word in words if word.startswith("system.prompt_processor.prompt=")]
     assert load_config(base, cli_args=[word], from_string=True).system.prompt_processor.prompt == (
         prompt.strip()

@@ -89,9 +89,9 @@ def _model(card: cards.Card) -> dict[str, Any]:
 # --- quality --------------------------------------------------------------------------------------
 
 
-def presets(file: Path = PRESETS) -> dict[str, dict[str, Any]]:
+def presets() -> dict[str, dict[str, Any]]:
     """The table ``presets.yaml``."""
-    content: Any = OmegaConf.to_container(OmegaConf.load(file))
+    content: Any = OmegaConf.to_container(OmegaConf.load(PRESETS))
     return content
 
 
