@@ -193,8 +193,10 @@ function drawWork(run) {
 
 // --- the gallery ---------------------------------------------------------------------------------
 
-// Films play while they are seen, unless the user wants less motion.
+// Films play under the mouse: to draw them all takes a processor that may be training meanwhile.
+// Where there is no mouse they play while they are seen, unless the user wants less motion.
 const calm = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+const touch = window.matchMedia("(hover: none)").matches;
 const seen = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
     if (isIntersecting && !calm) target.play().catch(() => {}); else target.pause();
@@ -206,11 +208,14 @@ function drawCard(run) {
   let shown;
   if (run.files.video) {
     shown = h("video", { src: `${fileUrl(run, "video")}#t=0.01`, muted: true, loop: true, playsInline: true, preload: "metadata" });
-    seen.observe(shown);
+    if (touch) seen.observe(shown);
   } else if (run.files.picture) shown = h("img", { src: fileUrl(run, "picture"), alt: "" });
   else shown = h("span", { class: "blank" });
   const tick = h("input", { type: "checkbox", checked: chosen.includes(run.name), "aria-label": `compare ${run.prompt}`, onchange: (e) => choose(run.name, e.target.checked) });
-  return h("article", { class: "card" },
+  const play = () => shown.play?.().catch(() => {});
+  const pause = () => shown.pause?.();
+  const watch = touch ? {} : { onpointerenter: play, onpointerleave: pause, onfocusin: play, onfocusout: pause };
+  return h("article", { class: "card", ...watch },
     h("label", { class: "choose" }, tick, h("span", {}, "compare")),
     h("a", { href: link }, h("span", { class: "picture" }, shown), h("span", { class: "prompt" }, run.prompt)),
     h("p", { class: "about" }, say(run, offered)));

@@ -3,6 +3,7 @@
 const FOVY = (40 * Math.PI) / 180;
 const C0 = 0.28209479177387814;
 const MAX_BYTES = 400e6;
+const MOVING = 40, AT_REST = 500; // milliseconds that a frame may take
 
 // --- files ---------------------------------------------------------------------------------------
 
@@ -130,7 +131,7 @@ void main() {
   vec3 p = (view * vec4(a.xyz, 1.0)).xyz;
   float z = -p.z;
   gl_Position = vec4(0.0, 0.0, 2.0, 1.0);
-  if (z < 0.02 * far) return;
+  if (z < 0.02 * far || a.w < 1.0 / 255.0) return;
   mat3 cov = mat3(b.x, b.y, b.z, b.y, b.w, c.x, b.z, c.x, c.y);
   mat3 turned = mat3(view) * cov * transpose(mat3(view));
   vec2 lim = 1.3 * size / (2.0 * focal);
@@ -141,10 +142,10 @@ void main() {
   float middle = 0.5 * (xx + yy), apart = sqrt(max(0.25 * (xx - yy) * (xx - yy) + xy * xy, 1e-9));
   float l1 = middle + apart, l2 = max(middle - apart, 0.1);
   vec2 axis = abs(xy) < 1e-6 ? (xx >= yy ? vec2(1, 0) : vec2(0, 1)) : normalize(vec2(xy, l1 - xx));
-  vec2 shift = corner.x * min(sqrt(l1), 1024.0) * axis + corner.y * min(sqrt(l2), 1024.0) * vec2(-axis.y, axis.x);
+  where = corner * sqrt(2.0 * log(255.0 * a.w)); // from here on it is not to be seen
+  vec2 shift = where.x * min(sqrt(l1), 1024.0) * axis + where.y * min(sqrt(l2), 1024.0) * vec2(-axis.y, axis.x);
   vec2 ndc = 2.0 * focal * p.xy / (z * size) + 2.0 * shift / size;
   gl_Position = vec4(ndc, 0.0, 1.0);
-  where = corner;
   uint rgb = uint(c.z);
   color = vec4(float(rgb & 255u), float((rgb >> 8) & 255u), float(rgb >> 16), 255.0 * a.w) / 255.0;
 }`;
@@ -217,14 +218,17 @@ export class Viewer {
   constructor(canvas, camera) {
     this.canvas = canvas;
     this.camera = camera;
-    const options = { alpha: true, premultipliedAlpha: true, antialias: true, preserveDrawingBuffer: true };
+    const options = { alpha: true, premultipliedAlpha: true, antialias: false, preserveDrawingBuffer: true };
     this.gl = canvas.getContext("webgl2", options);
     if (!this.gl) throw new Error("this browser has no WebGL 2");
     this.due = false;
+    this.cost = null; // milliseconds of a frame at full size
     this.ask = () => {
+      clearTimeout(this.rest);
+      this.rest = setTimeout(() => !this.closed && this.draw(AT_REST), 160);
       if (this.due || this.closed) return;
       this.due = true;
-      requestAnimationFrame(() => { this.due = false; if (!this.closed) this.draw(); });
+      requestAnimationFrame(() => { this.due = false; if (!this.closed) this.draw(MOVING); });
     };
     camera.listeners.add(this.ask);
     this.sizes = new ResizeObserver(this.ask);
@@ -234,6 +238,7 @@ export class Viewer {
 
   close() {
     this.closed = true;
+    clearTimeout(this.rest);
     this.camera.listeners.delete(this.ask);
     this.sizes.disconnect();
     this.gl.getExtension("WEBGL_lose_context")?.loseContext();
@@ -320,7 +325,7 @@ export class Viewer {
     this.program = program(gl, SPLAT_VERTEX, SPLAT_FRAGMENT);
     this.array = gl.createVertexArray();
     gl.bindVertexArray(this.array);
-    this.buffer(this.program, "corner", new Float32Array([-3, -3, 3, -3, -3, 3, 3, 3]), 2);
+    this.buffer(this.program, "corner", new Float32Array([-1, -1, 1, -1, -1, 1, 1, 1]), 2);
     this.order = gl.createBuffer();
     const place = gl.getAttribLocation(this.program, "index");
     gl.bindBuffer(gl.ARRAY_BUFFER, this.order);
@@ -347,8 +352,18 @@ export class Viewer {
     return { matrix: [...columns, -dot(right, eye), -dot(up, eye), -dot(back, eye), 1], eye, back, distance };
   }
 
-  draw() {
-    const gl = this.gl, canvas = this.canvas, sharp = Math.min(2, window.devicePixelRatio || 1);
+  // Draw a frame in about so many milliseconds, if need be at a smaller size: where there is no GPU,
+  // a processor draws, which may be training meanwhile.
+  draw(milliseconds) {
+    const gl = this.gl, part = this.cost === null ? 0.4 : Math.min(1, Math.max(0.2, Math.sqrt(milliseconds / this.cost)));
+    const begun = performance.now();
+    this.paint(part);
+    gl.readPixels(0, 0, 1, 1, gl.RGBA, gl.UNSIGNED_BYTE, new Uint8Array(4)); // waits for it
+    if (this.object) this.cost = (performance.now() - begun) / part ** 2;
+  }
+
+  paint(part) {
+    const gl = this.gl, canvas = this.canvas, sharp = 2 * part; // twice as fine: smooth edges
     const [width, height] = [canvas.clientWidth, canvas.clientHeight].map((n) => Math.max(1, Math.round(n * sharp)));
     if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
     gl.viewport(0, 0, width, height);
