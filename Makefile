@@ -51,10 +51,11 @@ test-compat: $(COMPAT)/.ready
 	@$(COMPAT)/bin/python -c "import sys; from importlib.metadata import version; print('python', sys.version.split()[0]); [print(name, version(name)) for name in '$(SHOWN)'.split()]"
 	$(COMPAT)/bin/python -m pytest -m '' $(COMPAT_TESTS)
 
-# glb files in a real browser: needs Chromium and npm, which gets three.js and model-viewer.
+# glb files and the live view in a real browser: needs Chromium, and npm, which gets three.js and
+# model-viewer.
 test-browser: $(VENV)/.ready-dev
 	npm install --no-audit --no-fund --prefix tests/browser
-	$(BIN)/python -m pytest -m browser tests/host/test_browser.py
+	$(BIN)/python -m pytest -m browser tests/host/test_browser.py tests/browser
 
 # Kills, signals, runs that start together, full disks, damaged and hostile files.
 # `python -m tests.faults pairs --count 10` does one part.

@@ -19,7 +19,7 @@ def check_parts(cfg: DictConfig, mode: str) -> None:
     that the class which will read it does not take. Every section ``system.X`` beside a
     ``system.X_type`` is that of the class registered under this name.
 
-    `mode` is "train", "validate", "test" or "export". Names that are not registered are left to
+    `mode` is "train", "validate", "test", "export" or "view". Names not registered are left to
     the run, which may never look for them, except those of the parts that it builds at once.
     """
     data = threestudio.find(cfg.data_type)

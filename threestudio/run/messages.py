@@ -8,6 +8,7 @@ from typing import Any
 
 from threestudio.run.arguments import Call
 from threestudio.run.folder import last_checkpoint
+from threestudio.run.viewer import options as viewer
 
 # what everything imports, by the names of the modules
 _PACKAGES = {
@@ -51,6 +52,8 @@ def _how_to_go_on(call: Call, cfg: Any, stop: Any) -> str:
     more = [] if args.gpu is None else ["--gpu", args.gpu]
     more += [word for folder in args.extensions for word in ("--extensions", folder)]
     more += ["--gradio"] * args.gradio
+    if mode == "--train":
+        more += viewer.words(args) + ([] if args.replay is None else ["--replay", args.replay])
     parsed = os.path.join(cfg.trial_dir, "configs", "parsed.yaml")
     if not os.path.exists(parsed):  # stopped in its set-up: it resumes what the command names
         return again(call)

@@ -2,7 +2,8 @@
 
 An extension takes part with a file ``preflight.py`` in its folder, which is executed alone (not
 its package) and defines ``preflight(cfg, mode)``. `cfg` is the resolved config, a copy; `mode` is
-"train", "validate", "test" or "export". A ``ValueError`` of that function, one line, ends the run.
+"train", "validate", "test", "export" or "view". A ``ValueError`` of that function, one line, ends
+the run.
 It must be quick and import little, and in doubt let the run go on, which finds out by itself.
 """
 

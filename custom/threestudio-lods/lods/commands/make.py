@@ -13,7 +13,14 @@ from typing import Any
 
 from lods import host
 from lods.commands.job import BASE, RESULTS, Request, fields_of_model, make
-from lods.commands.parser import Parser, count, made_folder
+from lods.commands.parser import (
+    Parser,
+    add_viewer,
+    count,
+    made_folder,
+    viewer_words,
+    with_port,
+)
 from lods.files import whole_file
 from lods.models.cards import EMBEDDED
 from lods.settings import nearest
@@ -57,8 +64,9 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
     ray = "carry them out on Ray: one that is started here, or the cluster at ADDRESS"
     add("--ray", nargs="?", const="", metavar="ADDRESS", help=ray)
     add(FORCE, action="store_true", help="take a prompt without any word that the model knows")
+    add_viewer(parser)
     add("--status", action="store_true", help="only show how the objects below --out stand")
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(with_port(argv))
     args.overrides = [word for word in args.words if _OVERRIDE.match(word)]
     prompts = [word for word in args.words if not _OVERRIDE.match(word)]
     if args.status:
@@ -209,6 +217,9 @@ def show_results(folder: Path) -> None:
 
 def main(argv: list[str], command: str) -> int:
     args = parse_args(argv, command)
+    viewer = [] if args.status else viewer_words(args)
+    if viewer and (len(args.prompts) > 1 or args.workers is not None or args.ray is not None):
+        raise ValueError("--viewer shows one object: give one prompt, without --workers and --ray")
     batch = host.module("evaluation.batch")
     if args.status:
         jobs = noted(args.out)
@@ -224,7 +235,7 @@ def main(argv: list[str], command: str) -> int:
         note(request, folder)
     if len(wanted) == 1 and args.workers is None and args.ray is None:
         ((folder, request),) = wanted.items()
-        status = _here(batch, request, folder)
+        status = _here(batch, request, folder, viewer)
     else:
         status = _batch(batch, wanted, args)
     if status >= 128:
@@ -232,7 +243,7 @@ def main(argv: list[str], command: str) -> int:
     return status
 
 
-def _here(batch: Any, request: Request, folder: Path) -> int:
+def _here(batch: Any, request: Request, folder: Path, viewer: list[str]) -> int:
     """One object in this process, where its progress is seen."""
     job = make_job(request, folder)
     book = batch.Folders([job], retry=True)
@@ -242,7 +253,7 @@ def _here(batch: Any, request: Request, folder: Path) -> int:
             raise ValueError(f"another process is at work in {folder}: wait until it has ended")
         begun, status = time.monotonic(), 1
         try:
-            status = make(request, folder)
+            status = make(request, folder, viewer)
         finally:
             error = "" if status == 0 else f"the run ended with status {status}"
             if status < 128:  # what was stopped is neither done nor failed
