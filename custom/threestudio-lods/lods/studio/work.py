@@ -5,8 +5,7 @@ It is told nothing but the number of the attempt, reads ``request.json``, and sa
 it ends.
 """
 
-import contextlib
-import io
+import importlib.util
 import json
 import os
 import sys
@@ -19,8 +18,6 @@ from lods.commands.make import REQUEST, make_job
 from lods.files import whole_file
 from lods.studio.processes import identity
 from lods.studio.shelf import PROCESS
-
-VIEWER = "--viewer"  # of the launcher: a live view, on a port that is free
 
 
 def main(argv: list[str]) -> int:
@@ -52,16 +49,8 @@ def main(argv: list[str]) -> int:
 
 
 def live_options() -> list[str]:
-    """What gives a run a live view, if the launcher knows the option and viser is installed."""
-    from importlib.util import find_spec
-
-    if find_spec("viser") is None:
-        return []
-    arguments = host.module("threestudio.run.arguments")
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        arguments.parse_args(["--help"])
-    return [VIEWER, "0"] if VIEWER in shown.getvalue() else []
+    """What gives a run a live view, on a port that is free, if viser is installed."""
+    return ["--viewer", "0"] if importlib.util.find_spec("viser") else []
 
 
 if __name__ == "__main__":
