@@ -46,7 +46,6 @@ class Queue:
         self._children: dict[str, Started] = {}  # of this server, by the name of the run
         self._asked: dict[str, float] = {}  # when a run was asked to stop
         self._exports: dict[tuple[str, str], Started] = {}
-        self._failed_exports: dict[tuple[str, str], str] = {}
 
     # --- what the page asks for -------------------------------------------------------------------
 
@@ -140,6 +139,8 @@ class Queue:
         self._children[entry.name] = child
 
     def _reap(self) -> None:
+        for child in self._exports.values():
+            child.poll()
         for name, child in list(self._children.items()):
             if child.poll() is None:
                 continue
@@ -191,13 +192,12 @@ class Queue:
         "failed: " and why."""
         files, found = self.shelf.files(entry), {}
         for fmt, words in _exporters(entry, files).items():
-            key = entry.name, fmt
-            child = self._exports.get(key)
+            child = self._exports.get((entry.name, fmt))
             if child is not None and child.poll() is None:
                 found[fmt] = "making"
             elif fmt in files:
                 found[fmt] = "ready"
-            elif key in self._failed_exports or (child is not None and child.returncode):
+            elif child is not None and child.returncode:
                 found[fmt] = f"failed: {_last_line(entry.folder / EXPORT_LOG, 1)}"
             elif words:
                 found[fmt] = "possible"

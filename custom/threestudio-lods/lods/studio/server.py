@@ -15,7 +15,7 @@ from lods import __version__
 from lods.studio import choices, live
 from lods.studio.guard import MAX_BODY, Guard
 from lods.studio.queue import OVER, Queue, Refused
-from lods.studio.shelf import KINDS, WAITING, Entry, log_end, progress
+from lods.studio.shelf import KINDS, WAITING, Entry, changed, created, log_end, progress
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 TYPES = {
@@ -34,6 +34,7 @@ class Studio:
     def __init__(self, queue: Queue, read: Callable[[Any], Any] = choices.read_form):
         self.queue, self.shelf = queue, queue.shelf
         self._read = read
+        self._told: dict[str, tuple[tuple[Entry, int], dict[str, Any]]] = {}  # of finished runs
         self._seen: dict[str, tuple[int, str, float, int]] = {}  # for the time left
         self._session: aiohttp.ClientSession | None = None
 
@@ -114,19 +115,32 @@ class Studio:
         return entry
 
     def _short(self, entry: Entry) -> dict[str, Any]:
+        """What the gallery shows of a run. Of a finished one it is found out once."""
+        finished = entry.state == "done" and entry.kind != "train"
+        key = entry, changed(entry.folder)
+        known = self._told.get(entry.name)
+        if finished and known is not None and known[0][0] is entry and known[0][1] == key[1]:
+            return known[1]
+        about = self._about(entry)
+        self._told.pop(entry.name, None)
+        if finished:
+            self._told[entry.name] = key, about
+        return about
+
+    def _about(self, entry: Entry) -> dict[str, Any]:
         state = entry.state
         if state == "queued" and self.queue.is_starting(entry.name):
             state = "running"
         about: dict[str, Any] = {"name": entry.name, "kind": entry.kind, "state": state}
         about |= {"error": entry.error, "seconds": round(entry.seconds), "live": False}
-        about["created"] = entry.wish.created if entry.wish else entry.folder.stat().st_mtime
+        about["created"] = created(entry)
         about["quality"] = entry.wish.quality if entry.wish else ""
         if entry.request is not None:
             for name in ("prompt", "on", "method", "model", "seed"):
                 about[name] = getattr(entry.request, name)
         # the time of a file makes a new address of it when it changes
         files = self.shelf.files(entry)
-        about["files"] = {kind: files[kind].stat().st_mtime_ns // 1000 for kind in files}
+        about["files"] = {kind: changed(path) // 1000 for kind, path in files.items()}
         if state in ("running", "stopping"):
             about["progress"] = self._progress(entry)
             about["live"] = live.view_of(entry) is not None

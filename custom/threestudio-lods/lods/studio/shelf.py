@@ -97,7 +97,7 @@ class Entry:
             return None
         found = self.folder.glob(f"run/{self.request.key}*")
         inside = [path for path in found if path.is_dir() and not path.is_symlink()]
-        return max(inside, key=lambda path: path.stat().st_mtime, default=None)
+        return max(inside, key=changed, default=None)
 
     @property
     def trained(self) -> Path | None:
@@ -113,13 +113,14 @@ class Shelf:
     def __init__(self, root: Path):
         root.mkdir(parents=True, exist_ok=True)
         self.root = Path(os.path.realpath(root))
+        self._done: dict[str, tuple[tuple[int, ...], Entry]] = {}  # runs that are not read again
 
     # --- reading ----------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
         """All runs, the newest first."""
         found = [entry for name in self._names() if (entry := self._read(name))]
-        return sorted(found, key=_created, reverse=True)
+        return sorted(found, key=created, reverse=True)
 
     def find(self, name: str) -> Entry | None:
         """The run of this name; None for any other text."""
@@ -132,6 +133,17 @@ class Shelf:
 
     def _read(self, name: str) -> Entry | None:
         folder = self.root / name
+        times = tuple(changed(folder / file) for file in (STUDIO, PROCESS, JOB, REQUEST, PARSED))
+        known = self._done.get(name)
+        if known is not None and known[0] == times:
+            return known[1]
+        self._done.pop(name, None)
+        entry = self._look(name, folder)
+        if entry is not None and entry.state == "done":
+            self._done[name] = times, entry
+        return entry
+
+    def _look(self, name: str, folder: Path) -> Entry | None:
         with suppress(OSError):
             if _is_plain(folder / STUDIO):
                 return self._of_studio(name, folder)
@@ -245,12 +257,11 @@ class Shelf:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _created(entry: Entry) -> float:
+def created(entry: Entry) -> float:
+    """When a run was asked for, in seconds since 1970."""
     if entry.wish is not None:
         return entry.wish.created
-    with suppress(OSError):
-        return entry.folder.stat().st_mtime
-    return 0.0
+    return changed(entry.folder) / 1e9
 
 
 def _state(wish: Wish, process: dict[str, Any], job: dict[str, Any]) -> tuple[str, str]:
@@ -267,6 +278,14 @@ def _state(wish: Wish, process: dict[str, Any], job: dict[str, Any]) -> tuple[st
     if job["state"] == "failed":
         return "failed", job["error"]
     return "interrupted", "its process was ended from outside, or the machine was restarted"
+
+
+def changed(path: Path) -> int:
+    """When it was changed, in nanoseconds; 0 if it has gone meanwhile."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -386,7 +405,7 @@ def _lengths(parsed: str, changed: int) -> tuple[int, int]:
 
 def _last_step(run: Path) -> int:
     """The last step in the newest table of losses."""
-    tables = sorted(run.glob("csv_logs/version_*/metrics.csv"), key=lambda p: p.stat().st_mtime)
+    tables = sorted(run.glob("csv_logs/version_*/metrics.csv"), key=changed)
     if not tables:
         return 0
     with tables[-1].open("rb") as file:

@@ -128,6 +128,14 @@ function complain(text) {
   $("error").hidden = !text;
 }
 
+let told;
+export function tell(text) {
+  clearTimeout(told);
+  $("toast").textContent = text;
+  $("toast").hidden = false;
+  told = setTimeout(() => { $("toast").hidden = true; }, 8000);
+}
+
 async function make() {
   complain("");
   const seed = Number($("seed").value);
@@ -139,6 +147,7 @@ async function make() {
   $("make").disabled = true;
   try {
     await ask("api/runs", wanted);
+    tell(`“${wanted.prompt.trim()}” is in the queue.`);
     await look();
     $("queue-box").scrollIntoView({ block: "nearest", behavior: "smooth" });
   } catch (error) {
@@ -158,8 +167,7 @@ export async function command(run, verb, body = {}) {
     await look();
     return answer;
   } catch (error) {
-    complain(sentence(error.message));
-    window.alert(sentence(error.message));
+    tell(sentence(error.message));
   }
 }
 
@@ -179,10 +187,13 @@ function bar(run) {
   ];
 }
 
-function drawWork(run) {
-  const picture = run.files.preview
+function drawWork(run, old) {
+  const before = old?.querySelector(".strip");
+  const same = before?.dataset.time === String(run.files.preview); // it would flicker
+  const picture = same ? before : run.files.preview
     ? h("span", { class: "strip" }, h("img", { src: fileUrl(run, "preview"), alt: `preview of ${run.prompt}` }))
     : h("span", { class: "strip blank" });
+  picture.dataset.time = String(run.files.preview);
   return h("article", { class: "work" },
     h("a", { href: `#/run/${encodeURIComponent(run.name)}`, class: "picture" }, picture),
     h("div", {},
