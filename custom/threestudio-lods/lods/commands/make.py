@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lods import host
-from lods.commands.job import BASE, PAGE, RESULTS, Request, make
+from lods.commands.job import BASE, PAGE, RESULTS, Request, fields_of_model, make
 from lods.commands.parser import (
     Parser,
     add_viewer,
@@ -120,7 +120,7 @@ def find_method(name: str) -> str:
 
 def requests(args: argparse.Namespace) -> list[Request]:
     """What is to be made, checked as far as it can be before anything is loaded."""
-    from lods.models import cards, choose, renamed
+    from lods.models import cards, choose
 
     method = find_method(args.method)
     if args.model == "auto":
@@ -130,19 +130,18 @@ def requests(args: argparse.Namespace) -> list[Request]:
         model = args.model
         cards.refuse_early(model)
     if not args.allow_unknown_words:
-        _refuse_unknown_words(args.prompts, model)
-    card = cards.all_cards().get(cards.canonical(model))
-    small = bool(card and card.overlay) or not _has_gpu()
+        refuse_unknown_words(args.prompts, model)
     force = ["system.prompt_processor.allow_unknown_words=true"] * args.allow_unknown_words
     overrides = (*force, *args.overrides)
-    common = {"model": model, "small": small, "seed": args.seed, "steps": args.steps}
-    if card and renamed.former(model) != card.name:
-        common["latents"] = card.latent_channels
+    common = {"model": model, "seed": args.seed, "steps": args.steps}
+    common |= fields_of_model(model, has_gpu)
     common |= {"on": args.on, "method": method, "overrides": overrides, "gpu": args.gpu}
     return [Request(prompt=prompt, **common) for prompt in args.prompts]
 
 
-def _refuse_unknown_words(prompts: list[str], model: str) -> None:
+def refuse_unknown_words(prompts: list[str], model: str, force: str = FORCE) -> None:
+    """Raise ``ValueError``, one line, for prompts that name nothing that the model knows. ``force``
+    is what the user sets to have them all the same."""
     from lods.models.cards import local_folder
     from lods.models.vocabulary import Vocabulary
 
@@ -150,7 +149,7 @@ def _refuse_unknown_words(prompts: list[str], model: str) -> None:
     vocabulary = Vocabulary.read(folder) if folder else None
     if vocabulary is None:
         return
-    refused = {p: text for p in prompts if (text := vocabulary.refusal(p, FORCE))}
+    refused = {p: text for p in prompts if (text := vocabulary.refusal(p, force))}
     if refused:
         first, *others = refused
         names = ", ".join(repr(prompt) for prompt in others[:5]) + ", ..." * (len(others) > 5)
@@ -158,7 +157,8 @@ def _refuse_unknown_words(prompts: list[str], model: str) -> None:
         raise ValueError(refused[first] + more)
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether torch can use one."""
     import torch
 
     return torch.cuda.is_available()
@@ -269,9 +269,9 @@ def _here(batch: Any, request: Request, folder: Path, viewer: list[str]) -> int:
 def _batch(batch: Any, wanted: dict[Path, Request], args: argparse.Namespace) -> int:
     """Many objects, each in a process of its own."""
     workers = args.workers or (None if args.ray is not None else 1)
-    threads = _threads(workers)
+    threads = threads_of(workers)
     jobs = [make_job(request, folder, threads) for folder, request in wanted.items()]
-    gpus = 1.0 if _has_gpu() else 0.0
+    gpus = 1.0 if has_gpu() else 0.0
     try:
         done = batch.run(jobs, workers=workers, ray=args.ray, gpus=gpus, retry=True, tell=_tell)
     except KeyboardInterrupt:
@@ -291,7 +291,7 @@ def _tell(line: str) -> None:
     print(line, flush=True)
 
 
-def _threads(workers: int | None) -> int:
+def threads_of(workers: int | None) -> int:
     """Of one object: OMP_NUM_THREADS, else the cores shared out; on Ray, where they are not known,
     1."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
