@@ -6,7 +6,7 @@ PROMPT ?= a DSLR image of a hamburger
 WORKERS ?= auto
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-compat test-browser test-faults format pocket-shapes judge-report report bench clean
+.PHONY: demo test test-slow test-compat test-browser test-faults format pocket-shapes judge-report report pocket pocket-flow bench clean
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +65,18 @@ test-faults: $(VENV)/.ready-dev
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The models of real objects from nothing, with truth, judge and tables (fixed seed; days on two cores; goes on where
+# it stopped). The objects come from Debian's package sweethome3d-furniture, which apt-get fetches; where it cannot:
+# make pocket ASSETS=folder of the package or of its .sh3f files.
+ASSETS ?=
+POCKET := $(BIN)/python -m pocket.make $(if $(ASSETS),--assets "$(ASSETS)")
+pocket: $(VENV)/.ready-dev
+	$(POCKET) --stages render,truth,vae,latents,unet,decoder,save,judge,report
+
+# The flow transformer, from the same work folder.
+pocket-flow: $(VENV)/.ready-dev
+	$(POCKET) --stages render,vae,latents,decoder,flow,save-flow
 
 # Retrains the model pocket-shapes from nothing (fixed seed; a little under three hours on two cores), then judges it.
 pocket-shapes: $(VENV)/.ready

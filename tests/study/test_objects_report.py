@@ -201,7 +201,7 @@ def test_a_training_view_has_no_distance_to_the_nearest_one(renders):
 
 
 def test_all_tables_are_written(tmp_path, renders, monkeypatch):
-    monkeypatch.setattr(report, "load", lambda: judge.Judge().eval())
+    monkeypatch.setattr(report, "load", lambda *_: judge.Judge().eval())
     report.report(
         tmp_path / "model", renders.folder.parent, tmp_path / "out", ["tokens", "words"],
         scale=1.0, steps=3, rounds=1, count=8, model_of=Knows,
@@ -224,7 +224,7 @@ def test_all_tables_are_written(tmp_path, renders, monkeypatch):
 @pytest.mark.parametrize("arguments", [["--work", "nowhere"], ["--steps", "0"]])
 def test_what_cannot_be_reported_costs_one_line(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "load", lambda: judge.Judge().eval())
+    monkeypatch.setattr(report, "load", lambda *_: judge.Judge().eval())
     with pytest.raises(SystemExit) as ended:
         report.main(arguments)
     assert ended.value.code == 2

@@ -350,7 +350,7 @@ def test_averaged_weights_come_back_in_parts_and_replace_none_that_saw_more(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--stages", "vea"], "vea is not of vae"),
+        (["--stages", "vea"], "vea is not of render, truth, vae"),
         (["--unet-steps", "0"], "--unet-steps"),
         (["--stages", "latents"], "no renders under"),
         (["--stages", "unet"], "no latents yet: run the stage latents first"),
@@ -361,6 +361,7 @@ def test_averaged_weights_come_back_in_parts_and_replace_none_that_saw_more(
 def test_what_cannot_be_made_is_one_line(tmp_path, capsys, arguments, message):
     recipe = {"seed": 0, "channels": [flow.LAYERS_OF_TRANSFORMER, flow.HEADS]}
     (tmp_path / "made_with.json").write_text(json.dumps({"flow": recipe}))
+    (tmp_path / "flow_state.pt").touch()
     with pytest.raises(SystemExit) as stop:
         make.main(["--work", str(tmp_path), *arguments])
     assert stop.value.code == 2
