@@ -7,7 +7,7 @@ around the object from azimuth 0: turning it by a view's angle shifts the order 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 SOLID = 0.5  # opacity of a silhouette
 GMSD_C = 0.0026  # of arXiv:1308.3052, for values in 0..1
@@ -57,6 +57,13 @@ def sharpness(made: Float[torch.Tensor, "V H W 3"], true: Float[torch.Tensor, "V
     """Mean length of the gradient, relative to that of the true views: 1 is as sharp as they are.
     Noise and streaks raise it as edges do."""
     return float(gradients(made).mean() / gradients(true).mean())
+
+
+def saturation(made: Float[torch.Tensor, "V H W 3"], true: Float[torch.Tensor, "V H W 3"]) -> float:
+    """Mean chroma (largest minus smallest of red, green and blue), relative to that of the true
+    views: above 1 colours are stronger than they truly are, as high guidance scales make them."""
+    chroma = [float((x.amax(-1) - x.amin(-1)).double().mean()) for x in (made, true)]
+    return chroma[0] / max(chroma[1], 1e-6)
 
 
 def iou(made: Bool[np.ndarray, "V H W"], true: Bool[np.ndarray, "V H W"]) -> float:
@@ -110,6 +117,26 @@ def against(
         **found,
         "turn": turn * 360.0 / views,
         "sharpness": sharpness(made, true),
+        "saturation": saturation(made, true),
         "half_transparent": nan if opacity is None else veil(opacity) - veil(true_opacity),
         "janus_rate": janus_rate(table) if front else nan,
+    }
+
+
+def pictures(
+    made: Float[torch.Tensor, "N H W 3"],
+    true: Float[torch.Tensor, "V H W 3"],
+    shown: Int[np.ndarray, " N"],
+) -> dict[str, float]:
+    """The metrics of single pictures, of which number i should be the true view ``shown[i]``;
+    ``nearest_psnr`` is to whichever of the true views is nearest to it."""
+    wanted = true[torch.from_numpy(shown)]
+    table = psnr_table(made, true)
+    return {
+        "psnr": float(table[np.arange(len(made)), shown].mean()),
+        "nearest_psnr": float(table.max(1).mean()),
+        "ssim": ssim(made, wanted),
+        "gmsd": gmsd(made, wanted),
+        "sharpness": sharpness(made, wanted),
+        "saturation": saturation(made, wanted),
     }
