@@ -103,7 +103,13 @@ _OBJECTS = (
         about="The share in which the judge sees the azimuth within 45 degrees of the true one, of "
         "objects with a front. Chance is 25 %.",
     ),
-    Metric("psnr", "PSNR, dB", 1, about="To the true view from the same camera, over white."),
+    Metric(
+        "psnr",
+        "PSNR, dB",
+        1,
+        about="To the true view from the same camera, over white; of a picture on latents, over "
+        "its own background.",
+    ),
     Metric(
         "nearest_psnr",
         "PSNR to the nearest view, dB",

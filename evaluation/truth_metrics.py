@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 
-SOLID = 0.5  # opacity of a silhouette
+SOLID, EMPTY = 0.5, 0.02  # opacity of a silhouette, and of what is outside of it
 GMSD_C = 0.0026  # of arXiv:1308.3052, for values in 0..1
 LUMA = (0.299, 0.587, 0.114)
 FRONT, BEHIND = 45.0, 90.0  # degrees from the front: a front view ends, one from behind begins
@@ -75,7 +75,7 @@ def iou(made: Bool[np.ndarray, "V H W"], true: Bool[np.ndarray, "V H W"]) -> flo
 def veil(opacity: Float[torch.Tensor, "V H W"]) -> float:
     """Share of pixels that are neither empty nor solid, 0.02 to 0.98 of opacity: haze, and soft
     edges."""
-    return float(((opacity > 0.02) & (opacity < 0.98)).float().mean())
+    return float(((opacity > EMPTY) & (opacity < 1 - EMPTY)).float().mean())
 
 
 def janus_rate(table: Float[np.ndarray, "V V"]) -> float:
@@ -123,20 +123,44 @@ def against(
     }
 
 
+def before_its_background(
+    made: Float[torch.Tensor, "N H W 3"],
+    true: Float[torch.Tensor, "N H W 3"],
+    opacity: Float[torch.Tensor, "N H W"],
+) -> Float[torch.Tensor, "N H W 3"]:
+    """True views over white as they would be before the backgrounds of the pictures, which are
+    the mean colours of what is outside of the true silhouettes; white where nothing is outside."""
+    outside = (opacity < EMPTY).to(made.dtype)[..., None]
+    area = outside.sum((1, 2))
+    mean = (made * outside).sum((1, 2)) / area.clamp(min=1)
+    ground = torch.where(area > 0, mean, torch.ones_like(mean))[:, None, None]
+    return (true - (1 - opacity[..., None]) * (1 - ground)).clamp(0, 1)
+
+
 def pictures(
     made: Float[torch.Tensor, "N H W 3"],
     true: Float[torch.Tensor, "V H W 3"],
+    opacity: Float[torch.Tensor, "V H W"],
     shown: Int[np.ndarray, " N"],
 ) -> dict[str, float]:
-    """The metrics of single pictures, of which number i should be the true view ``shown[i]``;
-    ``nearest_psnr`` is to whichever of the true views is nearest to it."""
-    wanted = true[torch.from_numpy(shown)]
-    table = psnr_table(made, true)
+    """The metrics of single pictures, of which number i should be the true view ``shown[i]``, each
+    before the picture's own background (:func:`before_its_background`): a text says nothing of it.
+    ``nearest_psnr`` is to whichever of the true views is nearest; ``saturation`` is of the true
+    silhouette alone."""
+    table = np.concatenate(
+        [
+            psnr_table(one, before_its_background(one.expand_as(true), true, opacity))
+            for one in made.split(1)
+        ]
+    )
+    view = torch.from_numpy(shown)
+    wanted = before_its_background(made, true[view], opacity[view])
+    inside = (opacity[view] > SOLID)[..., None]
     return {
         "psnr": float(table[np.arange(len(made)), shown].mean()),
         "nearest_psnr": float(table.max(1).mean()),
         "ssim": ssim(made, wanted),
         "gmsd": gmsd(made, wanted),
         "sharpness": sharpness(made, wanted),
-        "saturation": saturation(made, wanted),
+        "saturation": saturation(made * inside, wanted * inside),
     }

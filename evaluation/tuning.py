@@ -105,7 +105,7 @@ def by_value(
     found: dict[str, dict[float, float]] = {}
     for method, settings in tried.items():
         for text, rows in settings.items():
-            value = _value(text, key)
+            value = value_of(text, key)
             done = values((r for r in rows if r["status"] == "ok"), metric.column)
             # what failed on a hard prompt would look better for it
             if value is not None and done and len(done) == len(rows):
@@ -115,7 +115,7 @@ def by_value(
     return {method: of for method, of in found.items() if len(of) > 1}
 
 
-def _value(settings: str, key: str) -> float | None:
+def value_of(settings: str, key: str) -> float | None:
     """A setting as YAML has numbers; None for what is none."""
     text = dict(t.split("=", 1) for t in shlex.split(settings)).get(key)
     try:

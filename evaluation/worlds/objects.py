@@ -4,10 +4,12 @@ A trained scene is looked at from the cameras of the truth; of latents, number i
 azimuth 360 i / N (the nearest of the truth's), as high and as far away as the truth.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 
 from evaluation import truth_metrics
@@ -25,14 +27,14 @@ FACING = 45.0  # degrees that the judge may be off with an azimuth
 class Objects:
     """See :class:`evaluation.worlds.World`."""
 
-    metrics = (
+    metrics: tuple[str, ...] = (
         *("object_accuracy", "color_accuracy", "view_accuracy"),
         *("psnr", "ssim", "gmsd", "iou", "nearest_psnr"),
         *("turn", "turned_psnr", "turned_ssim", "turned_gmsd", "turned_iou"),
         *("sharpness", "saturation", "half_transparent", "janus_rate"),
     )
     side = 128
-    views = JUDGED
+    views: int | None = JUDGED
 
     def labels(self, prompt: str) -> dict[str, str]:
         thing, colour = asked(prompt)
@@ -56,14 +58,16 @@ class Objects:
         return pictures(true.rgb[shown], opacity, shown)
 
     def score(self, prompt: str, cfg: Any, made: Pictures, true: bool) -> dict[str, float]:
-        views = truth_of(prompt)
+        views, size = truth_of(prompt), (self.side, self.side)
+        if made.rgb.shape[2:] != size:  # another model's
+            made = replace(made, rgb=F.interpolate(made.rgb, size, mode="area"))
         found = judged(made, prompt)
         if true:  # nothing is learnt from comparing the truth with itself
             return found
         rgb = made.rgb.permute(0, 2, 3, 1)
         if cfg is None:
             shown = around(len(rgb))
-            return found | truth_metrics.pictures(rgb, views.rgb, shown)
+            return found | truth_metrics.pictures(rgb, views.rgb, views.opacity, shown)
         return found | compared(rgb, made.opacity, views)
 
 
@@ -79,6 +83,7 @@ def pictures(rgb: torch.Tensor, opacity: torch.Tensor | None, shown: np.ndarray)
 
 
 def compared(rgb: torch.Tensor, opacity: torch.Tensor | None, true: TrueViews) -> dict[str, float]:
+    """The metrics of the judged views (V, H, W, 3) against the true ones."""
     return truth_metrics.against(rgb, opacity, true.rgb, true.opacity, true.thing.front)
 
 

@@ -21,9 +21,15 @@ from threestudio.utils.misc import get_device
 class Shapes:
     """See :class:`evaluation.worlds.World`."""
 
-    metrics = ("object_accuracy", "color_accuracy", "frechet", "janus_rate", "silhouette_iou")
+    metrics: tuple[str, ...] = (
+        "object_accuracy",
+        "color_accuracy",
+        "frechet",
+        "janus_rate",
+        "silhouette_iou",
+    )
     side = 64
-    views = None
+    views: int | None = None
 
     def labels(self, prompt: str) -> dict[str, str]:
         kind, color = asked(prompt)
@@ -61,7 +67,7 @@ class Shapes:
         reference = truth.reference(kind, color, orbit_of(cfg, len(made.rgb)))
         said = verdict(load_judge(), small(made.rgb))
         scores = metrics.judged(said, kind, color, made.azimuth, reference.features)
-        if made.opacity is not None:
+        if made.opacity is not None and reference.masks is not None:
             mask = small(made.opacity[:, None])[:, 0] > 0.5
             scores["silhouette_iou"] = metrics.silhouette_iou(mask.numpy(), reference.masks)
         return scores
