@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # tables and what is temporary: in the checkout, or with an installed copy below the current folder
 _CHECKOUT = (ROOT / "evaluate.py").is_file()
 TABLES = ROOT / "docs" / "evaluation" if _CHECKOUT else Path.cwd() / "outputs" / "comparison"
+OBJECTS = TABLES.with_name("objects")  # of the comparison on real objects
 BUILD = ROOT / "build" if _CHECKOUT else Path.cwd() / "outputs" / "build"
 # what a result depends on; tables and grids may change while a grid runs
 CODE = (
     *("benchmarks/*.py", "configs/*", "custom/*", "evaluate.py", "evaluation/*.py", "launch.py"),
-    *("pocket/*.py", "pocket/*.safetensors", "threestudio/*"),
+    *("pocket/*.py", "pocket/*.safetensors", "pocket/truth/*", "pocket/ideal/*", "threestudio/*"),
 )
 # of the copy of this project that Ray takes to other machines; of what is hidden, nothing
 NOT_NEEDED = (".?*", "build", "outputs", "docs")
