@@ -4,8 +4,8 @@ Loss: mean |v' - v|^2 with v = sqrt(abar) eps - sqrt(1 - abar) z (v-prediction, 
 arXiv 2202.00512): unlike the noise loss it does not vanish at high noise, where object, colour and
 view are decided, and four fifths of the timesteps are drawn there. Captions are empty with
 probability 0.1 for classifier-free guidance; the rows of the camera, appended to those of the text,
-are absent from a quarter of the batches, so that the UNet works with words only as well. The weights
-saved are an exponential moving average.
+are absent from a quarter of the batches, so that the UNet works with words only as well. The
+weights saved are an exponential moving average.
 """
 
 import json
