@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import threestudio
 from threestudio.run.machine import cpu_name
-from threestudio.run.snapshot import is_plain
+from threestudio.run.snapshot import PlainFiles
 from threestudio.utils import extensions
 from threestudio.utils.files import whole_file
 
@@ -87,7 +87,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 def read_record(folder) -> list[Mapping[str, Any]]:
     """The trainings of a run, the first one first; [] where nothing readable is written."""
     try:
-        if not is_plain(folder, NAME) or os.path.getsize(Path(folder, NAME)) > MAX_BYTES:
+        if NAME not in PlainFiles(folder) or os.path.getsize(Path(folder, NAME)) > MAX_BYTES:
             return []
         found = json.loads(Path(folder, NAME).read_text(encoding="utf-8"))
         trainings = found["trainings"]

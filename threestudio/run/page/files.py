@@ -4,7 +4,7 @@ than a page can use."""
 import os
 from pathlib import Path
 
-from threestudio.run.snapshot import is_plain
+from threestudio.run.snapshot import PlainFiles
 
 MAX_TEXT = 1 << 20
 MAX_NAMES = 100_000
@@ -21,7 +21,7 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Whether it is a regular file, reached through no link, that can be read."""
-        return is_plain(self.path, name)
+        return name in PlainFiles(self.path)
 
     def names(self, inner: str) -> list[str]:
         """The plain files in a folder in it; none if that is missing or a link."""
