@@ -13,6 +13,7 @@ latents stay what they are.
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ REFRESH = 250  # steps between two looks for new renders
 SHOWN, JUDGED = 20, 80  # held-out pictures in a sheet, and in the PSNR
 
 
-def build(channels=CHANNELS, latent_channels: int = LATENT_CHANNELS, size: int = SIZE):
+def build(channels=CHANNELS, latent_channels: int = LATENT_CHANNELS, size: int = SIZE) -> Any:
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from pocket.autoencoder import LATENT_CHANNELS, load_vae
-from pocket.diffusion import finish_folder, load_averaged
+from pocket.diffusion import PLAIN, finish_folder, first_noise, guided, load_averaged
 from pocket.latents import LENGTH, tokenizer
+from pocket.tokenizer import text_config
 from pocket.tools import CameraTokens
 
 NAME, PEAK = "flow", 6e-4  # of the state's file, and of the rate
@@ -33,22 +34,9 @@ ZERO_ROWS = 256  # as many as the pipeline appends
 
 
 def build_text_encoder(tokens, width: int, layers: int):
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    from transformers import CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=LENGTH,
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-        pad_token_id=tokens.pad_token_id,
-        projection_dim=width,
-        attn_implementation="eager",  # fused attention is slower on a CPU
-    )
-    return CLIPTextModelWithProjection(config)
+    return CLIPTextModelWithProjection(text_config(tokens, LENGTH, width, layers, **PLAIN))
 
 
 def build_silent_encoder(tokens):
@@ -186,15 +174,10 @@ class Model(nn.Module):
         """Latents of ``steps`` steps of Euler's. ``ids`` (2N, LENGTH) are N empty captions and N
         others, and ``scale`` is the guidance from these to those; the cameras (N, 4) go with
         both."""
-        device = next(self.parameters()).device
-        size = self.transformer.config["sample_size"]
-        shape = len(ids) // 2, LATENT_CHANNELS, size, size
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-        twice = None if cameras is None else torch.cat([cameras, cameras])
+        x = first_noise(self.transformer, len(ids) // 2, seed)
         for k in range(steps):
-            t = torch.full((len(ids),), 1 - k / steps, device=device)
-            null, said = self(torch.cat([x, x]), t, ids, twice).float().chunk(2)
-            x = x - (null + scale * (said - null)) / steps
+            t = torch.full((len(ids),), 1 - k / steps, device=x.device)
+            x = x - guided(self, x, t, ids, cameras, scale) / steps
         return x
 
 
