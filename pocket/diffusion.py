@@ -100,7 +100,7 @@ class Model(nn.Module):
         and ``scale`` is the guidance from these to those; the cameras (N, 4) go with both."""
         from diffusers import DDIMScheduler
 
-        schedule = DDIMScheduler.from_config(
+        schedule: Any = DDIMScheduler.from_config(
             self.scheduler.config, timestep_spacing="trailing", clip_sample=False
         )
         schedule.set_timesteps(steps)
@@ -142,7 +142,7 @@ def train(
     """Train a ``kind`` of model on all latents, to ``work/<name>_state.pt``; more steps than before
     continue it. ``peak`` is the rate for a batch of 48, and grows with the root of the batch."""
     torch.manual_seed(seed)
-    model = kind(tokenizer(work))
+    model: Any = kind(tokenizer(work))
     latents = Latents(work, tokenizer(work))
     model.to(device)
 

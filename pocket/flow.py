@@ -15,6 +15,7 @@ number.
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ class ZeroRows:
     def __init__(self):
         self.count, self.after = 1.0, 0
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+    def __call__(self, attn, hidden_states, encoder_hidden_states, **_):
         def split(x):
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
@@ -127,7 +128,8 @@ class Model(nn.Module):
         self.camera_encoder = CameraTokens(width=sum(WIDTHS))
         self.transformer = build_transformer(**shape)
         self.zero_rows, self.count = ZeroRows(), 1.0
-        self.transformer.set_attn_processor(self.zero_rows)
+        processor: Any = self.zero_rows
+        self.transformer.set_attn_processor(processor)
 
     def forward(self, noisy, t, ids, cameras=None):
         """eps - z for (N, C, h, w) at times t (N,) in 0..1; ``cameras`` (N, 4) appends their rows.

@@ -237,7 +237,7 @@ def check(judge, rounds: int, report: Callable[[dict], None] = lambda row: None)
             made, around = pictures(hidden, **options)
             add(test, level, made, hidden, around, true)
 
-    spoils: tuple[tuple[str, Callable, tuple], ...] = (
+    spoils: Any = (
         ("blurred", blurred, BLURS),
         ("noise", noisy, NOISES),
         ("half-transparent", faded, OPACITIES),
