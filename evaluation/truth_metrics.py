@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 
+from pocket.sharpness import gradients, sharpness
+
 SOLID, EMPTY = 0.5, 0.02  # opacity of a silhouette, and of what is outside of it
 GMSD_C = 0.0026  # of arXiv:1308.3052, for values in 0..1
-LUMA = (0.299, 0.587, 0.114)
 FRONT, BEHIND = 45.0, 90.0  # degrees from the front: a front view ends, one from behind begins
 
 
@@ -35,15 +36,6 @@ def ssim(a: Float[torch.Tensor, "V H W 3"], b: Float[torch.Tensor, "V H W 3"]) -
     return float(found)
 
 
-def gradients(images: Float[torch.Tensor, "V H W 3"]) -> Float[torch.Tensor, "V H W"]:
-    """Length of the brightness' gradient by Prewitt's filter, whose weights sum to 1."""
-    luma = (images.float() * images.new_tensor(LUMA)).sum(-1)[:, None]
-    across = torch.tensor([[1.0, 0.0, -1.0]]).repeat(3, 1) / 3
-    kernel = torch.stack([across, across.T])[:, None]
-    found = F.conv2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), kernel)
-    return found.square().sum(1).sqrt()
-
-
 def gmsd(a: Float[torch.Tensor, "V H W 3"], b: Float[torch.Tensor, "V H W 3"]) -> float:
     """Gradient magnitude similarity deviation (arXiv:1308.3052), mean over views: the standard
     deviation over the picture, at half its size, of (2 m n + c) / (m^2 + n^2 + c) with m and n the
@@ -51,12 +43,6 @@ def gmsd(a: Float[torch.Tensor, "V H W 3"], b: Float[torch.Tensor, "V H W 3"]) -
     m, n = (gradients(F.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)) for x in (a, b))
     similarity = (2 * m * n + GMSD_C) / (m**2 + n**2 + GMSD_C)
     return float(similarity.flatten(1).std(dim=1, correction=0).mean())
-
-
-def sharpness(made: Float[torch.Tensor, "V H W 3"], true: Float[torch.Tensor, "V H W 3"]) -> float:
-    """Mean length of the gradient, relative to that of the true views: 1 is as sharp as they are.
-    Noise and streaks raise it as edges do."""
-    return float(gradients(made).mean() / gradients(true).mean())
 
 
 def saturation(made: Float[torch.Tensor, "V H W 3"], true: Float[torch.Tensor, "V H W 3"]) -> float:

@@ -13,6 +13,7 @@ latents stay what they are.
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +33,11 @@ REFRESH = 250  # steps between two looks for new renders
 SHOWN, JUDGED = 20, 80  # held-out pictures in a sheet, and in the PSNR
 
 
-def build(channels=CHANNELS, latent_channels: int = LATENT_CHANNELS, size: int = SIZE):
+def build(channels=CHANNELS, latent_channels: int = LATENT_CHANNELS, size: int = SIZE) -> Any:
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(
+    kind: Any = AutoencoderKL  # whose annotations say tuples of one
+    vae = kind(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         block_out_channels=channels,
@@ -136,7 +138,8 @@ class Pictures:
     def note(self, rows, error: torch.Tensor):
         """Remember how badly these came out; ``error`` (N,)."""
         keys = self.keys()
-        for (i, _), value in zip(rows, error.tolist(), strict=True):
+        values: list[float] = error.tolist()
+        for (i, _), value in zip(rows, values, strict=True):
             before = self.errors.get(keys[i], value)
             self.errors[keys[i]] = 0.9 * before + 0.1 * value
 

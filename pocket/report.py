@@ -14,7 +14,7 @@ the name of the model's folder,
     samples.webp   the true views, and below them the samples
 
 A model is told of cameras in each of the ways that ``--cameras`` lists. Sharpness is the mean
-magnitude of the pictures' gradient over that of the true views'.
+length of the pictures' gradients over that of the true views' (:mod:`pocket.sharpness`).
 """
 
 import argparse
@@ -37,6 +37,7 @@ from pocket.judge import (
     pictures,
     verdict,
 )
+from pocket.sharpness import gradients
 from pocket.tools import Cameras, load_model, say, write_table
 from pocket.world import NAMES, VIEWS, caption, view_of
 
@@ -148,11 +149,11 @@ def reconstructions(model, images: Pictures, batch: int = BATCH) -> Pictures:
     return torch.cat(parts)
 
 
-def magnitudes(images: Pictures) -> Float[torch.Tensor, " N"]:
-    """The mean magnitude of each picture's gradient, by differences of neighbours."""
-    across = images[..., :-1, 1:] - images[..., :-1, :-1]
-    down = images[..., 1:, :-1] - images[..., :-1, :-1]
-    return (across.square() + down.square()).sqrt().mean((1, 2, 3))
+def steepness(made: Pictures, truth: Pictures) -> tuple[np.ndarray, np.ndarray]:
+    """Mean lengths of the gradients of each picture and of its truth: means of the first over those
+    of the second are a sharpness."""
+    both = (gradients(images.permute(0, 2, 3, 1)).mean((1, 2)).numpy() for images in (made, truth))
+    return next(both), next(both)
 
 
 def ssim(made: Pictures, truth: Pictures) -> np.ndarray:
@@ -205,7 +206,7 @@ def vae_table(model, renders: Renders, count: int) -> list[dict]:
     return by_object(
         labels_of(renders, rows)["object"],
         psnr=decibels(made, truth),
-        sharpness=(magnitudes(made).numpy(), magnitudes(truth).numpy()),
+        sharpness=steepness(made, truth),
     )
 
 
@@ -224,7 +225,7 @@ def sample_rows(judge, told: str, made: Pictures, truth: Pictures, labels) -> li
         accuracy=(verdict(judge, made)["object"] == objects).astype(float),
         psnr=decibels(made, truth),
         ssim=ssim(made, truth),
-        sharpness=(magnitudes(made).numpy(), magnitudes(truth).numpy()),
+        sharpness=steepness(made, truth),
     )
     return [{"told": told, **row} for row in rows]
 
