@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 
 from evaluation import truth_metrics
-from evaluation.against_truth import TrueViews, over, truth_of, views_of
+from evaluation.against_truth import TRUTH, TrueViews, over, truth_of, views_of
 from pocket.judge import OWN, PALETTE, verdict
 from pocket.judge import load as load_judge
 from pocket.shapes.truth import Pictures
@@ -35,6 +35,13 @@ class Objects:
     )
     side = 128
     views: int | None = JUDGED
+
+    def ready(self) -> None:
+        if not (TRUTH / "renders.json").is_file():
+            raise ValueError(
+                f"{TRUTH} has no true views (an installed copy comes without them): run this from "
+                "a checkout of the repository"
+            )
 
     def labels(self, prompt: str) -> dict[str, str]:
         thing, colour = asked(prompt)
