@@ -251,7 +251,7 @@ def test_a_sweep_finds_the_best_value_of_each_method(tmp_path):
     with (tmp_path / "scales.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 3
-    best = {r["method"]: float(r["value"]) for r in rows if r["best"]}
+    best = {r["method"]: float(r["value"]) for r in rows if r["best"] == "psnr"}
     assert best == {"sds": 10, "lods-lora": 100}
     (row,) = (r for r in rows if r["method"] == "sds" and r["value"] == "10")
     assert row["runs"] == row["prompts"] == "2" and float(row["psnr"]) == 20.5
