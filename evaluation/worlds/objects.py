@@ -31,7 +31,7 @@ class Objects:
         *("object_accuracy", "color_accuracy", "view_accuracy"),
         *("psnr", "ssim", "gmsd", "iou", "nearest_psnr"),
         *("turn", "turned_psnr", "turned_ssim", "turned_gmsd", "turned_iou"),
-        *("sharpness", "saturation", "half_transparent", "janus_rate"),
+        *("sharpness", "saturation", "clipped", "half_transparent", "janus_rate"),
     )
     side = 128
     views: int | None = JUDGED
