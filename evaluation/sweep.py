@@ -85,7 +85,7 @@ def sheet_of(folder: Path, rows: Iterable[dict], prompt: str, seed: str) -> Path
     """The contact sheet of a prompt and seed among rows; None where they are not there."""
     for row in rows:
         if (row["prompt"], row["seed"]) == (prompt, seed):
-            return sheet_path(folder, *(row[k] for k in KEYS), row["settings"])
+            return sheet_path(folder, *(row[k] for k in KEYS), settings=row["settings"])
     return None
 
 
