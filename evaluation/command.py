@@ -16,7 +16,7 @@ from evaluation.machine import BUILD, OBJECTS, ROOT, TABLES, code, commit, not_f
 from evaluation.on_ray import OnRay
 from evaluation.processes import Local
 from evaluation.table import Table, begun, key_of
-from evaluation.worlds import DEFAULT
+from evaluation.worlds import DEFAULT, WORLDS
 from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.extensions import load_custom_modules, report_failures
@@ -127,6 +127,15 @@ def check_methods(runs: List[Run]) -> None:
                 f"method {method}: no guidance is registered as {name!r}{hint}; "
                 "--only method=... chooses others"
             )
+
+
+def check_truth(world: str, runs: List[Run]) -> None:
+    """Refuse to judge runs where there is nothing to judge them by."""
+    if any(run.judge for run in runs):
+        try:
+            WORLDS[world].ready()
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
 
 def check_prompts(runs: List[Run]) -> None:
@@ -285,6 +294,7 @@ def main(argv=None, prog: str = "evaluate.py") -> int:
         return 0
     if not runs:
         return 1 if bad else 0
+    check_truth(grid.world, runs)
     check_methods(runs)
     check_prompts(runs)
     on_ray = args.ray is not None

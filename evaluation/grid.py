@@ -348,7 +348,7 @@ def load_grid(path) -> Grid:
             raise UserError(f"{where}: {error}; for other prompts, set judge: false") from None
     for name, chosen in representations.items():
         _choose(chosen, grid, list(methods), f"{where}, representation {name}")
-        if grid.judge and world.views not in (None, chosen.views):
+        if world.views not in (None, chosen.views):
             raise UserError(
                 f"{where}, representation {name}: views must be {world.views}, those of the truth "
                 f"in the world {grid.world}, not {chosen.views}"

@@ -155,6 +155,14 @@ _OBJECTS = (
         about="Mean chroma relative to the truth's: 1 is as colourful, more is too strong.",
     ),
     Metric(
+        "clipped",
+        "clipped, %",
+        -1,
+        100,
+        about="The share of colour values within the true silhouette that are at the ends of their "
+        "range, less the truth's. Too much guidance drives them there.",
+    ),
+    Metric(
         "half_transparent",
         "half transparent, %",
         -1,

@@ -2,8 +2,8 @@
 
 From the rows of a grid in ``tuning.csv`` it makes, in the same folder, ``GRID.csv``, a row for each
 representation, method and value of the setting with means over prompts, their 95 % intervals and
-which value is best, and ``GRID.webp``: methods down, values across, the first picture of a prompt's
-contact sheets, and the truth's.
+the metrics at which this value is the best, and ``GRID.webp``: methods down, values across, the
+first picture of a prompt's contact sheets, and the truth's.
 """
 
 import argparse
@@ -65,13 +65,13 @@ def table(curves: Curves) -> tuple[list[str], list[dict[str, str]]]:
     every = [r for c in curves.values() for of in c.values() for r in of if r["status"] == "ok"]
     shown = [m for m in measures.metrics if values(every, m.column)]
     for (on, method), curve in curves.items():
-        best = best_value(curve, measures.headline[1])
+        best = {m.column: best_value(curve, m) for m in shown if m.better}
         for value, of in sorted(curve.items()):
             done = [r for r in of if r["status"] == "ok"]
             row = {"representation": on, "method": method, "value": f"{value:g}"}
             row |= {"runs": str(len(done)), "failed": str(len(of) - len(done))}
             row |= {"prompts": str(len({r["prompt"] for r in done}))}
-            row |= {"best": measures.headline[1].column if value == best else ""}
+            row |= {"best": " ".join(name for name, at in best.items() if at == value)}
             for m in shown:
                 i = interval(values(done, m.column))
                 ends = {m.column: i.mean, f"{m.column}_low": i.low, f"{m.column}_high": i.high}
@@ -85,7 +85,7 @@ def sheet_of(folder: Path, rows: Iterable[dict], prompt: str, seed: str) -> Path
     """The contact sheet of a prompt and seed among rows; None where they are not there."""
     for row in rows:
         if (row["prompt"], row["seed"]) == (prompt, seed):
-            return sheet_path(folder, *(row[k] for k in KEYS), row["settings"])
+            return sheet_path(folder, *(row[k] for k in KEYS), settings=row["settings"])
     return None
 
 

@@ -52,6 +52,14 @@ def saturation(made: Float[torch.Tensor, "V H W 3"], true: Float[torch.Tensor, "
     return chroma[0] / max(chroma[1], 1e-6)
 
 
+def clipped(images: Float[torch.Tensor, "V H W 3"], mask: Bool[torch.Tensor, "V H W"]) -> float:
+    """Share of the colours' values within the mask that are at the ends of their range, below 0.02
+    or above 0.98; 0 for an empty mask. Too much guidance drives them there."""
+    values = images[mask]
+    ends = (values < EMPTY) | (values > 1 - EMPTY)
+    return float(ends.float().mean()) if len(values) else 0.0
+
+
 def iou(made: Bool[np.ndarray, "V H W"], true: Bool[np.ndarray, "V H W"]) -> float:
     """|A and B| / |A or B| of silhouettes, mean over views; 1 where both are empty."""
     both, either = ((f(made, true)).sum((1, 2)) for f in (np.logical_and, np.logical_or))
@@ -98,12 +106,13 @@ def against(
             f"{name}gmsd": gmsd(made, to),
             f"{name}iou": np.nan if opacity is None else iou((opacity > SOLID).numpy(), mask),
         }
-    nan = float("nan")
+    nan, inside = float("nan"), true_opacity > SOLID
     return {
         **found,
         "turn": turn * 360.0 / views,
         "sharpness": sharpness(made, true),
         "saturation": saturation(made, true),
+        "clipped": clipped(made, inside) - clipped(true, inside),
         "half_transparent": nan if opacity is None else veil(opacity) - veil(true_opacity),
         "janus_rate": janus_rate(table) if front else nan,
     }
@@ -132,7 +141,7 @@ def pictures(
     """The metrics of single pictures, of which number i should be the true view ``shown[i]``, each
     before the picture's own background (:func:`before_its_background`): a text says nothing of it.
     ``nearest_psnr`` is to whichever of the true views is nearest; ``saturation`` is of the true
-    silhouette alone."""
+    silhouette alone, and so is ``clipped``, less the truth's."""
     table = np.concatenate(
         [
             psnr_table(one, before_its_background(one.expand_as(true), true, opacity))
@@ -141,12 +150,14 @@ def pictures(
     )
     view = torch.from_numpy(shown)
     wanted = before_its_background(made, true[view], opacity[view])
-    inside = (opacity[view] > SOLID)[..., None]
+    inside = opacity[view] > SOLID
+    shape = inside[..., None]
     return {
         "psnr": float(table[np.arange(len(made)), shown].mean()),
         "nearest_psnr": float(table.max(1).mean()),
         "ssim": ssim(made, wanted),
         "gmsd": gmsd(made, wanted),
         "sharpness": sharpness(made, wanted),
-        "saturation": saturation(made * inside, wanted * inside),
+        "saturation": saturation(made * shape, wanted * shape),
+        "clipped": clipped(made, inside) - clipped(wanted, inside),
     }

@@ -24,6 +24,10 @@ class World(Protocol):
     side: int  # pixels of a picture in a contact sheet
     views: int | None  # test views that a run must have; None: any number
 
+    def ready(self) -> None:
+        """Raise ``ValueError``, one line, where the truth itself is not there."""
+        ...
+
     def labels(self, prompt: str) -> dict[str, str]:
         """Cells ``kind`` and ``color`` of a prompt's row. Raises ``ValueError``, one line, for a
         prompt of which there is no truth."""

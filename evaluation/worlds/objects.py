@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 
 from evaluation import truth_metrics
-from evaluation.against_truth import TrueViews, over, truth_of, views_of
+from evaluation.against_truth import TRUTH, TrueViews, over, truth_of, views_of
 from pocket.judge import OWN, PALETTE, verdict
 from pocket.judge import load as load_judge
 from pocket.shapes.truth import Pictures
@@ -31,10 +31,17 @@ class Objects:
         *("object_accuracy", "color_accuracy", "view_accuracy"),
         *("psnr", "ssim", "gmsd", "iou", "nearest_psnr"),
         *("turn", "turned_psnr", "turned_ssim", "turned_gmsd", "turned_iou"),
-        *("sharpness", "saturation", "half_transparent", "janus_rate"),
+        *("sharpness", "saturation", "clipped", "half_transparent", "janus_rate"),
     )
     side = 128
     views: int | None = JUDGED
+
+    def ready(self) -> None:
+        if not (TRUTH / "renders.json").is_file():
+            raise ValueError(
+                f"{TRUTH} has no true views (an installed copy comes without them): run this from "
+                "a checkout of the repository"
+            )
 
     def labels(self, prompt: str) -> dict[str, str]:
         thing, colour = asked(prompt)

@@ -31,6 +31,9 @@ class Shapes:
     side = 64
     views: int | None = None
 
+    def ready(self) -> None:
+        """It is drawn when it is needed."""
+
     def labels(self, prompt: str) -> dict[str, str]:
         kind, color = asked(prompt)
         return {"kind": KIND_NAMES[kind], "color": COLOR_NAMES[color] if color >= 0 else ""}

@@ -17,7 +17,7 @@ from evaluation.grid import TRUE, Run, load_grid
 from evaluation.machine import ROOT
 from evaluation.run import carry_out, sheet
 from evaluation.table import RESULTS, Table, begun, columns_of, sheet_path
-from evaluation.worlds import WORLDS
+from evaluation.worlds import WORLDS, objects
 from evaluation.worlds.objects import Objects, around
 from pocket.truth import GALLERY, judged_cameras
 from tests.study.test_report import Page
@@ -95,6 +95,13 @@ def test_a_comparison_goes_on_with_what_is_left(tmp_path, capsys):
         f"objects: {total} runs, 1 done, 1 failed (--retry repeats them), {total - 2} left"
     )
     assert len(said) == 1 + total - 2 and grid.runs[0].title not in said
+
+
+def test_runs_that_could_not_be_judged_are_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(objects, "TRUTH", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="has no true views"):
+        command.main([str(GRIDS / "objects.yaml"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out/results.csv").exists()
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -244,7 +251,7 @@ def test_a_sweep_finds_the_best_value_of_each_method(tmp_path):
     with (tmp_path / "scales.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 3
-    best = {r["method"]: float(r["value"]) for r in rows if r["best"]}
+    best = {r["method"]: float(r["value"]) for r in rows if r["best"] == "psnr"}
     assert best == {"sds": 10, "lods-lora": 100}
     (row,) = (r for r in rows if r["method"] == "sds" and r["value"] == "10")
     assert row["runs"] == row["prompts"] == "2" and float(row["psnr"]) == 20.5

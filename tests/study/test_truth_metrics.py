@@ -101,3 +101,16 @@ def test_saturation_is_linear_in_the_chroma(true):
     grey = true.mean(-1, keepdim=True)
     assert metrics.saturation(grey + 0.4 * (true - grey), true) == pytest.approx(0.4, abs=1e-5)
     assert metrics.saturation(grey.expand_as(true), true) == pytest.approx(0, abs=1e-6)
+
+
+def test_clipped_is_the_share_at_the_ends_of_the_range(true, opacity):
+    inside = opacity > 0.5
+    middle = true.clamp(0.1, 0.9)
+    spoilt = middle.clone()
+    spoilt[..., 0] = 1.0  # one of three channels
+    assert metrics.clipped(middle, inside) == 0
+    assert metrics.clipped(spoilt, inside) == pytest.approx(1 / 3)
+    assert metrics.clipped(spoilt, inside & False) == 0
+    found = metrics.against(spoilt, opacity, spoilt, opacity, False)
+    assert found["clipped"] == 0
+    assert metrics.against(spoilt, opacity, middle, opacity, False)["clipped"] > 0.3
