@@ -44,8 +44,8 @@ CASES = {
 
 @pytest.fixture
 def trained(tiny_sd, tmp_path, monkeypatch):
-    """``trained(system, early_previews, *overrides) -> (last checkpoint, steps of the pictures, their
-    folder)``."""
+    """``trained(system, early_previews, *overrides)`` returns the last checkpoint, the steps of the
+    pictures, and their folder."""
     monkeypatch.chdir(tmp_path)
     model = tiny_sd()
 
