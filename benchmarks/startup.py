@@ -92,20 +92,26 @@ class Checkout:
     """A clone of a tree, with caches of its own."""
 
     def __init__(self, name: str, tree: Path, folder: Path) -> None:
-        self.name, self.commit, self.root = name, commit_of(tree), folder / name
+        self.name, self.root = name, folder / name
         self.here = self.root / "clone"
         self.tree, self.runs = tree, 0
         self.helpers = self.root / "helpers"
         self.helpers.mkdir(parents=True, exist_ok=True)
         (self.helpers / "first_step.py").write_text(CALLBACK)
-        if not self.here.is_dir():
+        if not (self.root / "commit").is_file():
             self.renew()
+
+    @property
+    def commit(self) -> str:
+        """That of the clone."""
+        return (self.root / "commit").read_text()
 
     def renew(self) -> None:
         """Make everything cold."""
         for path in (self.here, self.root / "cache"):
             shutil.rmtree(path, ignore_errors=True)
         clone(self.tree, self.here)
+        (self.root / "commit").write_text(commit_of(self.tree))
 
     def start(self, config: str, *overrides: str, python: tuple[str, ...] = ()) -> "Run":
         self.runs += 1
