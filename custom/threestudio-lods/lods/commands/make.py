@@ -14,6 +14,7 @@ from typing import Any
 from lods import host
 from lods.commands.job import BASE, RESULTS, Request, make
 from lods.commands.parser import Parser, count, made_folder
+from lods.declared import method_names
 from lods.files import whole_file
 from lods.models.cards import EMBEDDED
 from lods.settings import nearest
@@ -100,9 +101,7 @@ def read_prompts(file: Path) -> list[str]:
 
 def find_method(name: str) -> str:
     """The full name of a method of this library. Raises ``ValueError`` that names the nearest."""
-    from lods.methods import registry
-
-    known = registry.names()
+    known = method_names()  # read from the source: importing the methods imports torch
     for full in (name, f"lods-{name}"):
         if full in known:
             return full
