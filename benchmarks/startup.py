@@ -3,8 +3,8 @@
 ``python benchmarks/startup.py --against PATH`` starts ``launch.py`` of this checkout and of another
 one in turn and writes ``benchmarks/results/startup.csv``, one row for each configuration, kind of
 start and checkout, and ``startup_imports.csv``. All times are seconds from the start of the process
-until something is seen from outside; each is the median over the rounds, and ``ratio`` columns are
-those of the other checkout over these, from the same alternation.
+until something is seen from outside; each is the median over the rounds. The ``ratio`` columns are
+the times of the other checkout over those of the row, from the same alternation.
 
 - ``first_line_s``: the first bytes on standard output or standard error
 - ``refusal_s``: the end of a process whose command line has a mistyped option
@@ -15,15 +15,19 @@ those of the other checkout over these, from the same alternation.
 an empty folder of compiled kernels; installed packages keep their compiled bytecode, as pip leaves
 it, and the files that the system has in memory stay there. *Warm* is the same clone afterwards.
 Another program on the machine changes all times: ``load`` is the average number of running
-programs over the minute before a round, so the ratios say more than the seconds.
+programs over the minute before a round. Where that is above the number of cores, or ``threads`` is
+set, the ratios are the result and the seconds are not.
 
 ``startup_imports.csv`` has the seconds that ``python -X importtime`` counts for the packages that
-a warm run imports up to its end, itself included.
+a warm run of one step imports up to its end. With ``--keep FOLDER`` the clones and their caches
+stay there for a later call, which can then measure warm starts alone (``--only-start warm``); rows
+that a call does not measure stay in the tables.
 """
 
 import argparse
 import collections
 import csv
+import math
 import os
 import re
 import shutil
@@ -88,20 +92,26 @@ class Checkout:
     """A clone of a tree, with caches of its own."""
 
     def __init__(self, name: str, tree: Path, folder: Path) -> None:
-        self.name, self.commit, self.root = name, commit_of(tree), folder / name
+        self.name, self.root = name, folder / name
         self.here = self.root / "clone"
-        self.root.mkdir()
         self.tree, self.runs = tree, 0
         self.helpers = self.root / "helpers"
-        self.helpers.mkdir()
+        self.helpers.mkdir(parents=True, exist_ok=True)
         (self.helpers / "first_step.py").write_text(CALLBACK)
-        self.renew()
+        if not (self.root / "commit").is_file():
+            self.renew()
+
+    @property
+    def commit(self) -> str:
+        """That of the clone."""
+        return (self.root / "commit").read_text()
 
     def renew(self) -> None:
         """Make everything cold."""
         for path in (self.here, self.root / "cache"):
             shutil.rmtree(path, ignore_errors=True)
         clone(self.tree, self.here)
+        (self.root / "commit").write_text(commit_of(self.tree))
 
     def start(self, config: str, *overrides: str, python: tuple[str, ...] = ()) -> "Run":
         self.runs += 1
@@ -133,6 +143,7 @@ class Run:
         self.reader.start()
 
     def _read(self) -> None:
+        assert self.process.stdout is not None
         while data := os.read(self.process.stdout.fileno(), 65536):
             self.heard = self.heard or time.time()
             self.text += data.decode(errors="replace")
@@ -190,18 +201,19 @@ def imports(checkout: Checkout) -> dict[str, float]:
     run.wait()
     if run.process.returncode:
         sys.exit(f"the run failed:\n{run.text[-3000:]}")
-    sums: dict[str, float] = collections.Counter()
+    sums: collections.defaultdict[str, float] = collections.defaultdict(float)
     for own, name in re.findall(r"import time: +(\d+) \| +\d+ \| +([\w.]+)", run.text):
         for key in ("all", name.split(".")[0]):
             sums[key] += int(own) / 1e6
     return sums
 
 
-def rows_of(checkouts: list[Checkout], rounds: int, configs: list[str]) -> list[dict]:
+def rows_of(checkouts: list[Checkout], rounds: range, configs: list[str]) -> list[dict]:
+    """The rows of the table; round 0 is the cold one."""
     found: dict[tuple[str, str, str], list[dict[str, float]]] = collections.defaultdict(list)
     loads: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
     for config in configs:
-        for number in range(rounds + 1):
+        for number in rounds:
             kind = "warm" if number else "cold"
             # in turn, and each first as often as the other
             for checkout in checkouts[:: 1 if number % 2 else -1]:
@@ -217,8 +229,8 @@ def rows_of(checkouts: list[Checkout], rounds: int, configs: list[str]) -> list[
         row |= {m: round(statistics.median(r[m] for r in runs), 2) for m in MEASURES}
         other = found.get((config, kind, "other"), [])
         for m in MEASURES:
-            ratio = statistics.median(r[m] for r in other) / row[m] if other else ""
-            row[m.replace("_s", "_ratio")] = round(ratio, 2) if other else ""
+            theirs = statistics.median(r[m] for r in other) if other else math.nan
+            row[m.removesuffix("_s") + "_ratio"] = round(theirs / row[m], 2) if other else ""
         row["load"] = round(statistics.median(loads[config, kind]), 1)
         rows.append(row | about(checkout))
     return rows
@@ -237,37 +249,54 @@ def about(checkout: Checkout) -> dict:
     }
 
 
-def write(path: Path, rows: list[dict]) -> None:
+def write(path: Path, rows: list[dict], key: tuple[str, ...]) -> None:
+    """Write a table, with the rows of the file there that have another `key`."""
+    measured, kept = [[row[k] for k in key] for row in rows], []
+    if path.is_file():
+        with path.open(newline="") as file:
+            found = [row for row in csv.DictReader(file) if row.keys() == rows[0].keys()]
+        kept = [row for row in found if [row[k] for k in key] not in measured]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows([*kept, *rows])
+
+
+def write_imports(path: Path, checkouts: list[Checkout]) -> None:
+    sums = {checkout.name: imports(checkout) for checkout in checkouts}
+    most = {n: max(s[n] for s in sums.values()) for n in set().union(*sums.values())}
+    names = sorted((n for n in most if most[n] >= 0.05), key=lambda n: -most[n])
+    rows = [{"package": n, **{f"{c}_s": round(s[n], 3) for c, s in sums.items()}} for n in names]
+    for row in rows:
+        row |= {f"{c.name}_commit": c.commit for c in checkouts}
+    path.unlink(missing_ok=True)
+    write(path, rows, ("package",))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--against", type=Path, help="another checkout, to compare with")
-    parser.add_argument("--rounds", type=int, default=3, help="warm starts of each (3)")
-    parser.add_argument("--only", choices=list(CONFIGS), help="one configuration")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser = argparse.ArgumentParser(description="Time the start of a training.")
+    add = parser.add_argument
+    add("--against", type=Path, help="another checkout, to compare with")
+    add("--rounds", type=int, default=3, help="warm starts of each (3)")
+    add("--only-config", choices=list(CONFIGS), help="one configuration")
+    add("--only-start", choices=["cold", "warm", "imports"], help="one kind of start")
+    add("--keep", type=Path, help="a folder that keeps the clones and caches for a later call")
+    add("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds takes a number from 1 on")
+    numbers = {"cold": range(1), "warm": range(1, args.rounds + 1), "imports": range(0)}
+    rounds = numbers.get(args.only_start, range(args.rounds + 1))
+    configs = [args.only_config] if args.only_config else list(CONFIGS)
+    trees = {"this": ROOT} | ({"other": args.against.resolve()} if args.against else {})
     with tempfile.TemporaryDirectory() as folder:
-        trees = {"this": ROOT} | ({"other": args.against.resolve()} if args.against else {})
-        checkouts = [Checkout(name, tree, Path(folder)) for name, tree in trees.items()]
-        configs = [args.only] if args.only else list(CONFIGS)
-        rows = rows_of(checkouts, args.rounds, configs)
-        write(args.out / "startup.csv", rows)
-        sums = {checkout.name: imports(checkout) for checkout in checkouts}
-        names = sorted(set().union(*sums.values()), key=lambda n: -max(s[n] for s in sums.values()))
-        named = [n for n in names if max(s[n] for s in sums.values()) >= 0.05]
-        table = [
-            {"package": n, **{f"{c}_s": round(s[n], 3) for c, s in sums.items()}} for n in named
-        ]
-        for row in table:
-            row |= {f"{c.name}_commit": c.commit for c in checkouts}
-        write(args.out / "startup_imports.csv", table)
+        where = args.keep.resolve() if args.keep else Path(folder)
+        checkouts = [Checkout(name, tree, where) for name, tree in trees.items()]
+        rows = rows_of(checkouts, rounds, configs)
+        if rows:
+            write(args.out / "startup.csv", rows, ("config", "start", "checkout"))
+        if args.only_start in (None, "imports"):
+            write_imports(args.out / "startup_imports.csv", checkouts)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ CASES = {
 @pytest.fixture
 def trained(tiny_sd, tmp_path, monkeypatch):
     """``trained(system, early_previews, *overrides)`` returns the last checkpoint, the steps of the
-    pictures and their folder."""
+    pictures, and their folder."""
     monkeypatch.chdir(tmp_path)
     model = tiny_sd()
 

@@ -127,6 +127,23 @@ class Plain(Base):
 @threestudio.register("outside")
 class Outside(other.Base):
     pass
+@threestudio.register("depends")
+class Depends(Base):
+    @dataclasses.dataclass
+    class Config(Base.Config):
+        if sys.platform == "linux":
+            d: int = 4
+try:
+    from elsewhere import Either
+except ImportError:
+    Either = Base
+@threestudio.register("either")
+class Takes(Either):
+    pass
+@changed
+@threestudio.register("changed")
+class Changed(Base):
+    pass
 @threestudio.register("clear")
 class Clear(Base):
     @dataclasses.dataclass
@@ -139,7 +156,8 @@ def test_what_the_source_does_not_show_is_left_to_the_run(tmp_path):
     (tmp_path / "one.py").write_text(EXTENSION)
     (tmp_path / "broken.py").write_text('threestudio.register("broken") class')
     sources = Sources([tmp_path])
-    for name in ("made", "plain", "outside", "broken", "nothing"):
+    doubtful = ("made", "plain", "outside", "depends", "either", "changed", "broken", "nothing")
+    for name in doubtful:
         assert sources.declared(name) is None, name
     clear = sources.declared("clear")
     assert (clear.where, clear.names) == ("Clear.Config", {"a", "kind_type"})

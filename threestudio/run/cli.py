@@ -81,27 +81,28 @@ def run(call: Call, gpus: list[str]) -> int:
     options = viewing.read(args)
     roots = _extension_folders(call)
     preflight(args.config, call.overrides, call.mode, roots, args.verbose)
-    from threestudio.run.imports import defer_torchmetrics
+    from threestudio.run.imports import defer_torchmetrics, uncollected
 
-    defer_torchmetrics()
-    import pytorch_lightning as pl
+    with uncollected():
+        defer_torchmetrics()
+        import pytorch_lightning as pl
 
-    import threestudio
-    from threestudio.run import interventions
-    from threestudio.run.config_check import check_names
-    from threestudio.run.explain import why_stopped
-    from threestudio.run.folder import RunFolder, checkpoint_folder, settle
-    from threestudio.run.interrupt import Interrupted, InterruptGuard
-    from threestudio.run.quiet import quieten
-    from threestudio.run.trainer import make_trainer
-    from threestudio.utils.config import config_to_primitive
-    from threestudio.utils.misc import choose_device, get_rank, is_first_process
+        import threestudio
+        from threestudio.run import interventions
+        from threestudio.run.config_check import check_names
+        from threestudio.run.explain import why_stopped
+        from threestudio.run.folder import RunFolder, checkpoint_folder, settle
+        from threestudio.run.interrupt import Interrupted, InterruptGuard
+        from threestudio.run.quiet import quieten
+        from threestudio.run.trainer import make_trainer
+        from threestudio.utils.config import config_to_primitive
+        from threestudio.utils.misc import choose_device, get_rank, is_first_process
 
-    quieten(args.verbose)  # again: importing Lightning has set its loggers up
-    _load_extensions(roots, args.verbose)
-    if args.replay is not None:
-        interventions.read(args.replay)  # a mistake in it is told now
-    cfg, counters, named = _load(call, gpus, roots)
+        quieten(args.verbose)  # again: importing Lightning has set its loggers up
+        _load_extensions(roots, args.verbose)
+        if args.replay is not None:
+            interventions.read(args.replay)  # a mistake in it is told now
+        cfg, counters, named = _load(call, gpus, roots)
     viewer = None if options is None else (options, _listen(options, cfg.n_gpus))
     trainer_args = config_to_primitive(cfg.trainer)
     trainer_args.pop("callbacks", None)
@@ -116,7 +117,9 @@ def run(call: Call, gpus: list[str]) -> int:
         try:
             settle(folder, cfg, args.config, call.overrides, args.train)
             data = threestudio.find(cfg.data_type)(cfg.data)
-            system = threestudio.find(cfg.system_type)(cfg.system, resumed=cfg.resume is not None)
+            with uncollected():  # it imports the model's libraries
+                kind = threestudio.find(cfg.system_type)
+                system = kind(cfg.system, resumed=cfg.resume is not None)
             system.checkpoint_name = f"checkpoint {cfg.resume}"  # for an error to name
             system.set_save_dir(os.path.join(cfg.trial_dir, "save"))
             if get_rank():  # and see other cameras and noise

@@ -13,11 +13,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import threestudio
 
 _HOST = Path(threestudio.__file__).parent
+_COMPOUND = (ast.If, ast.Try, ast.TryStar, ast.With, ast.For, ast.While)
 _REGISTERED = re.compile(r"""register\(\s*["']([^"'\n]+)["']""")
 
 
@@ -75,7 +76,7 @@ class Sources:
             if isinstance(node, ast.ClassDef)
             and any(_called_with(each, name) for each in node.decorator_list)
         ]
-        if len(found) != 1:
+        if len(found) != 1 or len(found[0].node.decorator_list) != 1:
             raise _Doubt
         return found[0]
 
@@ -91,15 +92,17 @@ class Sources:
         raise _Doubt
 
     def _named(self, file: Path, name: str) -> _Class:
-        for node in reversed(_tree(file).body):
-            if isinstance(node, ast.ClassDef) and node.name == name:
-                return _Class(file, node, name)
-            if _assigns(node, name):
-                return self._resolve(file, node.value)
-            if isinstance(node, ast.ImportFrom):
-                for alias in node.names:
-                    if (alias.asname or alias.name) == name:
-                        return self._named(_module(file, node), alias.name)
+        nodes = [node for node in _statements(_tree(file).body) if name in _bound(node)]
+        if len(nodes) != 1 or nodes[0] not in _tree(file).body:
+            raise _Doubt
+        node = nodes[0]
+        if isinstance(node, ast.ClassDef):
+            return _Class(file, node, name)
+        if isinstance(node, ast.ImportFrom):
+            alias = next(each for each in node.names if (each.asname or each.name) == name)
+            return self._named(_module(file, node), alias.name)
+        if isinstance(node, ast.Assign):
+            return self._resolve(file, node.value)
         raise _Doubt
 
     def _nested(self, cls: _Class, name: str) -> _Class:
@@ -107,7 +110,7 @@ class Sources:
         for node in cls.node.body:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 return _Class(cls.file, node, f"{cls.name}.{name}")
-            if _assigns(node, name):
+            if isinstance(node, ast.Assign) and name in _bound(node):
                 return self._resolve(cls.file, node.value)
         for base in cls.node.bases:
             return self._nested(self._resolve(cls.file, base), name)
@@ -119,7 +122,10 @@ class Sources:
         for base in reversed(config.node.bases):
             found |= self._fields(self._resolve(config.file, base))
         own = [node for node in config.node.body if isinstance(node, ast.AnnAssign)]
-        if own and not any("dataclass" in ast.unparse(d) for d in config.node.decorator_list):
+        made = [ast.unparse(each) for each in config.node.decorator_list]
+        if config.node.keywords or made not in (["dataclass"], ["dataclasses.dataclass"]):
+            raise _Doubt
+        if any(isinstance(node, _COMPOUND) for node in config.node.body):
             raise _Doubt
         for node in own:
             if "ClassVar" in ast.unparse(node.annotation) or not isinstance(node.target, ast.Name):
@@ -165,10 +171,28 @@ def _called_with(expression: ast.expr, name: str) -> bool:
     return isinstance(value, ast.Constant) and value.value == name
 
 
-def _assigns(node: ast.stmt, name: str) -> TypeGuard[ast.Assign]:
-    return isinstance(node, ast.Assign) and any(
-        isinstance(target, ast.Name) and target.id == name for target in node.targets
-    )
+def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """Those of a module, with those within ``if``, ``try`` and the like."""
+    for node in body:
+        yield node
+        if isinstance(node, _COMPOUND):
+            for inner in ast.iter_child_nodes(node):
+                within = inner.body if isinstance(inner, ast.ExceptHandler) else [inner]
+                yield from _statements(each for each in within if isinstance(each, ast.stmt))
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """The names that a statement gives a meaning."""
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+        return {node.name}
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return {alias.asname or alias.name for alias in node.names}
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return {each.id for target in targets if target for each in _names(target)}
+
+
+def _names(target: ast.expr) -> Iterator[ast.Name]:
+    yield from (node for node in ast.walk(target) if isinstance(node, ast.Name))
 
 
 def _module(file: Path, node: ast.ImportFrom) -> Path:

@@ -107,17 +107,23 @@ class KernelCache(NullCache):
 @functools.cache
 def _digest(file: str) -> str:
     """Of a source file and of those in its package that it imports, directly or through others."""
-    texts, waiting = {}, [Path(file)]
+    found, waiting = {}, [Path(file)]
     while waiting:
         path = waiting.pop()
-        if path in texts or not path.is_file():
-            continue
-        texts[path] = path.read_bytes()
-        for node in ast.walk(ast.parse(texts[path])):
-            if isinstance(node, ast.ImportFrom):
-                waiting += _neighbours(node, path)
-    each = sorted((path.name, hashlib.sha256(text).hexdigest()) for path, text in texts.items())
+        if path not in found and path.is_file():
+            found[path], neighbours = _read_source(path)
+            waiting += neighbours
+    each = sorted((path.name, sha) for path, sha in found.items())
     return hashlib.sha256(repr(each).encode()).hexdigest()
+
+
+@functools.cache
+def _read_source(path: Path) -> tuple[str, list[Path]]:
+    """The hash of a source file, and the files of its package that it may import."""
+    text = path.read_bytes()
+    imports = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom))
+    neighbours = [found for node in imports for found in _neighbours(node, path)]
+    return hashlib.sha256(text).hexdigest(), neighbours
 
 
 def _neighbours(node: ast.ImportFrom, path: Path) -> list[Path]:

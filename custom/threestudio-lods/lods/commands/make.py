@@ -21,6 +21,7 @@ from lods.commands.parser import (
     viewer_words,
     with_port,
 )
+from lods.declared import method_names
 from lods.files import whole_file
 from lods.models.cards import EMBEDDED
 from lods.settings import nearest
@@ -108,9 +109,7 @@ def read_prompts(file: Path) -> list[str]:
 
 def find_method(name: str) -> str:
     """The full name of a method of this library. Raises ``ValueError`` that names the nearest."""
-    from lods.methods import registry
-
-    known = registry.names()
+    known = method_names()  # read from the source: importing the methods imports torch
     for full in (name, f"lods-{name}"):
         if full in known:
             return full
