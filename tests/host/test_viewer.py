@@ -182,10 +182,10 @@ def test_pictures_have_the_shape_of_the_canvas_and_at_most_the_pixels_asked_for(
 
 @pytest.mark.parametrize("share", [0.1, 0.4])
 def test_over_a_training_the_view_takes_its_share_and_no_more(share):
-    """Steps of 0.3 s, pictures of 0.2 s that are drawn whenever they are allowed."""
+    """Steps of 0.05 s, pictures of 0.2 s that are drawn whenever they are allowed."""
     budget, now, spent = Budget(share), 0.0, 0.0
     while now < 2000:
-        now += 0.3
+        now += 0.05
         if budget.allows(False, now):
             now, spent = now + 0.2, spent + 0.2
             budget.spend(0.2, now)
@@ -298,7 +298,7 @@ def test_buttons_pause_resume_and_save_what_is_seen(small):
         client.set("Pause", True)
         while view.live._jobs.qsize() < 3 and time.monotonic() < end:
             time.sleep(0.01)
-        threading.Timer(0.5, lambda: client.set("Resume", True)).start()
+        threading.Timer(0.5, lambda: client.set("Pause", True)).start()
 
     begun = time.monotonic()
     _, trainer = fit(*small("embedding"), max_steps=3, callbacks=[At(come), view])
