@@ -27,6 +27,7 @@ from threestudio.run.viewer.budget import Budget, Cost
 from threestudio.run.viewer.callback import ViewerCallback
 from threestudio.run.viewer.curves import MOST, Curves
 from threestudio.run.viewer.frames import View, batch_of, quaternion, rotation, undisturbed
+from threestudio.run.viewer.live import Live
 from threestudio.run.viewer.visitors import Drawn, Visitor
 from threestudio.utils.errors import UserError
 from threestudio.utils.misc import capture_rng_state
@@ -201,6 +202,16 @@ def test_over_a_training_the_view_takes_its_share_and_no_more(share):
             now, spent = now + 0.2, spent + 0.2
             budget.spend(0.2, now)
     assert 0.75 * share < spent / now <= share
+
+
+def test_pictures_do_not_keep_curves_from_being_drawn():
+    live, done = object.__new__(Live), []
+    live.paused, live.interventions, live.budget = True, Interventions(), Budget()
+    live._draw_fresh = lambda: bool(done.append("picture")) or True
+    live._turns = [live._draw_fresh, lambda: bool(done.append("curves")) or True, lambda: False]
+    for _ in range(4):
+        live._take_a_turn()
+    assert done == ["picture", "curves"] * 2
 
 
 def test_the_size_of_pictures_is_learned_from_what_they_take():

@@ -44,6 +44,7 @@ class Panel:
         gui.configure_theme(
             control_width="medium", show_logo=False, show_share_button=False, brand_color=BRAND
         )
+        gui.main_panel.dock_right()
         self.heading = gui.add_markdown(_heading(title))
         first = "The first step is being taken: kernels may have to be compiled."
         self.status = gui.add_markdown(first if training else "This run is not being trained.")
