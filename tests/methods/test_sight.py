@@ -24,8 +24,11 @@ def latents():
 
 
 def picture_of(method, text):
-    embedding = method.prompts.plain(text)
-    return method.model.decode(embedding.view(1, 3, 4, 4)).expand(2, -1, -1, -1)
+    """What the model believes in under a text, seen from the front as latents alone are."""
+    front = torch.zeros(2)
+    known = method.prompts.conditions(lods.Cameras(front, front, front), method.other_texts)
+    embedding = {"prompt": known.prompt, "null": known.null, **known.others}[text]
+    return method.model.decode(embedding.view(2, 3, 4, 4))
 
 
 def other(name):

@@ -27,7 +27,8 @@ from threestudio.run.viewer.visitors import Drawn, Visitor, Visitors
 from threestudio.utils.files import whole_file
 
 SHARP = 2.0  # seconds that a picture may take once the camera rests
-STATUS_EVERY, CURVES_EVERY, SEEN_EVERY, POINT_EVERY = 0.5, 2.0, 1.0, 0.25  # seconds
+STATUS_EVERY, CURVES_EVERY, SEEN_EVERY, CAMERAS_EVERY = 0.5, 2.0, 1.0, 1.0  # seconds
+POINT_EVERY = 0.25
 MAX_DOWNLOAD = 64 << 20  # bytes
 DOWNLOADS = (".ply", ".glb", ".obj")
 MAX_FAILURES = 3
@@ -66,6 +67,12 @@ class Live:
         self._changes = 0
         self._watching = False
         self._cameras_of = -1
+        self._turns: list[Callable[[], bool]] = [
+            self._draw_fresh,
+            self._show_cameras,
+            self._show_curves,
+            self._show_seen,
+        ]
         prompt = current(system, PROMPT)
         training = interventions is not None
         scale = current(system, SCALE) if training else None
@@ -177,9 +184,9 @@ class Live:
         if not len(self.visitors):
             return
         for visitor in self.visitors.all():
-            self._draw_for(visitor)
-        self._show_cameras()
-        self._tell_all()
+            self._draw_asked(visitor)
+        self._show_status()
+        self._take_a_turn()
 
     def _follow_settings(self) -> None:
         here = len(self.visitors) > 0
@@ -199,19 +206,46 @@ class Live:
 
     # --- pictures ---------------------------------------------------------------------------------
 
-    def _draw_for(self, visitor: Visitor) -> None:
+    def _draw_asked(self, visitor: Visitor) -> None:
+        """What a visitor waits for: the picture of a camera that moves, or has come to rest."""
         # the first picture that a visitor gets may be small: what one costs is not known yet
         for _ in range(3):
             now = time.monotonic()
             kind = visitor.wants(self.step, now)
-            asked = kind == "sharp" or self.interventions is None or self.paused
-            if not kind or self._failures >= MAX_FAILURES or not visitor.is_ready():
+            free = kind == "sharp" or self._is_free or self.budget.allows(True, now)
+            if kind not in ("sharp", "moving") or not free or not self._can_draw(visitor):
                 return
-            if not asked and not self.budget.allows(kind == "moving", now):
+            if not self._draw(visitor, kind) or kind == "moving":
                 return
-            if not self._draw(visitor, kind) or visitor.drawn is None or visitor.drawn.full:
-                return
-            if kind == "moving":
+
+    def _draw_fresh(self) -> bool:
+        """The object as it is now, for the visitor who has seen least of it; whether one was."""
+        for visitor in self.visitors.all():
+            wanted = visitor.wants(self.step, time.monotonic()) == "fresh"
+            if wanted and self._can_draw(visitor):
+                return self._draw(visitor, "fresh")
+        return False
+
+    def _can_draw(self, visitor: Visitor) -> bool:
+        return self._failures < MAX_FAILURES and visitor.is_ready()
+
+    @property
+    def _is_free(self) -> bool:
+        """Whether no training waits."""
+        return self.paused or self.interventions is None
+
+    def _take_a_turn(self) -> None:
+        """Do one of the things that nobody has asked for just now, if the budget allows it: each
+        that is due in turn, so that pictures do not keep the curves from being drawn."""
+        if not self._is_free and not self.budget.allows(False, time.monotonic()):
+            return
+        for turn in list(self._turns):
+            begun = time.monotonic()
+            if turn():
+                self._turns.remove(turn)
+                self._turns.append(turn)
+                if turn != self._draw_fresh:  # which accounts for itself
+                    self._spend(begun)
                 return
 
     def _draw(self, visitor: Visitor, kind: str) -> bool:
@@ -250,18 +284,16 @@ class Live:
         now = time.monotonic()
         self.budget.spend(now - begun, now)
 
-    def _show_cameras(self) -> None:
+    def _show_cameras(self) -> bool:
         wanted = self.panel.cameras is not None and bool(self.panel.cameras.value)
-        begun = time.monotonic()
-        if not wanted or self._cameras_of == self.step or not self._due("cameras", 1.0, begun):
-            return
-        if not self.budget.allows(False, begun) and not self.paused:
-            self._told.pop("cameras", None)
-            return
+        if not wanted or self._cameras_of == self.step:
+            return False
+        if not self._due("cameras", CAMERAS_EVERY, time.monotonic()):
+            return False
         self._cameras_of = self.step
         with self.server.viser.atomic():
             self.training_cameras.show(self.server.viser.scene, self._frustum)
-        self._spend(begun)
+        return True
 
     # --- numbers ----------------------------------------------------------------------------------
 
@@ -287,26 +319,15 @@ class Live:
             values["Gaussians"] = float(count)
         self.curves.add(self.step, values)
 
-    def _tell_all(self) -> None:
-        if self.interventions is None:
+    def _show_status(self) -> None:
+        now = time.monotonic()
+        if self.interventions is None or not self._due("status", STATUS_EVERY, now):
             return
-        now = time.monotonic()
-        if self._due("status", STATUS_EVERY, now):
-            with self.server.viser.atomic():
-                part = self.step / self.trainer.max_steps if self.trainer.max_steps > 0 else 0
-                self.panel.show_status(self._status(), part, self.paused)
-                self._show_changes()
-            self._spend(now)
-        now = time.monotonic()
-        free = self.paused or self.budget.allows(False, now)
-        if free and self._due("curves", CURVES_EVERY, now) and len(self.curves) > 1:
-            self._show_curves()
-            self._spend(now)
-        now = time.monotonic()
-        free = self.paused or self.budget.allows(False, now)
-        if self._watching and free and self._due("seen", SEEN_EVERY, now):
-            self._show_seen()
-            self._spend(now)
+        with self.server.viser.atomic():
+            part = self.step / self.trainer.max_steps if self.trainer.max_steps > 0 else 0
+            self.panel.show_status(self._status(), part, self.paused)
+            self._show_changes()
+        self._spend(now)
 
     def _status(self) -> str:
         step, last = self.step, self.trainer.max_steps
@@ -334,7 +355,9 @@ class Live:
         last = reversed(made[-SHOWN_CHANGES:])
         self.panel.show_changes([f"step {c.step}: {names[c.what]} {c.new}" for c in last])
 
-    def _show_curves(self) -> None:
+    def _show_curves(self) -> bool:
+        if len(self.curves) < 2 or not self._due("curves", CURVES_EVERY, time.monotonic()):
+            return False
         latest = self.curves.series()[0]
         names = list(dict.fromkeys(n for _, v in self.curves._points for n in v))
         found = {}
@@ -345,17 +368,21 @@ class Live:
                 found[name] = latest[known], values[known]
         with self.server.viser.atomic():
             self.panel.show_curves(found)
+        return True
 
-    def _show_seen(self) -> None:
+    def _show_seen(self) -> bool:
+        if not self._watching or not self._due("seen", SEEN_EVERY, time.monotonic()):
+            return False
         try:
             with undisturbed(self.system, self.trainer):
                 seen = self.system.guidance.seen()
         except Exception as error:  # such as too little memory to decode
             threestudio.warn(f"what the model sees could not be shown: {error}")
-            return
+            return True
         rows = {name: _in_a_row(images[:VIEWS]) for name, images in (seen or {}).items()}
         with self.server.viser.atomic():
             self.panel.show_seen(rows)
+        return True
 
     # --- buttons ----------------------------------------------------------------------------------
 

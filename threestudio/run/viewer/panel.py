@@ -44,8 +44,10 @@ class Panel:
         gui.configure_theme(
             control_width="medium", show_logo=False, show_share_button=False, brand_color=BRAND
         )
+        gui.main_panel.dock_right()
         self.heading = gui.add_markdown(_heading(title))
-        self.status = gui.add_markdown("" if training else "This run is not being trained.")
+        first = "The first step is being taken: kernels may have to be compiled."
+        self.status = gui.add_markdown(first if training else "This run is not being trained.")
         self.bar = gui.add_progress_bar(0.0, visible=training)
         self._buttons(gui, training, can_export)
         tabs = gui.add_tab_group()
