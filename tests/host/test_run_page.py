@@ -207,6 +207,31 @@ def test_the_mesh_in_the_page_is_that_of_the_file(run):
     assert np.abs(np.frombuffer(data, "u1", 60, 480).reshape(20, 3) / 255 - rgb).max() < 0.51 / 255
 
 
+OBJ = """mtllib model.mtl
+v 0 0 0
+v 0 1 0
+v 0 0 1
+vt 0.1 0.5
+vt 0.5 0.5
+vt 0.9 0.5
+usemtl m
+f 1/1 2/2 3/3
+"""
+
+
+@pytest.mark.parametrize("image", ["texture.png", "../secret.png"])
+def test_a_texture_gives_the_corners_their_colours_from_beside_the_mesh_only(tmp_path, image):
+    folder = tmp_path / "export"
+    picture(folder / "texture.png", (200, 100, 30))
+    picture(tmp_path / "secret.png", (1, 2, 3))
+    (folder / "model.mtl").write_text(f"newmtl m\nmap_Kd {image}\n")
+    (folder / "model.obj").write_text(OBJ)
+    found = objects.read_object(folder / "model.obj")
+    assert len(found.faces) == 1
+    colors = {tuple(np.rint(255 * rgb).astype(int)) for rgb in found.rgb}
+    assert colors == ({(200, 100, 30)} if image == "texture.png" else {(178, 178, 178)})
+
+
 def test_a_page_has_less_than_5_mb_whatever_the_object(run):
     write_gaussians(run / "save/it30-export/gaussians.ply", gaussians(400_000))
     path = write_page([run])

@@ -177,8 +177,11 @@ def differences(facts: Facts) -> Parts:
         deep = parts[0] == "system" and len(parts) > 2
         section = ".".join(parts[: 2 if deep else 1]) if len(parts) > 1 else "run"
         groups.setdefault(section, []).append([name, text_of(value), text_of(default)])
+    if groups:
+        text = "What is not the default, by section; — stands where no default is declared:"
+        made.append(tag("p", text, class_="above"))
     for section, lines in groups.items():
-        count = tag("span", f"{len(lines)} not the default")
+        count = tag("span", f"{len(lines)}")
         header = ["setting", "value", "default"]
         made.append(tag("details", tag("summary", section, count), table(header, lines)))
     text = facts.folder.text(settings.PARSED)
