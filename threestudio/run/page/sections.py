@@ -7,7 +7,7 @@ from urllib.parse import quote
 from threestudio.run.page import curves, settings
 from threestudio.run.page.facts import Facts, size_of
 from threestudio.run.page.markup import Html, tag
-from threestudio.run.page.objects import Splats, Triangles, element, fewer
+from threestudio.run.page.objects import Splats, Triangles, element
 from threestudio.run.page.pictures import Picture
 from threestudio.run.page.settings import text_of
 
@@ -32,12 +32,12 @@ def link(facts: Facts, name: str, page_folder: str) -> Html:
 def stage(facts: Facts, name: str, most: int) -> Html:
     """The object, to be turned, of at most so many Gaussians or triangles; with a picture where
     nothing can be drawn."""
-    if facts.found is None:
+    found = facts.drawn(most)
+    if found is None:
         if facts.poster is None:
             return tag("div", tag("p", "There is no object to show."), class_="stage empty")
         still = picture(facts.poster, f"A view of {facts.title}")
         return tag("div", still, class_=f"stage {ground(facts)}")
-    found = fewer(facts.found, most)
     inside = [picture(facts.poster, f"A view of {facts.title}")] if facts.poster else []
     help_ = f"{facts.title}: drag to turn it, arrow keys turn it too, + and - zoom"
     canvas = tag("canvas", tabindex=0, role="img", aria_label=help_)
@@ -67,9 +67,9 @@ def tools(meshes: bool) -> Html:
 def about_object(facts: Facts, most: int) -> Parts:
     """What the drawing does not show."""
     said = []
-    if facts.found is None:
-        return said
-    drawn = fewer(facts.found, most)
+    drawn = facts.drawn(most)
+    if facts.found is None or drawn is None:
+        return []
     if drawn is not facts.found:
         said.append(f"Drawn here with {drawn.what} of {facts.found.what}.")
     if isinstance(facts.found, Splats) and facts.found.turning_colors:
