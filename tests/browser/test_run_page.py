@@ -56,7 +56,7 @@ def show(browser):
         )
         page.goto(uri)
         if drawn:
-            page.wait_for_selector(".stage.drawn", timeout=30_000)
+            page.wait_for_selector(".stage.drawn", timeout=60_000)
         return page
 
     yield show

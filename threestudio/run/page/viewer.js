@@ -291,13 +291,22 @@ void main() {
     }
     // how long a small picture takes, from which the sizes follow: about 25 ms while it moves, and
     // up to 400 ms once it rests
-    function measure() {
-      const finished = () => gl.readPixels(0, 0, 1, 1, gl.RGBA, gl.UNSIGNED_BYTE, new Uint8Array(4));
+    async function measure() {
+      const finished = () => new Promise((done) => {
+        const fence = gl.fenceSync(gl.SYNC_GPU_COMMANDS_COMPLETE, 0);
+        gl.flush();
+        const look = () => {
+          if (gl.clientWaitSync(fence, 0, 0) === gl.TIMEOUT_EXPIRED) setTimeout(look, 1);
+          else done();
+        };
+        look();
+      });
       paint(LEAST_DETAIL); // the first one prepares the program too
-      finished();
+      await finished();
+      stage.classList.add("drawn");
       const begun = performance.now();
       paint(LEAST_DETAIL);
-      finished();
+      await finished();
       const cost = Math.max(performance.now() - begun, 0.1);
       const share = (limit) => Math.min(1, Math.max(LEAST_DETAIL, LEAST_DETAIL * Math.sqrt(limit / cost)));
       detail = share(25);
@@ -311,7 +320,7 @@ void main() {
       requestAnimationFrame(frame);
     };
     begin();
-    measure();
+    await measure();
     canvas.addEventListener("webglcontextlost", (event) => event.preventDefault());
     canvas.addEventListener("webglcontextrestored", () => { begin(); ask(); });
     new ResizeObserver(() => ask()).observe(canvas);
