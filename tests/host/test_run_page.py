@@ -318,7 +318,7 @@ def test_it_tells_the_command_and_the_one_that_repeats_it(run):
 def test_a_setting_is_not_looked_up_in_this_machines_environment(run, monkeypatch):
     monkeypatch.setenv("A_SECRET", "s3cret")
     config = run / "configs/parsed.yaml"
-    config.write_text(config.read_text() + "description: ${oc.env:A_SECRET}\n")
+    config.write_text(config.read_text() + "note: ${oc.env:A_SECRET}\n")
     html = write_page([run]).read_text()
     assert "${oc.env:A_SECRET}" in html and "s3cret" not in html
 
@@ -355,7 +355,8 @@ def test_a_part_that_is_damaged_or_missing_is_left_out(run, tmp_path, name, chan
         path.mkdir()
     elif change == "a link":
         secret = tmp_path / "secret"
-        secret.write_text("seed: 42\nTOP SECRET\n")
+        yaml = name.endswith("yaml")
+        secret.write_text("note: TOP SECRET\n" if yaml else "TOP SECRET\nNamespace(a=1)\n")
         path.symlink_to(secret)
     page = Page(write_page([run]))
     assert page.all("h1") and "SECRET" not in page.html
