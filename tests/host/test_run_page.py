@@ -26,7 +26,6 @@ from threestudio.run.record import read_record
 from threestudio.utils.errors import UserError
 
 EVIL = "</script><img src=x onerror=alert(1)> \"'<b>&amp; </title>"
-EMPTY = {"img", "meta", "br", "polyline", "line", "circle"}
 
 
 class Page(HTMLParser):
@@ -41,7 +40,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, name, attributes):
         self.elements.append([name, dict(attributes), ""])
-        if name not in ("img", "meta", "br"):
+        if name not in ("img", "meta", "wbr"):
             self._open.append(self.elements[-1])
 
     def handle_endtag(self, name):

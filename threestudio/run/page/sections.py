@@ -1,12 +1,13 @@
 """The parts of the page of a run."""
 
 import os
+import re
 from collections.abc import Sequence
 from urllib.parse import quote
 
 from threestudio.run.page import curves, settings
 from threestudio.run.page.facts import Facts, size_of
-from threestudio.run.page.markup import Html, tag
+from threestudio.run.page.markup import Html, joined, tag
 from threestudio.run.page.objects import Splats, Triangles, element
 from threestudio.run.page.pictures import Picture
 from threestudio.run.page.settings import text_of
@@ -155,10 +156,17 @@ def table(header: Sequence[str], body: Sequence[Sequence[str]], bold: int = 1) -
     head = tag("tr", *(tag("th", text) for text in header))
     lines = []
     for row in body:
-        classes = ["key" if i == 0 else "value" if i == bold else None for i in range(len(row))]
-        lines.append(tag("tr", *(tag("td", text, class_=c) for text, c in zip(row, classes))))
+        cells = [tag("td", _breakable(row[0]), class_="key")]
+        for i, text in enumerate(row[1:], 1):
+            cells.append(tag("td", text, class_="value" if i == bold else None))
+        lines.append(tag("tr", *cells))
     inside = [tag("thead", head), tag("tbody", *lines)]
     return tag("div", tag("table", *inside), class_="wide")
+
+
+def _breakable(key: str) -> Html:
+    """A dotted key that may go on in another line after a dot or an underscore."""
+    return Html(re.sub(r"([._])", r"\1<wbr>", joined(key)))
 
 
 def differences(facts: Facts) -> Parts:
