@@ -1,6 +1,7 @@
 """The progress bar: pace, time left, what a slow first step is said to be, pictures."""
 
 import io
+import re
 import sys
 import types
 
@@ -64,6 +65,11 @@ def test_rates_say_what_is_more_than_one(seconds, text):
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+    def bar(self, **options):
+        """A progress bar on it. (pytest puts its own stream in place of one of a fixture.)"""
+        sys.stderr = self
+        return CustomProgressBar(**options)
 
 
 class Clock:
@@ -130,7 +136,7 @@ def last_line(stream):
 
 
 def test_the_time_left_is_told_from_the_second_step_on(screen):
-    bar, trainer = CustomProgressBar(), Trainer(every=float("inf"))
+    bar, trainer = screen.bar(), Trainer(every=float("inf"))
     bar.on_train_start(trainer, None)
     steps(bar, trainer, screen.clock, [40.0])
     assert "first step done" in last_line(screen)
@@ -141,7 +147,7 @@ def test_the_time_left_is_told_from_the_second_step_on(screen):
 
 
 def test_a_validation_is_not_taken_for_a_slow_step(screen, tmp_path):
-    bar, trainer = CustomProgressBar(), Trainer()
+    bar, trainer = screen.bar(), Trainer()
     module = Module(tmp_path, trainer)
     bar.on_train_start(trainer, module)
     steps(bar, trainer, screen.clock, [9.0, *[1.0] * 24])
@@ -155,7 +161,7 @@ def test_a_validation_is_not_taken_for_a_slow_step(screen, tmp_path):
 
 
 def test_a_run_without_an_end_has_a_rate_only(screen):
-    bar, trainer = CustomProgressBar(), Trainer(steps=-1)
+    bar, trainer = screen.bar(), Trainer(steps=-1)
     bar.on_train_start(trainer, None)
     steps(bar, trainer, screen.clock, [1.0, 0.5, 0.5])
     assert "2 step/s" in last_line(screen) and "left" not in last_line(screen)
@@ -166,7 +172,7 @@ def test_a_first_step_that_compiles_is_said_to_be_that(screen, monkeypatch):
     monkeypatch.setattr(progress, "WATCH_EVERY", 0.01)
     held = types.SimpleNamespace(is_locked=lambda: True)
     locks = types.SimpleNamespace(global_compiler_lock=held)
-    bar, trainer = CustomProgressBar(), Trainer()
+    bar, trainer = screen.bar(), Trainer()
     bar.on_train_start(trainer, None)
     assert FIRST in last_line(screen)
     monkeypatch.setitem(sys.modules, "numba.core.compiler_lock", locks)
@@ -198,7 +204,7 @@ def validated(bar, trainer, module, names):
 def test_the_path_of_a_preview_is_printed_when_it_is_there(screen, tmp_path):
     trainer = Trainer()
     names = ["it50-10.png", "it50-2.png", "it40-0.png", "it50-train.png"]
-    validated(CustomProgressBar(), trainer, Module(tmp_path, trainer), names)
+    validated(screen.bar(), trainer, Module(tmp_path, trainer), names)
     printed = [line for line in screen.getvalue().split("\n") if "preview" in line]
     assert [line.rpartition("\r")[2] for line in printed] == [f"preview: {tmp_path}/it50-2.png"]
     assert "\x1b_G" not in screen.getvalue()  # not asked for
@@ -207,14 +213,13 @@ def test_the_path_of_a_preview_is_printed_when_it_is_there(screen, tmp_path):
 def test_a_picture_is_drawn_where_the_terminal_shows_them(screen, tmp_path, monkeypatch):
     monkeypatch.setenv("KITTY_WINDOW_ID", "1")
     trainer = Trainer()
-    validated(
-        CustomProgressBar(pictures="auto"), trainer, Module(tmp_path, trainer), ["it50-0.png"]
-    )
+    bar = screen.bar(pictures="auto")
+    validated(bar, trainer, Module(tmp_path, trainer), ["it50-0.png"])
     assert terminal.drawn(tmp_path / "it50-0.png", "kitty") in screen.getvalue()
 
 
 def test_another_terminal_is_told_once_that_it_shows_none(screen, tmp_path):
-    trainer, bar = Trainer(), CustomProgressBar(pictures="auto")
+    trainer, bar = Trainer(), screen.bar(pictures="auto")
     for _ in range(2):
         validated(bar, trainer, Module(tmp_path, trainer), ["it50-0.png"])
     assert screen.getvalue().count("not known to show pictures") == 1
@@ -222,9 +227,9 @@ def test_another_terminal_is_told_once_that_it_shows_none(screen, tmp_path):
 
 @pytest.mark.parametrize("asked", ["auto", "kitty", "iterm2", "sixel"])
 def test_no_picture_is_written_into_a_log(asked, screen, tmp_path, monkeypatch):
-    log = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", log)
+    screen.isatty = lambda: False
     monkeypatch.setenv("KITTY_WINDOW_ID", "1")
-    trainer = Trainer()
-    validated(CustomProgressBar(pictures=asked), trainer, Module(tmp_path, trainer), ["it50-0.png"])
-    assert "preview: " in log.getvalue() and "\x1b" not in log.getvalue().replace("\x1b[A", "")
+    trainer, bar = Trainer(), screen.bar(pictures=asked)
+    validated(bar, trainer, Module(tmp_path, trainer), ["it50-0.png"])
+    text = screen.getvalue()
+    assert "preview: " in text and not set(re.findall("\x1b.", text)) & {"\x1b_", "\x1b]", "\x1bP"}

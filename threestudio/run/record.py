@@ -32,12 +32,14 @@ class RunRecord(Callback):
 
     def __init__(self, path) -> None:
         self.folder = Path(path)
+        self._before: list[Mapping[str, Any]] = []
         self._entry: dict[str, Any] = {}
         self._began = 0.0
 
     @rank_zero_only
     def on_train_start(self, trainer, pl_module) -> None:
         self._began = time.monotonic()
+        self._before = read_record(self.folder)
         self._entry = {
             "started": datetime.now().isoformat(timespec="seconds"),
             "from_step": trainer.global_step,
@@ -57,12 +59,9 @@ class RunRecord(Callback):
         entry = self._entry
         entry["to_step"] = trainer.global_step
         entry["seconds"] = round(time.monotonic() - self._began, 2)
-        before = read_record(self.folder)
-        if before and before[-1].get("started") == entry["started"]:
-            before.pop()
         try:
             with whole_file(self.folder / NAME) as tmp:
-                tmp.write_text(json.dumps({"trainings": [*before, entry][-KEPT:]}, indent=1))
+                tmp.write_text(json.dumps({"trainings": [*self._before, entry][-KEPT:]}, indent=1))
         except OSError as error:
             threestudio.warn(f"{self.folder / NAME} was not written: {error.strerror}")
 

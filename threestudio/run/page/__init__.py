@@ -127,7 +127,7 @@ def _of_one(facts: Facts, folder: str, most: int) -> list[Html]:
         *_section("Curves", sections.plots([("", facts)])),
         *_section("What was learned", sections.learned(facts)),
         *_section("Settings", sections.differences(facts)),
-        *_section("Again", sections.again(facts)),
+        *_section("To repeat it", sections.again(facts)),
         *_section("Versions", sections.versions(facts)),
         *_section("Files", sections.files(facts, folder)),
         _footer([facts]),

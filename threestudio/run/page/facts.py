@@ -65,6 +65,13 @@ class Facts:
     step: int | None = None  # that the results are of
     files: list[tuple[str, str, int]] = field(default_factory=list)  # what, name, bytes
     left_out: list[str] = field(default_factory=list)
+    _drawn: dict[int, Splats | Triangles] = field(default_factory=dict)
+
+    def drawn(self, most: int) -> Splats | Triangles | None:
+        """The object, made of at most so many Gaussians or triangles."""
+        if self.found is not None and most not in self._drawn:
+            self._drawn = {most: objects.fewer(self.found, most)}
+        return self._drawn.get(most)
 
     def setting(self, key: str) -> Any:
         """The value of a dotted key; None where there is none."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from threestudio.run.page.markup import Html, tag
+from threestudio.run.snapshot import is_plain
 
 MAX_FILE = 1 << 29  # bytes of an object that is read
 MAX_HEADER = 1 << 16
@@ -172,19 +173,49 @@ def read_mesh(path: Path) -> Triangles:
     if path.suffix == ".glb":
         mesh = _read_glb(path)
     else:
-        import trimesh
-
-        try:
-            found = trimesh.load(path, force="mesh", process=False)
-            rgb = np.asarray(found.visual.to_color().vertex_colors)[:, :3] / 255
-        except Exception as error:  # of many kinds: it reads what others have written
-            text = " ".join(str(error).split())[:120]
-            raise ValueError(f"{path.name} cannot be read: {text}") from None
-        mesh = Triangles(np.asarray(found.vertices, np.float64), rgb, np.asarray(found.faces))
+        mesh = _read_with_trimesh(path)
     inside = mesh.faces.size and mesh.faces.min() >= 0 and mesh.faces.max() < len(mesh.points)
     if not inside or len(mesh.rgb) != len(mesh.points) or not np.isfinite(mesh.points).all():
         raise ValueError(f"{path.name} holds no triangles that can be drawn")
     return mesh
+
+
+def _read_with_trimesh(path: Path) -> Triangles:
+    import trimesh
+
+    class Beside(trimesh.resolvers.Resolver):
+        """The materials and textures of an obj: plain files beside it, and no others."""
+
+        def __init__(self) -> None:
+            pass
+
+        def get(self, name: str) -> bytes:
+            if not is_plain(path.parent, name) or (path.parent / name).stat().st_size > MAX_FILE:
+                raise ValueError(f"{name} is no file beside it")
+            return (path.parent / name).read_bytes()
+
+        def keys(self):
+            return []
+
+        def namespaced(self, namespace):
+            return self
+
+        def write(self, name, data):
+            raise ValueError("nothing is written")
+
+    try:
+        with open(path, "rb") as file:
+            kind = path.suffix[1:]
+            found = trimesh.load(file, kind, Beside(), force="mesh", process=False)
+        points, faces = np.asarray(found.vertices, np.float64), np.asarray(found.faces)
+    except Exception as error:  # of many kinds: it reads what others have written
+        text = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path.name} cannot be read: {text}") from None
+    try:
+        rgb = np.asarray(found.visual.to_color().vertex_colors)[:, :3] / 255
+    except Exception:  # a texture that is not there
+        rgb = np.full(points.shape, 0.7)
+    return Triangles(points, rgb, faces)
 
 
 def _read_glb(path: Path) -> Triangles:

@@ -1,13 +1,14 @@
 """The parts of the page of a run."""
 
 import os
+import re
 from collections.abc import Sequence
 from urllib.parse import quote
 
 from threestudio.run.page import curves, settings
 from threestudio.run.page.facts import Facts, size_of
-from threestudio.run.page.markup import Html, tag
-from threestudio.run.page.objects import Splats, Triangles, element, fewer
+from threestudio.run.page.markup import Html, joined, tag
+from threestudio.run.page.objects import Splats, Triangles, element
 from threestudio.run.page.pictures import Picture
 from threestudio.run.page.settings import text_of
 
@@ -32,12 +33,12 @@ def link(facts: Facts, name: str, page_folder: str) -> Html:
 def stage(facts: Facts, name: str, most: int) -> Html:
     """The object, to be turned, of at most so many Gaussians or triangles; with a picture where
     nothing can be drawn."""
-    if facts.found is None:
+    found = facts.drawn(most)
+    if found is None:
         if facts.poster is None:
             return tag("div", tag("p", "There is no object to show."), class_="stage empty")
         still = picture(facts.poster, f"A view of {facts.title}")
         return tag("div", still, class_=f"stage {ground(facts)}")
-    found = fewer(facts.found, most)
     inside = [picture(facts.poster, f"A view of {facts.title}")] if facts.poster else []
     help_ = f"{facts.title}: drag to turn it, arrow keys turn it too, + and - zoom"
     canvas = tag("canvas", tabindex=0, role="img", aria_label=help_)
@@ -67,9 +68,9 @@ def tools(meshes: bool) -> Html:
 def about_object(facts: Facts, most: int) -> Parts:
     """What the drawing does not show."""
     said = []
-    if facts.found is None:
-        return said
-    drawn = fewer(facts.found, most)
+    drawn = facts.drawn(most)
+    if facts.found is None or drawn is None:
+        return []
     if drawn is not facts.found:
         said.append(f"Drawn here with {drawn.what} of {facts.found.what}.")
     if isinstance(facts.found, Splats) and facts.found.turning_colors:
@@ -155,10 +156,17 @@ def table(header: Sequence[str], body: Sequence[Sequence[str]], bold: int = 1) -
     head = tag("tr", *(tag("th", text) for text in header))
     lines = []
     for row in body:
-        classes = ["key" if i == 0 else "value" if i == bold else None for i in range(len(row))]
-        lines.append(tag("tr", *(tag("td", text, class_=c) for text, c in zip(row, classes))))
+        cells = [tag("td", _breakable(row[0]), class_="key")]
+        for i, text in enumerate(row[1:], 1):
+            cells.append(tag("td", text, class_="value" if i == bold else None))
+        lines.append(tag("tr", *cells))
     inside = [tag("thead", head), tag("tbody", *lines)]
     return tag("div", tag("table", *inside), class_="wide")
+
+
+def _breakable(key: str) -> Html:
+    """A dotted key that may go on in another line after a dot or an underscore."""
+    return Html(re.sub(r"([._])", r"\1<wbr>", joined(key)))
 
 
 def differences(facts: Facts) -> Parts:
@@ -177,8 +185,11 @@ def differences(facts: Facts) -> Parts:
         deep = parts[0] == "system" and len(parts) > 2
         section = ".".join(parts[: 2 if deep else 1]) if len(parts) > 1 else "run"
         groups.setdefault(section, []).append([name, text_of(value), text_of(default)])
+    if groups:
+        text = "What is not the default, by section; — stands where no default is declared:"
+        made.append(tag("p", text, class_="above"))
     for section, lines in groups.items():
-        count = tag("span", f"{len(lines)} not the default")
+        count = tag("span", f"{len(lines)}")
         header = ["setting", "value", "default"]
         made.append(tag("details", tag("summary", section, count), table(header, lines)))
     text = facts.folder.text(settings.PARSED)

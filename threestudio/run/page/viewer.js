@@ -8,12 +8,10 @@ precision highp float;
 uniform highp sampler2D table;
 uniform mat4 view, projection;
 uniform vec2 focal, viewport;
-in vec2 corner;
-in uint which;
 out vec2 place;
 out vec4 color;
 vec4 entry(int k) {
-  int i = int(which) * 4 + k;
+  int i = (gl_VertexID & ~3) + k; // four vertices a Gaussian, four texels a Gaussian
   return texelFetch(table, ivec2(i & 2047, i >> 11), 0);
 }
 void main() {
@@ -35,8 +33,10 @@ void main() {
   vec2 shortest = min(sqrt(2.0 * max(middle - gap, 0.1)), 1024.0) * vec2(axis.y, -axis.x);
   vec4 clip = projection * seen;
   vec2 at = clip.xy / clip.w;
-  // a side of the square is where an opacity of 1 has fallen to 1/255
-  place = corner * 2.354;
+  // a side of the square is where the opacity has fallen to 1/255
+  if (a.w < 0.004) return;
+  vec2 corner = vec2(gl_VertexID & 1, gl_VertexID >> 1 & 1) * 2.0 - 1.0;
+  place = corner * sqrt(log(255.0 * a.w));
   gl_Position = vec4(at + 2.0 * (place.x * longest + place.y * shortest) / viewport, 0.0, 1.0);
   color = vec4(d.rgb, a.w);
 }`;
@@ -47,7 +47,6 @@ in vec4 color;
 out vec4 pixel;
 void main() {
   float alpha = min(0.999, color.a * exp(-dot(place, place)));
-  if (alpha < 0.00392) discard;
   pixel = vec4(color.rgb * alpha, alpha);
 }`;
   const MESH_VERTEX = `#version 300 es
@@ -75,6 +74,7 @@ void main() {
 
   const camera = { azimuth: 0.5, lift: 0, zoom: 1, shape: 0, turning: true };
   const all = [];
+  const LEAST_DETAIL = 0.3;
   const redraw = () => all.forEach((one) => one.ask());
 
   async function unpack(element) {
@@ -151,16 +151,12 @@ void main() {
     gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA32F, 2048, rows, 0, gl.RGBA, gl.FLOAT, table);
     gl.texParameteri(gl.TEXTURE_2D, gl.TEXTURE_MIN_FILTER, gl.NEAREST);
     gl.texParameteri(gl.TEXTURE_2D, gl.TEXTURE_MAG_FILTER, gl.NEAREST);
-    const { made, of } = program(gl, SPLAT_VERTEX, SPLAT_FRAGMENT, ["corner", "which"]);
+    const { made, of } = program(gl, SPLAT_VERTEX, SPLAT_FRAGMENT, []);
     gl.useProgram(made);
-    attribute(gl, 0, new Float32Array([-1, -1, 1, -1, -1, 1, 1, 1]), 2, gl.FLOAT, false);
-    const order = new Uint32Array(n), bucket = new Uint16Array(n);
-    const which = gl.createBuffer();
-    gl.bindBuffer(gl.ARRAY_BUFFER, which);
-    gl.bufferData(gl.ARRAY_BUFFER, order, gl.DYNAMIC_DRAW);
-    gl.enableVertexAttribArray(1);
-    gl.vertexAttribIPointer(1, 1, gl.UNSIGNED_INT, 0, 0);
-    gl.vertexAttribDivisor(1, 1);
+    // two triangles each, in the order of drawing: instances are far slower in some browsers
+    const order = new Uint32Array(6 * n), bucket = new Uint16Array(n);
+    gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, gl.createBuffer());
+    gl.bufferData(gl.ELEMENT_ARRAY_BUFFER, order, gl.DYNAMIC_DRAW);
     gl.enable(gl.BLEND);
     gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
     let sorted = [2, 2, 2];
@@ -184,9 +180,14 @@ void main() {
         starts[bucket[i] + 1]++;
       }
       for (let i = 0; i < 65536; i++) starts[i + 1] += starts[i];
-      for (let i = 0; i < n; i++) order[starts[bucket[i]]++] = i;
-      gl.bindBuffer(gl.ARRAY_BUFFER, which);
-      gl.bufferSubData(gl.ARRAY_BUFFER, 0, order);
+      for (let i = 0; i < n; i++) {
+        const k = 6 * starts[bucket[i]]++, first = 4 * i;
+        order[k] = first;
+        order[k + 1] = order[k + 3] = first + 1;
+        order[k + 2] = order[k + 4] = first + 2;
+        order[k + 5] = first + 3;
+      }
+      gl.bufferSubData(gl.ELEMENT_ARRAY_BUFFER, 0, order);
     }
 
     return (matrices, towards, focal, width, height) => {
@@ -195,7 +196,7 @@ void main() {
       gl.uniformMatrix4fv(of("projection"), false, matrices.projection);
       gl.uniform2f(of("focal"), focal, focal);
       gl.uniform2f(of("viewport"), width, height);
-      gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, n);
+      gl.drawElements(gl.TRIANGLES, 6 * n, gl.UNSIGNED_INT, 0);
     };
   }
 
@@ -253,15 +254,29 @@ void main() {
     const about = JSON.parse(data.dataset.about);
     const buffer = await unpack(data);
     let gl, draw, asked = false, visible = true;
+    // the share of the canvas's pixels that is drawn, along a side: less while it moves, if that
+    // is slow (a phone, or a browser that draws with the processor), and more once it rests
+    let detail = LEAST_DETAIL, still = 1, slow = false;
+    let resting = false, drawnAt = 0, settling = 0;
 
     function begin() {
-      gl = canvas.getContext("webgl2", { alpha: true, antialias: true, premultipliedAlpha: true });
+      const antialias = about.kind === "mesh";
+      gl = canvas.getContext("webgl2", { alpha: true, antialias, premultipliedAlpha: true });
       if (!gl) throw new Error("this browser has no WebGL 2");
       draw = (about.kind === "splats" ? splats : mesh)(gl, buffer, about);
     }
-    function frame() {
+    function frame(now) {
       asked = false;
-      const scale = Math.min(window.devicePixelRatio || 1, 2);
+      const gap = now - drawnAt;
+      drawnAt = now;
+      if (!resting && gap > 60 && gap < 1000) detail = Math.max(LEAST_DETAIL, detail * 0.85);
+      paint(resting ? still : detail);
+      stage.classList.add("drawn");
+      clearTimeout(settling);
+      if (!resting) settling = setTimeout(() => ask(true), 200);
+    }
+    function paint(share) {
+      const scale = share * Math.min(window.devicePixelRatio || 1, 2);
       const width = Math.max(1, Math.round(canvas.clientWidth * scale));
       const height = Math.max(1, Math.round(canvas.clientHeight * scale));
       if (canvas.width !== width || canvas.height !== height) {
@@ -273,22 +288,47 @@ void main() {
       gl.clear(gl.COLOR_BUFFER_BIT | gl.DEPTH_BUFFER_BIT);
       const matrices = matricesOf(about, width, height);
       draw(matrices, matrices.towards, matrices.focal, width, height);
-      stage.classList.add("drawn");
     }
-    const ask = () => {
+    // how long a small picture takes, from which the sizes follow: about 25 ms while it moves, and
+    // up to 400 ms once it rests
+    async function measure() {
+      const finished = () => new Promise((done) => {
+        const fence = gl.fenceSync(gl.SYNC_GPU_COMMANDS_COMPLETE, 0);
+        gl.flush();
+        const look = () => {
+          if (gl.clientWaitSync(fence, 0, 0) === gl.TIMEOUT_EXPIRED) setTimeout(look, 1);
+          else done();
+        };
+        look();
+      });
+      paint(LEAST_DETAIL); // the first one prepares the program too
+      await finished();
+      stage.classList.add("drawn");
+      const begun = performance.now();
+      paint(LEAST_DETAIL);
+      await finished();
+      const cost = Math.max(performance.now() - begun, 0.1);
+      const share = (limit) => Math.min(1, Math.max(LEAST_DETAIL, LEAST_DETAIL * Math.sqrt(limit / cost)));
+      detail = share(25);
+      still = share(400);
+      slow = cost > 100;
+    }
+    const ask = (rest = false) => {
+      resting = rest;
       if (asked || !visible) return;
       asked = true;
       requestAnimationFrame(frame);
     };
     begin();
+    await measure();
     canvas.addEventListener("webglcontextlost", (event) => event.preventDefault());
     canvas.addEventListener("webglcontextrestored", () => { begin(); ask(); });
-    new ResizeObserver(ask).observe(canvas);
+    new ResizeObserver(() => ask()).observe(canvas);
     new IntersectionObserver((seen) => {
       visible = seen[seen.length - 1].isIntersecting;
       ask();
     }).observe(canvas);
-    all.push({ ask, visible: () => visible });
+    all.push({ ask, visible: () => visible, slow: () => slow });
     steer(canvas);
     ask();
   }
@@ -362,6 +402,7 @@ void main() {
   let last = 0;
   function tick(now) {
     if (!camera.turning) return;
+    if (all.some((one) => one.slow())) return halt(); // by hand it is bearable
     if (last && all.some((one) => one.visible())) {
       camera.azimuth += Math.min(now - last, 100) * 0.0003;
       redraw();
