@@ -115,11 +115,11 @@ def test_from_an_empty_page_to_a_downloaded_glb(page, tmp_path):
     with studio(tmp_path) as address:
         page.goto(address)
         page.wait_for_selector("text=Nothing has been made yet")
-        page.click(".chip >> text=mushroom")
+        page.click(".chip >> text=hamburger")
         page.click(".chip >> text=red")
-        assert page.input_value("#prompt") == "a red mushroom"
+        assert page.input_value("#prompt") == "a red hamburger"
         page.click("#make")
-        page.wait_for_selector(".work >> text=a red mushroom")
+        page.wait_for_selector(".work >> text=a red hamburger")
         page.wait_for_selector(".card", timeout=240_000)
         keep(page, "card")
         page.click(".card a")
@@ -127,7 +127,7 @@ def test_from_an_empty_page_to_a_downloaded_glb(page, tmp_path):
         page.wait_for_function("document.querySelector('.note')?.textContent.includes('drag')")
         keep(page, "run")
         path, name = downloaded(page, "a.download:has-text('glb')")
-        assert name == "a-red-mushroom.glb"
+        assert name == "a-red-hamburger.glb"
         _, attributes, faces = read_glb(path)
         assert len(faces) and len(attributes["POSITION"]) == len(attributes["COLOR_0"])
         page.click("button.download:has-text('splat')")

@@ -187,9 +187,10 @@ class Studio:
             raise web.HTTPNotFound(reason="there is no such file")
         ending, kind = KINDS[request.match_info["kind"]]
         headers = {"Content-Type": kind, "Content-Security-Policy": "default-src 'none'; sandbox"}
-        headers["Cache-Control"] = (
-            "private, max-age=31536000" if request.query_string else "no-cache"
-        )
+        if (
+            request.query_string.isdecimal()
+        ):  # the time of the file: it is another when that changes
+            headers["Cache-Control"] = "private, max-age=31536000"
         if "download" in request.query:
             safe = "".join(
                 c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in entry.name
