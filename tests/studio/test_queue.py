@@ -166,6 +166,12 @@ def test_only_what_is_over_is_removed_and_only_what_the_studio_has_made(queue, t
     until(is_in(queue, name, "running"))
     with pytest.raises(Refused, match="cancel it first"):
         queue.remove(name)
+    wish = tmp_path / name / "studio.json"
+    before = wish.read_text()
+    wish.write_text("{")
+    with pytest.raises(Refused, match="cancel it first"):
+        queue.remove(name)  # nor a run whose folder is damaged
+    wish.write_text(before)
     let_end(queue, name)
     until(is_in(queue, name, "done"))
     queue.remove(name)

@@ -79,8 +79,13 @@ class Queue:
         """Delete the folder of a run of the studio that is not under way."""
         with self._lock:
             entry = self._own(name)
-            if entry.state in WAITING and entry.state != "queued":
-                raise Refused(f"{name} is {entry.state}: cancel it first")
+            at_it = name in self._children or entry.is_alive
+            if entry.state in ("running", "stopping") or at_it:
+                raise Refused(f"{name} is running: cancel it first")
+            if any(
+                run == name and child.poll() is None for (run, _), child in self._exports.items()
+            ):
+                raise Refused(f"a file of {name} is being made: wait for it")
             self.shelf.remove(entry)
 
     def _own(self, name: str) -> Entry:

@@ -65,11 +65,10 @@ class Studio:
 
     async def _tick_forever(self) -> None:
         while True:
-            # a disk that is full for a while must not end the queue
             try:
                 await asyncio.to_thread(self.queue.tick)
-            except OSError as error:
-                print(f"the queue waits: {error}", flush=True)
+            except Exception as error:  # such as a full disk: it must not end the queue
+                print(f"the queue waits: {type(error).__name__}: {error}", flush=True)
             await asyncio.sleep(SECONDS)
 
     # --- the page ---------------------------------------------------------------------------------
