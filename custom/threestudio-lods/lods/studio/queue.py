@@ -79,8 +79,8 @@ class Queue:
         """Delete the folder of a run of the studio that is not under way."""
         with self._lock:
             entry = self._own(name)
-            at_it = name in self._children or entry.is_alive
-            if entry.state in ("running", "stopping") or at_it:
+            begins = entry.state == "queued" and name in self._children
+            if begins or entry.is_alive and entry.state != "done":
                 raise Refused(f"{name} is running: cancel it first")
             if any(
                 run == name and child.poll() is None for (run, _), child in self._exports.items()
