@@ -80,7 +80,7 @@ class Queue:
         with self._lock:
             entry = self._own(name)
             begins = entry.state == "queued" and name in self._children
-            if begins or entry.is_alive and entry.state != "done":
+            if begins or (entry.is_alive and entry.state != "done"):
                 raise Refused(f"{name} is running: cancel it first")
             if any(
                 run == name and child.poll() is None for (run, _), child in self._exports.items()
