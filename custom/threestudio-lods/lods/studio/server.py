@@ -5,7 +5,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Studio:
         app.cleanup_ctx.append(self._looking_after)
         return app
 
-    async def _looking_after(self, app: web.Application) -> Any:
+    async def _looking_after(self, app: web.Application) -> AsyncIterator[None]:
         await asyncio.to_thread(self.queue.recover)
         task = asyncio.create_task(self._tick_forever())
         async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as self._session:
