@@ -90,7 +90,8 @@ def page(browser, request):
     yield page
     keep(page, request.node.name)
     page.close()
-    assert said == []
+    # the server has ended before the page
+    assert [text for text in said if "ERR_CONNECTION_REFUSED" not in text] == []
 
 
 def keep(page, name):
@@ -115,19 +116,19 @@ def test_from_an_empty_page_to_a_downloaded_glb(page, tmp_path):
     with studio(tmp_path) as address:
         page.goto(address)
         page.wait_for_selector("text=Nothing has been made yet")
-        page.click(".chip >> text=mushroom")
+        page.click(".chip >> text=hamburger")
         page.click(".chip >> text=red")
-        assert page.input_value("#prompt") == "a red mushroom"
+        assert page.input_value("#prompt") == "a red hamburger"
         page.click("#make")
-        page.wait_for_selector(".work >> text=a red mushroom")
+        page.wait_for_selector(".work >> text=a red hamburger")
         page.wait_for_selector(".card", timeout=240_000)
         keep(page, "card")
         page.click(".card a")
         page.wait_for_selector(".stage canvas")
-        page.wait_for_function("document.querySelector('.note')?.textContent.includes('drag')")
+        page.wait_for_selector(".note:has-text('drag')")
         keep(page, "run")
         path, name = downloaded(page, "a.download:has-text('glb')")
-        assert name == "a-red-mushroom.glb"
+        assert name == "a-red-hamburger.glb"
         _, attributes, faces = read_glb(path)
         assert len(faces) and len(attributes["POSITION"]) == len(attributes["COLOR_0"])
         page.click("button.download:has-text('splat')")
@@ -180,7 +181,7 @@ def test_gaussians_are_drawn_where_and_in_the_colours_that_they_are(page, tmp_pa
     made(tmp_path, "one")
     with studio(tmp_path) as address:
         page.goto(f"{address}#/run/one")
-        page.wait_for_function("document.querySelector('.note')?.textContent.includes('drag')")
+        page.wait_for_selector(".note:has-text('drag')")
         page.wait_for_timeout(300)
         red, green, blue = middles(picture(page.locator(".stage canvas")))
         # the camera is a little to the right of the front, and above

@@ -20,8 +20,8 @@ def test_the_form_offers_every_method_of_the_library():
 def test_the_words_of_the_embedded_model_are_hints():
     data = as_data()
     [model] = [each for each in data["models"] if each["name"] == data["defaults"]["model"]]
-    assert "mushroom" in model["words"]["objects"] and "red" in model["words"]["colors"]
-    assert {"red", "mushroom", "a"} <= set(model["known"])
+    assert "hamburger" in model["words"]["objects"] and "red" in model["words"]["colors"]
+    assert {"red", "hamburger", "a"} <= set(model["known"])
 
 
 @pytest.mark.parametrize("on, quality", itertools.product(BASE, ["draft", "good", "best"]))

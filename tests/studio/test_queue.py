@@ -71,6 +71,25 @@ def test_a_run_that_does_not_heed_is_killed_after_a_while(queue):
     until(is_in(queue, name, "stopped"))
 
 
+def test_a_run_that_is_stopping_is_not_asked_twice_by_the_next_server(queue, tmp_path, monkeypatch):
+    """Asked twice, a training would end without saving."""
+    name = queue.add(REQUEST, "good")
+    until(is_in(queue, name, "running"))
+    process = queue.shelf.find(name).process
+    os.kill(process["pid"], signal.SIGSTOP)  # it is slow to save
+    queue.cancel(name)
+    asked = []
+    monkeypatch.setattr(processes, "ask", lambda *words: asked.append(words))
+    another = queue_of(tmp_path)
+    another.recover()
+    assert state(another, name) == "stopping" and asked == []
+    another.patience = 0.0  # much later
+    another.tick()
+    assert asked == [(process["pid"], process["who"], signal.SIGTERM)]
+    os.kill(process["pid"], signal.SIGCONT)
+    until(is_in(queue, name, "stopped"))
+
+
 def test_what_is_taken_out_of_the_queue_is_never_begun(queue):
     first, second = (queue.add(REQUEST, "good") for _ in range(2))
     queue.cancel(second)
@@ -147,6 +166,12 @@ def test_only_what_is_over_is_removed_and_only_what_the_studio_has_made(queue, t
     until(is_in(queue, name, "running"))
     with pytest.raises(Refused, match="cancel it first"):
         queue.remove(name)
+    wish = tmp_path / name / "studio.json"
+    before = wish.read_text()
+    wish.write_text("{")
+    with pytest.raises(Refused, match="cancel it first"):
+        queue.remove(name)  # nor a run whose folder is damaged
+    wish.write_text(before)
     let_end(queue, name)
     until(is_in(queue, name, "done"))
     queue.remove(name)

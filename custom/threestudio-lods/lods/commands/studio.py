@@ -76,7 +76,10 @@ def main(argv: list[str], command: str) -> int:
     def tell(port: int) -> None:
         url = f"http://{_shown(address)}:{port}/" + (f"?token={token}" if token else "")
         lock.write(url.partition("?")[0])
-        print(f"lods studio: {url}\nruns are in {shelf.root}; Ctrl-C ends the page, not the runs")
+        print(
+            f"lods studio: {url}\nruns are in {shelf.root}; Ctrl-C ends the page, not the runs",
+            flush=True,
+        )
 
     try:
         serve(Queue(shelf, args.at_once), address, args.port, token, tell)

@@ -10,12 +10,11 @@
 import hmac
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SAFE = ("GET", "HEAD")
 MAX_BODY = 1 << 14  # bytes of a request
 MAX_URL = 4096
@@ -105,7 +104,7 @@ class Guard:
             text.encode(errors="replace"), self.token.encode()
         )
 
-    def middleware(self) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+    def middleware(self) -> Middleware:
         """Of aiohttp: the checks before every request, the headers after it."""
 
         @web.middleware

@@ -1,6 +1,7 @@
 """Which run is next, and the processes of runs and exports."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 from lods.commands.job import Request
 from lods.commands.make import threads_of
 from lods.studio import processes
-from lods.studio.shelf import LOG, WAITING, Entry, Shelf, log_end
+from lods.studio.shelf import LOG, STUDIO, WAITING, Entry, Shelf, changed, log_end
 
 PATIENCE = 30.0  # seconds that a run which was cancelled has to save what it has
 EXPORT_LOG = "export.log"
@@ -63,7 +64,7 @@ class Queue:
             if entry.state not in ("queued", "running"):
                 raise Refused(f"{name} is {entry.state}: there is nothing to cancel")
             self.shelf.write(entry, replace(_wish(entry), wish="stop"))
-            self._press(entry)
+            self._press(entry, now=True)
 
     def resume(self, name: str) -> None:
         """Put a run that has been stopped, killed or has failed at the end of the queue again."""
@@ -78,8 +79,13 @@ class Queue:
         """Delete the folder of a run of the studio that is not under way."""
         with self._lock:
             entry = self._own(name)
-            if entry.state in WAITING and entry.state != "queued":
-                raise Refused(f"{name} is {entry.state}: cancel it first")
+            begins = entry.state == "queued" and name in self._children
+            if begins or (entry.is_alive and entry.state != "done"):
+                raise Refused(f"{name} is running: cancel it first")
+            if any(
+                run == name and child.poll() is None for (run, _), child in self._exports.items()
+            ):
+                raise Refused(f"a file of {name} is being made: wait for it")
             self.shelf.remove(entry)
 
     def _own(self, name: str) -> Entry:
@@ -157,14 +163,20 @@ class Queue:
     def _give_up(self, entry: Entry, error: str) -> None:
         self.shelf.write(entry, replace(_wish(entry), error=error))
 
-    def _press(self, entry: Entry) -> None:
-        """Ask the process of a run to stop, once; after ``patience`` it is killed."""
+    def _press(self, entry: Entry, now: bool = False) -> None:
+        """Ask the process of a run to stop, once: asked twice, a training does not save. After
+        ``patience`` it is killed. Unless a stop is wished for ``now``, another server has asked
+        already, or was killed before it could: then this one asks after a while."""
+        if entry.name not in self._asked and not now:
+            age = time.time() - changed(entry.folder / STUDIO) / 1e9
+            if 0 <= age < self.patience:
+                return
         first = entry.name not in self._asked
         asked = self._asked.setdefault(entry.name, time.monotonic())
-        late = time.monotonic() - asked > self.patience
+        late = not first and time.monotonic() - asked > self.patience
         if not first and not late:
             return
-        signum = 9 if late else 15
+        signum = signal.SIGKILL if late else signal.SIGTERM
         child = self._children.get(entry.name)
         if entry.process.get("attempt") == _wish(entry).attempt:
             processes.ask(entry.process["pid"], entry.process["who"], signum)

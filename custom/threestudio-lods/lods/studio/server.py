@@ -5,7 +5,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Studio:
         app.cleanup_ctx.append(self._looking_after)
         return app
 
-    async def _looking_after(self, app: web.Application) -> Any:
+    async def _looking_after(self, app: web.Application) -> AsyncIterator[None]:
         await asyncio.to_thread(self.queue.recover)
         task = asyncio.create_task(self._tick_forever())
         async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as self._session:
@@ -65,11 +65,10 @@ class Studio:
 
     async def _tick_forever(self) -> None:
         while True:
-            # a disk that is full for a while must not end the queue
             try:
                 await asyncio.to_thread(self.queue.tick)
-            except OSError as error:
-                print(f"the queue waits: {error}", flush=True)
+            except Exception as error:  # such as a full disk: it must not end the queue
+                print(f"the queue waits: {type(error).__name__}: {error}", flush=True)
             await asyncio.sleep(SECONDS)
 
     # --- the page ---------------------------------------------------------------------------------
@@ -187,9 +186,10 @@ class Studio:
             raise web.HTTPNotFound(reason="there is no such file")
         ending, kind = KINDS[request.match_info["kind"]]
         headers = {"Content-Type": kind, "Content-Security-Policy": "default-src 'none'; sandbox"}
-        headers["Cache-Control"] = (
-            "private, max-age=31536000" if request.query_string else "no-cache"
-        )
+        if (
+            request.query_string.isdecimal()
+        ):  # the time of the file: it is another when that changes
+            headers["Cache-Control"] = "private, max-age=31536000"
         if "download" in request.query:
             safe = "".join(
                 c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in entry.name

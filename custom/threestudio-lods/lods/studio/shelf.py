@@ -89,6 +89,11 @@ class Entry:
     error: str = ""
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the process that is said to be at it still is."""
+        return bool(self.process) and processes.is_alive(self.process["pid"], self.process["who"])
+
+    @property
     def run(self) -> Path | None:
         """The folder with the checkpoints and pictures of its training."""
         if self.kind == "train":
@@ -154,7 +159,7 @@ class Shelf:
         return None
 
     def _of_studio(self, name: str, folder: Path) -> Entry:
-        entry = Entry(name, folder, "studio", "damaged")
+        entry = Entry(name, folder, "studio", "damaged", process=_process(folder))
         try:
             entry.wish = Wish.of(_json(folder / STUDIO))
             entry.request = _request(folder)
@@ -163,9 +168,8 @@ class Shelf:
             entry.error = f"{lost} in its folder cannot be read"
             return entry
         job = _job(folder, entry.request)
-        entry.process = _process(folder)
         entry.seconds = job["seconds"]
-        entry.state, entry.error = _state(entry.wish, entry.process, job)
+        entry.state, entry.error = _state(entry, entry.wish, job)
         return entry
 
     def _of_make(self, name: str, folder: Path) -> Entry | None:
@@ -264,14 +268,14 @@ def created(entry: Entry) -> float:
     return changed(entry.folder) / 1e9
 
 
-def _state(wish: Wish, process: dict[str, Any], job: dict[str, Any]) -> tuple[str, str]:
+def _state(entry: Entry, wish: Wish, job: dict[str, Any]) -> tuple[str, str]:
     if job["state"] == "done":
         return "done", ""
-    if process.get("attempt") != wish.attempt:  # it was asked for and has not begun
+    if entry.process.get("attempt") != wish.attempt:  # it was asked for and has not begun
         if wish.error:
             return "failed", wish.error
         return ("queued", "") if wish.wish == "run" else ("stopped", "")
-    if processes.is_alive(process["pid"], process["who"]):
+    if entry.is_alive:
         return ("running" if wish.wish == "run" else "stopping"), ""
     if wish.wish == "stop":
         return "stopped", ""

@@ -96,7 +96,8 @@ function use(group, word, words) {
   const before = find(words.colors);
   const color = group === "colors" ? (before === word ? "" : word) : before;
   const name = [color, object].filter(Boolean).join(" ");
-  $("prompt").value = name ? `${/^[aeiou]/.test(name) ? "an" : "a"} ${name}` : "";
+  const several = /^\w+[^s]s$/.test(object || ""); // sneakers
+  $("prompt").value = several || !name ? name : `${/^[aeiou]/.test(name) ? "an" : "a"} ${name}`;
   advise();
   $("prompt").focus();
 }

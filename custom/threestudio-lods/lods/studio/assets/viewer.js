@@ -289,7 +289,7 @@ export class Viewer {
       const line = [];
       for (let i = 0; i < n; i += every) line.push(points[3 * i + k]);
       line.sort((a, b) => a - b);
-      return (line[Math.floor(0.01 * line.length)] + line[Math.floor(0.99 * (line.length - 1))]) / 2;
+      return (line[Math.round(0.01 * (line.length - 1))] + line[Math.round(0.99 * (line.length - 1))]) / 2;
     });
     const far = [];
     for (let i = 0; i < n; i += every) {
@@ -297,7 +297,7 @@ export class Viewer {
     }
     far.sort((a, b) => a - b);
     this.middle = middle;
-    this.radius = far[Math.floor(0.99 * (far.length - 1))] || 1;
+    this.radius = far[Math.round(0.99 * (far.length - 1))] || 1;
   }
 
   buffer(program, name, array, n) {
