@@ -62,7 +62,9 @@ def trained(tiny_sd, tmp_path, monkeypatch):
     return train
 
 
-@pytest.mark.parametrize("system", CASES)
+@pytest.mark.parametrize(
+    "system", ["lods-gs-system", pytest.param("lods-ngp-system", marks=pytest.mark.slow)]
+)
 def test_previews_leave_the_training_alone_whatever_they_draw_at_random(
     system, trained, monkeypatch
 ):
@@ -103,6 +105,7 @@ def test_the_first_preview_is_there_before_the_first_step(trained, monkeypatch):
     assert seen[0] == ["it0-0.png"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_draws_no_preview_again(trained):
     _, steps, folder = trained("lods-gs-system", "[0,1]")
     assert steps == [0, 1, 2]
@@ -110,9 +113,10 @@ def test_a_run_that_is_resumed_draws_no_preview_again(trained):
         path.unlink()
     last = folder.parent / "ckpts" / "last.ckpt"
     _, steps, _ = trained("lods-gs-system", "[0,1]", f"resume={last}", "trainer.max_steps=4")
-    assert steps == [2]
+    assert steps == [2, 4]  # those of the validations
 
 
+@pytest.mark.slow
 def test_a_training_without_validations_draws_none(trained):
     _, steps, _ = trained("lods-gs-system", "[0,1]", "trainer.limit_val_batches=0")
     assert steps == []

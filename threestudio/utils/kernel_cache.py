@@ -111,19 +111,18 @@ def _digest(file: str) -> str:
     while waiting:
         path = waiting.pop()
         if path not in found and path.is_file():
-            found[path], neighbours = _read_source(path)
-            waiting += neighbours
+            text = path.read_bytes()
+            found[path] = hashlib.sha256(text).hexdigest()
+            waiting += _imported(text, path)
     each = sorted((path.name, sha) for path, sha in found.items())
     return hashlib.sha256(repr(each).encode()).hexdigest()
 
 
 @functools.cache
-def _read_source(path: Path) -> tuple[str, list[Path]]:
-    """The hash of a source file, and the files of its package that it may import."""
-    text = path.read_bytes()
+def _imported(text: bytes, path: Path) -> list[Path]:
+    """The files of the same package that the source file `path`, of this content, may import."""
     imports = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom))
-    neighbours = [found for node in imports for found in _neighbours(node, path)]
-    return hashlib.sha256(text).hexdigest(), neighbours
+    return [found for node in imports for found in _neighbours(node, path)]
 
 
 def _neighbours(node: ast.ImportFrom, path: Path) -> list[Path]:
