@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import signal
 import threading
 import time
 from pathlib import Path
@@ -325,6 +326,35 @@ def test_the_announcement_is_there_while_it_trains(small):
     )
     assert found[0]["pid"] == os.getpid()
     assert server.running(Path("run")) is None
+
+
+def test_a_finished_run_is_shown_until_it_is_asked_to_stop(small, monkeypatch, capfd):
+    assert launch(*small("embedding")) == 0
+    trial, idle, clients = test_gs_system.trial("embedding"), Live.idle, []
+    files = sorted(path for path in trial.rglob("*") if path.is_file())
+
+    def looked_at(live):
+        clients.extend([] if clients else [Client(live.server.port)])
+        clients[0].look()
+        idle(live)
+        if clients[0].of("BackgroundImageMessage"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Live, "idle", looked_at)
+    resume = f"resume={trial / 'ckpts' / 'last.ckpt'}"
+    parsed = str(trial / "configs" / "parsed.yaml")
+    assert launch([parsed], [resume], "--view", "--viewer", "0") == 0
+    assert "view: http://127.0.0.1:" in capfd.readouterr().out
+    assert files == sorted(path for path in trial.rglob("*") if path.is_file())
+    clients[0].close()
+
+
+def test_of_a_run_that_is_trained_with_a_view_the_address_is_told(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "run")
+    told = {"url": "http://127.0.0.1:8080"}
+    monkeypatch.setattr(server, "running", lambda folder: told if folder == run else None)
+    assert cli.main(["view", str(run)]) == 0
+    assert capsys.readouterr().out == "view: http://127.0.0.1:8080\n"
 
 
 # --- the command line ---
