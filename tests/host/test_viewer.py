@@ -4,6 +4,8 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,10 +17,12 @@ import torch
 
 pytest.importorskip("viser", reason="viser is not installed (the extra 'viewer')")
 
+from lods import cli
 from pytorch_lightning.callbacks import Callback
 
 from tests.host import test_gs_system
-from tests.runs import fit, same
+from tests.host.test_cli import make_run
+from tests.runs import fit, launch, same
 from tests.view_client import Client
 from threestudio.data.cameras import camera_batch
 from threestudio.run.interrupt import InterruptGuard
@@ -396,10 +400,8 @@ def test_without_viser_one_line_says_how_to_get_it(monkeypatch):
         options.read(SimpleNamespace(viewer="auto", viewer_host=None, viewer_open=False))
 
 
+@pytest.mark.slow
 def test_a_run_without_the_option_imports_no_viser():
-    import subprocess
-    import sys
-
     code = (
         "import sys, threestudio.run.callbacks, threestudio.run.cli; print('viser' in sys.modules)"
     )
