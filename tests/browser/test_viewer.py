@@ -225,6 +225,11 @@ def test_what_the_model_sees_and_the_curves_are_shown(browser, started):
     page.get_by_text("Training cameras").click()
     run.until(lambda: change(picture(page), before) > 0.2, 20)
     picture(page, "cameras")
+    page.get_by_text("Training cameras").click()
+    page.get_by_text("Drawn by the browser").click()
+    time.sleep(6)
+    splats = picture(page, "splats")
+    assert splats.std() > 1 and change(splats, before) < 40  # the same object, drawn there
     page.close()
 
 

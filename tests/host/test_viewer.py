@@ -3,6 +3,9 @@
 import math
 import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,10 +17,12 @@ import torch
 
 pytest.importorskip("viser", reason="viser is not installed (the extra 'viewer')")
 
+from lods import cli
 from pytorch_lightning.callbacks import Callback
 
 from tests.host import test_gs_system
-from tests.runs import fit, same
+from tests.host.test_cli import make_run
+from tests.runs import fit, launch, same
 from tests.view_client import Client
 from threestudio.data.cameras import camera_batch
 from threestudio.run.interrupt import InterruptGuard
@@ -327,6 +332,35 @@ def test_the_announcement_is_there_while_it_trains(small):
     assert server.running(Path("run")) is None
 
 
+def test_a_finished_run_is_shown_until_it_is_asked_to_stop(small, monkeypatch, capfd):
+    assert launch(*small("embedding")) == 0
+    trial, idle, clients = test_gs_system.trial("embedding"), Live.idle, []
+    files = sorted(path for path in trial.rglob("*") if path.is_file())
+
+    def looked_at(live):
+        clients.extend([] if clients else [Client(live.server.port)])
+        clients[0].look()
+        idle(live)
+        if clients[0].of("BackgroundImageMessage"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Live, "idle", looked_at)
+    resume = f"resume={trial / 'ckpts' / 'last.ckpt'}"
+    parsed = str(trial / "configs" / "parsed.yaml")
+    assert launch([parsed], [resume], "--view", "--viewer", "0") == 0
+    assert "view: http://127.0.0.1:" in capfd.readouterr().out
+    assert files == sorted(path for path in trial.rglob("*") if path.is_file())
+    clients[0].close()
+
+
+def test_of_a_run_that_is_trained_with_a_view_the_address_is_told(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "run")
+    told = {"url": "http://127.0.0.1:8080"}
+    monkeypatch.setattr(server, "running", lambda folder: told if folder == run else None)
+    assert cli.main(["view", str(run)]) == 0
+    assert capsys.readouterr().out == "view: http://127.0.0.1:8080\n"
+
+
 # --- the command line ---
 
 
@@ -366,10 +400,8 @@ def test_without_viser_one_line_says_how_to_get_it(monkeypatch):
         options.read(SimpleNamespace(viewer="auto", viewer_host=None, viewer_open=False))
 
 
+@pytest.mark.slow
 def test_a_run_without_the_option_imports_no_viser():
-    import subprocess
-    import sys
-
     code = (
         "import sys, threestudio.run.callbacks, threestudio.run.cli; print('viser' in sys.modules)"
     )

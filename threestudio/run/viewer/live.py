@@ -28,7 +28,8 @@ from threestudio.utils.files import whole_file
 
 SHARP = 2.0  # seconds that a picture may take once the camera rests
 STATUS_EVERY, CURVES_EVERY, SEEN_EVERY, CAMERAS_EVERY = 0.5, 2.0, 1.0, 1.0  # seconds
-POINT_EVERY = 0.25
+POINT_EVERY, SPLATS_EVERY = 0.25, 1.0
+MAX_SPLATS = 50_000
 MAX_DOWNLOAD = 64 << 20  # bytes
 DOWNLOADS = (".ply", ".glb", ".obj")
 MAX_FAILURES = 3
@@ -66,9 +67,11 @@ class Live:
         self._snapshots = 0
         self._changes = 0
         self._watching = False
-        self._cameras_of = -1
+        self._cameras_of = self._splats_of = -1
+        self._splats: Any = None
         self._turns: list[Callable[[], bool]] = [
             self._draw_fresh,
+            self._show_splats,
             self._show_cameras,
             self._show_curves,
             self._show_seen,
@@ -84,6 +87,7 @@ class Live:
             scale=scale if scale is not None and math.isfinite(scale) else None,
             can_export=hasattr(system, "on_predict_start"),
             sees=callable(getattr(getattr(system, "guidance", None), "watch", None)),
+            splats=callable(getattr(getattr(system, "geometry", None), "splats", None)),
             jobs=self._note_job,
             ask=self._note_change,
         )
@@ -197,6 +201,8 @@ class Live:
         self.training_cameras.want(wanted)
         if cameras is not None and not cameras.value:
             self.training_cameras.hide()
+        if not self._sends_splats:
+            self._hide_splats()
         watching = here and see is not None and bool(see.value)
         if watching != self._watching:
             self._watching = watching
@@ -227,6 +233,8 @@ class Live:
         return False
 
     def _can_draw(self, visitor: Visitor) -> bool:
+        if self._splats is not None or self._sends_splats:
+            return False  # their browsers do it
         return self._failures < MAX_FAILURES and visitor.is_ready()
 
     @property
@@ -283,6 +291,33 @@ class Live:
     def _spend(self, begun: float) -> None:
         now = time.monotonic()
         self.budget.spend(now - begun, now)
+
+    @property
+    def _sends_splats(self) -> bool:
+        return self.panel.splats is not None and bool(self.panel.splats.value)
+
+    def _show_splats(self) -> bool:
+        """Send the Gaussians, in the place of pictures."""
+        if not self._sends_splats or self._splats_of == self.step:
+            return False
+        if not self._due("splats", SPLATS_EVERY, time.monotonic()):
+            return False
+        with undisturbed(self.system, self.trainer):
+            found = self.system.geometry.splats(MAX_SPLATS)
+        arrays = {name: value.float().cpu().numpy() for name, value in found.items()}
+        with self.server.viser.atomic():
+            self._splats = self.server.viser.scene.add_gaussian_splats("/splats", **arrays)
+        for visitor in self.visitors.all():
+            if visitor.drawn is not None:
+                visitor.client.scene.set_background_image(None)
+                visitor.drawn = None
+        self._splats_of = self.step
+        return True
+
+    def _hide_splats(self) -> None:
+        if self._splats is not None:
+            self._splats.remove()
+            self._splats, self._splats_of = None, -1
 
     def _show_cameras(self) -> bool:
         wanted = self.panel.cameras is not None and bool(self.panel.cameras.value)

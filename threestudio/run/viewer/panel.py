@@ -32,6 +32,7 @@ class Panel:
         scale: float | None,
         can_export: bool,
         sees: bool,
+        splats: bool,
         jobs: Callable[[str, int | None], None],
         ask: Callable[[str, Any, int | None], None],
     ) -> None:
@@ -52,7 +53,7 @@ class Panel:
         self._buttons(gui, training, can_export)
         tabs = gui.add_tab_group()
         with tabs.add_tab("View"):
-            self._view(gui, training)
+            self._view(gui, training, splats)
         if not training:
             return
         with tabs.add_tab("Steer"):
@@ -107,7 +108,7 @@ class Panel:
         async def _(event) -> None:
             modal.close()
 
-    def _view(self, gui, training: bool) -> None:
+    def _view(self, gui, training: bool, splats: bool) -> None:
         self.tallest = gui.add_slider(
             "Height of pictures",
             min=128,
@@ -116,6 +117,13 @@ class Panel:
             initial_value=TALLEST,
             hint="Pixels of a picture once the camera rests",
         )
+        self.splats = None
+        if splats:
+            self.splats = gui.add_checkbox(
+                "Drawn by the browser",
+                False,
+                hint="Send the Gaussians themselves: fast to turn, without view dependence",
+            )
         self.share = None
         if training:
             self.share = gui.add_slider(
