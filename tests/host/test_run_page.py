@@ -314,6 +314,17 @@ def test_it_tells_the_command_and_the_one_that_repeats_it(run):
     assert shlex.split(again) == [*wanted, "--gpu", "0"]
 
 
+def test_what_was_changed_on_the_way_is_told_and_repeated(run):
+    lines = [{"step": 12, "what": "prompt", "old": "a cat", "new": EVIL}, {"step": 3}]
+    text = "\n".join(map(json.dumps, lines)) + "\nnothing\n"
+    (run / "interventions.jsonl").write_text(text)
+    page = Page(write_page([run]))
+    cells = [e[2] for e in page.elements if e[0] == "td"]
+    assert cells[-4:] == ["12", "prompt", "a cat", EVIL]
+    again = shlex.split(page.all("pre", **{"class": "command"})[1][2])
+    assert again[-2:] == ["--replay", f"{run}/interventions.jsonl"]
+
+
 def test_a_setting_is_not_looked_up_in_this_machines_environment(run, monkeypatch):
     monkeypatch.setenv("A_SECRET", "s3cret")
     config = run / "configs/parsed.yaml"

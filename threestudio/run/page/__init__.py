@@ -127,6 +127,7 @@ def _of_one(facts: Facts, folder: str, most: int) -> list[Html]:
         *_section("Curves", sections.plots([("", facts)])),
         *_section("What was learned", sections.learned(facts)),
         *_section("Settings", sections.differences(facts)),
+        *_section("What was changed on the way", sections.changes(facts)),
         *_section("To repeat it", sections.again(facts)),
         *_section("Versions", sections.versions(facts)),
         *_section("Files", sections.files(facts, folder)),
@@ -165,6 +166,7 @@ def _of_several(runs: Sequence[Facts], folder: str, most: int) -> list[Html]:
             *sections.views(facts),
             *sections.growth(facts),
             *sections.learned(facts),
+            *sections.changes(facts),
             *sections.again(facts),
             *sections.files(facts, folder),
         ]

@@ -233,7 +233,7 @@ def _read_object(facts: Facts) -> None:
         facts.found, facts.step = _object_of(facts.folder / LAST)
         facts.object_file = LAST if facts.found is not None else ""
     if facts.found is None:
-        none = "nothing was exported yet (lods export RUN --format glb writes a mesh)"
+        none = "nothing was exported yet"
         raise ValueError("; ".join(reasons[:2]) or none)
 
 

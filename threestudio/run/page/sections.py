@@ -198,13 +198,20 @@ def differences(facts: Facts) -> Parts:
     return made
 
 
+def changes(facts: Facts) -> Parts:
+    """What somebody changed on the way."""
+    found = settings.read_changes(facts.folder)
+    return [table(["before step", "setting", "from", "to"], found, bold=3)] if found else []
+
+
 def again(facts: Facts) -> Parts:
     """The commands."""
     if facts.command is None:
         return []
     made = [tag("p", "It was made by"), tag("pre", facts.command, class_="command")]
     if facts.settings:
-        text = settings.repeating(facts.command, facts.settings, str(facts.folder.path))
+        home, steered = str(facts.folder.path), facts.folder.has(settings.CHANGES)
+        text = settings.repeating(facts.command, facts.settings, home, steered)
         made.append(
             tag("p", "Again from the start, with the settings and the seed that it has saved:")
         )

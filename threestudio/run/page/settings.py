@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import io
+import json
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from threestudio.run.page.files import Folder
 from threestudio.utils.safe_yaml import MAX_BYTES
 
 PARSED = "configs/parsed.yaml"
+CHANGES = "interventions.jsonl"  # what somebody changed while the run was trained
 UNKNOWN = object()  # the default of what no class declares
 # what says where and when a run was, not what it is
 PLACES = {"exp_root_dir", "exp_dir", "trial_name", "trial_dir", "timestamp", "use_timestamp"}
@@ -180,10 +182,27 @@ def read_command(folder: Folder) -> Command | None:
     return Command(words) if words else None
 
 
-def repeating(command: Command, settings: Mapping[str, Any], home: str) -> str:
+def read_changes(folder: Folder) -> list[list[str]]:
+    """Step, setting, old and new value of what was changed while a run was trained."""
+    found = []
+    for line in folder.text(CHANGES).splitlines():
+        try:
+            change = json.loads(line)
+            found.append([text_of(change[key]) for key in ("step", "what", "old", "new")])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+    return found
+
+
+def repeating(
+    command: Command, settings: Mapping[str, Any], home: str, steered: bool = False
+) -> str:
     """The command that trains the run in ``home`` once more, from its start, with the settings it
-    has saved: whatever has become of the config files since."""
+    has saved, whatever has become of the config files since, and if it was ``steered`` with the
+    same changes at the same steps."""
     words = [*command.program, "--config", f"{home}/{PARSED}", "--train", *command.kept]
+    if steered:
+        words += ["--replay", f"{home}/{CHANGES}"]
     if settings.get("resume") is not None:
         words.append("resume=null")
     return shlex.join([*words, *_callbacks(settings)])
