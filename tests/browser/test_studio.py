@@ -28,7 +28,9 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
 ]
+# WebGL in software, and the page around it without: Debian's wrapper asks for the GPU there
 FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+FLAGS += ["--disable-gpu-rasterization", "--disable-gpu-compositing"]
 # a run of seconds in the place of the presets
 PRESETS = """\
 good:

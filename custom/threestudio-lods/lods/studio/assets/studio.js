@@ -188,18 +188,25 @@ function bar(run) {
   ];
 }
 
+function strip(run) {
+  const picture = run.files.preview && h("img", { src: fileUrl(run, "preview"), alt: `preview of ${run.prompt}` });
+  return h("span", { class: picture ? "strip" : "strip blank", "data-time": String(run.files.preview) }, picture);
+}
+
+// What is there already is changed, and not made anew: it may be under the mouse.
 function drawWork(run, old) {
-  const before = old?.querySelector(".strip");
-  const same = before?.dataset.time === String(run.files.preview); // it would flicker
-  const picture = same ? before : run.files.preview
-    ? h("span", { class: "strip" }, h("img", { src: fileUrl(run, "preview"), alt: `preview of ${run.prompt}` }))
-    : h("span", { class: "strip blank" });
-  picture.dataset.time = String(run.files.preview);
-  return h("article", { class: "work" },
-    h("a", { href: `#/run/${encodeURIComponent(run.name)}`, class: "picture" }, picture),
+  if (old?.dataset.state === run.state) {
+    old.querySelector(".now").replaceChildren(...[bar(run)].flat());
+    const before = old.querySelector(".strip");
+    if (before.dataset.time !== String(run.files.preview)) before.replaceWith(strip(run));
+    return old;
+  }
+  const link = `#/run/${encodeURIComponent(run.name)}`;
+  return h("article", { class: "work", "data-state": run.state },
+    h("a", { href: link, class: "picture", tabIndex: -1, "aria-hidden": "true" }, strip(run)),
     h("div", {},
-      h("a", { href: `#/run/${encodeURIComponent(run.name)}`, class: "prompt" }, run.prompt),
-      bar(run),
+      h("a", { href: link, class: "prompt" }, run.prompt),
+      h("div", { class: "now" }, bar(run)),
       run.can.includes("cancel") && h("button", { class: "quiet", onclick: () => command(run, "cancel") }, run.state === "queued" ? "remove from the queue" : "cancel")));
 }
 
