@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from threestudio.run.page.markup import Html, tag
-from threestudio.run.snapshot import is_plain
+from threestudio.run.snapshot import PlainFiles
 
 MAX_FILE = 1 << 29  # bytes of an object that is read
 MAX_HEADER = 1 << 16
@@ -190,7 +190,7 @@ def _read_with_trimesh(path: Path) -> Triangles:
             pass
 
         def get(self, name: str) -> bytes:
-            if not is_plain(path.parent, name) or (path.parent / name).stat().st_size > MAX_FILE:
+            if name not in PlainFiles(path.parent) or (path.parent / name).stat().st_size > MAX_FILE:
                 raise ValueError(f"{name} is no file beside it")
             return (path.parent / name).read_bytes()
 
