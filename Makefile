@@ -6,7 +6,7 @@ PROMPT ?= a DSLR image of a hamburger
 WORKERS ?= auto
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-compat test-browser test-faults format pocket-shapes judge-report report bench clean
+.PHONY: demo test test-slow test-compat test-browser test-faults format pocket-shapes judge-report report pocket pocket-flow bench clean
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,10 +51,11 @@ test-compat: $(COMPAT)/.ready
 	@$(COMPAT)/bin/python -c "import sys; from importlib.metadata import version; print('python', sys.version.split()[0]); [print(name, version(name)) for name in '$(SHOWN)'.split()]"
 	$(COMPAT)/bin/python -m pytest -m '' $(COMPAT_TESTS)
 
-# glb files in a real browser: needs Chromium and npm, which gets three.js and model-viewer.
+# glb files and the live view in a real browser: needs Chromium, and npm, which gets three.js and
+# model-viewer.
 test-browser: $(VENV)/.ready-dev
 	npm install --no-audit --no-fund --prefix tests/browser
-	$(BIN)/python -m pytest -m browser tests/host/test_browser.py
+	$(BIN)/python -m pytest -m browser tests/host/test_browser.py tests/browser
 
 # Kills, signals, runs that start together, full disks, damaged and hostile files.
 # `python -m tests.faults pairs --count 10` does one part.
@@ -64,6 +65,18 @@ test-faults: $(VENV)/.ready-dev
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The models of real objects from nothing, with truth, judge and tables (fixed seed; days on two cores; goes on where
+# it stopped). The objects come from Debian's package sweethome3d-furniture, which apt-get fetches; where it cannot:
+# make pocket ASSETS=folder of the package or of its .sh3f files.
+ASSETS ?=
+POCKET := $(BIN)/python -m pocket.make $(if $(ASSETS),--assets "$(ASSETS)")
+pocket: $(VENV)/.ready-dev
+	$(POCKET) --stages render,truth,vae,latents,unet,decoder,save,judge,report
+
+# The flow transformer, from the same work folder.
+pocket-flow: $(VENV)/.ready-dev
+	$(POCKET) --stages render,vae,latents,decoder,flow,save-flow
 
 # Retrains the model pocket-shapes from nothing (fixed seed; a little under three hours on two cores), then judges it.
 pocket-shapes: $(VENV)/.ready

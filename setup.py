@@ -37,7 +37,14 @@ setup(
     packages=[*folders],
     package_dir=folders,
     package_data={
-        "lods": ["models/*.yaml", "models/pocket*/*", "models/pocket*/*/*"],
+        "lods": [
+            "models/*.yaml",
+            "models/pocket*/*",
+            "models/pocket*/*/*",
+            "studio/*.yaml",
+            "studio/assets/*",
+        ],
+        f"{HOST}.threestudio.run.page": ["*.css", "*.js"],
         f"{HOST}.evaluation": ["*.yaml", "grids/*.yaml"],
         # without pocket/ideal and pocket/truth: they are for the study of this repository
         f"{HOST}.pocket": ["*.safetensors", "*.md", "*.sh"],

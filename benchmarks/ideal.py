@@ -105,7 +105,8 @@ def main() -> None:
         }
         print({k: v for k, v in row.items() if k not in ("overrides", "commit")}, flush=True)
         rows = list(csv.DictReader(args.out.open())) if args.out.exists() else []
-        write_table(args.out, [*rows, row])
+        # rows of before a metric was there have nothing in its column
+        write_table(args.out, [*({k: old.get(k, "") for k in row} for old in rows), row])
         drawn.append((true.rgb, foreground, opacity))
         args.work.mkdir(parents=True, exist_ok=True)
         sheet(drawn).save(args.work / f"{args.name.replace(' ', '-')}.png")

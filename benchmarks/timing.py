@@ -12,7 +12,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluation.machine import commit, cpu_name, peak_mib  # noqa: E402, F401
+from evaluation.machine import commit, peak_mib  # noqa: E402, F401
+from threestudio.run.machine import cpu_name  # noqa: E402
 
 
 def fastest(function, budget: float, least: int = 3) -> float:

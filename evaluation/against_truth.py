@@ -92,17 +92,17 @@ def load_run(run: Path):
 
 @torch.no_grad()
 def views_of(
-    renderer, cameras: Float[np.ndarray, "V 4"], size: int
+    renderer, cameras: Float[np.ndarray, "V 4"], size: int, device: torch.device | str = "cpu"
 ) -> tuple[Images, Float[torch.Tensor, "V H W"]]:
     """The foreground, premultiplied, and the opacity from these cameras (elevation, azimuth,
-    distance, fovy)."""
+    distance, fovy), on the CPU; ``device`` is the renderer's."""
     from lods.threestudio.data import camera_batch
 
     rgb, opacity = [], []
     for camera in torch.from_numpy(np.array(cameras, np.float32)):
         asked_for = {"height": size, "width": size, "rays_d": True}
-        batch = camera_batch(camera[None], asked_for) | {"height": size, "width": size}
-        out = renderer(**batch)
+        batch = {k: v.to(device) for k, v in camera_batch(camera[None], asked_for).items()}
+        out = renderer(**batch, height=size, width=size)
         rgb.append(out["comp_rgb_fg"][0].float().cpu())
         opacity.append(out["opacity"][0, ..., 0].float().cpu())
     return torch.stack(rgb), torch.stack(opacity)

@@ -12,10 +12,11 @@ from pathlib import Path
 import threestudio
 from evaluation.batch import BatchError, Job, Lock, Outcome, carry_out, stoppable
 from evaluation.grid import TRUE, Grid, Run, load_grid
-from evaluation.machine import BUILD, ROOT, TABLES, code, commit, not_for_others
+from evaluation.machine import BUILD, OBJECTS, ROOT, TABLES, code, commit, not_for_others
 from evaluation.on_ray import OnRay
 from evaluation.processes import Local
 from evaluation.table import Table, begun, key_of
+from evaluation.worlds import DEFAULT, WORLDS
 from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.extensions import load_custom_modules, report_failures
@@ -85,14 +86,16 @@ def parse_args(argv, prog: str = "evaluate.py") -> argparse.Namespace:
         "loopback interface only and asks for a token, or the cluster at ADDRESS (auto: the one of "
         "this machine)",
     )
-    add("--out", type=Path, help=f"folder of the table (default {os.path.relpath(TABLES)})")
+    default = f"default {os.path.relpath(TABLES)}, of real objects {os.path.relpath(OBJECTS)}"
+    add("--out", type=Path, help=f"folder of the table ({default})")
     add("--retry", action="store_true", help="repeat runs whose row says that they failed")
     add("--dry-run", action="store_true", help="list the runs that are left, and do nothing")
     args = parser.parse_args(argv)
     if args.quick == (args.grid is not None):
         parser.error("give a grid, or --quick")
     args.grid = QUICK if args.quick else Path(args.grid)
-    args.out = args.out or (BUILD / "evaluation-quick" if args.quick else TABLES)
+    if args.quick and not args.out:
+        args.out = BUILD / "evaluation-quick"
     return args
 
 
@@ -124,6 +127,15 @@ def check_methods(runs: List[Run]) -> None:
                 f"method {method}: no guidance is registered as {name!r}{hint}; "
                 "--only method=... chooses others"
             )
+
+
+def check_truth(world: str, runs: List[Run]) -> None:
+    """Refuse to judge runs where there is nothing to judge them by."""
+    if any(run.judge for run in runs):
+        try:
+            WORLDS[world].ready()
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
 
 def check_prompts(runs: List[Run]) -> None:
@@ -177,10 +189,11 @@ def _summary(row: Dict[str, str]) -> str:
     parts = []
     names = {"object_accuracy": "object", "color_accuracy": "colour", "janus_rate": "front behind"}
     for key, name in names.items():
-        if row[key]:
+        if row.get(key):
             parts.append(f"{name} {float(row[key]):.0%}")
-    for key, name in {"frechet": "Fréchet", "silhouette_iou": "IoU", "clip_score": "CLIP"}.items():
-        if row[key]:
+    names = {"frechet": "Fréchet", "psnr": "PSNR", "silhouette_iou": "IoU", "iou": "IoU"}
+    for key, name in (names | {"clip_score": "CLIP"}).items():
+        if row.get(key):
             parts.append(f"{name} {float(row[key]):.3g}")
     return ", ".join(parts)
 
@@ -255,9 +268,12 @@ def main(argv=None, prog: str = "evaluate.py") -> int:
     done, 130 after Ctrl-C, SIGTERM and the like. Raises :class:`UserError` for a mistake."""
     args = parse_args(argv, prog)
     grid = load_grid(args.grid)
+    args.out = args.out or (TABLES if grid.world == DEFAULT else OBJECTS)
     chosen = select(grid, args.only)
     # read before it is made: a dry run leaves no folder
-    table = Table(args.out, grid.tuning) if args.out.exists() or not args.dry_run else None
+    table = None
+    if args.out.exists() or not args.dry_run:
+        table = Table(args.out, grid.tuning, grid.world, grid.sheets)
     index = table.index() if table else {}
     rows = [index.get(key_of(run)) for run in chosen]
     bad = {run: row for run, row in zip(chosen, rows) if row and row["status"] != "ok"}
@@ -278,6 +294,7 @@ def main(argv=None, prog: str = "evaluate.py") -> int:
         return 0
     if not runs:
         return 1 if bad else 0
+    check_truth(grid.world, runs)
     check_methods(runs)
     check_prompts(runs)
     on_ray = args.ray is not None

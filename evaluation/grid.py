@@ -20,10 +20,12 @@ A grid is a YAML file:
     prompts: [a blue car]
     seeds: [0, 1]
     overrides: {key: value}       # on all representations
-    judge: true                   # prompts are of the world of shapes: its metrics are computed
+    world: shapes                 # that of the prompts: shapes, or objects (pocket/world.py)
+    judge: true                   # prompts are of this world: its metrics are computed
     true_renders: true            # one more method, "true-renders": the ceiling of each metric
     clip: null                    # folder or hub id of a CLIP for clip_score
     gpus: 0                       # of a run on Ray
+    sheets: false                 # keep contact sheets of settings that are tried, too
 
 Keys of overrides are those of launch.py's command line, ``${...}`` included, and ``scene_lr``: a
 factor on all learning rates but that of the learned part. Later ones win: grid, representation,
@@ -47,7 +49,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pocket.shapes.data import asked
+from evaluation.worlds import DEFAULT, WORLDS
 from threestudio.utils.config import parse_structured
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.safe_yaml import check_yaml, read_limited
@@ -89,6 +91,8 @@ class GridConfig:
     true_renders: bool = True
     clip: Optional[str] = None
     gpus: float = 0.0
+    world: str = DEFAULT
+    sheets: bool = False
 
 
 @dataclass
@@ -148,6 +152,7 @@ class Run:
     views: int = 24
     judge: bool = True
     clip: Optional[str] = None
+    world: str = DEFAULT
 
     @classmethod
     def of(cls, fields: Dict[str, Any]) -> "Run":
@@ -160,7 +165,9 @@ class Run:
         in the configs is not in it; a table's column ``commit`` has that."""
         configs = tuple(MOVED.get(name, name) for name in self.configs)
         says = (configs, sorted(self.overrides), self.guidance_type, self.scene_lr)
-        says = json.dumps((*says, self.views, self.judge, self.clip))
+        # runs that were measured when there was one world keep their digests
+        world = () if self.world == DEFAULT else (self.world,)
+        says = json.dumps((*says, self.views, self.judge, self.clip, *world))
         return hashlib.sha256(says.encode()).hexdigest()[:8]
 
     @property
@@ -186,6 +193,8 @@ class Grid:
     runs: Tuple[Run, ...]
     gpus: float
     tuning: bool  # whether settings are tried: rows then go to a table of their own
+    world: str = DEFAULT
+    sheets: bool = False  # whether settings that are tried have contact sheets
 
 
 def written(value: Any) -> str:
@@ -308,8 +317,8 @@ def load_grid(path) -> Grid:
     """The grid in a YAML file, with all its runs in the order representation, prompt, seed, method.
 
     Raises :class:`UserError`, one line, for a key, method, representation, prompt or seed that is
-    not there, a value of the wrong type, and, with ``judge``, a prompt that is not of the world
-    of shapes.
+    not there, a value of the wrong type, and, with ``judge``, a prompt that is not of the grid's
+    world.
     """
     path = Path(path)
     where = str(path)
@@ -330,13 +339,20 @@ def load_grid(path) -> Grid:
             )
         _known(method.representations, representations, f"{where}, method {name}: representations")
     _check_values(grid, where)
+    _known([grid.world], WORLDS, f"{where}: world")
+    world = WORLDS[grid.world]
     for prompt in grid.prompts if grid.judge else ():
         try:
-            asked(prompt)
+            world.labels(prompt)
         except ValueError as error:
             raise UserError(f"{where}: {error}; for other prompts, set judge: false") from None
     for name, chosen in representations.items():
         _choose(chosen, grid, list(methods), f"{where}, representation {name}")
+        if world.views not in (None, chosen.views):
+            raise UserError(
+                f"{where}, representation {name}: views must be {world.views}, those of the truth "
+                f"in the world {grid.world}, not {chosen.views}"
+            )
     tuned, runs = False, []
     for name, representation in representations.items():
         cells = {}
@@ -357,6 +373,7 @@ def load_grid(path) -> Grid:
                 views=representation.views,
                 judge=grid.judge,
                 clip=grid.clip,
+                world=grid.world,
             )
             runs += [
                 Run(**common, method=method, steps=representation.steps, **cell)
@@ -370,7 +387,7 @@ def load_grid(path) -> Grid:
                     if k != SCENE_LR
                 )
                 runs.append(Run(**common, method=TRUE, steps=0, settings="", overrides=plain))
-    return Grid(path.stem, tuple(runs), grid.gpus, tuned)
+    return Grid(path.stem, tuple(runs), grid.gpus, tuned, grid.world, grid.sheets)
 
 
 def _cells(grid, name, representation, method_name, method, where) -> Iterable[Dict[str, Any]]:

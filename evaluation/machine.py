@@ -2,7 +2,6 @@
 
 import fnmatch
 import os
-import platform
 import re
 import resource
 from importlib.metadata import PackageNotFoundError, version
@@ -15,11 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # tables and what is temporary: in the checkout, or with an installed copy below the current folder
 _CHECKOUT = (ROOT / "evaluate.py").is_file()
 TABLES = ROOT / "docs" / "evaluation" if _CHECKOUT else Path.cwd() / "outputs" / "comparison"
+OBJECTS = TABLES.with_name("objects")  # of the comparison on real objects
 BUILD = ROOT / "build" if _CHECKOUT else Path.cwd() / "outputs" / "build"
 # what a result depends on; tables and grids may change while a grid runs
 CODE = (
     *("benchmarks/*.py", "configs/*", "custom/*", "evaluate.py", "evaluation/*.py", "launch.py"),
-    *("pocket/*.py", "pocket/*.safetensors", "threestudio/*"),
+    *("pocket/*.py", "pocket/*.safetensors", "pocket/truth/*", "pocket/ideal/*", "threestudio/*"),
 )
 # of the copy of this project that Ray takes to other machines; of what is hidden, nothing
 NOT_NEEDED = (".?*", "build", "outputs", "docs")
@@ -35,12 +35,6 @@ def _is_code(name: str) -> bool:
 def peak_mib() -> int:
     """The most memory that this process has held so far; it only rises."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def cpu_name() -> str:
-    file = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", file.read_text()) if file.exists() else []
-    return names[0] if names else platform.processor()
 
 
 def code() -> tuple[tuple[str, str, str], ...]:

@@ -12,16 +12,20 @@ LEFT, LINE, GAP, LETTER = 150, 14, 4, 7  # pixels: names, a line of text, a gap,
 
 
 def montage(
-    file: Path, sheets: Sequence[Sequence[Path]], names: Sequence[str], prompts: Sequence[str]
+    file: Path,
+    sheets: Sequence[Sequence[Path | None]],
+    names: Sequence[str],
+    prompts: Sequence[str],
+    pictures: int = 2,
 ) -> None:
-    """Write ``file``: a row a name and a column a prompt, the first two pictures of each sheet
-    ``sheets[name][prompt]``, which may be absent; nothing where all are."""
-    found = [path for row in sheets for path in row if path.exists()]
+    """Write ``file``: a row a name and a column a prompt, the first ``pictures`` of each sheet
+    ``sheets[name][prompt]``, which may be absent or None; nothing where all are."""
+    found = [path for row in sheets for path in row if path and path.exists()]
     if not found:
         return
     with Image.open(found[0]) as first:
         side = first.height
-    width = 2 * side
+    width = pictures * side
     heads = [textwrap.fill(prompt, max(1, width // LETTER)) for prompt in prompts]
     top = 6 + LINE * max(head.count("\n") + 1 for head in heads)
     size = LEFT + len(prompts) * (width + GAP), top + len(names) * (side + GAP)
@@ -33,7 +37,7 @@ def montage(
         y = top + i * (side + GAP)
         draw.text((4, y + side // 2 - 6), name, fill="black")
         for j, path in enumerate(row):
-            if path.exists():
+            if path and path.exists():
                 with Image.open(path) as sheet:
                     pair = sheet.convert("RGB").crop((0, 0, width, side))
                 page.paste(pair, (LEFT + j * (width + GAP), y))

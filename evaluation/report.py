@@ -13,19 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluation.machine import TABLES
+from evaluation.measures import COSTS, Metric, measures_of
 from evaluation.montage import montage
 from evaluation.page import Bold, Figure, Heading, Table, Text, html, markdown
 from evaluation.plots import lines, scatter
 from evaluation.results import (
     CEILING,
-    COSTS,
-    HEADLINE,
     KEYS,
     METHODS,
-    METRICS,
     MORE_RIVALS,
     RIVALS,
-    Metric,
     Section,
     by_seed,
     number,
@@ -42,8 +39,6 @@ from threestudio.utils.files import whole_file
 
 FOLDER = TABLES
 
-TITLE = "Methods of score distillation, compared with the model pocket-shapes"
-RATIO = Metric("frechet", "Fréchet distance", -1, 1, 2)
 GRADIENTS = {  # eps is the model's prediction of the noise, s the guidance scale
     "sds": "the guided eps minus the noise that was added (DreamFusion)",
     "csd": "eps with the prompt minus eps without (CSD)",
@@ -73,12 +68,16 @@ SHARES = {
     "commonest_view": "commonest view, %",
 }
 MACHINE = ("device", "cpu", "threads", "python", "torch", "diffusers", "peft", "commit")
+CONTESTANTS = ("sds", "vsd", "lods-embedding", "lods-lora", CEILING)  # of the grid objects
 # montages of the first seed: (grid, representation) -> file and methods
 MONTAGES = {
     ("shapes", "gaussians"): (
         "gaussians.webp",
         ("sds", "csd", "vsd-fast", "lods-embedding", "lods-lora", "lods-lora-fast", CEILING),
     ),
+    ("objects", "gaussians-tokens"): ("tokens.webp", CONTESTANTS),
+    ("objects", "gaussians-words"): ("words.webp", CONTESTANTS),
+    ("objects", "radiance-tokens"): ("radiance.webp", ("sds", "lods-lora", CEILING)),
     ("improve", "2d"): (
         "scale-100.webp",
         ("sds", "csd", "lods-embedding", "lods-lora", "lods-lora-4", CEILING),
@@ -105,7 +104,7 @@ def best_of(section: Section, metric: Metric) -> str | None:
     runs = {c: values(section.runs[c], metric.column) for c in section.runs}
     means = {c: -metric.better * interval(r, draws=1).mean for c, r in runs.items() if r}
     first = sorted(means, key=lambda c: (means[c], c))[:2]
-    if len(first) < 2 or paired(*(runs[c] for c in first)).sign != metric.better:
+    if len(first) < 2 or not metric.improves(paired(*(runs[c] for c in first)).sign):
         return None
     return first[0]
 
@@ -114,13 +113,14 @@ def difference(section: Section, name: str, base: str, metric: Metric) -> str:
     """The paired difference of two contestants, bold if it is measurably for the first."""
     i = paired(*(values(section.runs[c], metric.column) for c in (name, base)))
     cell = show(metric, i, "+")
-    return Bold(cell) if i.sign == metric.better else cell
+    return Bold(cell) if metric.improves(i.sign) else cell
 
 
 def means(section: Section) -> list:
     """All metrics, a row a contestant, and the true renders."""
-    shown = measured(section, METRICS + COSTS)
-    bold = {m.column: best_of(section, m) for m in shown if m in METRICS}
+    metrics = section.measures.metrics
+    shown = measured(section, metrics + COSTS)
+    bold = {m.column: best_of(section, m) for m in shown if m in metrics}
     rows = []
     for name, runs in [*section.runs.items(), ("true renders", section.ceiling)]:
         if runs is section.ceiling and not runs:
@@ -135,24 +135,28 @@ def means(section: Section) -> list:
 
 def differences(section: Section) -> list:
     """Paired differences of all to SDS, and of LODS to its rivals where all were run."""
-    shown, blocks = measured(section, METRICS), []
+    metrics, whole = section.measures, section.measures.ratio
+    shown, blocks = measured(section, metrics.metrics), []
     for base in section.of("sds"):
         rows = []
         for name in section.runs:
             if name == base:
                 continue
-            i = ratio(*(values(section.runs[c], RATIO.column) for c in (name, base)))
-            last = Bold(show(RATIO, i)) if i.sign == RATIO.better else show(RATIO, i)
-            rows.append([name, *(difference(section, name, base, m) for m in shown), last])
+            rows.append([name, *(difference(section, name, base, m) for m in shown)])
+            if whole:
+                i = ratio(*(values(section.runs[c], whole.column) for c in (name, base)))
+                cell = show(whole, i)
+                rows[-1].append(Bold(cell) if whole.improves(i.sign) else cell)
         if rows:
-            header = ["method", *(m.title for m in shown), f"{RATIO.title} / {base}"]
+            header = ["method", *(m.title for m in shown)]
+            header += [f"{whole.title} / {base}"] if whole else []
             blocks += [Heading(3, f"Paired differences to {base}"), Table(header, rows)]
     if section.contest and section.lods:
         rivals = section.of(*RIVALS, *MORE_RIVALS)
         rows = [
             [name, m.title, *(difference(section, name, rival, m) for rival in rivals)]
             for name in section.lods
-            for m in measured(section, HEADLINE)
+            for m in measured(section, metrics.headline)
         ]
         header = ["method", "metric", *(f"− {rival}" for rival in rivals)]
         blocks += [Heading(3, "LODS minus its rivals"), Table(header, rows)]
@@ -162,7 +166,7 @@ def differences(section: Section) -> list:
 def by_prompt(section: Section) -> list:
     """The headline metrics, a row a prompt, means over seeds."""
     blocks = []
-    for metric in measured(section, HEADLINE):
+    for metric in measured(section, section.measures.headline):
         columns = [values(runs, metric.column) for runs in section.runs.values()]
         rows = []
         for prompt in section.prompts():
@@ -182,7 +186,7 @@ def looks(methods: Mapping[str, str]) -> dict[str, int]:
 def trade_offs(section: Section) -> list:
     """Plots of quality against seconds, for the two headline metrics."""
     blocks = []
-    for m in HEADLINE:
+    for m in section.measures.headline:
         points = {}
         for name, runs in section.runs.items():
             cost = interval(values(runs, "seconds"), draws=1)
@@ -269,7 +273,8 @@ def measurements(found: Sequence[Section]) -> list:
 
 def explanations(found: Sequence[Section]) -> list:
     """What metrics and names mean: tables."""
-    shown = [m for m in METRICS + COSTS if m.about and any(measured(s, [m]) for s in found)]
+    known = dict.fromkeys(m for s in found for m in s.measures.metrics + COSTS if m.about)
+    shown = [m for m in known if any(measured(s, [m]) for s in found)]
     parts = {name for s in found for name in s.methods.values()}
     for words in [name.split("-") for name in parts]:
         tails = ["-".join(words[k:]) for k in range(1, len(words))]
@@ -314,6 +319,33 @@ def judge_blocks(rows: Sequence[dict] | None) -> list:
     return [Heading(2, "The judge"), Table(header, table, caption)]
 
 
+def told(found: Sequence[Section]) -> list:
+    """What it brings that the model is told the camera: paired differences of the runs on
+    ``...-tokens`` to those of the same method on ``...-words``, told the view in words."""
+    blocks = []
+    for section in found:
+        name = section.representation.removesuffix("-tokens")
+        other = [s for s in found if (s.grid, s.representation) == (section.grid, f"{name}-words")]
+        if name == section.representation or not other:
+            continue
+        shown = [m for m in measured(section, section.measures.metrics) if measured(other[0], [m])]
+        rows = []
+        for method in [m for m in section.runs if m in other[0].runs]:
+            cells = []
+            for m in shown:
+                i = paired(*(values(s.runs[method], m.column) for s in (section, other[0])))
+                cell = show(m, i, "+")
+                cells.append(Bold(cell) if m.improves(i.sign) else cell)
+            rows.append([method, *cells])
+        blocks.append(Heading(2, f"The camera as tokens, minus words for the view: {name}"))
+        blocks.append(Table(["method", *(m.title for m in shown)], rows))
+    return blocks
+
+
+def title_of(found: Sequence[Section]) -> str:
+    return measures_of([row for s in found for row in [*s.all_runs, *s.failed]]).title
+
+
 def blocks_of(folder: Path) -> list:
     """The whole report as blocks of :mod:`evaluation.page`."""
     results = read(folder / "results.csv", (*KEYS, "status"))
@@ -323,14 +355,14 @@ def blocks_of(folder: Path) -> list:
     found = sections(results or ())
     if not found:
         raise UserError(f"{folder / 'results.csv'} has no runs: evaluate.py --out makes them")
-    blocks: list = [Heading(1, TITLE)]
+    blocks: list = [Heading(1, title_of(found))]
     if (folder / "summary.md").exists():
         blocks.append(Text((folder / "summary.md").read_text(encoding="utf-8")))
     for section in found:
         blocks.append(Heading(2, section.title))
         blocks += [*means(section), *trade_offs(section), *differences(section)]
         blocks += [*by_prompt(section), *learning(section, curves or ()), *sheets(section, folder)]
-    blocks += [*explanations(found), *measurements(found)]
+    blocks += [*told(found), *explanations(found), *measurements(found)]
     return [*blocks, *judge_blocks(judge), *tuning_blocks(tuning, found)]
 
 
@@ -349,7 +381,7 @@ def write(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: name the one of results.csv by --folder")
     blocks = blocks_of(folder)
-    texts = {"report.md": markdown(blocks), "report.html": html(blocks, TITLE, folder)}
+    texts = {"report.md": markdown(blocks), "report.html": html(blocks, blocks[0].text, folder)}
     for name, text in texts.items():
         with whole_file(folder / name) as tmp:
             tmp.write_text(text, encoding="utf-8", errors="replace")

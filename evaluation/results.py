@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluation.csvfile import read_rows
+from evaluation.measures import Measures, measures_of
 from evaluation.statistics import Runs
 from threestudio.utils.errors import UserError
 
@@ -20,73 +21,6 @@ RIVALS = ("sds", "csd", "vsd")  # whom the claim is against
 MORE_RIVALS = ("vsd-fast",)  # where they were run, against them too, or in their kind's place
 CEILING = "true-renders"  # rows of this method are of the true shapes: no contestant
 KEYS = ("grid", "canvas", "prior", "prompt", "seed")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A column of results.csv: ``better`` is 1 if more is better and -1 if less is; tables show
-    the value times ``scale`` with ``digits`` decimals."""
-
-    column: str
-    title: str
-    better: int
-    scale: float = 1.0
-    digits: int = 1
-    about: str = ""  # what it is, for readers
-
-    def show(self, value: float, sign: str = "") -> str:
-        text = f"{self.scale * value:{sign}.{self.digits}f}"
-        return text.replace("-", "\N{MINUS SIGN}")
-
-
-METRICS = (
-    Metric(
-        "object_accuracy",
-        "object accuracy, %",
-        1,
-        100,
-        about="The share of the views (of the pictures, on latents) that the judge takes for the "
-        "object of the prompt. Chance is 5 %.",
-    ),
-    Metric(
-        "color_accuracy",
-        "colour accuracy, %",
-        1,
-        100,
-        about="The same for the colour, where the prompt names one. Chance is 12.5 %.",
-    ),
-    Metric(
-        "frechet",
-        "Fréchet distance",
-        -1,
-        about="The squared distance, as in FID, between the views and true renders of the prompt "
-        "in the features of the judge. Few pictures bias it upward, for all methods alike: the row "
-        "of true renders is its floor.",
-    ),
-    Metric(
-        "janus_rate",
-        "Janus rate, %",
-        -1,
-        100,
-        about="The share of the views from behind in which the judge sees a front, for objects "
-        "with one front. An unrecognisable object has a low rate too.",
-    ),
-    Metric(
-        "silhouette_iou",
-        "silhouette IoU, %",
-        1,
-        100,
-        about="The overlap of the opacity with the true shape after the best turn about the "
-        "vertical.",
-    ),
-    Metric("clip_score", "CLIP score", 1, 1, 3, "100 times the cosine of image and prompt."),
-)
-COSTS = (
-    Metric("seconds", "seconds", -1, about="The time of the training alone, on this machine."),
-    Metric("seconds_per_step", "seconds a step", -1, 1, 3),
-    Metric("peak_mib", "peak memory, MiB", -1, 1, 0, "Of the process, or of CUDA's allocator."),
-)
-HEADLINE = (METRICS[0], METRICS[2])
 
 
 class Rows(list):
@@ -153,6 +87,11 @@ class Section:
     missing: int = 0  # runs that other contestants have
 
     @property
+    def measures(self) -> Measures:
+        """What its world measures."""
+        return measures_of([*self.all_runs, *self.failed, *self.ceiling])
+
+    @property
     def title(self) -> str:
         return f"{self.representation} (grid {self.grid})"
 
@@ -160,7 +99,8 @@ class Section:
     def contest(self) -> bool:
         """Whether all of RIVALS were run, be it as one of MORE_RIVALS, and judged; else it says
         nothing of the claim."""
-        return all(values(self.all_runs, metric.column) for metric in HEADLINE) and all(
+        judged = [values(self.all_runs, metric.column) for metric in self.measures.headline]
+        return all(judged) and all(
             self.of(rival, *(more for more in MORE_RIVALS if more.startswith(f"{rival}-")))
             for rival in RIVALS
         )

@@ -21,14 +21,12 @@ from PIL import Image
 import threestudio
 from evaluation import metrics
 from evaluation.grid import TRUE, Run
-from evaluation.machine import ROOT, cpu_name, peak_mib, versions
-from evaluation.table import CELL, CURVES, RESULTS, begun
+from evaluation.machine import ROOT, peak_mib, versions
+from evaluation.table import CELL, CURVES, begun, columns_of
 from evaluation.training import build, train
-from pocket.shapes import truth
-from pocket.shapes.data import asked
-from pocket.shapes.judge import load as load_judge
-from pocket.shapes.judge import verdict
-from pocket.shapes.truth import Orbit, Pictures
+from evaluation.worlds import WORLDS
+from pocket.shapes.truth import Pictures, to_tensor
+from threestudio.run.machine import cpu_name
 from threestudio.utils.config import config_to_primitive, load_config, parse_structured
 from threestudio.utils.errors import StoppedError, UserError
 from threestudio.utils.extensions import load_custom_modules
@@ -37,7 +35,7 @@ from threestudio.utils.misc import choose_device, get_device
 from threestudio.utils.pretrained import load_complete
 
 LATENTS = "latents"  # system_type of the configurations of latents
-SHEET, SIZE = 4, 64  # pictures of a sheet, and their pixels
+SHEET = 4  # pictures of a sheet
 CURVE = 20  # rows of a curve
 WATCHED = ("loss_sds", "prior_loss", "grad_norm")
 
@@ -181,28 +179,9 @@ def scene(run: Run, cfg, folder: Path) -> Made:
     clock = Clock(recorder)
     train(system, data, [clock], **device)
     name, peak = device_and_peak()
-    return Made(render(system, data, run.views), recorder.steps(), clock.seconds, peak, name)
-
-
-@torch.no_grad()
-def render(system, data, views: int) -> Pictures:
-    """The first test views of a trained system, on the CPU."""
-    data.setup("test")
-    system.to(get_device()).eval()
-    system.do_update_step(system.true_current_epoch, system.true_global_step)
-    rgb, opacity, azimuth = [], [], []
-    for batch in data.test_dataloader():
-        on_device = {
-            k: v.to(get_device()) if isinstance(v, torch.Tensor) else v for k, v in batch.items()
-        }
-        out = system(on_device)
-        rgb += out["comp_rgb"].float().clamp(0, 1).permute(0, 3, 1, 2).cpu()
-        opacity += out["opacity"][..., 0].float().cpu()
-        azimuth += batch["azimuth"].tolist()
-        if len(rgb) >= views:
-            break
-    stacked = torch.stack(rgb[:views]), torch.stack(opacity[:views])
-    return Pictures(*stacked, np.array(azimuth[:views]))
+    return Made(
+        WORLDS[run.world].look(system, data, run.views), recorder.steps(), clock.seconds, peak, name
+    )
 
 
 @dataclass
@@ -244,10 +223,18 @@ def latents(run: Run, cfg, folder: Path) -> Made:
     recorder.watch(guidance)
     method = guidance.method
 
+    asked = WORLDS[run.world].cameras(data.n_particles)
+    seen = torch.zeros(data.n_particles, 4)  # all from the front
+    if asked is not None:
+        seen = torch.from_numpy(asked).float()
+    # the loop takes the particles in their order, a batch at a time
+    parts = itertools.cycle(seen.to(method.model.device).split(data.batch_size))
+
     def losses_of(part):
-        front = torch.zeros(len(part), device=part.device)  # all seen from the front
+        elevation, azimuth, distance, fovy = next(parts).unbind(1)
+        more = {} if asked is None else {"fovy": torch.deg2rad(fovy)}
         rows = part.permute(0, 2, 3, 1)
-        return guidance(rows, utils, front, front, front, rgb_as_latents=True)
+        return guidance(rows, utils, elevation, azimuth, distance, rgb_as_latents=True, **more)
 
     shape = (data.n_particles, *method.model.latent_shape)
     particles = torch.rand(shape, device=method.model.device).mul_(2).sub_(1).requires_grad_()
@@ -270,37 +257,22 @@ def latents(run: Run, cfg, folder: Path) -> Made:
         raise StoppedError("the particles are not finite at the end")
     seconds = time.perf_counter() - start
     name, peak = device_and_peak()
-    pictures = Pictures(truth.to_tensor(playground.decode(method.model, particles)))
+    azimuth = None if asked is None else asked[:, 1].astype(float)
+    decoded = to_tensor(playground.decode(method.model, particles))
+    pictures = Pictures(decoded, azimuth=azimuth)
     return Made(pictures, recorder.steps(), seconds, peak, name)
 
 
 # --- judging --------------------------------------------------------------------------------------
 
 
-def orbit_of(run: Run, cfg) -> Orbit | None:
-    """The test cameras of a config; None for latents."""
-    if cfg.system_type == LATENTS:
-        return None
-    data = threestudio.find(cfg.data_type)(cfg.data).cfg
-    return Orbit(data.eval_elevation_deg, data.eval_camera_distance, data.eval_fovy_deg, run.views)
-
-
-def small(images: Float[torch.Tensor, "V C H W"]) -> Float[torch.Tensor, "V C 64 64"]:
-    return F.interpolate(images, (SIZE, SIZE), mode="area")
-
-
 def score(run: Run, cfg, made: Pictures, clip=None) -> dict[str, float]:
-    """All metrics that apply; those that need the world of shapes where the grid says ``judge``,
-    and the CLIP score with what ``load_clip`` gives."""
+    """All metrics that apply; those of the grid's world where the grid says ``judge``, and the CLIP
+    score with what ``load_clip`` gives."""
     scores = {}
     if run.judge:
-        kind, color = asked(run.prompt)
-        true = truth.reference(kind, color, orbit_of(run, cfg))
-        said = verdict(load_judge(), small(made.rgb))
-        scores = metrics.judged(said, kind, color, made.azimuth, true.features)
-        if made.opacity is not None:
-            mask = small(made.opacity[:, None])[:, 0] > 0.5
-            scores["silhouette_iou"] = metrics.silhouette_iou(mask.numpy(), true.masks)
+        on = None if cfg.system_type == LATENTS else cfg
+        scores = WORLDS[run.world].score(run.prompt, on, made, run.method == TRUE)
     if clip:
         scores["clip_score"] = metrics.clip_score(*clip, made.rgb, run.prompt)
     return scores
@@ -322,13 +294,15 @@ def load_clip(name: str):
     return model.to(get_device()).eval(), tokenizer
 
 
-def sheet(made: Pictures) -> bytes:
-    """A webp of four pictures in a row: from azimuth 0, 90, 180 and 270, or the first four."""
+def sheet(made: Pictures, side: int = 64) -> bytes:
+    """A webp of four pictures in a row, ``side`` pixels each: from azimuth 0, 90, 180 and 270, or
+    the first four."""
     picks = list(range(min(SHEET, len(made.rgb))))
-    if made.azimuth is not None:
+    if made.azimuth is not None and len(made.rgb) > SHEET:
         gaps = [(made.azimuth - 360 * k / SHEET + 180) % 360 - 180 for k in range(SHEET)]
         picks = [int(np.abs(gap).argmin()) for gap in gaps]
-    pictures = (small(made.rgb[picks]) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    shown = F.interpolate(made.rgb[picks], (side, side), mode="area")
+    pictures = (shown * 255).round().byte().permute(0, 2, 3, 1).numpy()
     file = io.BytesIO()
     Image.fromarray(np.concatenate(list(pictures), axis=1)).save(file, "webp", quality=90)
     return file.getvalue()
@@ -363,13 +337,13 @@ def carry_out(run: Run, threads: int, commit: str, folder: Path) -> dict:
     result = {"row": row, "curves": [], "sheet": None}
     try:
         load_custom_modules(ROOT / "custom")
+        world = WORLDS[run.world]
         cfg = load_run(run, folder)
         flat = cfg.system_type == LATENTS
         clip = load_clip(run.clip) if run.clip else None  # or it fails after all the work
         if run.method == TRUE:
-            kind, color = asked(run.prompt)
             count = latents_data(cfg).n_particles if flat else run.views
-            made = Made(truth.example(kind, color, orbit_of(run, cfg), run.seed, count))
+            made = Made(world.example(run.prompt, None if flat else cfg, run.seed, count))
         else:
             made = (latents if flat else scene)(run, cfg, folder)
         for numbers in curve(made.steps):
@@ -383,7 +357,7 @@ def carry_out(run: Run, threads: int, commit: str, folder: Path) -> dict:
             "peak_mib": cell(made.peak_mib),
             "device": made.device,
         }
-        result["sheet"] = base64.b64encode(sheet(made.pictures)).decode()
+        result["sheet"] = base64.b64encode(sheet(made.pictures, world.side)).decode()
         row |= {k: cell(value) for k, value in score(run, cfg, made.pictures, clip).items()}
         row["status"] = "ok"
     except Exception as error:
@@ -391,7 +365,9 @@ def carry_out(run: Run, threads: int, commit: str, folder: Path) -> dict:
             raise full from error
         traceback.print_exc()  # for the log
         row["status"], result["curves"] = reason(error), []
-    assert set(row) == set(RESULTS) and all(set(r) == set(CURVES) for r in result["curves"])
+    assert set(row) == set(columns_of(run.world)) and all(
+        set(r) == set(CURVES) for r in result["curves"]
+    )
     return result
 
 

@@ -10,32 +10,45 @@ from pathlib import Path
 from evaluation.batch import Lock
 from evaluation.csvfile import read_rows, write_rows
 from evaluation.grid import CELL, IDENTITY, Run, slug
-from pocket.shapes.data import asked
-from pocket.shapes.scenes import COLOR_NAMES, KIND_NAMES
+from evaluation.worlds import DEFAULT, WORLDS
 from threestudio.utils.errors import UserError
 from threestudio.utils.files import whole_file
 
-RESULTS = (
+HEAD = (
     *("grid", "canvas", "prior", "prompt", "kind", "color", "seed", "settings", "steps", "digest"),
-    *("status", "object_accuracy", "color_accuracy", "frechet", "janus_rate"),
-    *("silhouette_iou", "clip_score", "prior_loss_first", "prior_loss_last", "seconds"),
+    "status",
+)
+TAIL = (
+    *("clip_score", "prior_loss_first", "prior_loss_last", "seconds"),
     *("seconds_per_step", "peak_mib", "threads", "device", "cpu", "python", "torch", "diffusers"),
     *("peft", "commit"),
 )
 CURVES = (*CELL, "step", "loss_sds", "prior_loss", "grad_norm")
 
 
+def columns_of(world: str) -> tuple[str, ...]:
+    """The columns of a table of runs in this world."""
+    return (*HEAD, *WORLDS[world].metrics, *TAIL)
+
+
+RESULTS = columns_of(DEFAULT)
+
+
 class Table:
     """``results.csv``, ``curves.csv`` and ``sheets/`` in a folder: a row, curve and sheet for each
     cell of a grid, of which a new one replaces the old. With ``tuning`` it is ``tuning.csv`` alone,
-    in which each setting of a cell has a row of its own.
+    in which each setting of a cell has a row of its own, and with ``sheets`` a sheet too. Tables of
+    another ``world`` have other columns.
 
     Every change is made under a lock and by renaming whole files. Locks (flock) go with the process
     that holds them, however it ends.
     """
 
-    def __init__(self, folder: Path, tuning: bool = False):
+    def __init__(
+        self, folder: Path, tuning: bool = False, world: str = DEFAULT, sheets: bool = False
+    ):
         self.folder, self.tuning = Path(folder), tuning
+        self.columns, self.sheets = columns_of(world), sheets or not tuning
         self.path = self.folder / ("tuning.csv" if tuning else "results.csv")
         self.key = (*CELL, "settings") if tuning else CELL
         try:
@@ -47,7 +60,7 @@ class Table:
 
     def rows(self) -> list[dict[str, str]]:
         """The rows that are there, as texts."""
-        return _read(self.path, RESULTS)
+        return _read(self.path, self.columns)
 
     def find(self, run: Run) -> dict[str, str] | None:
         """The row of this very run: of the same settings, steps and grid too."""
@@ -60,17 +73,19 @@ class Table:
     def record(self, row: dict, curves: list[dict], sheet: bytes | None) -> None:
         """Add what a run has given; ``sheet`` are the bytes of a webp."""
         with self._lock():
-            if not self.tuning:
-                path = sheet_path(self.folder, *(row[k] for k in CELL))
+            if self.sheets:
+                settings = row["settings"] if self.tuning else ""
+                path = sheet_path(self.folder, *(row[k] for k in CELL), settings)
                 if sheet is None:
                     path.unlink(missing_ok=True)  # of a run before
                 else:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with whole_file(path) as tmp:
                         tmp.write_bytes(sheet)
+            if not self.tuning:
                 self._replace(self.folder / "curves.csv", CURVES, CELL, row, curves)
             # last: a run whose row is there is done
-            self._replace(self.path, RESULTS, self.key, row, [row])
+            self._replace(self.path, self.columns, self.key, row, [row])
 
     def _replace(self, path, columns, key, row, new) -> None:
         """Rewrite a table with ``new`` in place of the rows that share ``row``'s key."""
@@ -95,12 +110,11 @@ class Table:
 
 
 def sheet_path(
-    folder: Path, grid: str, representation: str, method: str, prompt: str, seed
+    folder: Path, grid: str, representation: str, method: str, prompt: str, seed, settings: str = ""
 ) -> Path:
-    """Where the contact sheet of a cell is."""
-    return (
-        Path(folder) / "sheets" / slug(grid) / f"{slug(representation, method, prompt, seed)}.webp"
-    )
+    """Where the contact sheet of a cell is, or that of one of the settings that were tried."""
+    name = slug(representation, method, prompt, seed, *([settings] if settings else []))
+    return Path(folder) / "sheets" / slug(grid) / f"{name}.webp"
 
 
 def key_of(run: Run) -> tuple:
@@ -114,12 +128,9 @@ def _key(row: dict, names) -> tuple:
 
 def begun(run: Run, threads: int, commit: str) -> dict[str, str]:
     """The row of a run of which nothing is known yet but what it is."""
-    row = dict.fromkeys(RESULTS, "") | run.identity
+    row = dict.fromkeys(columns_of(run.world), "") | run.identity
     row |= {"threads": str(threads), "commit": commit}
-    if run.judge:
-        kind, color = asked(run.prompt)
-        row |= {"kind": KIND_NAMES[kind], "color": COLOR_NAMES[color] if color >= 0 else ""}
-    return row
+    return row | (WORLDS[run.world].labels(run.prompt) if run.judge else {})
 
 
 def _read(path: Path, columns) -> list[dict[str, str]]:

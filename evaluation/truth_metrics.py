@@ -7,11 +7,12 @@ around the object from azimuth 0: turning it by a view's angle shifts the order 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-SOLID = 0.5  # opacity of a silhouette
+from pocket.sharpness import gradients, sharpness
+
+SOLID, EMPTY = 0.5, 0.02  # opacity of a silhouette, and of what is outside of it
 GMSD_C = 0.0026  # of arXiv:1308.3052, for values in 0..1
-LUMA = (0.299, 0.587, 0.114)
 FRONT, BEHIND = 45.0, 90.0  # degrees from the front: a front view ends, one from behind begins
 
 
@@ -35,15 +36,6 @@ def ssim(a: Float[torch.Tensor, "V H W 3"], b: Float[torch.Tensor, "V H W 3"]) -
     return float(found)
 
 
-def gradients(images: Float[torch.Tensor, "V H W 3"]) -> Float[torch.Tensor, "V H W"]:
-    """Length of the brightness' gradient by Prewitt's filter, whose weights sum to 1."""
-    luma = (images.float() * images.new_tensor(LUMA)).sum(-1)[:, None]
-    across = torch.tensor([[1.0, 0.0, -1.0]]).repeat(3, 1) / 3
-    kernel = torch.stack([across, across.T])[:, None]
-    found = F.conv2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), kernel)
-    return found.square().sum(1).sqrt()
-
-
 def gmsd(a: Float[torch.Tensor, "V H W 3"], b: Float[torch.Tensor, "V H W 3"]) -> float:
     """Gradient magnitude similarity deviation (arXiv:1308.3052), mean over views: the standard
     deviation over the picture, at half its size, of (2 m n + c) / (m^2 + n^2 + c) with m and n the
@@ -53,10 +45,19 @@ def gmsd(a: Float[torch.Tensor, "V H W 3"], b: Float[torch.Tensor, "V H W 3"]) -
     return float(similarity.flatten(1).std(dim=1, correction=0).mean())
 
 
-def sharpness(made: Float[torch.Tensor, "V H W 3"], true: Float[torch.Tensor, "V H W 3"]) -> float:
-    """Mean length of the gradient, relative to that of the true views: 1 is as sharp as they are.
-    Noise and streaks raise it as edges do."""
-    return float(gradients(made).mean() / gradients(true).mean())
+def saturation(made: Float[torch.Tensor, "V H W 3"], true: Float[torch.Tensor, "V H W 3"]) -> float:
+    """Mean chroma (largest minus smallest of red, green and blue), relative to that of the true
+    views: above 1 colours are stronger than they truly are, as high guidance scales make them."""
+    chroma = [float((x.amax(-1) - x.amin(-1)).double().mean()) for x in (made, true)]
+    return chroma[0] / max(chroma[1], 1e-6)
+
+
+def clipped(images: Float[torch.Tensor, "V H W 3"], mask: Bool[torch.Tensor, "V H W"]) -> float:
+    """Share of the colours' values within the mask that are at the ends of their range, below 0.02
+    or above 0.98; 0 for an empty mask. Too much guidance drives them there."""
+    values = images[mask]
+    ends = (values < EMPTY) | (values > 1 - EMPTY)
+    return float(ends.float().mean()) if len(values) else 0.0
 
 
 def iou(made: Bool[np.ndarray, "V H W"], true: Bool[np.ndarray, "V H W"]) -> float:
@@ -68,7 +69,7 @@ def iou(made: Bool[np.ndarray, "V H W"], true: Bool[np.ndarray, "V H W"]) -> flo
 def veil(opacity: Float[torch.Tensor, "V H W"]) -> float:
     """Share of pixels that are neither empty nor solid, 0.02 to 0.98 of opacity: haze, and soft
     edges."""
-    return float(((opacity > 0.02) & (opacity < 0.98)).float().mean())
+    return float(((opacity > EMPTY) & (opacity < 1 - EMPTY)).float().mean())
 
 
 def janus_rate(table: Float[np.ndarray, "V V"]) -> float:
@@ -105,11 +106,58 @@ def against(
             f"{name}gmsd": gmsd(made, to),
             f"{name}iou": np.nan if opacity is None else iou((opacity > SOLID).numpy(), mask),
         }
-    nan = float("nan")
+    nan, inside = float("nan"), true_opacity > SOLID
     return {
         **found,
         "turn": turn * 360.0 / views,
         "sharpness": sharpness(made, true),
+        "saturation": saturation(made, true),
+        "clipped": clipped(made, inside) - clipped(true, inside),
         "half_transparent": nan if opacity is None else veil(opacity) - veil(true_opacity),
         "janus_rate": janus_rate(table) if front else nan,
+    }
+
+
+def before_its_background(
+    made: Float[torch.Tensor, "N H W 3"],
+    true: Float[torch.Tensor, "N H W 3"],
+    opacity: Float[torch.Tensor, "N H W"],
+) -> Float[torch.Tensor, "N H W 3"]:
+    """True views over white as they would be before the backgrounds of the pictures, which are
+    the mean colours of what is outside of the true silhouettes; white where nothing is outside."""
+    outside = (opacity < EMPTY).to(made.dtype)[..., None]
+    area = outside.sum((1, 2))
+    mean = (made * outside).sum((1, 2)) / area.clamp(min=1)
+    ground = torch.where(area > 0, mean, torch.ones_like(mean))[:, None, None]
+    return (true - (1 - opacity[..., None]) * (1 - ground)).clamp(0, 1)
+
+
+def pictures(
+    made: Float[torch.Tensor, "N H W 3"],
+    true: Float[torch.Tensor, "V H W 3"],
+    opacity: Float[torch.Tensor, "V H W"],
+    shown: Int[np.ndarray, " N"],
+) -> dict[str, float]:
+    """The metrics of single pictures, of which number i should be the true view ``shown[i]``, each
+    before the picture's own background (:func:`before_its_background`): a text says nothing of it.
+    ``nearest_psnr`` is to whichever of the true views is nearest; ``saturation`` is of the true
+    silhouette alone, and so is ``clipped``, less the truth's."""
+    table = np.concatenate(
+        [
+            psnr_table(one, before_its_background(one.expand_as(true), true, opacity))
+            for one in made.split(1)
+        ]
+    )
+    view = torch.from_numpy(shown)
+    wanted = before_its_background(made, true[view], opacity[view])
+    inside = opacity[view] > SOLID
+    shape = inside[..., None]
+    return {
+        "psnr": float(table[np.arange(len(made)), shown].mean()),
+        "nearest_psnr": float(table.max(1).mean()),
+        "ssim": ssim(made, wanted),
+        "gmsd": gmsd(made, wanted),
+        "sharpness": sharpness(made, wanted),
+        "saturation": saturation(made * shape, wanted * shape),
+        "clipped": clipped(made, inside) - clipped(wanted, inside),
     }

@@ -6,8 +6,9 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from evaluation.measures import SHAPES, Measures, Metric, measures_of
 from evaluation.page import Bold, Heading, Table
-from evaluation.results import HEADLINE, Metric, Section, latest, rank, reported, values
+from evaluation.results import Section, latest, rank, reported, values
 from evaluation.statistics import interval
 
 # settings whose effect is shown method by method
@@ -36,27 +37,32 @@ def brief(settings: str) -> str:
 def tuning_blocks(rows: Sequence[dict] | None, sections: Sequence[Section]) -> list:
     """The tables; none where there is no tuning."""
     blocks = [Heading(2, "Tuning")] if rows else []
+    measures = measures_of(rows or ())
     for representation, tried in sorted(tried_settings(rows or ()).items()):
         blocks.append(Heading(3, f"Tuning on {representation}"))
-        blocks += [_settings(representation, tried, reported(sections))]
+        blocks += [_settings(representation, tried, reported(sections), measures)]
         first = {method: only(of, shared_prompts(tried)) for method, of in tried.items()}
-        blocks += [table for key in VARIED if (table := _by_value(first, key))]
+        blocks += [
+            table for key in VARIED if (table := _by_value(first, key, measures.headline[1]))
+        ]
     return blocks
 
 
-def _settings(representation: str, tried: Tried, found: Sequence[Section]) -> Table:
+def _settings(
+    representation: str, tried: Tried, found: Sequence[Section], measures: Measures
+) -> Table:
     common = shared_prompts(tried)
     every = {r["prompt"] for of in tried.values() for rows in of.values() for r in rows}
-    metric = HEADLINE[1]
+    headline, metric = measures.headline, measures.headline[1]
     header = ["method", "settings", "finished runs"]
-    header += [f"{m.title}, {len(common)} prompts" for m in HEADLINE]
+    header += [f"{m.title}, {len(common)} prompts" for m in headline]
     header += [f"{metric.title}, {len(every)} prompts", "in the results"]
     table = []
     for method in sorted(tried, key=rank):
         chosen = chosen_settings(method, representation, tried[method], found)
         for settings, rows in sorted(tried[method].items()):
             done = [r for r in rows if r["status"] == "ok"]
-            cells = [_mean(m, (r for r in done if r["prompt"] in common)) for m in HEADLINE]
+            cells = [_mean(m, (r for r in done if r["prompt"] in common)) for m in headline]
             cells.append(_mean(metric, done) if {r["prompt"] for r in rows} == every else "")
             cells.append("chosen" if settings in chosen else "")
             row = [method, brief(settings) or "as shipped", f"{len(done)} of {len(rows)}", *cells]
@@ -91,22 +97,25 @@ def only(settings: dict[str, list[dict]], prompts: set[str]) -> dict[str, list[d
     return {s: [r for r in rows if r["prompt"] in prompts] for s, rows in settings.items()}
 
 
-def by_value(tried: Tried, key: str, metric: Metric = HEADLINE[1]) -> dict[str, dict[float, float]]:
-    """Of each method that ``key`` was varied for, the lowest mean distance at each of its values,
-    the other settings being the best there, of settings of which no run failed."""
+def by_value(
+    tried: Tried, key: str, metric: Metric = SHAPES.headline[1]
+) -> dict[str, dict[float, float]]:
+    """Of each method that ``key`` was varied for, the best mean of the metric at each value, the
+    other settings being the best there, of settings of which no run failed."""
     found: dict[str, dict[float, float]] = {}
     for method, settings in tried.items():
         for text, rows in settings.items():
-            value = _value(text, key)
+            value = value_of(text, key)
             done = values((r for r in rows if r["status"] == "ok"), metric.column)
             # what failed on a hard prompt would look better for it
             if value is not None and done and len(done) == len(rows):
                 of = found.setdefault(method, {})
-                of[value] = min(interval(done, draws=1).mean, of.get(value, math.inf))
+                means = interval(done, draws=1).mean, of.get(value, -metric.better * math.inf)
+                of[value] = max(means) if metric.better > 0 else min(means)
     return {method: of for method, of in found.items() if len(of) > 1}
 
 
-def _value(settings: str, key: str) -> float | None:
+def value_of(settings: str, key: str) -> float | None:
     """A setting as YAML has numbers; None for what is none."""
     text = dict(t.split("=", 1) for t in shlex.split(settings)).get(key)
     try:
@@ -115,8 +124,8 @@ def _value(settings: str, key: str) -> float | None:
         return None
 
 
-def _by_value(tried: Tried, key: str) -> Table | None:
-    metric, found = HEADLINE[1], by_value(tried, key)
+def _by_value(tried: Tried, key: str, metric: Metric) -> Table | None:
+    found = by_value(tried, key, metric)
     if not found:
         return None
     columns = sorted({value for of in found.values() for value in of})

@@ -13,6 +13,7 @@ latents stay what they are.
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +33,11 @@ REFRESH = 250  # steps between two looks for new renders
 SHOWN, JUDGED = 20, 80  # held-out pictures in a sheet, and in the PSNR
 
 
-def build(channels=CHANNELS, latent_channels: int = LATENT_CHANNELS, size: int = SIZE):
+def build(channels=CHANNELS, latent_channels: int = LATENT_CHANNELS, size: int = SIZE) -> Any:
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(
+    kind: Any = AutoencoderKL  # whose annotations say tuples of one
+    vae = kind(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         block_out_channels=channels,
@@ -136,7 +138,8 @@ class Pictures:
     def note(self, rows, error: torch.Tensor):
         """Remember how badly these came out; ``error`` (N,)."""
         keys = self.keys()
-        for (i, _), value in zip(rows, error.tolist(), strict=True):
+        values: list[float] = error.tolist()
+        for (i, _), value in zip(rows, values, strict=True):
             before = self.errors.get(keys[i], value)
             self.errors[keys[i]] = 0.9 * before + 0.1 * value
 
@@ -224,18 +227,7 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 8, peak: float = 1
         pictures.note(rows, (made.detach().float() - x).abs().mean((1, 2, 3)))
         return distance(made, x) + 1e-7 * posterior.kl().float().mean()
 
-    def watch(step):
-        with autocast(device):
-            look(vae, renders, f"vae at {step}", work / "sheets" / f"vae-{step:06d}.png")
-
-    training = Training(
-        work / "vae_state.pt", vae, loss, steps, peak=peak, weight_decay=1e-4,
-        extra=pictures.errors, name="vae",
-    )  # fmt: skip
-    with fast(vae, device):
-        training.run(watch, watch_s=240)
-    with training.averaged():
-        finished = {k: v.cpu().contiguous() for k, v in vae.state_dict().items()}
+    finished = _fit(work, "vae", vae, vae, pictures, loss, steps, peak, device)
     vae = build().eval()
     vae.load_state_dict(finished)
     rng = np.random.default_rng((seed, 1))
@@ -243,6 +235,30 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 8, peak: float = 1
     whiten(vae, compose(renders.rgba(rows), [background(rng) for _ in rows]))
     look(vae, renders, "vae, whitened, in float32")
     save_state(done, model=vae.state_dict())
+
+
+def _fit(
+    work: Path, name: str, trained: nn.Module, vae, pictures: Pictures, loss, steps: int,
+    peak: float, device: str,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Train ``trained``, which is ``vae`` or parts of it, by way of ``work/<name>_state.pt``;
+    returns its averaged weights."""
+
+    def watch(step):
+        with autocast(device):
+            file = work / "sheets" / f"{name}-{step:06d}.png"
+            look(vae, pictures.renders, f"{name} at {step}", file)
+
+    training = Training(
+        work / f"{name}_state.pt", trained, loss, steps, peak=peak, weight_decay=1e-4,
+        extra=pictures.errors, name=name,
+    )  # fmt: skip
+    with fast(vae, device):
+        training.run(watch, watch_s=240)
+    with training.averaged():
+        # copies: when the block ends, the parameters get back the weights that they had before it
+        state = trained.state_dict().items()
+        return {k: v.to("cpu", copy=True).contiguous() for k, v in state}
 
 
 def load_vae(work: Path):
@@ -271,8 +287,9 @@ def train_decoder(
 ):
     """Train the decoder on, the encoder fixed, to ``work/decoder.pt`` by way of
     ``work/decoder_state.pt``; more steps than before continue it."""
+    if not (work / "vae.pt").exists():
+        raise ValueError(f"{work} has no autoencoder yet: run the stage vae first")
     renders = Renders(work / "renders")
-    done = work / "decoder.pt"
     vae = build().to(device)
     vae.load_state_dict(load_state(work / "vae.pt")["model"])
     vae.requires_grad_(False)
@@ -291,18 +308,6 @@ def train_decoder(
         pictures.note(rows, (made.detach().float() - x).abs().mean((1, 2, 3)))
         return distance(made, x)
 
-    def watch(step):
-        with autocast(device):
-            look(vae, renders, f"decoder at {step}", work / "sheets" / f"decoder-{step:06d}.png")
-
-    training = Training(
-        work / "decoder_state.pt", trained, loss, steps, peak=peak, weight_decay=1e-4,
-        extra=pictures.errors, name="decoder",
-    )  # fmt: skip
-    with fast(vae, device):
-        training.run(watch, watch_s=240)
-    with training.averaged():
-        state = {k: v.cpu().contiguous() for k, v in trained.state_dict().items()}
-        vae.cpu()
-        look(vae, renders, "decoder, in float32")
-    save_state(done, model=state)
+    finished = _fit(work, "decoder", trained, vae, pictures, loss, steps, peak, device)
+    save_state(work / "decoder.pt", model=finished)
+    look(load_vae(work), renders, "decoder, in float32")

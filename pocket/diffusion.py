@@ -4,13 +4,12 @@ Loss: mean |v' - v|^2 with v = sqrt(abar) eps - sqrt(1 - abar) z (v-prediction, 
 arXiv 2202.00512): unlike the noise loss it does not vanish at high noise, where object, colour and
 view are decided, and four fifths of the timesteps are drawn there. Captions are empty with
 probability 0.1 for classifier-free guidance; the rows of the camera, appended to those of the text,
-are absent from 40 % of the batches, so that the UNet works with words only as well. The weights
-saved are an exponential moving average.
+are absent from a quarter of the batches, so that the UNet works with words only as well. The
+weights saved are an exponential moving average.
 """
 
-import json
-import os
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ from torch import nn
 
 from pocket.autoencoder import LATENT_CHANNELS, load_vae
 from pocket.fast import autocast, fast
+from pocket.folders import finish, save_stable_diffusion
 from pocket.latents import LENGTH, WORDS, Latents, tokenizer, vocabulary
-from pocket.portable import make_portable
-from pocket.tokenizer import save_tokenizer
-from pocket.tools import CameraTokens, whole_file
+from pocket.tokenizer import text_config
+from pocket.tools import CameraTokens
 from pocket.training import Training, build_scheduler, load_state
 from pocket.watching import watch_model
 
@@ -30,25 +29,14 @@ CHANNELS = (64, 128, 192)
 HIGH, HIGH_SHARE = 300, 0.8  # of the timesteps, the share that is drawn from 300..999
 NAME = "unet"
 BATCH = 48
+PLAIN: dict[str, Any] = {"attn_implementation": "eager"}  # fused attention is slower on a CPU
+M = TypeVar("M", bound=nn.Module)
 
 
 def build_text_encoder(tokens, width: int = WIDTH, layers: int = 2):
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    config = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=LENGTH,
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-        pad_token_id=tokens.pad_token_id,
-        projection_dim=width,
-        attn_implementation="eager",  # fused attention is slower on a CPU
-    )
-    return CLIPTextModel(config)
+    return CLIPTextModel(text_config(tokens, LENGTH, width, layers, **PLAIN))
 
 
 def build_unet(channels=CHANNELS, width: int = WIDTH, size: int = 16):
@@ -112,20 +100,31 @@ class Model(nn.Module):
         and ``scale`` is the guidance from these to those; the cameras (N, 4) go with both."""
         from diffusers import DDIMScheduler
 
-        schedule = DDIMScheduler.from_config(
+        schedule: Any = DDIMScheduler.from_config(
             self.scheduler.config, timestep_spacing="trailing", clip_sample=False
         )
         schedule.set_timesteps(steps)
-        device = next(self.parameters()).device
-        size = self.unet.config["sample_size"]
-        shape = len(ids) // 2, LATENT_CHANNELS, size, size
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-        twice = None if cameras is None else torch.cat([cameras, cameras])
+        x = first_noise(self.unet, len(ids) // 2, seed)
         for t in schedule.timesteps:
-            both = torch.cat([x, x])
-            null, said = self(both, t.to(device), ids, twice).float().chunk(2)
-            x = schedule.step(null + scale * (said - null), t, x).prev_sample
+            made = guided(self, x, t.to(x.device), ids, cameras, scale)
+            x = schedule.step(made, t, x).prev_sample
         return x
+
+
+def first_noise(denoiser, count: int, seed: int) -> torch.Tensor:
+    """What sampling starts from, (count, C, h, w), on the device of the network."""
+    size = denoiser.config["sample_size"]
+    source = torch.Generator().manual_seed(seed)
+    noise = torch.randn((count, LATENT_CHANNELS, size, size), generator=source)
+    return noise.to(next(denoiser.parameters()).device)
+
+
+def guided(model, x, t, ids, cameras, scale: float) -> torch.Tensor:
+    """The prediction of ``model`` for x (N, C, h, w) at ``t``: with the first N captions of
+    ``ids`` moved by ``scale`` to that with the others; the cameras (N, 4) go with both."""
+    twice = None if cameras is None else torch.cat([cameras, cameras])
+    null, said = model(torch.cat([x, x]), t, ids, twice).float().chunk(2)
+    return null + scale * (said - null)
 
 
 def train(
@@ -143,7 +142,7 @@ def train(
     """Train a ``kind`` of model on all latents, to ``work/<name>_state.pt``; more steps than before
     continue it. ``peak`` is the rate for a batch of 48, and grows with the root of the batch."""
     torch.manual_seed(seed)
-    model = kind(tokenizer(work))
+    model: Any = kind(tokenizer(work))
     latents = Latents(work, tokenizer(work))
     model.to(device)
 
@@ -169,7 +168,7 @@ def train(
         training.run(watch, watch_s=watch_s, say_every=200)
 
 
-def load_averaged(work: Path, name: str, model: nn.Module) -> nn.Module:
+def load_averaged(work: Path, name: str, model: M) -> M:
     """``model`` with the averaged weights of the state on disk, of a finished training or not."""
     file = work / f"{name}_state.pt"
     if not file.exists():
@@ -186,38 +185,19 @@ def load_averaged(work: Path, name: str, model: nn.Module) -> nn.Module:
 def save_pipeline(work: Path, folder: Path):
     """Write the averaged weights as a ``StableDiffusionPipeline`` folder in half precision, with
     the encoder of cameras, which stock diffusers leaves alone, and ``vocabulary.json``."""
-    from diffusers import StableDiffusionPipeline
-
     model = load_averaged(work, NAME, Model(tokenizer(work)))
-    pipeline = StableDiffusionPipeline(
+    save_stable_diffusion(
+        folder,
         vae=load_vae(work),
         text_encoder=model.text_encoder,
         tokenizer=tokenizer(work),
         unet=model.unet,
         scheduler=model.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )
-    pipeline.to(dtype=torch.float16)
-    pipeline.save_pretrained(folder)
     finish_folder(folder, model.camera_encoder)
 
 
-def finish_folder(folder: Path, camera_encoder: CameraTokens):
-    """What a pipeline's folder needs besides what diffusers writes."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in folder.rglob("*.safetensors"):  # which safetensors writes for the owner alone
-        file.chmod(0o666 & ~mask)
-    for config in folder.glob("text_encoder*/config.json"):
-        # transformers goes by this where diffusers goes by its own default, float32: they must
-        # agree
-        text = config.read_text().replace('"dtype": "float16"', '"dtype": "float32"')
-        config.write_text(text)
-    for part in folder.glob("tokenizer*"):  # also what older transformers read
-        save_tokenizer(part, WORDS, LENGTH)
-    make_portable(folder)
+def finish_folder(folder: Path, camera_encoder: CameraTokens) -> None:
+    """What the folder of a pipeline of the pocket world needs besides what diffusers writes."""
+    finish(folder, WORDS, LENGTH, vocabulary())
     camera_encoder.save(folder)
-    with whole_file(folder / "vocabulary.json") as tmp:
-        tmp.write_text(json.dumps(vocabulary(), indent=1) + "\n")

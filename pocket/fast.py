@@ -66,7 +66,7 @@ def fast(network, device: str = "cpu") -> Iterator[None]:
         if plain:
             network.set_attn_processor(AttnProcessor())
         for norm in norms:
-            norm.forward = functools.partial(_norm_in_float32, norm)
+            norm.__dict__["forward"] = functools.partial(_norm_in_float32, norm)
         yield
     finally:
         for norm in norms:

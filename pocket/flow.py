@@ -15,14 +15,16 @@ number.
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from pocket.autoencoder import LATENT_CHANNELS, load_vae
-from pocket.diffusion import finish_folder, load_averaged
+from pocket.diffusion import PLAIN, finish_folder, first_noise, guided, load_averaged
 from pocket.latents import LENGTH, tokenizer
+from pocket.tokenizer import text_config
 from pocket.tools import CameraTokens
 
 NAME, PEAK = "flow", 6e-4  # of the state's file, and of the rate
@@ -33,22 +35,9 @@ ZERO_ROWS = 256  # as many as the pipeline appends
 
 
 def build_text_encoder(tokens, width: int, layers: int):
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    from transformers import CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=LENGTH,
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-        pad_token_id=tokens.pad_token_id,
-        projection_dim=width,
-        attn_implementation="eager",  # fused attention is slower on a CPU
-    )
-    return CLIPTextModelWithProjection(config)
+    return CLIPTextModelWithProjection(text_config(tokens, LENGTH, width, layers, **PLAIN))
 
 
 def build_silent_encoder(tokens):
@@ -104,7 +93,7 @@ class ZeroRows:
     def __init__(self):
         self.count, self.after = 1.0, 0
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+    def __call__(self, attn, hidden_states, encoder_hidden_states, **_):
         def split(x):
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
@@ -139,7 +128,8 @@ class Model(nn.Module):
         self.camera_encoder = CameraTokens(width=sum(WIDTHS))
         self.transformer = build_transformer(**shape)
         self.zero_rows, self.count = ZeroRows(), 1.0
-        self.transformer.set_attn_processor(self.zero_rows)
+        processor: Any = self.zero_rows
+        self.transformer.set_attn_processor(processor)
 
     def forward(self, noisy, t, ids, cameras=None):
         """eps - z for (N, C, h, w) at times t (N,) in 0..1; ``cameras`` (N, 4) appends their rows.
@@ -186,15 +176,10 @@ class Model(nn.Module):
         """Latents of ``steps`` steps of Euler's. ``ids`` (2N, LENGTH) are N empty captions and N
         others, and ``scale`` is the guidance from these to those; the cameras (N, 4) go with
         both."""
-        device = next(self.parameters()).device
-        size = self.transformer.config["sample_size"]
-        shape = len(ids) // 2, LATENT_CHANNELS, size, size
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-        twice = None if cameras is None else torch.cat([cameras, cameras])
+        x = first_noise(self.transformer, len(ids) // 2, seed)
         for k in range(steps):
-            t = torch.full((len(ids),), 1 - k / steps, device=device)
-            null, said = self(torch.cat([x, x]), t, ids, twice).float().chunk(2)
-            x = x - (null + scale * (said - null)) / steps
+            t = torch.full((len(ids),), 1 - k / steps, device=x.device)
+            x = x - guided(self, x, t, ids, cameras, scale) / steps
         return x
 
 

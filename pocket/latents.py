@@ -22,10 +22,10 @@ from pocket.world import COLOURS, OBJECTS, TEMPLATES, VIEWS, caption, view_of
 LENGTH = 16  # tokens of a caption
 NAMES = {o.slug: o.name for o in OBJECTS}
 # How often a caption leaves the view word out, with camera rows (which say more) and without; as
-# rows are absent from 40 % of the batches, 30 % of all captions do.
+# rows are absent from a quarter of the batches, a third of all captions do.
 UNSAID = {True: 0.4, False: 0.15}
 EMPTY = 0.1  # of the captions
-NO_ROWS = 0.4  # of the batches have no camera rows
+NO_ROWS = 0.25  # of the batches have no camera rows
 REFRESH = 500  # steps between two looks for new latents
 WORDS = tuple(
     dict.fromkeys(
@@ -138,7 +138,7 @@ class Latents:
         held = [(i, v) for i, vs in enumerate(counts) for v in vs if v % EVERY == EVERY - 1]
         self.held_out = np.array(sorted(held, key=lambda row: row[1]), int).reshape(-1, 2)
         slugs = [slug for slug, _ in self.series]
-        weights = np.array([slugs.count(slug) ** -0.5 for slug in slugs])
+        weights = np.array([slugs.count(slug) ** -0.9 for slug in slugs])
         self.weights = weights / weights.sum()
 
     def ids(self, texts: list[str]) -> torch.Tensor:

@@ -1,66 +1,30 @@
 """``python -m pocket.make``: the models of real objects from nothing, with a fixed seed.
 
-Stages, each resumable and kept under --work: train the autoencoder; encode the renders; train text
-encoder, encoder of cameras and UNet together; train the decoder on; save a
-``StableDiffusionPipeline`` folder; train the flow transformer, and save its folder. More steps than
-a finished UNet, decoder or transformer had train it on from the end of its constant rate; new
-renders are taken in by every stage.
+Stages, each resumable and kept under --work: render the objects, whose models Debian's client
+fetches; write the truth; train the autoencoder; encode the renders; train text encoder, encoder of
+cameras and UNet together; train the decoder on; save a ``StableDiffusionPipeline`` folder; train
+the judge; report what the judge says of the folder; train the flow transformer, and save its
+folder. More steps than a finished UNet, decoder or transformer had train it on from the end of its
+constant rate; new renders are taken in by every stage.
+
+What a stage is made with, and the seconds that it took so far, are noted in the work folder
+(``made_with.json``, ``times.json``). A stage that has begun is refused under another recipe.
 """
 
 import argparse
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from pocket import recipes
 from pocket.tools import say, whole_file
 
 OUT = Path("custom/threestudio-lods/lods/models/pocket")
 FLOW_OUT = OUT.with_name("pocket-flow")
-STAGES = ("vae", "latents", "unet", "decoder", "save", "flow", "save-flow")
-
-
-def recipes(args) -> dict[str, dict]:
-    """What each stage is made with and cannot be changed once it has begun."""
-    from pocket import autoencoder, diffusion, flow
-
-    vae = [*autoencoder.CHANNELS, autoencoder.LATENT_CHANNELS]
-    unet = [*diffusion.CHANNELS, diffusion.WIDTH]
-    return {
-        "vae": {"seed": args.seed, "channels": vae},
-        "unet": {"seed": args.seed, "channels": unet},
-        "flow": {"seed": args.seed, "channels": [flow.LAYERS_OF_TRANSFORMER, flow.HEADS]},
-    }
-
-
-def check_work(work: Path, now: dict[str, dict]) -> None:
-    """Raise ``ValueError`` if stages in ``work`` were made by another recipe than ``now``'s; later
-    stages take what they left there."""
-    for stage, before in _read(work).items():
-        other = [
-            f"{key} {value}, not {now[stage].get(key)}"
-            for key, value in before.items()
-            if stage in now and now[stage].get(key) != value
-        ]
-        if other:
-            raise ValueError(
-                f"{work}: the stage {stage} was made with {', '.join(other)}: give another --work"
-            )
-
-
-def note(work: Path, stage: str, recipe: dict) -> None:
-    """Remember what a stage is made with."""
-    with whole_file(work / "made_with.json") as tmp:
-        tmp.write_text(json.dumps({**_read(work), stage: recipe}, indent=1) + "\n")
-
-
-def _read(work: Path) -> dict[str, dict]:
-    file = work / "made_with.json"
-    try:
-        made = json.loads(file.read_text()) if file.exists() else {}
-    except ValueError:
-        made = None
-    if not isinstance(made, dict) or not all(isinstance(v, dict) for v in made.values()):
-        raise ValueError(f"{file} is damaged: give another --work")
-    return made
+PACKAGE = Path(__file__).parent
+STAGES = tuple(recipes.NEEDS)
 
 
 def positive(text: str) -> int:
@@ -70,18 +34,64 @@ def positive(text: str) -> int:
     return value
 
 
+@contextmanager
+def timed(work: Path, stage: str) -> Iterator[None]:
+    """Add the seconds of the block to those of ``stage`` in ``times.json``, and say them."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        took, file = time.monotonic() - began, work / "times.json"
+        times = recipes.read_json(file)
+        before = times.get(stage, 0.0)
+        times[stage] = round((before if isinstance(before, (int, float)) else 0.0) + took, 1)
+        with whole_file(file) as tmp:
+            tmp.write_text(json.dumps(times, indent=1) + "\n")
+        say(f"{stage}: {duration(took)}, {duration(times[stage])} in all")
+
+
+def duration(seconds: float) -> str:
+    """As 12.3 s, 4 min 5 s or 3 h 7 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m pocket.make", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m pocket.make",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--work", type=Path, default=Path("build/pocket"))
+    parser.add_argument(
+        "--assets",
+        type=Path,
+        help="folder of the package sweethome3d-furniture or of its .sh3f files; by default the "
+        "installed package, or apt-get fetches it to the work folder",
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--flow-out", type=Path, default=FLOW_OUT)
-    parser.add_argument("--stages", help=f"of {','.join(STAGES)}")
+    parser.add_argument(
+        "--package",
+        type=Path,
+        default=PACKAGE,
+        help="gets truth, ideal, judge.safetensors and results, by default this package itself",
+    )
+    parser.add_argument("--stages", help=f"of {','.join(STAGES)}; by default all")
+    parser.add_argument("--views", type=positive, default=400, help="of each object")
+    parser.add_argument(
+        "--painted", type=positive, default=200, help="of these, those in each of its colours"
+    )
     parser.add_argument("--vae-steps", type=positive, default=4400)
     parser.add_argument(
         "--latent-views", type=positive, help="encode the first of each series only, for now"
     )
     parser.add_argument("--unet-steps", type=positive, default=100_000)
     parser.add_argument("--decoder-steps", type=positive, default=6000)
+    parser.add_argument("--judge-steps", type=positive, default=2500)
     parser.add_argument("--flow-steps", type=positive, default=100_000)
     parser.add_argument(
         "--batch", type=positive, default=48, help="of UNet and transformer; a GPU wants more"
@@ -101,13 +111,13 @@ def main(arguments=None):
         parser.error(f"--device {args.device}: torch finds no GPU here")
     try:
         args.work.mkdir(parents=True, exist_ok=True)
-        now = recipes(args)
-        check_work(args.work, now)
+        now = recipes.recipes(args.seed)
+        recipes.check(args.work, stages, now)
         for stage in STAGES:
             if stage in stages:
-                if stage in now:
-                    note(args.work, stage, now[stage])
-                _run(stage, args)
+                recipes.note(args.work, stage, now)
+                with timed(args.work, stage):
+                    RUN[stage](args)
     except (OSError, ValueError) as error:
         parser.error(str(error).splitlines()[0])
     except KeyboardInterrupt as error:
@@ -115,25 +125,99 @@ def main(arguments=None):
         raise SystemExit(130) from None
 
 
-def _run(stage: str, args) -> None:
-    from pocket import autoencoder, diffusion, flow, latents
+def _render(args) -> None:
+    from pocket import assets, render
 
-    options = {"seed": args.seed, "device": args.device}
-    if stage == "vae":
-        autoencoder.train(args.work, args.vae_steps, **options)
-    elif stage == "latents":
-        latents.encode_all(args.work, args.device, args.latent_views)
-    elif stage == "unet":
-        diffusion.train(args.work, args.unet_steps, batch=args.batch, **options)
-    elif stage == "decoder":
-        autoencoder.train_decoder(args.work, args.decoder_steps, **options)
-    elif stage == "save":
-        diffusion.save_pipeline(args.work, args.out)
-    elif stage == "flow":
-        more = {"name": flow.NAME, "kind": flow.Model, "peak": flow.PEAK}
-        diffusion.train(args.work, args.flow_steps, batch=args.batch, **options, **more)
-    elif stage == "save-flow":
-        flow.save_pipeline(args.work, args.flow_out)
+    lacking = render.lacking(args.work, args.views, args.painted)
+    if lacking:
+        folder = assets.find(args.assets, args.work)
+        slugs = {thing.slug for thing in lacking}
+        render.render_all(folder, args.work, args.views, args.painted, slugs)
+
+
+def _truth(args) -> None:
+    from pocket import truth
+
+    truth.make(args.assets, args.work, args.package / "truth", args.package / "ideal")
+
+
+def _vae(args) -> None:
+    from pocket import autoencoder
+
+    autoencoder.train(args.work, args.vae_steps, seed=args.seed, device=args.device)
+
+
+def _latents(args) -> None:
+    from pocket import latents
+
+    latents.encode_all(args.work, args.device, args.latent_views)
+
+
+def _unet(args) -> None:
+    from pocket import diffusion
+
+    same = {"seed": args.seed, "batch": args.batch, "device": args.device}
+    diffusion.train(args.work, args.unet_steps, **same)
+
+
+def _decoder(args) -> None:
+    from pocket import autoencoder
+
+    autoencoder.train_decoder(args.work, args.decoder_steps, seed=args.seed, device=args.device)
+
+
+def _save(args) -> None:
+    from pocket import diffusion
+
+    diffusion.save_pipeline(args.work, args.out)
+
+
+def _judge(args) -> None:
+    from pocket import judge
+
+    judge.train(args.work, args.judge_steps, seed=args.seed, file=_judge_of(args))
+
+
+def _report(args) -> None:
+    from pocket import report
+
+    report.report(
+        args.out, args.work, args.package / "results" / args.out.resolve().name,
+        judge_file=_judge_of(args),
+    )  # fmt: skip
+
+
+def _flow(args) -> None:
+    from pocket import diffusion, flow
+
+    same = {"seed": args.seed, "batch": args.batch, "device": args.device}
+    more = {"name": flow.NAME, "kind": flow.Model, "peak": flow.PEAK}
+    diffusion.train(args.work, args.flow_steps, **same, **more)
+
+
+def _save_flow(args) -> None:
+    from pocket import flow
+
+    flow.save_pipeline(args.work, args.flow_out)
+
+
+def _judge_of(args) -> Path:
+    return args.package / "judge.safetensors"
+
+
+RUN: dict[str, Callable[[argparse.Namespace], None]] = {
+    "render": _render,
+    "truth": _truth,
+    "vae": _vae,
+    "latents": _latents,
+    "unet": _unet,
+    "decoder": _decoder,
+    "save": _save,
+    "judge": _judge,
+    "report": _report,
+    "flow": _flow,
+    "save-flow": _save_flow,
+}
 
 
 if __name__ == "__main__":

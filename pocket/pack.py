@@ -6,8 +6,9 @@
 
 The pack holds latents in eight bits (their standard deviation is 1, the step 1/24), all with a
 white background and every fourth also with another, the cameras, and the autoencoder in half
-precision. If that is more than the limit, the last views of each object are left out. What comes
-back are the averaged weights in half precision, in parts of at most 15 MiB.
+precision, and it says what they were made with (:mod:`pocket.recipes`). If that is more than the
+limit, the last views of each object are left out. What comes back are the averaged weights in half
+precision, in parts of at most 15 MiB.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pocket import recipes
 from pocket.autoencoder import load_vae
 from pocket.latents import NAMES
 from pocket.tools import say, whole_file
@@ -57,18 +59,25 @@ def make(work: Path, file: Path, megabytes: float) -> int:
     for slug, values in cameras.items():
         tensors[f"cameras {slug}"] = torch.from_numpy(values[:views])
     with whole_file(file) as tmp:
-        save_file(tensors, tmp)
+        save_file(tensors, tmp, {"made_with": json.dumps(recipes.read(work))})
     return views
 
 
 def unpack(file: Path, work: Path) -> None:
     """Make a work folder of a pack. A view without a coloured background has its white one
     twice."""
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     tensors = load_file(file)
+    with safe_open(file, "pt") as stored:
+        made = (stored.metadata() or {}).get("made_with")
     vae = {k[4:]: v.float() for k, v in tensors.items() if k.startswith("vae ")}
     work.mkdir(parents=True, exist_ok=True)
+    if made is not None:
+        with whole_file(work / "made_with.json") as tmp:
+            tmp.write_text(made)
+        recipes.read(work)  # raises if it is damaged
     save_state(work / "vae.pt", model=vae)
     for name, value in tensors.items():
         kind, _, key = name.partition(" ")
@@ -93,7 +102,8 @@ def weights(work: Path, name: str, folder: Path) -> list[Path]:
     values = {k: v for k, v in state["model"].items() if v.is_floating_point()}
     average = dict(zip(state["parameters"], state["average"]["shadow_params"], strict=True))
     values = {k: average.get(k, v).half().contiguous() for k, v in values.items()}
-    data = save(values, {"step": str(state["step"])})
+    made = json.dumps(recipes.read(work).get(name, {}))
+    data = save(values, {"step": str(state["step"]), "made_with": made})
     parts = []
     for k, start in enumerate(range(0, len(data), PART)):
         parts.append(folder / f"{name}.{k}.part")
@@ -104,7 +114,8 @@ def weights(work: Path, name: str, folder: Path) -> list[Path]:
 
 def take(work: Path, name: str, folder: Path) -> int:
     """Make a state of the parts in ``folder``, which ``save`` and further training take up;
-    returns its step. Replaces none that has seen more steps."""
+    returns its step. Replaces none that has seen more steps, or that was made with something else.
+    """
     from safetensors.torch import load
 
     parts = sorted(folder.glob(f"{name}.*.part"), key=lambda f: int(f.name.split(".")[-2]))
@@ -115,12 +126,17 @@ def take(work: Path, name: str, folder: Path) -> int:
         values = {k: v.float() for k, v in load(data).items()}
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         step = int(header["__metadata__"]["step"])
+        recipe = dict(json.loads(header["__metadata__"].get("made_with", "{}")))
     except Exception as error:
         raise ValueError(f"the parts of {name} in {folder} are damaged: {error}") from None
     file = work / f"{name}_state.pt"
+    if recipe:
+        recipes.check(work, [name], {name: recipe})
     if file.exists() and load_state(file)["step"] > step:
         raise ValueError(f"{file} has seen more than {step} steps: move it away first")
     save_state(file, model=values, step=step, steps=step, falls=step, weights_only=True)
+    if recipe:
+        recipes.note(work, name, {name: recipe})
     return step
 
 

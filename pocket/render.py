@@ -140,6 +140,26 @@ def stage_of(thing: Object, assets: Path, folder: Path, size: int = SIZE) -> Sta
     return Stage(obj, rotation(entry), thing.turn, size)
 
 
+def files_of(thing: Object, work: Path, count: int, painted: int) -> dict[str | None, tuple]:
+    """(file, views that it should have) of an object by its colours, None for its own."""
+    folder = work / "renders" / thing.slug
+    sorts = {None: count, **dict.fromkeys(thing.colours, min(painted, count))}
+    names = {c: "rgba.npy" if c is None else f"rgba-{c}.npy" for c in sorts}
+    return {c: (folder / names[c], wanted) for c, wanted in sorts.items()}
+
+
+def lacking(work: Path, count: int, painted: int) -> list[Object]:
+    """The objects that have fewer views under ``work`` than these."""
+    return [
+        thing
+        for thing in OBJECTS
+        if any(
+            not file.exists() or len(np.load(file, mmap_mode="r")) < wanted
+            for file, wanted in files_of(thing, work, count, painted).values()
+        )
+    ]
+
+
 def render(
     thing: Object, assets: Path, work: Path, count: int, painted: int, every: int = 50
 ) -> None:
@@ -151,9 +171,9 @@ def render(
     """
     folder = work / "renders" / thing.slug
     folder.mkdir(parents=True, exist_ok=True)
-    sorts = {None: count, **dict.fromkeys(thing.colours, min(painted, count))}
-    files = {c: folder / ("rgba.npy" if c is None else f"rgba-{c}.npy") for c in sorts}
-    have = {c: list(np.load(f)) if f.exists() else [] for c, f in files.items()}
+    files = files_of(thing, work, count, painted)
+    sorts = {c: wanted for c, (_, wanted) in files.items()}
+    have = {c: list(np.load(f)) if f.exists() else [] for c, (f, _) in files.items()}
     if all(len(have[c]) >= wanted for c, wanted in sorts.items()):
         return
     # What was rendered for a larger count stays, with its cameras.
@@ -174,7 +194,7 @@ def render(
                 _save(folder / "cameras.npy", views[: max(map(len, have.values()))])
                 for colour, pictures in have.items():
                     if pictures:
-                        _save(files[colour], np.stack(pictures))
+                        _save(files[colour][0], np.stack(pictures))
         stage.close()
 
 

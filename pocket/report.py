@@ -14,11 +14,11 @@ the name of the model's folder,
     samples.webp   the true views, and below them the samples
 
 A model is told of cameras in each of the ways that ``--cameras`` lists. Sharpness is the mean
-magnitude of the pictures' gradient over that of the true views'.
+length of the pictures' gradients over that of the true views' (:mod:`pocket.sharpness`).
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,23 @@ import torch.nn.functional as F
 from jaxtyping import Float
 
 from pocket.data import EVERY, Renders, psnr, sheet, to_bytes
-from pocket.judge import FRONTS, SLUGS, accuracies, labels_of, load, pictures, verdict
+from pocket.judge import (
+    FRONTS,
+    SLUGS,
+    WEIGHTS,
+    accuracies,
+    labels_of,
+    load,
+    pictures,
+    verdict,
+)
+from pocket.sharpness import gradients
 from pocket.tools import Cameras, load_model, say, write_table
 from pocket.world import NAMES, VIEWS, caption, view_of
 
 RESULTS = Path(__file__).parent / "results"
 TOLD = ("tokens", "words", "both")
+ASKED = ("tokens", "words")  # of these, the ways that are reported
 TEMPLATE = "a DSLR image of {}"
 BATCH = 40
 SMALL = 32  # pixels of a side, at which the nearest training picture is looked for
@@ -138,11 +149,11 @@ def reconstructions(model, images: Pictures, batch: int = BATCH) -> Pictures:
     return torch.cat(parts)
 
 
-def magnitudes(images: Pictures) -> Float[torch.Tensor, " N"]:
-    """The mean magnitude of each picture's gradient, by differences of neighbours."""
-    across = images[..., :-1, 1:] - images[..., :-1, :-1]
-    down = images[..., 1:, :-1] - images[..., :-1, :-1]
-    return (across.square() + down.square()).sqrt().mean((1, 2, 3))
+def steepness(made: Pictures, truth: Pictures) -> tuple[np.ndarray, np.ndarray]:
+    """Mean lengths of the gradients of each picture and of its truth: means of the first over those
+    of the second are a sharpness."""
+    both = (gradients(images.permute(0, 2, 3, 1)).mean((1, 2)).numpy() for images in (made, truth))
+    return next(both), next(both)
 
 
 def ssim(made: Pictures, truth: Pictures) -> np.ndarray:
@@ -195,7 +206,7 @@ def vae_table(model, renders: Renders, count: int) -> list[dict]:
     return by_object(
         labels_of(renders, rows)["object"],
         psnr=decibels(made, truth),
-        sharpness=(magnitudes(made).numpy(), magnitudes(truth).numpy()),
+        sharpness=steepness(made, truth),
     )
 
 
@@ -214,7 +225,7 @@ def sample_rows(judge, told: str, made: Pictures, truth: Pictures, labels) -> li
         accuracy=(verdict(judge, made)["object"] == objects).astype(float),
         psnr=decibels(made, truth),
         ssim=ssim(made, truth),
-        sharpness=(magnitudes(made).numpy(), magnitudes(truth).numpy()),
+        sharpness=steepness(made, truth),
     )
     return [{"told": told, **row} for row in rows]
 
@@ -304,11 +315,14 @@ def write(folder: Path, name: str, rows: list[dict], told: Iterable[dict] | None
 
 
 def report(
-    folder: Path, work: Path, out: Path, told: list[str], scale: float, steps: int, rounds: int,
-    count: int, model_of: Callable = load_model,
+    folder: Path, work: Path, out: Path, told: Sequence[str] = ASKED, scale: float = 2.0,
+    steps: int = 30, rounds: int = 6, count: int = 120, model_of: Callable = load_model,
+    judge_file: Path = WEIGHTS,
 ) -> None:  # fmt: skip
-    """All tables of the model in ``folder``, from the renders under ``work``."""
-    renders, judge = Renders(work / "renders"), load()
+    """All tables of the model in ``folder``, from the renders under ``work``: samples of ``steps``
+    steps with guidance ``scale``, ``rounds`` of each object, and errors of noise for ``count``
+    views."""
+    renders, judge = Renders(work / "renders"), load(judge_file)
     rows = chosen(renders, rounds)
     labels, truth = labels_of(renders, rows), pictures(renders.rgba(rows))
     some = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
@@ -360,7 +374,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default="custom/threestudio-lods/lods/models/pocket")
     parser.add_argument("--work", type=Path, default="build/pocket", help="has the renders")
     parser.add_argument("--out", type=Path, help="by default pocket/results/ and the model's name")
-    parser.add_argument("--cameras", nargs="+", choices=TOLD, default=["tokens", "words"])
+    parser.add_argument("--cameras", nargs="+", choices=TOLD, default=ASKED)
     parser.add_argument("--scale", type=float, default=2.0, help="of the guidance in samples")
     parser.add_argument("--steps", type=_positive, default=30)
     parser.add_argument("--rounds", type=_positive, default=6, help="samples of each object")

@@ -1,8 +1,10 @@
-"""A CLIP tokenizer with a vocabulary of its own: all bytes, and one token for each given word."""
+"""A CLIP tokenizer with a vocabulary of its own: all bytes, and one token for each given word; and
+what a text encoder for it looks like."""
 
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 from pocket.portable import make_portable
 
@@ -44,6 +46,25 @@ def vocabulary(words) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
+def text_config(tokens, length: int, width: int, layers: int, **more):
+    """The configuration of a small CLIP text encoder for these tokens, ``length`` a prompt."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=length,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+        projection_dim=width,
+        **more,
+    )
+
+
 def save_tokenizer(folder: Path, words, length: int):
     """Write the tokenizer to ``folder`` (``length`` tokens a prompt) and return it."""
     from transformers import CLIPTokenizer
@@ -55,7 +76,8 @@ def save_tokenizer(folder: Path, words, length: int):
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
     try:
-        tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+        rules: Any = merges
+        tokenizer = CLIPTokenizer(vocab=vocab, merges=rules, model_max_length=length)
     except TypeError:  # transformers < 5 takes the two files
         tokenizer = CLIPTokenizer(
             str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length

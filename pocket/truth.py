@@ -5,8 +5,8 @@
 - ``pocket/ideal``: the objects of the gallery from many cameras, for the ideal denoiser
   (``lods.load("lods-sds", model="pocket/ideal", cameras="tokens", ...)``).
 
-Both are folders of :mod:`lods.models.renders`. ``python -m pocket.truth --assets DIR --work
-DIR`` makes them from the models and from what :mod:`pocket.render` has left in the work folder.
+Both are folders of :mod:`lods.models.renders`. ``python -m pocket.truth --work DIR`` makes them
+from the models and from what :mod:`pocket.render` has left in the work folder.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from pocket.assets import find
 from pocket.colours import level, paint
 from pocket.render import LEVEL_VIEWS, SEED, reduce, stage_of
 from pocket.tools import renders, say, whole_file
@@ -63,20 +64,29 @@ def photograph(
     return {colour: np.stack(pictures) for colour, pictures in found.items()}
 
 
-def judged(assets: Path, work: Path, only=None) -> dict:
-    """The judged views by (name, colour), kept in ``work/judged`` without loss."""
+def _kept(thing: Object, work: Path) -> Path:
+    return work / "judged" / f"{thing.slug}.npz"
+
+
+def photograph_judged(assets: Path | None, work: Path) -> None:
+    """Keep the judged views of the objects that have none in ``work/judged``, without loss.
+    ``assets`` is what :func:`pocket.assets.find` takes; with nothing to do it is not looked for."""
+    wanting = [thing for thing in OBJECTS if not _kept(thing, work).exists()]
+    found = find(assets, work) if wanting else Path()
+    views = judged_cameras()
+    for thing in wanting:
+        pictures = photograph(thing, found, views)
+        with whole_file(_kept(thing, work)) as tmp, tmp.open("wb") as stream:
+            arrays: dict[str, Any] = {str(c): p for c, p in pictures.items()}
+            np.savez_compressed(stream, **arrays)
+        say(f"{thing.name}: {len(views)} judged views")
+
+
+def judged(work: Path) -> dict:
+    """The judged views by (name, colour), as they are kept."""
     found, views = {}, judged_cameras()
     for thing in OBJECTS:
-        if only is not None and thing.name not in only:
-            continue
-        kept = work / "judged" / f"{thing.slug}.npz"
-        if not kept.exists():
-            pictures = photograph(thing, assets, views)
-            with whole_file(kept) as tmp, tmp.open("wb") as stream:
-                arrays: dict[str, Any] = {str(c): p for c, p in pictures.items()}
-                np.savez_compressed(stream, **arrays)
-            say(f"{thing.name}: {len(views)} judged views")
-        with np.load(kept, allow_pickle=False) as file:
+        with np.load(_kept(thing, work), allow_pickle=False) as file:
             for colour in (None, *thing.colours):
                 found[thing.name, colour] = views, file[str(colour)]
     return found
@@ -107,18 +117,29 @@ def loss_of_compression(views: dict, folder: Path) -> dict[tuple, float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--assets", type=Path, required=True, help="folder of the .sh3f files")
-    parser.add_argument("--work", type=Path, default=Path("build/pocket"))
-    args = parser.parse_args()
-    for folder, views in ((TRUTH, judged(args.assets, args.work)), (IDEAL, ideal(args.work))):
+def make(assets: Path | None, work: Path, truth: Path = TRUTH, ideal_views: Path = IDEAL) -> None:
+    """Write both folders, and say how much of the pictures their compression costs."""
+    photograph_judged(assets, work)
+    for folder, views in ((truth, judged(work)), (ideal_views, ideal(work))):
         renders.write(folder, views, FORMAT, **COMPRESSION)
         loss = loss_of_compression(views, folder)
         size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
         worst = min(loss, key=lambda each: loss[each])
         mean = np.mean(list(loss.values()))
         say(f"{folder}: {size:.1f} MB, {mean:.1f} dB, at worst {loss[worst]:.1f} dB ({worst[0]})")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pocket.truth", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--assets", type=Path, help="folder of the .sh3f files, or of the package")
+    parser.add_argument("--work", type=Path, default=Path("build/pocket"))
+    args = parser.parse_args(arguments)
+    try:
+        make(args.assets, args.work)
+    except (OSError, ValueError) as error:
+        parser.error(str(error).splitlines()[0])
 
 
 if __name__ == "__main__":

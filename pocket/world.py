@@ -14,20 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pocket.views import TEMPLATES, VIEWS, view_of  # noqa: F401
+
 SIZE = 128  # pixels of a side
 HALF_SIDE = 0.87  # longest half side of every object's bounding box, in world units
-VIEWS = ("side", "front", "back", "overhead")  # threestudio's order
 COLOURS = ("red", "yellow", "green", "blue")
-TEMPLATES = (
-    "{}",
-    "a DSLR image of {}",
-    "a DSLR photo of {}",
-    "a photo of {}",
-    "a 3d render of {}",
-    "an image of {}",
-    "a high quality photo of {}",
-    "a picture of {}",
-)
 LIBRARIES = {  # folder in the zip, licence
     "BlendSwap-CC-0": "CC0 1.0",
     "BlendSwap-CC-BY": "CC-BY 3.0",
@@ -111,17 +102,6 @@ OBJECTS = (
     Object("suitcase", _BY, 103, front=False, paint=(180, 260)),
 )
 NAMES = tuple(o.name for o in OBJECTS)
-
-
-def view_of(elevation: float, azimuth: float) -> int:
-    """Index into VIEWS of a camera, angles in degrees (the rules of threestudio's prompt
-    processor: later ones override earlier ones)."""
-    azimuth = (azimuth + 180) % 360 - 180
-    if elevation > 60:
-        return 3
-    if abs(azimuth) < 45:
-        return 1
-    return 2 if abs(azimuth) > 135 else 0
 
 
 def cameras(count: int, seed: int = 0) -> np.ndarray:

@@ -15,6 +15,8 @@ if _spec is None:
 
 import lods.threestudio  # noqa: E402
 
+__version__ = lods.__version__
+
 if (_HERE / "lods").is_dir() and Path(lods.__file__).resolve().parent != _HERE / "lods":
     lods.threestudio.warn(
         f"lods {lods.__version__} is the package installed in {Path(lods.__file__).parent}, not "
@@ -30,4 +32,4 @@ def find_model(model: str) -> str:
     return find_folder(model)
 
 
-__all__ = ["find_model", "lods"]
+__all__ = ["__version__", "find_model", "lods"]

@@ -7,6 +7,10 @@ from pathlib import Path
 if importlib.util.find_spec("lods") is None:
     sys.path.append(str(Path(__file__).resolve().parent))
 
+import lods
+from lods.declared import settings_of
 from lods.preflight import preflight
 
-__all__ = ["preflight"]
+SOURCES = (Path(lods.__file__).parent / "threestudio",)  # of an installed lods, too
+
+__all__ = ["SOURCES", "preflight", "settings_of"]

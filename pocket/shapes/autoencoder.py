@@ -9,6 +9,7 @@ standard deviation 1 and ``scaling_factor`` is 1.
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,11 @@ CHANNELS = (16, 32, 64)
 POSTERIOR_STD = 0.02  # of latents with standard deviation 1
 
 
-def build():
+def build() -> Any:
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(
+    kind: Any = AutoencoderKL  # whose annotations say tuples of one
+    vae = kind(
         down_block_types=("DownEncoderBlock2D",) * len(CHANNELS),
         up_block_types=("UpDecoderBlock2D",) * len(CHANNELS),
         block_out_channels=CHANNELS,

@@ -6,18 +6,17 @@ view are decided, so these are learned early. Captions are dropped with probabil
 classifier-free guidance; the weights saved are an exponential moving average.
 """
 
-import json
-import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from pocket.portable import make_portable
+from pocket.folders import finish, save_stable_diffusion
 from pocket.shapes.autoencoder import build as build_vae
 from pocket.shapes.data import TEMPLATES, VIEWS, caption
 from pocket.shapes.scenes import COLOR_NAMES, KIND_NAMES
-from pocket.tokenizer import save_tokenizer
+from pocket.tokenizer import save_tokenizer, text_config
 from pocket.tools import say, whole_file
 from pocket.training import build_scheduler, cosine, save_state, to_tensor
 
@@ -46,22 +45,9 @@ def vocabulary() -> dict[str, list[str]]:
 def build_models(tokenizer):
     """The text encoder and the UNet, with random weights."""
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            projection_dim=WIDTH,
-        )
-    )
+    text_encoder = CLIPTextModel(text_config(tokenizer, LENGTH, WIDTH, layers=2))
     unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -105,7 +91,7 @@ def encode_all(work: Path, pictures="train.npz", name="latents.pt") -> torch.Ten
     """Posterior means of the training pictures, float16 (N, 4, 16, 16), cached on disk."""
     file = work / name
     if not file.exists():
-        vae = load_vae(work)
+        vae: Any = load_vae(work)
         images = np.load(work / pictures)["images"]
         with torch.no_grad():
             parts = [
@@ -200,31 +186,15 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 32, peak: float = 
 
 def save_pipeline(work: Path, folder: Path):
     """Write the averaged weights as a ``StableDiffusionPipeline`` folder in half precision."""
-    from diffusers import StableDiffusionPipeline
-
     tokenizer = save_tokenizer(work / "tokenizer", WORDS, LENGTH)
     models = torch.nn.ModuleList(build_models(tokenizer))
     models.load_state_dict(torch.load(work / "views_state.pt", weights_only=True)["ema"])
-    pipeline = StableDiffusionPipeline(
+    save_stable_diffusion(
+        folder,
         vae=load_vae(work),
         text_encoder=models[0].eval(),
         tokenizer=tokenizer,
         unet=models[1].eval(),
         scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )
-    pipeline.to(dtype=torch.float16)
-    pipeline.save_pretrained(folder)
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in folder.rglob("*.safetensors"):  # which safetensors writes for the owner alone
-        file.chmod(0o666 & ~mask)
-    # transformers goes by this where diffusers goes by its own default, float32: they must agree
-    config = folder / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    # Also the two files that older versions of transformers read.
-    save_tokenizer(folder / "tokenizer", WORDS, LENGTH)
-    make_portable(folder)
-    (folder / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=1) + "\n")
+    finish(folder, WORDS, LENGTH, vocabulary())

@@ -6,6 +6,7 @@ in training the model or in distillation, only to measure them.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,7 +124,8 @@ def train(work: Path, steps: int, seed: int = 0, batch: int = 48, peak: float = 
     images, masks, labels = data["images"], data["masks"], data["labels"].astype(np.int64)
     front = np.array([k.front for k in KINDS])
     torch.manual_seed(seed)
-    judge = Judge().to(memory_format=torch.channels_last)
+    judge: Any = Judge()
+    judge.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=peak, weight_decay=5e-2)
     start = 0
     if state_file.exists():

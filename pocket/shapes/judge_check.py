@@ -30,6 +30,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ def from_behind(count: int, low: float, high: float) -> list[Shown]:
     rng = np.random.default_rng((SEED, int(low)))
     return [
         Shown(
-            kind,
+            int(kind),
             k % len(COLOR_NAMES) if KINDS[kind].natural else -1,
             2 if low >= 135 else 0,
             float(rng.uniform(low, high) * rng.choice((-1, 1))),
@@ -224,24 +225,26 @@ def check(judge, rounds: int, report: Callable[[dict], None] = lambda row: None)
     )
     add("painted in one colour", "", one, painted, around, reference)
 
+    turns: dict[str, dict[str, Any]] = {
+        "seen from behind": {},
+        "front mirrored to the back": {"camera_of": lambda azimuth: 180 - azimuth},
+        "front on both sides": {"change": lambda scene, _: both_sides(scene)},
+    }
     for level, (low, high) in BEHIND.items():
         hidden = from_behind(4 * rounds, low, high)
         true = said_of(judge, pictures(hidden, OTHER_SEED)[0])
-        for test, options in (
-            ("seen from behind", {}),
-            ("front mirrored to the back", {"camera_of": lambda azimuth: 180 - azimuth}),
-            ("front on both sides", {"change": lambda scene, _: both_sides(scene)}),
-        ):
+        for test, options in turns.items():
             made, around = pictures(hidden, **options)
             add(test, level, made, hidden, around, true)
 
-    for test, spoil, levels in (
+    spoils: Any = (
         ("blurred", blurred, BLURS),
         ("noise", noisy, NOISES),
         ("half-transparent", faded, OPACITIES),
         ("saturation", saturated, SATURATIONS),
         ("patches shuffled", shuffled, PATCHES),
-    ):
+    )
+    for test, spoil, levels in spoils:
         for level in levels:
             add(test, f"{level:g}", spoil(images, level), shown, azimuths, reference)
     return rows

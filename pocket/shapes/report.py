@@ -12,6 +12,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +37,10 @@ def load_pipeline(folder):
     from transformers import CLIPTextModel
 
     # a pipeline would fill in random numbers for weights that are missing
-    text_encoder, told = CLIPTextModel.from_pretrained(
+    loaded: Any = CLIPTextModel.from_pretrained(
         folder, subfolder="text_encoder", output_loading_info=True
     )
+    text_encoder, told = loaded
     if lost := sorted(told["missing_keys"]):
         raise ValueError(f"{folder}/text_encoder lacks {len(lost)} tensors, such as {lost[0]}")
     pipeline = StableDiffusionPipeline.from_pretrained(
@@ -178,7 +180,7 @@ def noise_table(pipeline, count: int, bins: int = 10):
                 errors[name][b, s] = (predicted - noise[s]).square().mean((1, 2, 3))
     rows = []
     for b in range(bins):
-        row = {"t_low": b * 1000 // bins, "t_high": (b + 1) * 1000 // bins, "n": count}
+        row: dict = {"t_low": b * 1000 // bins, "t_high": (b + 1) * 1000 // bins, "n": count}
         for name in errors:
             row[name] = f"{errors[name][b].mean():.6f}"
         for name, (x, y) in {

@@ -4,6 +4,7 @@ import hashlib
 import math
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,5 +122,6 @@ def reference(kind: int, color: int, orbit: Orbit | None, folder: Path = KEPT) -
     features = verdict(load(), to_tensor(pictures))["features"]
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as tmp, tmp.open("wb") as stream:
-        np.savez(stream, features=features, **({} if masks is None else {"masks": masks}))
+        more: dict[str, Any] = {} if masks is None else {"masks": masks}
+        np.savez(stream, features=features, **more)
     return Reference(features, masks)

@@ -568,3 +568,28 @@ def test_a_part_that_fails_hides_no_other(monkeypatch):
 def test_a_reason_of_a_backend_is_shown_as_it_is(monkeypatch):
     monkeypatch.setattr("lods.gaussians.backends.gsplat.missing", lambda: "no\n  kernels; do this")
     assert dict(doctor._rasterisers())["rasteriser gsplat"] == "no kernels; do this"
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+def test_a_page_of_one_run_is_in_its_folder_and_of_several_in_this_one(away, capsys):
+    for name in ("a_mushroom@1", "a_car@2"):
+        make_run(away / "outputs" / "gs" / name)
+    assert cli.main(["report", "mushroom"]) == 0
+    assert capsys.readouterr().out == "outputs/gs/a_mushroom@1/report.html\n"
+    assert cli.main(["report", "mushroom", "car", "mushroom"]) == 0
+    assert "2 runs side by side" in Path("report.html").read_text()
+    assert cli.main(["report", "mushroom", "car", "--out", "pages/two.html"]) == 0
+    assert "2 runs side by side" in Path("pages/two.html").read_text()
+
+
+def test_a_page_is_refused_before_anything_is_read(away, capsys):
+    make_run(away / "outputs" / "gs" / "a_car@2")
+    Path("mine.html").write_text("mine")
+    assert "mine.html is there and not a page" in refused(
+        capsys, "report", "car", "--out", "mine.html"
+    )
+    assert "a page ends in .html" in refused(capsys, "report", "car", "--out", "mine.txt")
+    assert "there is no run 'bike'" in refused(capsys, "report", "bike")
+    assert Path("mine.html").read_text() == "mine"

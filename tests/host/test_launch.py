@@ -91,10 +91,11 @@ def test_train_writes_everything_and_says_where(cli):
         "last.ckpt",
     ]
     assert out.splitlines()[0] == "no CUDA device: running on the CPU"
-    assert out.splitlines()[-3:] == [
+    assert out.splitlines()[-4:] == [
         f"results in {trial}",
         "  the toy was tested at [4]",
         f"  checkpoint: {trial}/ckpts/last.ckpt",
+        f"  page: {trial}/report.html",
     ]
     assert "4/4" in err and "loss=" in err  # the bar
     for noise in ("Warning", "GPU available", "litlogger", "Seed set", "stopped"):

@@ -165,6 +165,39 @@ def test_an_embedding_is_taken_back(make, tmp_path):
     assert not torch.equal(again.learnable_embedding, random_prompt().uncond_text_embeddings[0])
 
 
+def moved(path):
+    with safe_open(path, "pt") as file:
+        return float(file.metadata()["moved"])
+
+
+def test_the_file_of_an_embedding_says_how_far_it_has_moved(make, tmp_path):
+    guidance = make(EMBEDDING)
+    guidance.initialize(random_prompt())
+    assert moved(guidance.save_learned(tmp_path / "start.safetensors")) == 0
+    with torch.no_grad():
+        guidance.learnable_embedding.mul_(1.25)
+    path = guidance.save_learned(tmp_path / "moved.safetensors")
+    assert moved(path) == pytest.approx(0.25, rel=1e-5)
+    again = make(EMBEDDING, weights=str(path))  # from the same text, whatever it started from
+    again.initialize(random_prompt())
+    assert moved(again.save_learned(tmp_path / "again.safetensors")) == pytest.approx(0.25)
+
+
+def test_the_file_of_a_lora_says_how_large_it_is_beside_the_model(make, tmp_path):
+    guidance = make(LORA, lora_scale=0.5)
+    assert moved(guidance.save_learned(tmp_path / "start.safetensors")) == 0
+    update = weights = 0.0
+    with torch.no_grad():
+        for name, layer in guidance.lora_model.lora_network().named_modules():
+            if hasattr(layer, "lora_A"):
+                A, B = (guidance.lora.get_submodule(f"{name}.lora_{x}").weight for x in "AB")
+                B.copy_(torch.randn(B.shape, generator=torch.Generator().manual_seed(0)))
+                update += float((B @ A).square().sum())
+                weights += float(layer.base_layer.weight.square().sum())
+    path = guidance.save_learned(tmp_path / "moved.safetensors")
+    assert moved(path) == pytest.approx(0.5 * (update / weights) ** 0.5, rel=1e-4)
+
+
 def test_a_checkpoint_still_serves_as_weights(make, tmp_path):
     guidance = trained(make(EMBEDDING))
     state = {f"guidance.{name}": value for name, value in guidance.state_dict().items()}

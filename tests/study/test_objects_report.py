@@ -8,6 +8,7 @@ import torch
 from lods.models.base import Schedule
 
 from pocket import judge, report
+from pocket.sharpness import gradients
 from pocket.tools import Cameras
 from pocket.world import NAMES, VIEWS, asked
 from tests.study.world_renders import colour_of, plain_renders
@@ -131,10 +132,17 @@ def test_samples_depend_on_the_seed_of_their_batch_only():
     assert torch.equal(one[:2], two) and not torch.equal(one, other)
 
 
-def test_sharpness_is_the_slope_of_a_ramp():
+def test_steepness_is_of_each_picture_twice_the_slope_of_its_brightness():
+    """The filter's differences are of pixels two apart; at the border of one apart."""
     x, y = torch.meshgrid(torch.arange(20.0), torch.arange(20.0), indexing="xy")
-    ramps = torch.stack([0.03 * x + 0.04 * y, 0.01 * x, 0 * x])[:, None].expand(-1, 3, -1, -1)
-    assert torch.allclose(report.magnitudes(ramps), torch.tensor([0.05, 0.01, 0.0]), atol=1e-6)
+    ramps = torch.stack([0.03 * x + 0.04 * y, 0.01 * x, 0 * x])
+    grey, green = ramps[:, None].expand(-1, 3, -1, -1), torch.zeros(3, 3, 20, 20)
+    green[:, 1] = ramps
+    made, truth = report.steepness(green, grey)
+    assert np.allclose(made, 0.587 * truth, atol=1e-6)
+    assert truth[1:] == pytest.approx([2 * 0.01 * 19 / 20, 0.0], abs=1e-6)
+    inside = gradients(grey.permute(0, 2, 3, 1))[0, 1:-1, 1:-1]
+    assert torch.allclose(inside, torch.tensor(2 * 0.05), atol=1e-6)
 
 
 def test_distances_of_pictures_are_those_of_their_definitions():
@@ -201,7 +209,7 @@ def test_a_training_view_has_no_distance_to_the_nearest_one(renders):
 
 
 def test_all_tables_are_written(tmp_path, renders, monkeypatch):
-    monkeypatch.setattr(report, "load", lambda: judge.Judge().eval())
+    monkeypatch.setattr(report, "load", lambda *_: judge.Judge().eval())
     report.report(
         tmp_path / "model", renders.folder.parent, tmp_path / "out", ["tokens", "words"],
         scale=1.0, steps=3, rounds=1, count=8, model_of=Knows,
@@ -224,7 +232,7 @@ def test_all_tables_are_written(tmp_path, renders, monkeypatch):
 @pytest.mark.parametrize("arguments", [["--work", "nowhere"], ["--steps", "0"]])
 def test_what_cannot_be_reported_costs_one_line(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "load", lambda: judge.Judge().eval())
+    monkeypatch.setattr(report, "load", lambda *_: judge.Judge().eval())
     with pytest.raises(SystemExit) as ended:
         report.main(arguments)
     assert ended.value.code == 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pocket import autoencoder, data, diffusion, fast, flow, latents, make, pack, training
+from pocket import autoencoder, data, diffusion, fast, flow, latents, make, pack, recipes, training
 from pocket.diffusion import Model, build_unet, load_averaged
 from pocket.latents import Latents
 from pocket.tokenizer import save_tokenizer
@@ -308,9 +308,11 @@ def test_one_row_of_zeros_stands_for_as_many_as_it_is_told(tokens):
 
 def test_a_pack_brings_latents_and_cameras_there(work, tmp_path):
     training.save_state(work / "vae.pt", model=autoencoder.build().state_dict())
+    (work / "made_with.json").write_text('{"render": {"pixels": 8}}')
     views = pack.make(work, tmp_path / "pack.safetensors", 40)
     pack.unpack(tmp_path / "pack.safetensors", tmp_path / "there")
     assert views == VIEWS
+    assert recipes.read(tmp_path / "there") == {"render": {"pixels": 8}}
     for file in (work / "latents").glob("*.npy"):
         sent, came = np.load(file), np.load(tmp_path / "there" / "latents" / file.name)
         assert np.abs(sent[:, 0] - came[:, 0]).max() <= pack.STEP / 2 + 2e-3
@@ -334,8 +336,10 @@ def test_averaged_weights_come_back_in_parts_and_replace_none_that_saw_more(
         return sum(p.square().sum() for p in model.parameters())
 
     training.Training(there / "unet_state.pt", model, loss, 3, peak=1e-2).run()
+    (there / "made_with.json").write_text('{"unet": {"seed": 5}, "vae": {"seed": 1}}')
     assert len(pack.weights(there, "unet", tmp_path / "out")) > 1
     assert pack.take(here, "unet", tmp_path / "out") == 3
+    assert recipes.read(here) == {"unet": {"seed": 5}}
     sent = load_averaged(there, "unet", Model(tokens, (16, 32), 32, 8))
     came = load_averaged(here, "unet", Model(tokens, (16, 32), 32, 8))
     for a, b in zip(sent.parameters(), came.parameters(), strict=True):
@@ -345,12 +349,15 @@ def test_averaged_weights_come_back_in_parts_and_replace_none_that_saw_more(
         training.save_state(there / "unet_state.pt", **{**state, "step": 2})
         pack.weights(there, "unet", tmp_path / "out")
         pack.take(here, "unet", tmp_path / "out")
+    (here / "made_with.json").write_text('{"unet": {"seed": 4}}')
+    with pytest.raises(ValueError, match="the stage unet was made with seed 4, not 5"):
+        pack.take(here, "unet", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--stages", "vea"], "vea is not of vae"),
+        (["--stages", "vea"], "vea is not of render, truth, vae"),
         (["--unet-steps", "0"], "--unet-steps"),
         (["--stages", "latents"], "no renders under"),
         (["--stages", "unet"], "no latents yet: run the stage latents first"),
@@ -361,6 +368,7 @@ def test_averaged_weights_come_back_in_parts_and_replace_none_that_saw_more(
 def test_what_cannot_be_made_is_one_line(tmp_path, capsys, arguments, message):
     recipe = {"seed": 0, "channels": [flow.LAYERS_OF_TRANSFORMER, flow.HEADS]}
     (tmp_path / "made_with.json").write_text(json.dumps({"flow": recipe}))
+    (tmp_path / "flow_state.pt").touch()
     with pytest.raises(SystemExit) as stop:
         make.main(["--work", str(tmp_path), *arguments])
     assert stop.value.code == 2

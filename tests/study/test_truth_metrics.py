@@ -81,3 +81,36 @@ def test_haze_counts_beyond_that_of_the_truth(true, opacity):
     hazy[:, -1] = 0.3
     found = metrics.against(true, hazy, true, opacity, False)
     assert found["half_transparent"] == pytest.approx(1 / SIZE)
+
+
+def test_a_picture_may_have_any_background(true, opacity):
+    """It is compared with its own true view, and with the nearest, as they would be before it."""
+    over_white = true * opacity[..., None] + (1 - opacity[..., None])
+    blue = torch.tensor([0.1, 0.2, 0.9])
+    over_blue = over_white - (1 - opacity[..., None]) * (1 - blue)
+    shown = np.array([3, 5])
+    found = metrics.pictures(over_blue[[3, 5]], over_white, opacity, shown)
+    assert found["psnr"] == pytest.approx(found["nearest_psnr"]) and found["psnr"] > 90
+    assert found["sharpness"] == pytest.approx(1, abs=1e-4)
+    assert found["saturation"] == pytest.approx(1, abs=1e-4)
+    wrong = metrics.pictures(over_blue[[3, 5]], over_white, opacity, shown - 1)
+    assert wrong["psnr"] < 30 and wrong["nearest_psnr"] > 90
+
+
+def test_saturation_is_linear_in_the_chroma(true):
+    grey = true.mean(-1, keepdim=True)
+    assert metrics.saturation(grey + 0.4 * (true - grey), true) == pytest.approx(0.4, abs=1e-5)
+    assert metrics.saturation(grey.expand_as(true), true) == pytest.approx(0, abs=1e-6)
+
+
+def test_clipped_is_the_share_at_the_ends_of_the_range(true, opacity):
+    inside = opacity > 0.5
+    middle = true.clamp(0.1, 0.9)
+    spoilt = middle.clone()
+    spoilt[..., 0] = 1.0  # one of three channels
+    assert metrics.clipped(middle, inside) == 0
+    assert metrics.clipped(spoilt, inside) == pytest.approx(1 / 3)
+    assert metrics.clipped(spoilt, inside & False) == 0
+    found = metrics.against(spoilt, opacity, spoilt, opacity, False)
+    assert found["clipped"] == 0
+    assert metrics.against(spoilt, opacity, middle, opacity, False)["clipped"] > 0.3

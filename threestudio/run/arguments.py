@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from threestudio.run.terminal import PROTOCOLS
+from threestudio.run.viewer import options as viewer
 from threestudio.utils.errors import UserError, nearest
 
 HOME = Path(__file__).resolve().parents[2]
@@ -17,7 +19,7 @@ Train, validate, test or export an experiment.
 A config is a file, or the name of one that is shipped{shipped}.
 Its options are overridden by key=value; several configs are merged from left to right.
 """
-_MODES = ("train", "validate", "test", "export")
+_MODES = ("train", "validate", "test", "export", "view")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Call:
 
     @property
     def mode(self) -> str:
-        """ "train", "validate", "test" or "export"."""
+        """ "train", "validate", "test", "export" or "view"."""
         return next(mode for mode in _MODES if getattr(self.args, mode))
 
 
@@ -63,7 +65,7 @@ def parse_args(argv: Sequence[str], program: Program = Program()) -> Call:
     """The command line `argv` of `program`. A mistake in it ends the program with status 2 and one
     line; the configs are not looked for yet (see :func:`find_config`)."""
     parser = _make_parser(program)
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = parser.parse_known_args(viewer.with_port(argv))
     words = [word for group in args.config for word in group]
     # '--config x.yaml key=value' is read as two files by argparse
     args.config, first = split_config_words(words)
@@ -72,6 +74,12 @@ def parse_args(argv: Sequence[str], program: Program = Program()) -> Call:
         parser.error("--config needs a file")
     if "=" in overrides:
         parser.error("a lone '=': write key=value without spaces around the sign")
+    if (args.viewer is not None or args.replay is not None) and not (args.train or args.view):
+        parser.error("--viewer and --replay are for --train")
+    if args.view:
+        args.viewer = viewer.AUTO if args.viewer is None else args.viewer
+        if args.replay is not None:
+            parser.error("--replay is for --train")
     if args.typecheck:  # jaxtyping's hook checks dataclasses too, and schedules break them
         parser.error("--typecheck is not supported: leave it out")
     return Call(program, list(argv), args, overrides)
@@ -103,6 +111,16 @@ def _make_parser(program: Program) -> _Parser:
     mode.add_argument("--validate", action="store_true", help="render the validation views")
     mode.add_argument("--test", action="store_true", help="render the test views and the video")
     mode.add_argument("--export", action="store_true", help="export the 3D object")
+    mode.add_argument(
+        "--view", action="store_true", help="show the 3D object in a browser, see --viewer"
+    )
+    viewer.add_arguments(parser)
+    parser.add_argument(
+        "--replay",
+        metavar="FILE",
+        help="make the changes of an interventions.jsonl again at the same steps: those that were "
+        "made in the view of another run",
+    )
     script = program.name.endswith(".py")
     always = f"in custom/ beside {program.name}" if script else "that come with this program"
     parser.add_argument(
@@ -118,6 +136,12 @@ def _make_parser(program: Program) -> _Parser:
         help="for a program that starts and watches the run, as threestudio's web app does (it is "
         "not part of this repository, and no page is opened): the state is in the file 'progress' "
         "of the run's folder instead of a bar, the log in 'logs', and training ends with an export",
+    )
+    parser.add_argument(
+        "--show-previews",
+        choices=("auto", *PROTOCOLS),
+        help="draw each validation picture in the terminal too, if it is one that shows pictures: "
+        "auto finds out which kind, the others say it",
     )
     parser.add_argument(
         "--verbose", action="store_true", help="log everything, and show where errors come from"

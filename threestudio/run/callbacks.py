@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,17 @@ from threestudio.run.checkpoint import LastCheckpoint
 from threestudio.run.config_check import check_names
 from threestudio.run.folder import checkpoint_folder, last_checkpoint
 from threestudio.run.interrupt import InterruptGuard
+from threestudio.run.interventions import Interventions, read
 from threestudio.run.named_callbacks import NamedCallback
 from threestudio.run.progress import CustomProgressBar, ProgressCallback
+from threestudio.run.record import RunRecord
 from threestudio.run.resume import RestoreCheck
 from threestudio.run.snapshot_callbacks import CodeSnapshotCallback, ConfigSnapshotCallback
+from threestudio.run.viewer.options import ViewerOptions
 from threestudio.utils import extensions
+
+# the options of the view, and the socket that it listens at
+Viewer = tuple[ViewerOptions, socket.socket]
 
 
 class ReportFailures(Callback):
@@ -64,6 +71,7 @@ def make_callbacks(
     guard: InterruptGuard,
     trainer_args: dict[str, Any],
     named: list[NamedCallback],
+    viewer: Viewer | None = None,
 ) -> list[Callback]:
     """The callbacks of a run: ours, then those that its config names."""
     # first, so that it comes before the progress bar
@@ -73,16 +81,27 @@ def make_callbacks(
     elif trainer_args.get("enable_progress_bar", True) and not any(
         issubclass(each.cls, ProgressBar) for each in named
     ):
-        made.append(CustomProgressBar())
+        made.append(CustomProgressBar(pictures=call.args.show_previews))
     if call.args.train:
-        made += _of_training(call, cfg, guard, trainer_args)
+        made += _of_training(call, cfg, guard, trainer_args, viewer)
+    elif viewer is not None:
+        from threestudio.run.viewer.callback import ShowCallback
+
+        made.append(ShowCallback(*viewer, cfg.trial_dir, guard, Interventions()))
     return [*made, *(each.make() for each in named)]
 
 
 def _of_training(
-    call: Call, cfg: DictConfig, guard: InterruptGuard, trainer_args: dict[str, Any]
+    call: Call,
+    cfg: DictConfig,
+    guard: InterruptGuard,
+    trainer_args: dict[str, Any],
+    viewer: Viewer | None,
 ) -> list[Callback]:
+    replayed = [] if call.args.replay is None else read(call.args.replay)
+    interventions = Interventions(cfg.trial_dir, replayed)
     made: list[Callback] = [
+        interventions,
         CodeSnapshotCallback(
             os.path.join(cfg.trial_dir, "code"),
             use_version=False,
@@ -91,7 +110,12 @@ def _of_training(
         ConfigSnapshotCallback(
             call.args.config, cfg, os.path.join(cfg.trial_dir, "configs"), use_version=False
         ),
+        RunRecord(cfg.trial_dir),
     ]
+    if viewer is not None:
+        from threestudio.run.viewer.callback import ViewerCallback
+
+        made.append(ViewerCallback(*viewer, cfg.trial_dir, guard, interventions))
     if trainer_args.get("logger", True):
         made.append(LearningRateMonitor(logging_interval="step"))
     if trainer_args.get("enable_checkpointing", True):

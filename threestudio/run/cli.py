@@ -74,26 +74,36 @@ def _guarded(call: Call) -> int:
 def run(call: Call, gpus: list[str]) -> int:
     """Do what the command line says, on these GPUs. Returns the exit status."""
     from threestudio.run.preflight import preflight
+    from threestudio.run.viewer import options as viewing
 
     args = call.args
     args.config = [find_config(word, call.program) for word in args.config]
+    options = viewing.read(args)
     roots = _extension_folders(call)
     preflight(args.config, call.overrides, call.mode, roots, args.verbose)
-    import pytorch_lightning as pl
+    from threestudio.run.imports import defer_torchmetrics, uncollected
 
-    import threestudio
-    from threestudio.run.config_check import check_names
-    from threestudio.run.explain import why_stopped
-    from threestudio.run.folder import RunFolder, checkpoint_folder, settle
-    from threestudio.run.interrupt import Interrupted, InterruptGuard
-    from threestudio.run.quiet import quieten
-    from threestudio.run.trainer import make_trainer
-    from threestudio.utils.config import config_to_primitive
-    from threestudio.utils.misc import choose_device, get_rank, is_first_process
+    with uncollected():
+        defer_torchmetrics()
+        import pytorch_lightning as pl
 
-    quieten(args.verbose)  # again: importing Lightning has set its loggers up
-    _load_extensions(roots, args.verbose)
-    cfg, counters, named = _load(call, gpus, roots)
+        import threestudio
+        from threestudio.run import interventions
+        from threestudio.run.config_check import check_names
+        from threestudio.run.explain import why_stopped
+        from threestudio.run.folder import RunFolder, checkpoint_folder, settle
+        from threestudio.run.interrupt import Interrupted, InterruptGuard
+        from threestudio.run.quiet import quieten
+        from threestudio.run.trainer import make_trainer
+        from threestudio.utils.config import config_to_primitive
+        from threestudio.utils.misc import choose_device, get_rank, is_first_process
+
+        quieten(args.verbose)  # again: importing Lightning has set its loggers up
+        _load_extensions(roots, args.verbose)
+        if args.replay is not None:
+            interventions.read(args.replay)  # a mistake in it is told now
+        cfg, counters, named = _load(call, gpus, roots)
+    viewer = None if options is None else (options, _listen(options, cfg.n_gpus))
     trainer_args = config_to_primitive(cfg.trainer)
     trainer_args.pop("callbacks", None)
     check_names(pl.Trainer.__init__, trainer_args, "trainer")
@@ -101,22 +111,28 @@ def run(call: Call, gpus: list[str]) -> int:
     # all processes build the same system, of which DDP expects as many Gaussians
     pl.seed_everything(cfg.seed, workers=True)
 
-    with InterruptGuard() as guard, RunFolder(is_first_process()) as folder:
+    # who only looks holds no folder: results may be written into it meanwhile
+    first = is_first_process() and not args.view
+    with InterruptGuard() as guard, RunFolder(first) as folder:
         try:
             settle(folder, cfg, args.config, call.overrides, args.train)
             data = threestudio.find(cfg.data_type)(cfg.data)
-            system = threestudio.find(cfg.system_type)(cfg.system, resumed=cfg.resume is not None)
+            with uncollected():  # it imports the model's libraries
+                kind = threestudio.find(cfg.system_type)
+                system = kind(cfg.system, resumed=cfg.resume is not None)
             system.checkpoint_name = f"checkpoint {cfg.resume}"  # for an error to name
             system.set_save_dir(os.path.join(cfg.trial_dir, "save"))
             if get_rank():  # and see other cameras and noise
                 pl.seed_everything(cfg.seed + get_rank(), workers=True)
-            trainer = make_trainer(call, cfg, guard, trainer_args, system, named)
-            if trainer.is_global_zero:
+            trainer = make_trainer(call, cfg, guard, trainer_args, system, named, viewer)
+            if trainer.is_global_zero and not args.view:
                 _begin_trial(call, cfg.trial_dir)
             _execute(call, cfg, counters, guard, folder, trainer, system, data)
         except BaseException as error:
             folder.discard((checkpoint_folder(cfg), os.path.join(cfg.trial_dir, "save")))
             if isinstance(error, Interrupted):
+                if args.view:  # which is how it ends
+                    return 0
                 return report_interrupt(call, cfg, error)
             reason = why_stopped(error, cfg, checkpoint_folder(cfg))
             if reason is None:
@@ -193,6 +209,17 @@ def _load(call: Call, gpus: list[str], roots: list[Path]) -> tuple[Any, tuple | 
 # --- the run ------------------------------------------------------------------------------------
 
 
+def _listen(options: Any, n_gpus: int) -> Any:
+    """The socket of the view, before anything is loaded: a port that is taken costs no time, and
+    who comes early is served once there is something to see."""
+    from threestudio.run.viewer.server import listen
+    from threestudio.utils.errors import UserError
+
+    if n_gpus > 1:
+        raise UserError("--viewer shows a run of one process: add --gpu 0, or leave it out")
+    return listen(options)
+
+
 def _begin_trial(call: Call, trial_dir: str) -> None:
     """Write the command into the run's folder, now that nothing in the config can fail any more."""
     import threestudio
@@ -229,6 +256,7 @@ def _execute(call: Call, cfg, counters, guard, folder, trainer, system, data) ->
     if not args.train:
         system.set_resume_status(*counters)
         tasks = {"validate": trainer.validate, "test": trainer.test, "export": trainer.predict}
+        tasks["view"] = trainer.predict  # which begins to show, and never gets to a view
         tasks[call.mode](system, datamodule=data, ckpt_path=cfg.resume)
         return
     if counters and counters[1] >= trainer.max_steps >= 0:

@@ -11,7 +11,8 @@ from threestudio.utils.config import parse_structured
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.trainer_options import never_ends
 
-_BUILT = ("geometry", "material", "background", "renderer")  # parts that every Lift3D system builds
+# parts that every Lift3D system builds; a system names further ones in ``builds_too``
+_BUILT = ("geometry", "material", "background", "renderer")
 
 
 def check_parts(cfg: DictConfig, mode: str) -> None:
@@ -19,7 +20,7 @@ def check_parts(cfg: DictConfig, mode: str) -> None:
     that the class which will read it does not take. Every section ``system.X`` beside a
     ``system.X_type`` is that of the class registered under this name.
 
-    `mode` is "train", "validate", "test" or "export". Names that are not registered are left to
+    `mode` is "train", "validate", "test", "export" or "view". Names not registered are left to
     the run, which may never look for them, except those of the parts that it builds at once.
     """
     data = threestudio.find(cfg.data_type)
@@ -30,7 +31,7 @@ def check_parts(cfg: DictConfig, mode: str) -> None:
     options = _parse(system, cfg.system)
     if options is None:
         return
-    classes = {}
+    classes, built = {}, (*_BUILT, *getattr(system, "builds_too", ()))
     for key in options:
         part = str(key).removesuffix("_type")
         name = options[key]
@@ -42,7 +43,7 @@ def check_parts(cfg: DictConfig, mode: str) -> None:
         try:
             classes[part] = threestudio.find(name)
         except KeyError:
-            if part in _BUILT:
+            if part in built:
                 raise
     for part in ("renderer", "exporter")[: 1 + (mode == "export")]:
         _check_fit(part, classes, options)

@@ -33,6 +33,11 @@ class InterruptGuard:
         self._insisted = self._raised = False
         self._before: dict[int, Any] = {}
 
+    def request(self) -> None:
+        """Ask the training to stop after this step, as the first Ctrl-C does."""
+        if self.training and not self.requested:
+            self.requested, self.signum = True, signal.SIGINT
+
     def _handle(self, signum, frame) -> None:
         asked = signum in AT_ONCE
         if self.training and not (asked and self._insisted):

@@ -8,6 +8,7 @@ from typing import Any
 
 from threestudio.run.arguments import Call
 from threestudio.run.folder import last_checkpoint
+from threestudio.run.viewer import options as viewer
 
 # what everything imports, by the names of the modules
 _PACKAGES = {
@@ -22,13 +23,19 @@ _PACKAGES = {
 
 
 def report(call: Call, cfg: Any, system: Any) -> None:
-    """Print where the results are."""
+    """Print where the results are, after the page that shows them is made."""
     print(f"\nresults in {cfg.trial_dir}")
     summary = getattr(system, "result_summary", None)
     for line in summary() if summary is not None else []:
         print(f"  {line}")
     if call.args.train and os.path.exists(last_checkpoint(cfg)):
         print(f"  checkpoint: {last_checkpoint(cfg)}")
+    if cfg.report and call.mode != "validate":
+        from threestudio.run.page import try_page
+
+        made = try_page(cfg.trial_dir)
+        if made is not None:
+            print(f"  page: {made}")
 
 
 def report_interrupt(call: Call, cfg: Any, stop: Any) -> int:
@@ -51,6 +58,8 @@ def _how_to_go_on(call: Call, cfg: Any, stop: Any) -> str:
     more = [] if args.gpu is None else ["--gpu", args.gpu]
     more += [word for folder in args.extensions for word in ("--extensions", folder)]
     more += ["--gradio"] * args.gradio
+    if mode == "--train":
+        more += viewer.words(args) + ([] if args.replay is None else ["--replay", args.replay])
     parsed = os.path.join(cfg.trial_dir, "configs", "parsed.yaml")
     if not os.path.exists(parsed):  # stopped in its set-up: it resumes what the command names
         return again(call)

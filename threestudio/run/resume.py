@@ -20,6 +20,7 @@ from threestudio.utils.misc import capture_rng_state, restore_rng_state
 
 MAX_COUNT = 2**53  # of steps, batches and epochs
 LOOPS = {"train": "fit", "validate": "validate", "test": "test", "export": "predict"}
+LOOPS["view"] = LOOPS["export"]
 OLDEST = Version("2.0.0")  # of Lightning; before it the loops were others
 
 
@@ -60,7 +61,7 @@ def _take(content: Any, key: Any, kind: type, where: str) -> Any:
 def check_structure(content: dict[str, Any], path: Any, mode: str) -> None:
     """Raise :class:`UserError`, one line, if the parts of a checkpoint (see
     :func:`~threestudio.utils.checkpoint_files.read_checkpoint`) are not what Lightning looks for in
-    `mode`, "train", "validate", "test" or "export"."""
+    `mode`, "train", "validate", "test", "export" or "view"."""
     try:
         _check_parts(content, mode)
     except Misfit as misfit:

@@ -20,20 +20,33 @@ MAX_BYTES = 1_000_000  # larger files are weights or pictures
 CODE = {".py", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".glsl"}
 
 
-def is_plain(folder, name: str) -> bool:
-    """Whether ``folder/name`` is a regular file that can be read, and neither it nor a folder
-    between the two is a link. One that leads out of `folder`, or to what git keeps for itself, is
-    none: the list of a repository from somebody else can hold such names."""
-    if os.path.isabs(name) or {"..", ".git"} & {part.lower() for part in Path(name).parts}:
-        return False
-    path = Path(folder, name)
-    try:
-        between = [p for p in path.parents if Path(folder) in p.parents]
-        linked = any(stat.S_ISLNK(p.lstat().st_mode) for p in between)
-        regular = stat.S_ISREG(path.lstat().st_mode)
-    except (OSError, ValueError):
-        return False
-    return regular and not linked and os.access(path, os.R_OK)
+class PlainFiles:
+    """Tells the plain files in `folder` from links and the rest; each folder between the two is
+    looked at once."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+        self._linked = {"": False}  # a folder in `folder` -> whether it is a link, or behind one
+
+    def __contains__(self, name: str) -> bool:
+        """Whether ``folder/name`` is a regular file that can be read, and neither it nor a folder
+        between the two is a link. One that leads out of `folder`, or to what git keeps for itself,
+        is none: the list of a repository from somebody else can hold such names."""
+        if os.path.isabs(name) or {"..", ".git"} & {p.lower() for p in Path(name).parts}:
+            return False
+        path = os.path.join(self.folder, name)
+        try:
+            linked = self._is_linked(os.path.dirname(name))
+            regular = stat.S_ISREG(os.lstat(path).st_mode)
+        except (OSError, ValueError):
+            return False
+        return regular and not linked and os.access(path, os.R_OK)
+
+    def _is_linked(self, inner: str) -> bool:
+        if inner not in self._linked:
+            own = stat.S_ISLNK(os.lstat(os.path.join(self.folder, inner)).st_mode)
+            self._linked[inner] = own or self._is_linked(os.path.dirname(inner))
+        return self._linked[inner]
 
 
 def is_linked(extension: Path) -> bool:
@@ -65,8 +78,9 @@ def copy_files(source, names: Iterable[str], target, part="") -> None:
     One that cannot be read is left out. Raises ``OSError`` where `target`, or a folder in it, is a
     link.
     """
+    plain, made = PlainFiles(source), set()
     for name in names:
-        if not is_plain(source, name):
+        if name not in plain:
             continue
         try:
             with open(Path(source, name), "rb", opener=_open_plain) as file:
@@ -77,7 +91,9 @@ def copy_files(source, names: Iterable[str], target, part="") -> None:
         if len(data) > MAX_BYTES:
             continue
         path = Path(target, part, name)
-        make_plain_folder(target, path.parent)
+        if path.parent not in made:
+            make_plain_folder(target, path.parent)
+            made.add(path.parent)
         # what is not for all stays so
         allowed = 0o777 if mode & stat.S_IROTH else stat.S_IMODE(mode) & 0o770
         if not is_copy(path, data, allowed):

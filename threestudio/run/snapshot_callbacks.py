@@ -13,10 +13,10 @@ import threestudio
 from threestudio.run.git import NoGit, tracked_files
 from threestudio.run.snapshot import (
     MAX_BYTES,
+    PlainFiles,
     copy_files,
     extension_files,
     is_linked,
-    is_plain,
     make_plain_folder,
 )
 from threestudio.utils import extensions
@@ -108,13 +108,16 @@ class CodeSnapshotCallback(VersionedCallback):
         outside = {Path(folder).resolve() for folder in (self.save_root, *self.exclude)}
         here = Path.cwd().resolve()
         outside -= {here, *here.parents}  # results in the repository's own folder, or around it
+        inside = [folder.relative_to(here) for folder in outside if folder.is_relative_to(here)]
+        left_out = tuple(f"{folder.as_posix()}/" for folder in inside)
+        plain = PlainFiles(here)
         return [
             name
             for name in tracked_files(here)
             if name.split("/")[0] not in ("load", "outputs")
-            and is_plain(here, name)
+            and not name.startswith(left_out)
+            and name in plain
             and os.path.getsize(name) <= MAX_BYTES
-            and not outside & set(Path(here, name).parents)
         ]
 
     @rank_zero_only

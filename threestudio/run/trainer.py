@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from threestudio.run.arguments import Call
-from threestudio.run.callbacks import make_callbacks
+from threestudio.run.callbacks import Viewer, make_callbacks
 from threestudio.run.checkpoint import AtomicCheckpointIO
 from threestudio.run.folder import checkpoint_folder
 from threestudio.run.interrupt import InterruptGuard
@@ -25,6 +25,7 @@ def make_trainer(
     trainer_args: dict[str, Any],
     system: Any,
     named: list[NamedCallback],
+    viewer: Viewer | None = None,
 ) -> pl.Trainer:
     """The trainer of a run. `trainer_args`: the section `trainer` of its config, without the
     `callbacks`, which are `named`. Raises :class:`UserError` for options that it refuses."""
@@ -50,7 +51,7 @@ def make_trainer(
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             plugins.append(SLURMEnvironment(auto_requeue=False))
         return pl.Trainer(
-            callbacks=make_callbacks(call, cfg, guard, trainer_args, named),
+            callbacks=make_callbacks(call, cfg, guard, trainer_args, named, viewer),
             plugins=plugins,
             **{**defaults, **trainer_args, "logger": loggers},
         )

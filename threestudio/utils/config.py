@@ -159,6 +159,7 @@ class ExperimentConfig:
     n_gpus: Annotated[int, "[0, 100000]"] = 1
 
     resume: Optional[str] = None  # noqa: UP045
+    report: bool = True  # report.html, a page of the run, in its folder at its end
 
     data_type: str = ""
     data: dict = field(default_factory=dict)
@@ -496,6 +497,12 @@ def _check_kind(key: str, value: Any, annotation: Any) -> None:
         raise UserError(f"{key} takes one value, not a list")
 
 
+def unknown_field(where: str, key: Any, full_key: str, known: Iterable[str]) -> UserError:
+    """What is said of a key that the dataclass `where`, with the fields `known`, does not have."""
+    hint = nearest(key, known) or f"; its fields are {_listed(known)}"
+    return UserError(f"{where} has no field {full_key!r}{hint}")
+
+
 def parse_structured(fields, cfg=None, where: str = "", prefix: str = "") -> Any:
     """Build the dataclass `fields` from the mapping `cfg`, as an OmegaConf structured config.
 
@@ -516,8 +523,7 @@ def parse_structured(fields, cfg=None, where: str = "", prefix: str = "") -> Any
     values = {}
     for key in cfg:
         if key not in known:
-            hint = nearest(key, known) or f"; its fields are {_listed(known)}"
-            raise UserError(f"{where} has no field {full_key(key)!r}{hint}")
+            raise unknown_field(where, key, full_key(key), known)
         value = _read_value(cfg, key, full_key(key))
         _check_kind(f"{where}: {full_key(key)}", value, annotations[key])
         values[key] = _adapt(value, annotations[key])

@@ -19,9 +19,12 @@ COMMANDS = {
     "train": ("train", "train with configs of your own: the options of launch.py"),
     "resume": ("runs", "go on with the training of a run"),
     "test": ("runs", "render the views and the video of a run again"),
+    "view": ("view", "show a run in a browser, one that is being trained too"),
     "export": ("runs", "write the object of a run as glb, ply, obj, ..."),
+    "report": ("report", "a page of a run, or of several side by side: one HTML file"),
     "2d": ("playground", "distil pictures, not objects: lods 2d lora, lods 2d embedding"),
     "compare": ("compare", "compare methods on a grid of prompts and seeds: evaluate.py"),
+    "studio": ("studio", "a page in the browser that makes objects and shows them"),
     "merge": ("merge", "one YAML from several, for launchers that take one"),
     "doctor": ("doctor", "what works on this machine, and what would make the rest work"),
 }

@@ -23,6 +23,8 @@ OVERLAY = {True: "pocket.yaml", False: "pocket-ngp.yaml"}
 # the processors whose prompt is checked: the first is these systems' default, the second is the
 # host's own, which can be given a model of this extension
 PROCESSORS = ("lods-prompt-processor", "stable-diffusion-prompt-processor")
+EXPORTER = "lods-gaussian-exporter"
+EXPORTS = ("ply", "points", "glb")  # what it writes
 LEARNING = ("lods-embedding-guidance", "lods-lora-guidance", "lods-vsd-guidance")
 PERP_NEG = (
     "use_perp_neg needs prompts with words for the view (system.guidance.view_dependent_prompting="
@@ -49,6 +51,7 @@ def preflight(cfg: Any, mode: str) -> None:
         for name in model_names(cfg.system):
             cards.refuse_early(name)
         check_cameras(cfg.system)
+        check_exports(cfg)
     if cfg.get("resume") is None:  # what has been trained stays of use
         check_prompt(cfg)
 
@@ -68,6 +71,25 @@ def check_kind(cfg: Any) -> None:
                 f"system.{key} is of {other}, and {cfg.system_type} makes {own}: take the overlay "
                 f"configs/{OVERLAY[gaussians]}, or leave the key out"
             )
+
+
+def check_exports(cfg: Any) -> None:
+    """Raise ``ValueError``, one line, for a format that the exporter of Gaussians does not have."""
+    default = EXPORTER if cfg.system_type == SYSTEMS[0] else None
+    if cfg.system.get("exporter_type", default) == EXPORTER:
+        wrong = unknown_export(_part(cfg.system, "exporter").get("fmt"))
+        if wrong:
+            raise ValueError(f"system.exporter.fmt {wrong}")
+
+
+def unknown_export(fmt: Any) -> str:
+    """What is wrong with ``fmt``, a format or a list of them; nothing if the exporter has all."""
+    if fmt is None:
+        return ""
+    for each in [fmt] if isinstance(fmt, str) or not hasattr(fmt, "__iter__") else fmt:
+        if each not in EXPORTS:
+            return f"has {str(each)[:40]!r}: the formats are {', '.join(EXPORTS)}"
+    return ""
 
 
 def check_cameras(system: Any) -> None:

@@ -5,12 +5,14 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lods import host
 from lods.commands.runs import PARSED, copy, exported, start
-from lods.models import cards
+from lods.models import cards, renamed
 
 BASE = {"gaussians": "gs", "nerf": "ngp"}  # in the names of configs
 OVERLAY_ENDS = {"gaussians": "", "nerf": "-ngp"}
@@ -19,6 +21,7 @@ FORMATS = {"gaussians": "[ply,glb]", "nerf": "glb"}
 LORA = ("lods-lora", "lods-vsd")
 QUALITIES = ("draft", "good", "best")  # good is the overlay itself
 RESULTS = ("picture.png", "video.mp4")  # and the exported files
+PAGE = "report.html"  # of the run, unless its config says report: false
 LAST = Path("ckpts", "last.ckpt")
 
 
@@ -70,7 +73,7 @@ class Request:
             "tag": self.key,
             "use_timestamp": "false",
             "seed": self.seed,
-            f"{prompt}.prompt": self.prompt,
+            f"{prompt}.prompt": as_typed(self.prompt),
             f"{prompt}.pretrained_model_name_or_path": self.model,
             "system.guidance_type": f"{self.method}-guidance",
             "system.guidance.cameras": told,
@@ -112,14 +115,44 @@ class Request:
         return [] if self.gpu is None else ["--gpu", self.gpu]
 
 
-def make(request: Request, folder: Path) -> int:
-    """Do what is left of the request in ``folder``; returns the exit status of a run."""
-    run = _run_of(request, folder)
+def fields_of_model(model: str, has_gpu: Callable[[], bool]) -> dict[str, Any]:
+    """What a request for this model has besides its name. ``has_gpu`` is asked where it matters."""
+    card = cards.all_cards().get(cards.canonical(model))
+    fields: dict[str, Any] = {"small": bool(card and card.overlay) or not has_gpu()}
+    if card and renamed.former(model) != card.name:
+        fields["latents"] = card.latent_channels
+    return fields
+
+
+def as_typed(text: str) -> str:
+    """What is written after ``KEY=`` so that a config has ``text`` there. The quotes of one that is
+    quoted as a whole would be taken for those of a shell."""
+    return json.dumps(text, ensure_ascii=False) if text.lstrip()[:1] in ("'", '"') else text
+
+
+def make(request: Request, folder: Path, options: Sequence[str] = ()) -> int:
+    """Do what is left of the request in ``folder``; returns the exit status of a run. ``options``
+    of the launcher go to the training only."""
+    run = run_of(request, folder)
     words = request.words(folder) if run is None else [*request.again(run), "--train"]
-    status = start(words)
-    run = _run_of(request, folder)
+    status = start([*words, *options])
+    run = run_of(request, folder)
     if status or run is None:
         return status or 1
+    return export(request, run, folder)
+
+
+def finish(request: Request, folder: Path) -> int:
+    """Render and export what there is of a request that was stopped; returns the exit status of a
+    run. Raises ``ValueError`` where there is no checkpoint."""
+    run = run_of(request, folder)
+    if run is None:
+        raise ValueError(f"there is no checkpoint in {folder}: go on with the training first")
+    return start([*request.again(run), "--test"]) or export(request, run, folder)
+
+
+def export(request: Request, run: Path, folder: Path) -> int:
+    """Write the object of a run, and put the results into ``folder``; returns the exit status."""
     fmt = f"system.exporter.fmt={FORMATS[request.on]}"
     status = start([*request.again(run), "--export", fmt])
     if not status:
@@ -127,7 +160,7 @@ def make(request: Request, folder: Path) -> int:
     return status
 
 
-def _run_of(request: Request, folder: Path) -> Path | None:
+def run_of(request: Request, folder: Path) -> Path | None:
     """The run of the request that has a checkpoint."""
     found = [p.parent.parent for p in (folder / "run").glob(f"{request.key}*/{LAST}")]
     return max(found, key=lambda p: (p / LAST).stat().st_mtime, default=None)
@@ -143,6 +176,8 @@ def publish(run: Path, folder: Path) -> None:
     for file in exported(run):
         if _step(file) == last:
             copy(file, folder / file.name)
+    if (run / PAGE).is_file():  # written anew: its links are relative
+        host.module("threestudio.run.page").try_page(run, folder / PAGE)
 
 
 def _step(path: Path) -> int:

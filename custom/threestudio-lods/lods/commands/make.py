@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from lods import host
-from lods.commands.job import BASE, QUALITIES, RESULTS, Request, make
-from lods.commands.parser import Parser, count, made_folder
+from lods.commands.job import BASE, PAGE, QUALITIES, RESULTS, Request, fields_of_model, make
+from lods.commands.parser import (
+    Parser,
+    add_viewer,
+    count,
+    made_folder,
+    viewer_words,
+    with_port,
+)
+from lods.declared import method_names
 from lods.files import whole_file
 from lods.models.cards import EMBEDDED
 from lods.settings import nearest
@@ -63,8 +71,9 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
     ray = "carry them out on Ray: one that is started here, or the cluster at ADDRESS"
     add("--ray", nargs="?", const="", metavar="ADDRESS", help=ray)
     add(FORCE, action="store_true", help="take a prompt without any word that the model knows")
+    add_viewer(parser)
     add("--status", action="store_true", help="only show how the objects below --out stand")
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(with_port(argv))
     args.overrides = [word for word in args.words if _OVERRIDE.match(word)]
     prompts = [word for word in args.words if not _OVERRIDE.match(word)]
     if args.status:
@@ -106,9 +115,7 @@ def read_prompts(file: Path) -> list[str]:
 
 def find_method(name: str) -> str:
     """The full name of a method of this library. Raises ``ValueError`` that names the nearest."""
-    from lods.methods import registry
-
-    known = registry.names()
+    known = method_names()  # read from the source: importing the methods imports torch
     for full in (name, f"lods-{name}"):
         if full in known:
             return full
@@ -118,7 +125,7 @@ def find_method(name: str) -> str:
 
 def requests(args: argparse.Namespace) -> list[Request]:
     """What is to be made, checked as far as it can be before anything is loaded."""
-    from lods.models import cards, choose, renamed
+    from lods.models import cards, choose
 
     method = find_method(args.method)
     if args.model == "auto":
@@ -128,28 +135,27 @@ def requests(args: argparse.Namespace) -> list[Request]:
         model = args.model
         cards.refuse_early(model)
     if not args.allow_unknown_words:
-        _refuse_unknown_words(args.prompts, model)
-    card = cards.all_cards().get(cards.canonical(model))
-    small = bool(card and card.overlay) or not _has_gpu()
+        refuse_unknown_words(args.prompts, model)
     force = ["system.prompt_processor.allow_unknown_words=true"] * args.allow_unknown_words
     overrides = (*force, *args.overrides)
-    common = {"model": model, "small": small, "seed": args.seed, "steps": args.steps}
+    common = {"model": model, "seed": args.seed, "steps": args.steps}
+    common |= fields_of_model(model, has_gpu)
     if args.quality != "good":
-        if not small:
+        if not common["small"]:
             raise ValueError(
                 f"--quality {args.quality} is for the models of this package and for CPUs; "
                 "at full size --steps sets the training steps"
             )
         common["quality"] = args.quality
-    if card and renamed.former(model) != card.name:
-        common["latents"] = card.latent_channels
     common |= {"on": args.on, "method": method, "overrides": overrides, "gpu": args.gpu}
     wanted = [Request(prompt=prompt, **common) for prompt in args.prompts]
     wanted[0].overlays()
     return wanted
 
 
-def _refuse_unknown_words(prompts: list[str], model: str) -> None:
+def refuse_unknown_words(prompts: list[str], model: str, force: str = FORCE) -> None:
+    """Raise ``ValueError``, one line, for prompts that name nothing that the model knows. ``force``
+    is what the user sets to have them all the same."""
     from lods.models.cards import local_folder
     from lods.models.vocabulary import Vocabulary
 
@@ -157,7 +163,7 @@ def _refuse_unknown_words(prompts: list[str], model: str) -> None:
     vocabulary = Vocabulary.read(folder) if folder else None
     if vocabulary is None:
         return
-    refused = {p: text for p in prompts if (text := vocabulary.refusal(p, FORCE))}
+    refused = {p: text for p in prompts if (text := vocabulary.refusal(p, force))}
     if refused:
         first, *others = refused
         names = ", ".join(repr(prompt) for prompt in others[:5]) + ", ..." * (len(others) > 5)
@@ -165,7 +171,8 @@ def _refuse_unknown_words(prompts: list[str], model: str) -> None:
         raise ValueError(refused[first] + more)
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether torch can use one."""
     import torch
 
     return torch.cuda.is_available()
@@ -212,8 +219,8 @@ def noted(out: Path) -> list[Any]:
 
 
 def show_results(folder: Path) -> None:
-    """Print where the picture, the video and the 3D files are."""
-    names = [name for name in RESULTS if (folder / name).is_file()]
+    """Print where the picture, the video, the page and the 3D files are."""
+    names = [name for name in (*RESULTS, PAGE) if (folder / name).is_file()]
     ends = (".glb", ".ply", ".obj", ".safetensors")
     names += sorted(path.name for path in folder.glob("*.*") if path.suffix in ends)
     for name in names:
@@ -225,6 +232,9 @@ def show_results(folder: Path) -> None:
 
 def main(argv: list[str], command: str) -> int:
     args = parse_args(argv, command)
+    viewer = [] if args.status else viewer_words(args)
+    if viewer and (len(args.prompts) > 1 or args.workers is not None or args.ray is not None):
+        raise ValueError("--viewer shows one object: give one prompt, without --workers and --ray")
     batch = host.module("evaluation.batch")
     if args.status:
         jobs = noted(args.out)
@@ -240,7 +250,7 @@ def main(argv: list[str], command: str) -> int:
         note(request, folder)
     if len(wanted) == 1 and args.workers is None and args.ray is None:
         ((folder, request),) = wanted.items()
-        status = _here(batch, request, folder)
+        status = _here(batch, request, folder, viewer)
     else:
         status = _batch(batch, wanted, args)
     if status >= 128:
@@ -248,7 +258,7 @@ def main(argv: list[str], command: str) -> int:
     return status
 
 
-def _here(batch: Any, request: Request, folder: Path) -> int:
+def _here(batch: Any, request: Request, folder: Path, viewer: list[str]) -> int:
     """One object in this process, where its progress is seen."""
     job = make_job(request, folder)
     book = batch.Folders([job], retry=True)
@@ -258,7 +268,7 @@ def _here(batch: Any, request: Request, folder: Path) -> int:
             raise ValueError(f"another process is at work in {folder}: wait until it has ended")
         begun, status = time.monotonic(), 1
         try:
-            status = make(request, folder)
+            status = make(request, folder, viewer)
         finally:
             error = "" if status == 0 else f"the run ended with status {status}"
             if status < 128:  # what was stopped is neither done nor failed
@@ -274,9 +284,9 @@ def _here(batch: Any, request: Request, folder: Path) -> int:
 def _batch(batch: Any, wanted: dict[Path, Request], args: argparse.Namespace) -> int:
     """Many objects, each in a process of its own."""
     workers = args.workers or (None if args.ray is not None else 1)
-    threads = _threads(workers)
+    threads = threads_of(workers)
     jobs = [make_job(request, folder, threads) for folder, request in wanted.items()]
-    gpus = 1.0 if _has_gpu() else 0.0
+    gpus = 1.0 if has_gpu() else 0.0
     try:
         done = batch.run(jobs, workers=workers, ray=args.ray, gpus=gpus, retry=True, tell=_tell)
     except KeyboardInterrupt:
@@ -296,7 +306,7 @@ def _tell(line: str) -> None:
     print(line, flush=True)
 
 
-def _threads(workers: int | None) -> int:
+def threads_of(workers: int | None) -> int:
     """Of one object: OMP_NUM_THREADS, else the cores shared out; on Ray, where they are not known,
     1."""
     asked = os.environ.get("OMP_NUM_THREADS", "")

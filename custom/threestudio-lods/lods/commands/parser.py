@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from lods import host
+
 
 class Parser(argparse.ArgumentParser):
     """As argparse's, with one line for a mistake, and without abbreviated options."""
@@ -31,6 +33,23 @@ def count(text: str) -> int:
 
 
 count.__name__ = "number from 1 to 1000000"  # argparse names it in its message
+
+
+def add_viewer(parser: argparse.ArgumentParser) -> None:
+    """The options of the live view, as launch.py has them; :func:`with_port` comes before."""
+    host.module("threestudio.run.viewer.options").add_arguments(parser)
+
+
+def with_port(argv: list[str]) -> list[str]:
+    """``argv``, in which a lone ``--viewer`` does not take the word after it for its port."""
+    return host.module("threestudio.run.viewer.options").with_port(argv)
+
+
+def viewer_words(args: argparse.Namespace) -> list[str]:
+    """The options of the live view for ``lods train``, checked."""
+    options = host.module("threestudio.run.viewer.options")
+    options.read(args)
+    return options.words(args)
 
 
 def made_folder(option: str, path: Path) -> None:

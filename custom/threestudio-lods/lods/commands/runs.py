@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lods import host
-from lods.commands.parser import Parser, made_folder
+from lods.commands.parser import Parser, add_viewer, made_folder, viewer_words, with_port
 from lods.files import whole_file
 from lods.settings import nearest
 
@@ -94,6 +94,9 @@ def main(argv: list[str], command: str) -> int:
     if verb == "export":
         parser.add_argument("--format", required=True, help="glb, ply, ...")
         parser.add_argument("--out", type=Path, help="folder that also gets the files")
+    if verb == "resume":
+        add_viewer(parser)
+        argv = with_port(argv)
     args = parser.parse_intermixed_args(argv)
     for word in args.overrides:
         if "=" not in word:
@@ -101,6 +104,7 @@ def main(argv: list[str], command: str) -> int:
     run = find_run(args.run)
     words = [*run.words, MODES[verb], *args.overrides]
     words += [] if args.gpu is None else ["--gpu", args.gpu]
+    words += viewer_words(args) if verb == "resume" else []
     if verb != "export":
         return start(words)
     if args.out is not None:

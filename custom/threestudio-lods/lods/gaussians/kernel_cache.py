@@ -106,17 +106,22 @@ class KernelCache(NullCache):
 @functools.cache
 def _digest(file: str) -> str:
     """Of a source file and of those in its package that it imports, directly or through others."""
-    texts, waiting = {}, [Path(file)]
+    found, waiting = {}, [Path(file)]
     while waiting:
         path = waiting.pop()
-        if path in texts or not path.is_file():
-            continue
-        texts[path] = path.read_bytes()
-        for node in ast.walk(ast.parse(texts[path])):
-            if isinstance(node, ast.ImportFrom):
-                waiting += _neighbours(node, path)
-    each = sorted((path.name, hashlib.sha256(text).hexdigest()) for path, text in texts.items())
+        if path not in found and path.is_file():
+            text = path.read_bytes()
+            found[path] = hashlib.sha256(text).hexdigest()
+            waiting += _imported(text, path)
+    each = sorted((path.name, sha) for path, sha in found.items())
     return hashlib.sha256(repr(each).encode()).hexdigest()
+
+
+@functools.cache
+def _imported(text: bytes, path: Path) -> list[Path]:
+    """The files of the same package that the source file `path`, of this content, may import."""
+    imports = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom))
+    return [found for node in imports for found in _neighbours(node, path)]
 
 
 def _neighbours(node: ast.ImportFrom, path: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import torch.nn as nn
 from jaxtyping import Float
 from lods.gaussians.cameras import world_to_camera
 from lods.gaussians.harmonics import SH_C0, view_colors
+from lods.gaussians.reference import covariances
 from torch import Tensor
 
 DIMENSIONS = {"means": 2, "scales": 2, "quats": 2, "opacities": 1, "sh0": 3, "shN": 3}
@@ -83,6 +84,24 @@ class GaussianParameters(nn.Module):
         if self.sh_degree == 0:
             return self.base_colors()
         return view_colors(self.sh0, self.shN, self.means, camera_positions)
+
+    @torch.no_grad()
+    def splats(self, most: int | None = None) -> dict[str, Tensor]:
+        """What viewers of Gaussians draw: ``centers`` (N, 3), ``covariances`` (N, 3, 3) in world
+        units, ``rgbs`` (N, 3) in 0..1 without view dependence, ``opacities`` (N, 1) in 0..1. Of
+        more than ``most`` Gaussians those with the largest product of opacity and extent (the
+        product of the two larger standard deviations), in their order."""
+        sigma, opacities = self.scales.exp(), self.opacities.sigmoid()
+        kept = torch.arange(self.count, device=self.means.device)
+        if most is not None and self.count > most:
+            extent = sigma.sort(dim=1).values[:, 1:].prod(dim=1)
+            kept = (opacities * extent).topk(most).indices.sort().values
+        return {
+            "centers": self.means[kept],
+            "covariances": covariances(self.quats[kept], sigma[kept]),
+            "rgbs": self.base_colors()[kept].clamp(max=1),
+            "opacities": opacities[kept, None],
+        }
 
     def export(self) -> dict[str, Tensor]:
         """Detached parameters by name, as :func:`lods.gaussians.write_ply` takes them."""

@@ -84,6 +84,21 @@ class RowLora(nn.Module):
         rows = self._rows.value
         return lambda: self.strength(rows)
 
+    @torch.no_grad()
+    def sizes(self, unet: nn.Module) -> tuple[float, float] | None:
+        """Frobenius norms of all B A and of all W that they are added to, in the UNet it was made
+        for; None where those weights are elsewhere (offloaded)."""
+        update, weights = 0.0, 0.0
+        for name, layer in _lora_layers(unet):
+            weight = layer.get_base_layer().weight
+            if weight.is_meta:
+                return None
+            A, B = (self.get_parameter(f"{name}.{part}.weight") for part in ("lora_A", "lora_B"))
+            # |B A|^2 = tr(B^T B A A^T), without the product
+            update += float(((B.T @ B) * (A @ A.T)).sum())
+            weights += float(weight.float().norm() ** 2)
+        return (max(update, 0.0) ** 0.5, weights**0.5) if weights else None
+
     def save(self, path, strength: float, metadata: dict[str, str]) -> Path:
         """Write a LoRA that ``StableDiffusionPipeline.load_lora_weights`` reads, under the names
         that every diffusers since 0.14 knows; at its default weight of 1 it acts with

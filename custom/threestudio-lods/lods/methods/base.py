@@ -1,5 +1,6 @@
 """What all methods share: encode, draw (t, noise), ask for the gradient, make it a loss."""
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from lods.methods.conditions import Conditions, Prompts
 from lods.methods.inputs import cameras_for, check_images, check_latents, check_values, resized
 from lods.methods.losses import Losses
 from lods.methods.sds_first import SDSFirst
+from lods.methods.sight import Sight
 from lods.models.base import Model
 from torch import Tensor, nn
 
@@ -72,6 +74,7 @@ class Method(nn.Module):
         self._lost: Tensor | None = None  # share of the last gradient that was not finite
         self._warned: set[bool] = set()
         self._looked = False  # at the values of an image
+        self.sight: Sight | None = None  # what the model saw last, where that is kept
         self.step(0)
         self.create_learned()
         self.distil = SDSFirst(self, *self.sds_stage())
@@ -121,7 +124,10 @@ class Method(nn.Module):
     def predict(self, x_t, t, conditions: Conditions, *texts) -> predictions.Predictions:
         """The noise predictions under these texts, in rows of one call; with the negatives of
         Perp-Neg in the conditions the first is composed with them."""
-        return predictions.predict(self.model, x_t, t, conditions, *texts)
+        found = predictions.predict(self.model, x_t, t, conditions, *texts)
+        if self.sight is not None:
+            self.sight.keep(x_t, t, conditions, texts, found)
+        return found
 
     def weight(self, t: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
         """w(t) of the configured ``weighting_strategy``."""
@@ -235,6 +241,27 @@ class Method(nn.Module):
         self._lost = (~torch.isfinite(raw)).float().mean()
         grad = torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0)
         return grad if self.grad_clip is None else grad.clamp(-self.grad_clip, self.grad_clip)
+
+    def set_guidance_scale(self, value: float) -> None:
+        """Go on with another guidance scale. Raises ``ValueError`` outside the range of the
+        method's ``Config``."""
+        hint = settings.annotations(type(self.cfg))["guidance_scale"]
+        checked = settings.check("guidance_scale", value, hint)
+        self.cfg = dataclasses.replace(self.cfg, guidance_scale=checked)
+
+    # -- looking on ------------------------------------------------------------------------------
+
+    def watch(self, wanted: bool = True) -> None:
+        """Keep what the model sees from the next step on, or no longer. That costs references to
+        tensors that are there anyway, and changes nothing of what is computed."""
+        self.sight = Sight() if wanted else None
+
+    def seen(self) -> dict[str, Float[Tensor, "B 3 H W"]]:
+        """Of the last step that was watched, as images in 0..1, decoded now: what the model was
+        given ("noisy"), the clean image that each of its two predictions means ("guess under the
+        prompt", and "guess of the learned part" or under the other text), and "difference" of the
+        two, 1/2 where there is none. Empty before such a step."""
+        return {} if self.sight is None else self.sight.images(self.model)
 
     # -- files -----------------------------------------------------------------------------------
 

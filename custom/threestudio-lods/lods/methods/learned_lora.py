@@ -83,14 +83,31 @@ class LoraMethod(LearningMethod):
             strengths = x_t.new_zeros(len(texts) + 1, len(x_t))
             strengths[-1] = self.cfg.lora_scale
             with self.lora.strength(strengths.flatten()):
-                return self.predict(x_t, t, conditions, *texts, learned_text)
+                found = self.predict(x_t, t, conditions, *texts, learned_text)
+            return self._kept(x_t, t, conditions, texts, found)
         if len(texts) > 1:
             eps_lora = self.predict_learned(x_t, t, learned_text, conditions.cameras)
-            return *self.predict(x_t, t, conditions, *texts), eps_lora
+            found = *self.predict(x_t, t, conditions, *texts), eps_lora
+            return self._kept(x_t, t, conditions, texts, found)
         eps_u = self.predict_learned(x_t, t, learned_text, conditions.cameras)
         rows = (*texts, *conditions.negatives)
         eps_c, *negatives = predictions.one_call(self.model, x_t, t, conditions, *rows)
-        return predictions.perp_neg(eps_c, eps_u, tuple(negatives), conditions), eps_u
+        found = predictions.perp_neg(eps_c, eps_u, tuple(negatives), conditions), eps_u
+        return self._kept(x_t, t, conditions, texts, found)
+
+    def _kept(self, x_t, t, conditions, texts: Sequence, found) -> predictions.Predictions:
+        """``found``, of which the last is under no text but the learned part's."""
+        if self.sight is not None:
+            self.sight.keep(x_t, t, conditions, (*texts, None), found)
+        return found
+
+    def moved(self):
+        """|s B A| / |W|, over all projections that it is on together, with s ``lora_scale``."""
+        sizes = self.lora.sizes(self.lora_model.lora_network())
+        return sizes and (
+            abs(self.cfg.lora_scale) * sizes[0] / sizes[1],
+            "|s B A| / |W|, W the weights of the model that it is on",
+        )
 
     def write_learned(self, path, metadata):
         """A LoRA for ``load_lora_weights`` of diffusers' pipelines, at ``lora_scale``."""

@@ -62,6 +62,11 @@ class LearningMethod(Method):
         """Take over the learned part of a file; returns its metadata."""
         raise NotImplementedError(f"{type(self).__name__} does not define read_learned")
 
+    def moved(self) -> tuple[float, str] | None:
+        """How far the learned part is from what it started as, relative and without a unit, and
+        the formula; None where that is not known."""
+        return None
+
     @property
     def learned_on(self) -> str:
         """The name of the model that the learned part belongs to."""
@@ -124,9 +129,12 @@ class LearningMethod(Method):
     # -- files -----------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write the learned part to a safetensors file, with the name of the model and the shape of
-        its latents as metadata."""
-        return self.write_learned(Path(path), {"model": self.learned_on, "latents": self._latents})
+        """Write the learned part to a safetensors file, with the name of the model, the shape of
+        its latents and, where it is known, how far it has moved as metadata."""
+        metadata = {"model": self.learned_on, "latents": self._latents}
+        if (moved := self.moved()) is not None:
+            metadata |= {"moved": f"{moved[0]:.6g}", "moved_is": moved[1]}
+        return self.write_learned(Path(path), metadata)
 
     def load(self, path: str | Path) -> dict[str, str]:
         """Start from a file of :meth:`save`; returns its metadata. Warns if it was learned on

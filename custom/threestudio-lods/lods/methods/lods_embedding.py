@@ -40,6 +40,7 @@ class LODSEmbedding(LearningMethod):
         self.unscale_gradients([self.learnable_embedding])
         self.initialized: Tensor
         self.register_buffer("initialized", torch.tensor(False, device=self.model.device))
+        self._start: Tensor | None = None  # the text's embedding that it starts as
 
     def _set(self, value) -> None:
         with torch.no_grad():
@@ -54,9 +55,18 @@ class LODSEmbedding(LearningMethod):
                 f"{tuple(self.learnable_embedding.shape)}: give prompt_processor and guidance the "
                 "same pretrained_model_name_or_path"
             )
-        if self.initialized:
-            return
-        self._set(prompts.plain("source") if self.cfg.embedding_start == "source" else null)
+        self._start = prompts.plain("source") if self.cfg.embedding_start == "source" else null
+        if not self.initialized:
+            self._set(self._start)
+
+    def moved(self):
+        """|e - e0| / |e0|, with e0 the embedding of the text that it starts as (also where it
+        started from a file)."""
+        if self._start is None:
+            return None
+        start = self._start.to(self.learnable_embedding.device).float()
+        distance = (self.learnable_embedding.detach().float() - start).norm() / start.norm()
+        return float(distance), f"|e - e0| / |e0|, e0 the {self.cfg.embedding_start} text's"
 
     def _null(self, rows: int):
         return self.learnable_embedding.expand(rows, -1, -1)

@@ -39,6 +39,9 @@ class SDSFirst:
         eps_c, eps_u = predictions.predict(
             method.model, x_t, t, conditions, conditions.prompt, conditions.null
         )
+        if method.sight is not None:
+            texts = conditions.prompt, conditions.null
+            method.sight.keep(x_t, t, conditions, texts, (eps_c, eps_u))
         raw = scores.lods(eps_c, eps_u, eps, self.scale, method.weight(t))
         # so that the next stage's is not s times as large
         return raw * method.cfg.guidance_scale if method.grows_with_scale else raw

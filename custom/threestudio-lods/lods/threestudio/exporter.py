@@ -5,13 +5,14 @@ from typing import Annotated, Any
 
 from lods.gaussians.axes import PLY_AXES
 from lods.gaussians.surface import surface
+from lods.preflight import unknown_export
 from omegaconf import ListConfig
 
 import threestudio
 from threestudio.models.exporters.base import Exporter, ExporterOutput
 from threestudio.models.mesh import Mesh
 
-FORMATS = {  # fmt -> (ending of the file, save_<type> of the system)
+FORMATS = {  # each of lods.preflight.EXPORTS -> (ending of the file, save_<type> of the system)
     "ply": (".ply", "gaussian_ply"),
     "points": ("-points.ply", "point_ply"),
     "glb": (".glb", "gaussian_mesh"),
@@ -39,6 +40,11 @@ class GaussianExporter(Exporter):
         mesh_opacity: Annotated[float, "(0, 1)"] = 0.15
         mesh_threshold: Annotated[float | None, "(0, inf)"] = None
 
+        def contradictions(self):
+            """Formats that there are not: (field, what is wrong)."""
+            if wrong := unknown_export(self.fmt):
+                yield "fmt", wrong
+
     cfg: Config
 
     geometry_needs = ("gaussians", "base_colors")
@@ -47,11 +53,8 @@ class GaussianExporter(Exporter):
         super().configure(*args, **kwargs)
         several = isinstance(self.cfg.fmt, (list, tuple, ListConfig))
         self.formats = list(self.cfg.fmt) if several else [self.cfg.fmt]
-        for fmt in self.formats:
-            if fmt not in FORMATS:
-                raise ValueError(
-                    f"system.exporter.fmt has '{fmt}': the formats are {', '.join(FORMATS)}"
-                )
+        if wrong := unknown_export(self.formats):  # upstream does not ask for contradictions
+            raise ValueError(f"system.exporter.fmt {wrong}")
 
     def _mesh(self) -> Mesh:
         cfg = self.cfg

@@ -227,6 +227,23 @@ class MethodGuidance(BaseModule):
         if told is not None:
             told()
 
+    @property
+    def guidance_scale(self) -> float:
+        """s of the method, which may be set while training: see ``Config`` for its range."""
+        return float(self.method.cfg.guidance_scale)
+
+    @guidance_scale.setter
+    def guidance_scale(self, value: float) -> None:
+        self.method.set_guidance_scale(value)
+
+    def watch(self, wanted: bool = True) -> None:
+        """See :meth:`lods.methods.base.Method.watch`."""
+        self.method.watch(wanted)
+
+    def seen(self) -> dict[str, Float[Tensor, "B H W 3"]]:
+        """See :meth:`lods.methods.base.Method.seen`; channels come last here."""
+        return {name: x.permute(0, 2, 3, 1) for name, x in self.method.seen().items()}
+
     def save_learned(self, path: str | Path) -> Path | None:
         """See :meth:`lods.methods.base.Method.save`."""
         return self.method.save(path)

@@ -31,6 +31,11 @@ class LODSSystem(Losses, Pictures):
     @dataclass
     class Config(BaseLift3DSystem.Config):
         prompt_processor_type: str = "lods-prompt-processor"
+        # steps at which the validation pictures are drawn beside trainer.val_check_interval, so
+        # that there is something to see from the start; []: none
+        early_previews: Annotated[list[int], "ordered [0, 1e12]"] = field(
+            default_factory=lambda: [0, 10, 25, 50]
+        )
         # views of the contact sheet, evenly around the object; 0: no sheet
         sheet_views: Annotated[int, "[0, 10000]"] = 12
         sheet_columns: Annotated[int, "[1, 1000]"] = 4
@@ -40,6 +45,8 @@ class LODSSystem(Losses, Pictures):
         )
 
     cfg: Config
+    # for the host, which looks all parts up before the first is built
+    builds_too = ("guidance", "prompt_processor", "exporter")
 
     def configure(self) -> None:
         if self.cfg.sheet_views < 0 or self.cfg.sheet_columns < 1:

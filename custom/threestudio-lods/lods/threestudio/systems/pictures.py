@@ -1,5 +1,8 @@
 """The pictures of validation and test, the video and the contact sheet."""
 
+import contextlib
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ from jaxtyping import Float
 from lods.threestudio.systems.coverage import Coverage
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import threestudio
 from threestudio.systems.base import BaseLift3DSystem
@@ -23,6 +27,7 @@ class Pictures(BaseLift3DSystem):
     def begin_pictures(self) -> None:
         self._sheet: dict[int, tuple[float, int, Tensor]] = {}
         self.views = 0  # of a test, where its data tell
+        self._drawn_at = -1  # the step of the last validation or early preview
 
     def panels(self, out: dict[str, Any], i: int) -> list[dict[str, Any]]:
         """The cells of the validation picture of image ``i``."""
@@ -39,7 +44,32 @@ class Pictures(BaseLift3DSystem):
             )
 
     def on_validation_epoch_end(self) -> None:
-        pass
+        self._drawn_at = self.true_global_step
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int, unused: int = 0) -> None:
+        """Draw the early previews too: here the schedules are those of this step, and nothing of
+        it has been computed."""
+        super().on_train_batch_start(batch, batch_idx, unused)
+        step = self.true_global_step
+        if step in self.cfg.early_previews and step != self._drawn_at:
+            self._drawn_at = step
+            self._draw_preview()
+
+    def _draw_preview(self) -> None:
+        """The pictures of a validation, drawn by the first process between two training steps,
+        which see nothing of it; none in a training that has no validations."""
+        loader = self.trainer.val_dataloaders
+        if not isinstance(loader, DataLoader) or self.global_rank != 0:
+            return
+        data, size = loader.dataset, loader.batch_size or 1
+        parts = (self.geometry, self.material, self.background, self.renderer)
+        with torch.no_grad(), _undisturbed_random_streams(self.device), _evaluating(parts):
+            for first in range(0, len(data), size):
+                rows = [data[i] for i in range(first, min(first + size, len(data)))]
+                batch = self.trainer.strategy.batch_to_device(loader.collate_fn(rows))
+                self.preprocess_data(batch, "validation")
+                with self.trainer.precision_plugin.val_step_context():
+                    self.validation_step(batch, first // size)
 
     def on_test_epoch_start(self) -> None:
         self._count_views(self.trainer.test_dataloaders)
@@ -128,6 +158,33 @@ class Pictures(BaseLift3DSystem):
             name="contact_sheet",
             step=self.true_global_step,
         )
+
+
+@contextlib.contextmanager
+def _undisturbed_random_streams(device: torch.device) -> Iterator[None]:
+    """Within this, what is drawn from Python's, numpy's or torch's random state is put back."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global one)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _evaluating(parts: tuple[torch.nn.Module, ...]) -> Iterator[None]:
+    """Within this, the modules are in evaluation mode; afterwards each is as it was."""
+    before = {module: module.training for part in parts for module in part.modules()}
+    for part in parts:
+        part.eval()
+    try:
+        yield
+    finally:
+        for part in parts:  # some change more than the flag in train()
+            part.train(before[part])
+        for module, training in before.items():
+            module.training = training
 
 
 def _read(path: Path) -> Float[Tensor, "H W 3"]:

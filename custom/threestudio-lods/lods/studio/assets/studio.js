@@ -1,0 +1,341 @@
+// The page of the studio: a form, the queue, the gallery, one run, and two side by side.
+import { $, ask, h, keep, time } from "./dom.js";
+import { drawCompare, drawRun, leaveView } from "./views.js";
+import { fileUrl, runUrl, say } from "./runs.js";
+
+const AT_WORK = ["queued", "running", "stopping"];
+let offered, runs = [], queue = [], chosen = [];
+
+// --- the form ------------------------------------------------------------------------------------
+
+const form = { on: "gaussians", quality: "good" };
+
+function segments(box, options, key, after) {
+  for (const option of options) {
+    const input = h("input", { type: "radio", name: key, value: option.name, onchange: () => { form[key] = option.name; after?.(); } });
+    box.append(h("label", { title: option.says }, input, h("span", {}, h("b", {}, option.title), h("small", {}, option.says))));
+  }
+}
+
+function pick(key, name) {
+  form[key] = name;
+  for (const input of document.querySelectorAll(`input[name=${key}]`)) input.checked = input.value === name;
+}
+
+function model() {
+  return offered.models.find((each) => each.name === $("model").value);
+}
+
+function offer() {
+  segments($("qualities"), offered.qualities, "quality");
+  segments($("representations"), offered.representations, "on", suit);
+  $("method").append(...offered.methods.map((m) => h("option", { value: m.name }, m.title)));
+  $("model").append(...offered.models.map((m) => h("option", { value: m.name }, m.name + (m.here ? "" : " (not here)"))));
+  $("prompt").maxLength = offered.max_prompt;
+  $("method").addEventListener("change", suit);
+  $("model").addEventListener("change", suit);
+  $("prompt").addEventListener("input", advise);
+  $("any-words").addEventListener("change", advise);
+  $("dice").addEventListener("click", () => { $("seed").value = Math.floor(Math.random() * 1e6); });
+  $("prompt").addEventListener("keydown", (e) => {
+    if (e.key === "Enter") { e.preventDefault(); $("form").requestSubmit(); }
+  });
+  $("form").addEventListener("submit", (e) => { e.preventDefault(); make(); });
+  fill(offered.defaults);
+}
+
+// Put the choices of a run, or of none, into the form.
+export function fill(values) {
+  const known = (list, name, other) => (list.some((each) => each.name === name) ? name : other);
+  const usual = offered.defaults;
+  $("prompt").value = values.prompt ?? $("prompt").value;
+  $("method").value = known(offered.methods, values.method, usual.method);
+  $("model").value = known(offered.models, values.model, usual.model);
+  $("seed").value = values.seed ?? 0;
+  pick("on", known(offered.representations, values.on, usual.on));
+  pick("quality", known(offered.qualities, values.quality, usual.quality));
+  suit();
+}
+
+// What a choice means for the others.
+function suit() {
+  const now = model();
+  $("method-says").textContent = offered.methods.find((m) => m.name === $("method").value).says;
+  $("model-says").textContent = now.says;
+  const can = now.qualities[form.on];
+  for (const input of document.querySelectorAll("input[name=quality]")) {
+    input.disabled = !can.includes(input.value);
+    input.parentElement.hidden = input.disabled;
+  }
+  if (!can.includes(form.quality)) pick("quality", can.includes("good") ? "good" : can[0]);
+  hint(now);
+  advise();
+}
+
+let hinted;
+function hint(now) {
+  if (hinted === now.name) return;
+  hinted = now.name;
+  const words = now.words || {};
+  const box = $("hints");
+  box.replaceChildren();
+  for (const group of ["objects", "colors"]) {
+    if (!words[group]?.length) continue;
+    const chips = words[group].map((word) => h("button", { type: "button", class: `chip ${group}`, onclick: () => use(group, word, words) },
+      group === "colors" ? h("i", { class: `dot ${/^[a-z]+$/.test(word) ? word : ""}` }) : null, word));
+    box.append(h("div", { class: "chips", role: "group", "aria-label": group }, chips));
+  }
+  if (now.words) box.prepend(h("p", { class: "advice" }, `The model ${now.name} knows ${words.objects.length} objects:`));
+}
+
+// Put a word of the model into the prompt: an object in the place of an object, a colour before it.
+function use(group, word, words) {
+  const text = $("prompt").value.trim().toLowerCase();
+  const find = (list) => [...(list || [])].sort((a, b) => b.length - a.length).find((w) => new RegExp(`\\b${escape(w)}\\b`).test(text));
+  const object = group === "objects" ? word : find(words.objects);
+  const before = find(words.colors);
+  const color = group === "colors" ? (before === word ? "" : word) : before;
+  const name = [color, object].filter(Boolean).join(" ");
+  const several = /^\w+[^s]s$/.test(object || ""); // sneakers
+  $("prompt").value = several || !name ? name : `${/^[aeiou]/.test(name) ? "an" : "a"} ${name}`;
+  advise();
+  $("prompt").focus();
+}
+
+function escape(text) {
+  return text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+}
+
+// What the model will make of the prompt, before it is sent; the server looks again.
+function advise() {
+  const now = model(), text = $("prompt").value, box = $("advice");
+  box.className = "advice";
+  box.textContent = "";
+  if (!now.known || !text.trim()) return;
+  const words = text.toLowerCase().replace(/['\u2019](s|t|re|ve|m|ll|d)\b/g, " ").match(/[\p{L}\p{N}\p{M}]+/gu) || [];
+  const unknown = [...new Set(words)].filter((w) => !now.known.includes(w));
+  const parts = new Set(now.words.objects.flatMap((name) => name.split(" ")));
+  if (!words.some((w) => parts.has(w))) {
+    box.textContent = $("any-words").checked ? "No object of this model is in it." : "Name one of the objects below: the model knows no other.";
+    box.classList.add("warn");
+  } else if (unknown.length) {
+    box.textContent = `The model does not know ${unknown.slice(0, 4).map((w) => `“${w}”`).join(", ")}; it will do without.`;
+    box.classList.add("warn");
+  }
+}
+
+function complain(text) {
+  $("error").textContent = text;
+  $("error").hidden = !text;
+}
+
+let told;
+export function tell(text) {
+  clearTimeout(told);
+  $("toast").textContent = text;
+  $("toast").hidden = false;
+  told = setTimeout(() => { $("toast").hidden = true; }, 8000);
+}
+
+async function make() {
+  complain("");
+  const seed = Number($("seed").value);
+  const wanted = {
+    prompt: $("prompt").value, on: form.on, quality: form.quality, method: $("method").value,
+    model: $("model").value, seed, any_words: $("any-words").checked,
+  };
+  if (!Number.isSafeInteger(seed) || $("seed").value.trim() === "") return complain("The seed is a whole number.");
+  $("make").disabled = true;
+  try {
+    await ask("api/runs", wanted);
+    tell(`“${wanted.prompt.trim()}” is in the queue.`);
+    await look();
+    $("queue-box").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  } catch (error) {
+    complain(sentence(error.message));
+  } finally {
+    $("make").disabled = false;
+  }
+}
+
+const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
+// --- the queue -----------------------------------------------------------------------------------
+
+export async function command(run, verb, body = {}) {
+  try {
+    const answer = await ask(`${runUrl(run)}/${verb}`, body);
+    await look();
+    return answer;
+  } catch (error) {
+    tell(sentence(error.message));
+  }
+}
+
+function bar(run) {
+  const p = run.progress;
+  if (run.state === "queued") {
+    const place = queue.indexOf(run.name);
+    return h("p", { class: "state" }, place <= 0 ? "waiting, next" : `waiting, ${place} before it`);
+  }
+  if (run.state === "stopping") return h("p", { class: "state" }, "stopping: saving what there is");
+  const left = p.left === null ? "" : `, about ${time(p.left)} left`;
+  const done = p.of ? ` ${p.step} of ${p.of}${left}` : " …";
+  const words = { starting: "loading the model", training: "training", rendering: "drawing the views", exporting: "writing the files" };
+  return [
+    h("progress", p.of ? { max: p.of, value: p.step } : {}),
+    h("p", { class: "state" }, `${words[p.stage]}${done}`, h("span", {}, time(p.elapsed))),
+  ];
+}
+
+function strip(run) {
+  const picture = run.files.preview && h("img", { src: fileUrl(run, "preview"), alt: `preview of ${run.prompt}` });
+  return h("span", { class: picture ? "strip" : "strip blank", "data-time": String(run.files.preview) }, picture);
+}
+
+// What is there already is changed, and not made anew: it may be under the mouse.
+function drawWork(run, old) {
+  if (old?.dataset.state === run.state) {
+    old.querySelector(".now").replaceChildren(...[bar(run)].flat());
+    const before = old.querySelector(".strip");
+    if (before.dataset.time !== String(run.files.preview)) before.replaceWith(strip(run));
+    return old;
+  }
+  const link = `#/run/${encodeURIComponent(run.name)}`;
+  return h("article", { class: "work", "data-state": run.state },
+    h("a", { href: link, class: "picture", tabIndex: -1, "aria-hidden": "true" }, strip(run)),
+    h("div", {},
+      h("a", { href: link, class: "prompt" }, run.prompt),
+      h("div", { class: "now" }, bar(run)),
+      run.can.includes("cancel") && h("button", { class: "quiet", onclick: () => command(run, "cancel") }, run.state === "queued" ? "remove from the queue" : "cancel")));
+}
+
+// --- the gallery ---------------------------------------------------------------------------------
+
+// Films play under the mouse: to draw them all takes a processor that may be training meanwhile.
+// Where there is no mouse they play while they are seen, unless the user wants less motion.
+const calm = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+const touch = window.matchMedia("(hover: none)").matches;
+const seen = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    if (isIntersecting && !calm) target.play().catch(() => {}); else target.pause();
+  }
+});
+
+function drawCard(run) {
+  const link = `#/run/${encodeURIComponent(run.name)}`;
+  let shown;
+  if (run.files.video) {
+    shown = h("video", { src: `${fileUrl(run, "video")}#t=0.01`, muted: true, loop: true, playsInline: true, preload: "metadata" });
+    if (touch) seen.observe(shown);
+  } else if (run.files.picture) shown = h("img", { src: fileUrl(run, "picture"), alt: "" });
+  else shown = h("span", { class: "blank" });
+  const tick = h("input", { type: "checkbox", checked: chosen.includes(run.name), "aria-label": `compare ${run.prompt}`, onchange: (e) => choose(run.name, e.target.checked) });
+  const play = () => shown.play?.().catch(() => {});
+  const pause = () => shown.pause?.();
+  const watch = touch ? {} : { onpointerenter: play, onpointerleave: pause, onfocusin: play, onfocusout: pause };
+  return h("article", { class: "card", ...watch },
+    h("label", { class: "choose" }, tick, h("span", {}, "compare")),
+    h("a", { href: link }, h("span", { class: "picture" }, shown), h("span", { class: "prompt" }, run.prompt)),
+    h("p", { class: "about" }, say(run, offered)));
+}
+
+function choose(name, yes) {
+  chosen = chosen.filter((each) => each !== name);
+  if (yes) chosen = [...chosen, name].slice(-2);
+  for (const card of $("gallery").children) card.querySelector("input").checked = chosen.includes(card.dataset.key);
+  $("compare").disabled = chosen.length !== 2;
+  $("compare").textContent = chosen.length === 1 ? "Choose one more" : "Compare";
+}
+
+function drawOther(run) {
+  const why = { failed: run.error, stopped: "cancelled", interrupted: run.error, damaged: run.error, unfinished: "not finished" };
+  const can = (verb) => run.can.includes(verb);
+  return h("article", { class: `other ${run.state}` },
+    h("div", {}, h("a", { href: `#/run/${encodeURIComponent(run.name)}`, class: "prompt" }, run.prompt || run.name),
+      h("p", { class: "about" }, h("b", {}, run.state), " ", why[run.state] && why[run.state] !== run.state ? `— ${why[run.state]}` : "")),
+    h("div", { class: "buttons" },
+      can("resume") && h("button", { class: "quiet", onclick: () => command(run, "resume") }, run.state === "failed" ? "try again" : "go on"),
+      can("remove") && h("button", { class: "quiet", onclick: () => remove(run) }, "remove")));
+}
+
+export async function remove(run) {
+  if (!window.confirm(`Delete “${run.prompt || run.name}” and all its files for good?`)) return false;
+  return command(run, "remove");
+}
+
+function drawGallery() {
+  const work = runs.filter((run) => AT_WORK.includes(run.state));
+  const place = (run) => (run.state === "queued" ? 1 + queue.indexOf(run.name) : 0);
+  work.sort((a, b) => place(a) - place(b));
+  const done = runs.filter((run) => run.state === "done");
+  const others = runs.filter((run) => !AT_WORK.includes(run.state) && run.state !== "done");
+  $("queue-box").hidden = !work.length;
+  keep($("queue"), work, (run) => run.name, drawWork);
+  keep($("gallery"), done, (run) => run.name, drawCard);
+  keep($("others"), others, (run) => run.name, drawOther);
+  $("others-box").hidden = !others.length;
+  $("empty").hidden = done.length > 0;
+  $("count").textContent = done.length ? `${done.length} ${done.length === 1 ? "object" : "objects"}` : "";
+  $("compare-label").hidden = done.length < 2;
+  choose("", false);
+  document.title = work.length ? `(${work.length}) LODS studio` : "LODS studio";
+}
+
+$("choose").addEventListener("change", (e) => {
+  $("gallery").classList.toggle("choosing", e.target.checked);
+  $("compare").hidden = !e.target.checked;
+  if (!e.target.checked) { chosen = []; choose("", false); }
+});
+$("compare").addEventListener("click", () => {
+  location.hash = `#/compare/${chosen.map(encodeURIComponent).join("/")}`;
+});
+
+// --- where the page is ---------------------------------------------------------------------------
+
+function route() {
+  const [, view, ...names] = location.hash.split("/");
+  let decoded;
+  try { decoded = names.map(decodeURIComponent); } catch { decoded = []; }
+  const found = decoded.map((name) => runs.find((run) => run.name === name)).filter(Boolean);
+  const where = { run: found.length === 1 && "run", compare: found.length === 2 && "compare" }[view] || "gallery";
+  for (const each of ["gallery", "run", "compare"]) $(`${each}-view`).hidden = each !== where;
+  document.body.dataset.view = where;
+  if (where === "gallery") leaveView();
+  else if (where === "run") drawRun($("run-view"), found[0], offered);
+  else drawCompare($("compare-view"), found, runs.filter((run) => run.state === "done"), offered);
+}
+
+window.addEventListener("hashchange", () => { route(); window.scrollTo(0, 0); });
+
+let timer;
+export async function look() {
+  clearTimeout(timer);
+  try {
+    ({ runs, queue } = await ask("api/runs"));
+    $("offline").hidden = true;
+    drawGallery();
+    route();
+  } catch (error) {
+    if (error instanceof TypeError) $("offline").hidden = false; // no answer at all
+    else throw error;
+  } finally {
+    const soon = runs.some((run) => AT_WORK.includes(run.state));
+    timer = setTimeout(look, document.hidden ? 10000 : soon ? 1500 : 4000);
+  }
+}
+document.addEventListener("visibilitychange", () => { if (!document.hidden && offered) look(); });
+
+async function begin() {
+  if (location.search) history.replaceState(null, "", location.pathname + location.hash); // the token
+  try {
+    offered = await ask("api/choices");
+  } catch {
+    $("offline").hidden = false;
+    return void setTimeout(begin, 3000);
+  }
+  offer();
+  await look();
+}
+
+begin();

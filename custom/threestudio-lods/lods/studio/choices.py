@@ -1,0 +1,179 @@
+"""What the form of the studio offers, and the requests that it may send."""
+
+import unicodedata
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lods import host
+from lods.commands.job import BASE, OVERLAY_ENDS, Request, fields_of_model
+from lods.commands.make import DEFAULT_METHOD, has_gpu, refuse_unknown_words
+from lods.models import cards
+from lods.models.vocabulary import Vocabulary
+from omegaconf import OmegaConf
+
+PRESETS = Path(__file__).resolve().parent / "presets.yaml"
+MAX_PROMPT = 300  # characters
+MAX_SEED = 2**32
+DEFAULT_QUALITY = "good"
+REPRESENTATIONS = {
+    "gaussians": ("Gaussians", "soft splats: the quickest, with fine colours"),
+    "nerf": ("Radiance field", "a continuous volume: smooth, and a closed mesh"),
+}
+# the methods of lods.methods, whose registry would import torch
+METHODS = {
+    "lods-embedding": ("LODS, embedding", "learns a text embedding along the way"),
+    "lods-lora": ("LODS, LoRA", "learns a small change of the model along the way"),
+    "lods-sds": ("SDS", "DreamFusion's score distillation: plain and quick"),
+    "lods-csd": ("CSD", "only the part of SDS that follows the prompt"),
+    "lods-vsd": ("VSD", "ProlificDreamer's: learns a LoRA that sees the camera"),
+    "lods-nfsd": ("NFSD", "SDS without the part that is only noise"),
+    "lods-sdi": ("SDI", "SDS with noise that is inverted from the object"),
+    "lods-ism": ("ISM", "LucidDreamer's: matches intervals of the inversion"),
+    "lods-bridge": ("Bridge", "leads from a source text to the prompt"),
+}
+_FIELDS = ("prompt", "on", "method", "model", "quality", "seed", "any_words", "after")
+
+
+class Refused(ValueError):
+    """A form that cannot be carried out; its text is one line."""
+
+
+def as_data() -> dict[str, Any]:
+    """Everything that the form offers, in plain values."""
+    return {
+        "representations": _titled(REPRESENTATIONS),
+        "methods": _titled(METHODS),
+        "models": [_model(card) for card in _embedded_first()],
+        "qualities": [
+            {"name": name, "title": each["title"], "says": each["says"]}
+            for name, each in presets().items()
+        ],
+        "defaults": {
+            "on": "gaussians",
+            "method": DEFAULT_METHOD,
+            "model": cards.EMBEDDED,
+            "quality": DEFAULT_QUALITY,
+        },
+        "max_prompt": MAX_PROMPT,
+    }
+
+
+def _titled(table: Mapping[str, tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"name": name, "title": title, "says": says} for name, (title, says) in table.items()]
+
+
+def _embedded_first() -> list[cards.Card]:
+    every = cards.all_cards().values()
+    return sorted(every, key=lambda card: (card.folder is None, card.name != cards.EMBEDDED))
+
+
+def _model(card: cards.Card) -> dict[str, Any]:
+    about: dict[str, Any] = {"name": card.name, "words": None}
+    about["qualities"] = {on: qualities(card.name, on) for on in BASE}
+    if card.folder is None:
+        here = cards.is_here(card.name)
+        about["says"] = f"{card.image_size} pixels, for a GPU of {card.memory_gb} GB or more"
+        if not here:
+            about["says"] += f"; not on this machine yet: hf download {card.ids[0]}"
+        return about | {"here": here}
+    about |= {"here": True, "says": "comes with the library, small enough for a CPU"}
+    vocabulary = Vocabulary.read(str(cards.CARDS.parent / card.folder))
+    if vocabulary is not None:
+        groups = {key: vocabulary.groups[key] for key in vocabulary.groups if key != "other words"}
+        about["words"] = {key: list(names) for key, names in groups.items()}
+        about["known"] = vocabulary.words
+    return about
+
+
+# --- quality --------------------------------------------------------------------------------------
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """The table ``presets.yaml``."""
+    content: Any = OmegaConf.to_container(OmegaConf.load(PRESETS))
+    return content
+
+
+def qualities(model: str, on: str) -> list[str]:
+    """The presets that can be had for a model and a representation. They are made for the sizes of
+    a CPU: a model without an overlay, which is for a GPU, has its config's own quality only."""
+    card = cards.find_card(model)
+    if card is None or card.overlay is None:
+        return [DEFAULT_QUALITY]
+    return [
+        name
+        for name, preset in presets().items()
+        if "otherwise" in preset or has_overlay(card, on, name)
+    ]
+
+
+def has_overlay(card: cards.Card, on: str, quality: str) -> bool:
+    """Whether there is a config that makes the usual settings of a card this quality."""
+    name = f"{card.overlay}{OVERLAY_ENDS[on]}-{quality}.yaml"
+    return (host.home() / "configs" / name).is_file()
+
+
+def quality_fields(quality: Any, on: str, model: str) -> dict[str, Any]:
+    """What a preset adds to a request. Raises :class:`Refused` for one that cannot be had."""
+    known, card = qualities(model, on), cards.find_card(model)
+    if not isinstance(quality, str) or quality not in known:
+        raise Refused(f"the quality is one of {', '.join(known)}, for {model} and {on}")
+    if card is not None and card.overlay and has_overlay(card, on, quality):
+        return {"quality": quality}
+    return {"overrides": tuple(presets()[quality].get("otherwise", ()))}
+
+
+# --- what the form sends --------------------------------------------------------------------------
+
+
+def check_prompt(text: Any) -> str:
+    """The prompt without spaces around it. Raises :class:`Refused` for what no config could hold
+    as it is."""
+    if not isinstance(text, str) or not text.strip():
+        raise Refused("write what to make: the prompt is empty")
+    text = text.strip()
+    if len(text) > MAX_PROMPT:
+        raise Refused(f"the prompt has {len(text)} characters: {MAX_PROMPT} are the most")
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text):
+        raise Refused("the prompt holds a line break or another character that is not text")
+    if "${" in text:
+        raise Refused("the prompt holds '${', which configs take for a reference")
+    if text == "???":
+        raise Refused("the prompt '???' is how configs write a missing value")
+    return text
+
+
+def read_form(form: Any, gpu: Callable[[], bool] = has_gpu) -> tuple[Request, str]:
+    """``(request, quality)`` of what the form has sent. Raises :class:`Refused`, or another
+    ``ValueError`` of one line, for anything that cannot be made."""
+    if not isinstance(form, dict):
+        raise Refused("a request is an object")
+    if unknown := [key for key in form if key not in _FIELDS]:
+        raise Refused(f"a request has no field {unknown[0][:40]!r}")
+    prompt = check_prompt(form.get("prompt"))
+    on = _one_of(form, "on", BASE)
+    method = _one_of(form, "method", METHODS)
+    model = _one_of(form, "model", cards.all_cards())
+    seed, any_words = form.get("seed", 0), form.get("any_words", False)
+    if type(seed) is not int or not 0 <= seed < MAX_SEED:
+        raise Refused(f"the seed is a whole number from 0 to {MAX_SEED - 1}")
+    if type(any_words) is not bool:
+        raise Refused("any_words is true or false")
+    if not any_words:
+        refuse_unknown_words([prompt], model, "the tick at 'any words'")
+    cards.refuse_early(model)
+    fields = fields_of_model(model, gpu)
+    quality = form.get("quality", DEFAULT_QUALITY)
+    fields |= quality_fields(quality, on, model)
+    if any_words:
+        word = "system.prompt_processor.allow_unknown_words=true"
+        fields["overrides"] = (*fields.get("overrides", ()), word)
+    return Request(prompt=prompt, on=on, method=method, model=model, seed=seed, **fields), quality
+
+
+def _one_of(form: Mapping[str, Any], key: str, known: Mapping[str, Any]) -> str:
+    value = form.get(key)
+    if not isinstance(value, str) or value not in known:
+        raise Refused(f"{key} is one of {', '.join(known)}")
+    return value

@@ -1,0 +1,266 @@
+"""Which run is next, and the processes of runs and exports."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lods.commands.job import Request
+from lods.commands.make import threads_of
+from lods.studio import processes
+from lods.studio.shelf import LOG, STUDIO, WAITING, Entry, Shelf, changed, log_end
+
+PATIENCE = 30.0  # seconds that a run which was cancelled has to save what it has
+EXPORT_LOG = "export.log"
+MAX_EXPORTS = 2  # at a time
+OVER = ("stopped", "failed", "interrupted")  # states that a run can go on from
+Started = subprocess.Popen[bytes]
+
+
+class Refused(ValueError):
+    """What cannot be done with a run as it stands; its text is one line."""
+
+
+class Queue:
+    """Starts the runs of a shelf in their turn, ``at_once`` at a time, and exports beside them.
+
+    Everything that must survive is in the folders: a run that is under way when a server ends goes
+    on, and the next server finds it. Methods may be called from any thread. ``program``: what is
+    started in the folder of a run, with the number of the attempt after it.
+    """
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        at_once: int = 1,
+        program: tuple[str, ...] = (sys.executable, "-P", "-m", "lods.studio.work"),
+        patience: float = PATIENCE,
+    ):
+        self.shelf, self.at_once, self.patience = shelf, at_once, patience
+        self._program = program
+        self._lock = threading.RLock()
+        self._children: dict[str, Started] = {}  # of this server, by the name of the run
+        self._asked: dict[str, float] = {}  # when a run was asked to stop
+        self._exports: dict[tuple[str, str], Started] = {}
+
+    # --- what the page asks for -------------------------------------------------------------------
+
+    def add(self, request: Request, quality: str) -> str:
+        """Put a run into the queue; returns its name."""
+        with self._lock:
+            name = self.shelf.create(request, quality)
+        self.tick()
+        return name
+
+    def cancel(self, name: str) -> None:
+        """Take a run out of the queue, or ask the one under way to save what it has and stop."""
+        with self._lock:
+            entry = self._own(name)
+            if entry.state not in ("queued", "running"):
+                raise Refused(f"{name} is {entry.state}: there is nothing to cancel")
+            self.shelf.write(entry, replace(_wish(entry), wish="stop"))
+            self._press(entry, now=True)
+
+    def resume(self, name: str) -> None:
+        """Put a run that has been stopped, killed or has failed at the end of the queue again."""
+        with self._lock:
+            entry = self._own(name)
+            if entry.state not in OVER:
+                raise Refused(f"{name} is {entry.state}: it cannot be gone on with")
+            self._again(entry, time.time())
+        self.tick()
+
+    def remove(self, name: str) -> None:
+        """Delete the folder of a run of the studio that is not under way."""
+        with self._lock:
+            entry = self._own(name)
+            begins = entry.state == "queued" and name in self._children
+            if begins or (entry.is_alive and entry.state != "done"):
+                raise Refused(f"{name} is running: cancel it first")
+            if any(
+                run == name and child.poll() is None for (run, _), child in self._exports.items()
+            ):
+                raise Refused(f"a file of {name} is being made: wait for it")
+            self.shelf.remove(entry)
+
+    def _own(self, name: str) -> Entry:
+        entry = self.shelf.find(name)
+        if entry is None:
+            raise Refused("there is no such run")
+        if entry.kind != "studio":
+            raise Refused(f"{name} was not made by the studio: use the command lods for it")
+        return entry
+
+    def _again(self, entry: Entry, turn: float) -> None:
+        wish = _wish(entry)
+        again = replace(wish, wish="run", attempt=wish.attempt + 1, turn=turn, error="")
+        self.shelf.write(entry, again)
+
+    # --- runs -------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """At the start of a server: what was under way and has been killed since goes on, before
+        what is waiting."""
+        with self._lock:
+            self.shelf.sweep()
+            for entry in self.shelf.entries():
+                if entry.state == "interrupted":
+                    self._again(entry, _wish(entry).turn)
+
+    def tick(self) -> None:
+        """Look after the processes, and start what is due. Called again and again."""
+        with self._lock:
+            self._reap()
+            entries = self.shelf.entries()
+            active = [e for e in entries if e.state in ("running", "stopping")]
+            active += [e for e in entries if e.name in self._children and e not in active]
+            for entry in active:
+                if entry.state == "stopping" or (entry.wish and entry.wish.wish == "stop"):
+                    self._press(entry)
+            due = [e for e in entries if e.state == "queued" and e not in active]
+            for entry in sorted(due, key=lambda e: _wish(e).turn)[: self.at_once - len(active)]:
+                self._start(entry)
+
+    def waiting(self) -> list[str]:
+        """The names of the runs that are queued, the next one first."""
+        due = [e for e in self.shelf.entries() if e.state == "queued"]
+        return [e.name for e in sorted(due, key=lambda e: _wish(e).turn)]
+
+    def is_starting(self, name: str) -> bool:
+        """Whether its process is there, but has not said so yet."""
+        return name in self._children
+
+    def _start(self, entry: Entry) -> None:
+        try:
+            with (entry.folder / LOG).open("ab") as log:
+                child = self._spawn([*self._program, str(_wish(entry).attempt)], entry.folder, log)
+        except OSError as error:
+            self._give_up(entry, f"it could not be started: {error.strerror or error}")
+            return
+        self._children[entry.name] = child
+
+    def _reap(self) -> None:
+        for child in self._exports.values():
+            child.poll()
+        for name, child in list(self._children.items()):
+            if child.poll() is None:
+                continue
+            del self._children[name]
+            entry = self.shelf.find(name)
+            if entry is not None and entry.state == "queued":  # it has not even begun
+                self._give_up(entry, _last_line(entry.folder / LOG, child.returncode))
+        self._asked = {name: at for name, at in self._asked.items() if self._is_stopping(name)}
+
+    def _is_stopping(self, name: str) -> bool:
+        entry = self.shelf.find(name)
+        return entry is not None and (entry.state == "stopping" or name in self._children)
+
+    def _give_up(self, entry: Entry, error: str) -> None:
+        self.shelf.write(entry, replace(_wish(entry), error=error))
+
+    def _press(self, entry: Entry, now: bool = False) -> None:
+        """Ask the process of a run to stop, once: asked twice, a training does not save. After
+        ``patience`` it is killed. Unless a stop is wished for ``now``, another server has asked
+        already, or was killed before it could: then this one asks after a while."""
+        if entry.name not in self._asked and not now:
+            age = time.time() - changed(entry.folder / STUDIO) / 1e9
+            if 0 <= age < self.patience:
+                return
+        first = entry.name not in self._asked
+        asked = self._asked.setdefault(entry.name, time.monotonic())
+        late = not first and time.monotonic() - asked > self.patience
+        if not first and not late:
+            return
+        signum = signal.SIGKILL if late else signal.SIGTERM
+        child = self._children.get(entry.name)
+        if entry.process.get("attempt") == _wish(entry).attempt:
+            processes.ask(entry.process["pid"], entry.process["who"], signum)
+        elif child is not None and (who := processes.identity(child.pid)):
+            processes.ask(child.pid, who, signum)
+
+    def _spawn(self, words: list[str], folder: Path, log: Any) -> Started:
+        threads = threads_of(self.at_once)
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+        path = os.pathsep.join(os.path.abspath(p) for p in sys.path if p)  # lods is found as here
+        return subprocess.Popen(
+            words,
+            cwd=folder,
+            env=os.environ | dict.fromkeys(names, str(threads)) | {"PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # it goes on when this process ends, and has a group of its own
+        )
+
+    # --- exports ----------------------------------------------------------------------------------
+
+    def formats(self, entry: Entry) -> dict[str, str]:
+        """What can be downloaded of a run: each format with "ready", "making", "possible" or
+        "failed: " and why."""
+        files, found = self.shelf.files(entry), {}
+        for fmt, words in _exporters(entry, files).items():
+            child = self._exports.get((entry.name, fmt))
+            if child is not None and child.poll() is None:
+                found[fmt] = "making"
+            elif fmt in files:
+                found[fmt] = "ready"
+            elif child is not None and child.returncode:
+                found[fmt] = f"failed: {_last_line(entry.folder / EXPORT_LOG, 1)}"
+            elif words:
+                found[fmt] = "possible"
+        return found
+
+    def export(self, name: str, fmt: str) -> None:
+        """Begin to make a file of the object, unless it is there."""
+        with self._lock:
+            entry = self.shelf.find(name)
+            if entry is None:
+                raise Refused("there is no such run")
+            state = self.formats(entry).get(fmt)
+            if state in ("ready", "making"):
+                return
+            words = _exporters(entry, self.shelf.files(entry)).get(fmt)
+            if not words:
+                raise Refused(f"{name} cannot be had as {fmt[:20]}")
+            if sum(child.poll() is None for child in self._exports.values()) >= MAX_EXPORTS:
+                raise Refused(f"{MAX_EXPORTS} exports are under way: wait for one of them")
+            with (entry.folder / EXPORT_LOG).open("wb") as log:
+                self._exports[name, fmt] = self._spawn(words, entry.folder, log)
+
+
+def _wish(entry: Entry) -> Any:
+    assert entry.wish is not None, entry.name
+    return entry.wish
+
+
+def _exporters(entry: Entry, files: dict[str, Path]) -> dict[str, list[str]]:
+    """The commands that make what can be had of a run; of what only its end makes, none."""
+    python = [sys.executable, "-P", "-m"]
+    found: dict[str, list[str]] = {"ply": [], "splat": [], "glb": [], "video": []}
+    run = entry.trained
+    if run is not None and entry.state not in WAITING:
+        out = ["--out", str(entry.folder)] if entry.kind != "train" else []
+        for fmt in ("ply", "glb"):
+            found[fmt] = [*python, "lods", "export", str(run), "--format", fmt, *out]
+        found["video"] = [*python, "lods.studio.finish"] if entry.kind == "studio" else []
+    if entry.request is None or entry.request.on != "gaussians":
+        del found["splat"]
+    elif "ply" in files:
+        target = files["ply"].with_suffix(".splat")
+        found["splat"] = [*python, "lods.gaussians.splat_file", str(files["ply"]), str(target)]
+    return found
+
+
+def _last_line(log: Path, status: int) -> str:
+    """Why a process has ended, as the end of its log says it."""
+    try:
+        lines = [line for line in log_end(log).splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    errors = [line.partition("error:")[2].strip() for line in lines if "error:" in line]
+    return (errors or lines or [f"its process ended with status {status}"])[-1][:300]

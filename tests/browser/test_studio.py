@@ -1,0 +1,271 @@
+"""The studio in Chromium, driven by Playwright: what a user sees and can do.
+
+``BROWSER_PICTURES=<folder>`` keeps screenshots, to be looked at.
+"""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.browser.chromium import CHROMIUM
+from tests.glb_files import read_glb
+from tests.studio.toy import PROGRAM, until
+
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+pytest.importorskip("aiohttp")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
+]
+# WebGL in software, and the page around it without: Debian's wrapper asks for the GPU there
+FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+FLAGS += ["--disable-gpu-rasterization", "--disable-gpu-compositing"]
+# a run of seconds in the place of the presets
+PRESETS = """\
+good:
+  title: Tiny
+  says: a run of seconds
+  otherwise:
+    - trainer.max_steps=3
+    - trainer.val_check_interval=1
+    - data.n_test_views=6
+    - data.eval_width=64
+    - data.eval_height=64
+    - data.batch_size=1
+    - system.geometry.ball.n_points=300
+    - system.exporter.mesh_resolution=32
+"""
+# lods studio, with other presets and, if it is told one, another program for the runs
+SERVER = """
+    import functools, json, pathlib, sys
+    import lods.studio.choices as choices
+    import lods.studio.queue as queue
+    from lods.cli import main
+    choices.PRESETS = pathlib.Path(sys.argv[1])
+    if program := json.loads(sys.argv[3]):
+        queue.Queue = functools.partial(queue.Queue, program=tuple(program))
+    sys.exit(main(["studio", "--port", "0", "--runs", sys.argv[2]]))
+"""
+
+
+@contextlib.contextmanager
+def studio(folder, program=()):
+    """The address of ``lods studio`` for the runs in ``folder / "runs"``."""
+    presets = folder / "presets.yaml"
+    presets.write_text(PRESETS)
+    words = [sys.executable, "-u", "-c", textwrap.dedent(SERVER), presets, folder / "runs"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path)}
+    with subprocess.Popen(
+        [*map(str, words), json.dumps(program)], stdout=subprocess.PIPE, text=True, env=env
+    ) as process:
+        try:
+            yield process.stdout.readline().split()[-1]
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+
+@pytest.fixture
+def page(browser, request):
+    """A page that nothing goes wrong in."""
+    said = []
+    page = browser.new_page(viewport={"width": 1280, "height": 860})
+    page.set_default_timeout(20_000)
+    page.on("console", lambda line: said.append(line.text) if line.type == "error" else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    yield page
+    keep(page, request.node.name)
+    page.close()
+    # the server has ended before the page
+    assert [text for text in said if "ERR_CONNECTION_REFUSED" not in text] == []
+
+
+def keep(page, name):
+    if folder := os.environ.get("BROWSER_PICTURES"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=Path(folder) / f"studio-{name}.png")
+
+
+def picture(locator):
+    """What is drawn there, as an array."""
+    return np.asarray(Image.open(io.BytesIO(locator.screenshot())).convert("RGB")).astype(float)
+
+
+def downloaded(page, selector):
+    with page.expect_download() as waiting:
+        page.click(selector)
+    return Path(waiting.value.path()), waiting.value.suggested_filename
+
+
+def test_from_an_empty_page_to_a_downloaded_glb(page, tmp_path):
+    """With a real run, three steps long."""
+    with studio(tmp_path) as address:
+        page.goto(address)
+        page.wait_for_selector("text=Nothing has been made yet")
+        page.click(".chip >> text=hamburger")
+        page.click(".chip >> text=red")
+        assert page.input_value("#prompt") == "a red hamburger"
+        page.click("#make")
+        page.wait_for_selector(".work >> text=a red hamburger")
+        page.wait_for_selector(".card", timeout=240_000)
+        keep(page, "card")
+        page.click(".card a")
+        page.wait_for_selector(".stage canvas")
+        page.wait_for_selector(".note:has-text('drag')")
+        keep(page, "run")
+        path, name = downloaded(page, "a.download:has-text('glb')")
+        assert name == "a-red-hamburger.glb"
+        _, attributes, faces = read_glb(path)
+        assert len(faces) and len(attributes["POSITION"]) == len(attributes["COLOR_0"])
+        page.click("button.download:has-text('splat')")
+        path, name = downloaded(page, "a.download:has-text('splat')")
+        assert name.endswith(".splat") and path.stat().st_size == 32 * 300
+
+
+def made(folder, name, **changes):
+    """A finished run as folders of ``lods make`` are: three Gaussians, red to the right of the
+    camera in front, green above, blue in the middle, and the mesh of a cube."""
+    import trimesh
+    from lods.gaussians.mesh_file import write_mesh
+    from lods.gaussians.ply import write_ply
+
+    from tests.studio.toy import QUICK
+
+    run = folder / "runs" / name
+    run.mkdir(parents=True)
+    request = QUICK.plain() | changes
+    (run / "request.json").write_text(json.dumps(request))
+    key = type(QUICK).of(request).key
+    job = {"key": key, "state": "done", "error": "", "seconds": 5}
+    (run / "job.json").write_text(json.dumps(job))
+    full = 0.5 / 0.28209479177387814
+    write_ply(
+        run / "gaussians.ply",
+        means=torch.tensor([[0.0, 0.6, 0.0], [0.0, 0.0, 0.6], [0.0, 0.0, 0.0]]),
+        scales=torch.full((3, 3), 0.12).log(),
+        quats=torch.tensor([[1.0, 0, 0, 0]]).repeat(3, 1),
+        opacities=torch.full((3,), 8.0),
+        sh0=(full * (2 * torch.eye(3) - 1))[:, None],
+    )
+    cube = trimesh.creation.box((1, 1, 1))
+    points = torch.from_numpy(cube.vertices.copy()).float()
+    write_mesh(run / "gaussians.glb", points, torch.from_numpy(cube.faces.copy()), points + 0.5)
+
+
+def middles(shown):
+    """Where red, green and blue are: (x, y) of each, as parts of the picture."""
+    found = []
+    for k in range(3):
+        others = np.delete(shown, k, axis=2).max(axis=2)
+        rows, columns = np.nonzero(shown[..., k] - others > 100)
+        assert len(rows) > 30
+        found.append((columns.mean() / shown.shape[1], rows.mean() / shown.shape[0]))
+    return found
+
+
+def test_gaussians_are_drawn_where_and_in_the_colours_that_they_are(page, tmp_path):
+    made(tmp_path, "one")
+    with studio(tmp_path) as address:
+        page.goto(f"{address}#/run/one")
+        page.wait_for_selector(".note:has-text('drag')")
+        page.wait_for_timeout(300)
+        red, green, blue = middles(picture(page.locator(".stage canvas")))
+        # the camera is a little to the right of the front, and above
+        assert red[0] > blue[0] + 0.15 and green[1] < blue[1] - 0.15
+        assert abs(green[0] - blue[0]) < 0.03
+        box = page.locator(".stage canvas").bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + 349, y, steps=5)  # half a turn
+        page.mouse.up()
+        page.wait_for_timeout(300)
+        red, green, blue = middles(picture(page.locator(".stage canvas")))
+        assert red[0] < blue[0] - 0.15 and green[1] < blue[1] - 0.15
+
+
+def test_two_runs_are_seen_by_one_camera(page, tmp_path):
+    made(tmp_path, "one")
+    made(tmp_path, "two", prompt="a red mug")
+    with studio(tmp_path) as address:
+        page.goto(address)
+        page.wait_for_selector(".card >> nth=1")
+        page.check("#choose")
+        for k in range(2):
+            page.check(f".card >> nth={k} >> input")
+        page.click("#compare")
+        page.wait_for_selector(".two canvas >> nth=1")
+        page.wait_for_timeout(1500)
+        canvases = [page.locator(".two canvas").nth(k) for k in range(2)]
+        before = [picture(canvas) for canvas in canvases]
+        box = canvases[0].bounding_box()
+        page.mouse.move(box["x"] + 100, box["y"] + 100)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 180, box["y"] + 140, steps=5)
+        page.mouse.up()
+        page.wait_for_timeout(500)
+        after = [middles(picture(canvas)) for canvas in canvases]
+        assert np.abs(np.array(after[0]) - np.array(middles(before[0]))).max() > 0.05
+        np.testing.assert_allclose(after[0], after[1], atol=0.01)
+
+
+def test_texts_of_users_are_texts(page, tmp_path):
+    evil = '<img src=x onerror="document.title=1">car</script><script>document.title=2</script>'
+    made(tmp_path, "one", prompt=evil)
+    with studio(tmp_path) as address:
+        page.goto(address)
+        page.wait_for_selector(".card")
+        assert page.text_content(".card .prompt") == evil
+        page.click(".card .prompt")
+        page.wait_for_selector(".facts dl")
+        assert page.text_content("#run-view h1") == evil
+        assert page.title() == "LODS studio"
+
+
+def test_a_run_is_cancelled_and_gone_on_with(page, tmp_path):
+    with studio(tmp_path, PROGRAM) as address:
+        page.goto(address)
+        page.fill("#prompt", "a red car")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector("text=training 20 of 40")
+        keep(page, "work")
+        page.click(".work >> text=cancel")
+        page.wait_for_selector(".other >> text=stopped")
+        page.click(".other >> text=go on")
+        page.wait_for_selector(".work >> text=training")
+        [run] = (tmp_path / "runs").glob("a-red-car")
+        (run / "end").write_text("0")
+        page.wait_for_selector(".card >> text=a red car")
+        until((run / "job.json").exists)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_window(browser, tmp_path, width, scheme):
+    made(tmp_path, "one", prompt="a " + "very" * 40 + " long car")
+    page = browser.new_page(viewport={"width": width, "height": 840}, color_scheme=scheme)
+    with studio(tmp_path) as address:
+        for name, place in (("gallery", ""), ("run", "#/run/one"), ("two", "#/compare/one/one")):
+            page.goto(f"{address}{place}")
+            page.wait_for_selector(".card, .stage", state="attached")
+            page.wait_for_timeout(300)
+            keep(page, f"{name}-{scheme}-{width}")
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= width, name
+    page.close()

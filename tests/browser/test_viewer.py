@@ -1,0 +1,272 @@
+"""The live view in a real browser: Chromium, driven by Playwright.
+
+``BROWSER_PICTURES=<folder>`` keeps the screenshots, to be looked at.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.browser import chromium
+from tests.runs import ROOT
+
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+pytest.importorskip("viser", reason="viser is not installed (the extra 'viewer')")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(chromium.CHROMIUM is None, reason="Chromium is not installed"),
+]
+CONFIGS = {
+    "gaussians": ["lods-gs-embedding", "pocket-shapes"],
+    "nerf": ["lods-ngp-embedding", "pocket-shapes-ngp"],
+}
+FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+SIZE = {"width": 880, "height": 500}
+OBJECT = {"x": 40, "y": 140, "width": 480, "height": 340}  # of the page, beside the controls
+PROMPT, OTHER = "a hamburger", "a blue car"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(
+            executable_path=chromium.CHROMIUM, args=[*FLAGS, "--disable-dev-shm-usage"]
+        )
+        yield opened
+        opened.close()
+
+
+class Run:
+    """``launch.py --viewer`` in a process of its own."""
+
+    def __init__(self, folder, kind, *overrides, options=()):
+        self.log = folder / "log.txt"
+        self.folder = folder / "outputs" / CONFIGS[kind][0] / "t"
+        words = ["--config", *CONFIGS[kind], "--train", "--viewer", "0", *options]
+        settings = [
+            f"system.prompt_processor.prompt={PROMPT}",
+            "use_timestamp=false",
+            "tag=t",
+            "data.n_test_views=2",
+            "data.batch_size=2",
+            *overrides,
+        ]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "launch.py"), *words, *settings],
+                cwd=folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+                preexec_fn=lambda: os.nice(15),  # the browser draws in software, beside it
+            )
+        self.url = self.until(lambda: re.search(r"^.*view: (\S+)", self.text(), re.M), 120)[1]
+
+    def text(self):
+        return self.log.read_text(errors="replace")
+
+    def until(self, condition, seconds=60):
+        end = time.monotonic() + seconds
+        while not (found := condition()):
+            assert self.process.poll() is None and time.monotonic() < end, self.text()[-3000:]
+            time.sleep(0.1)
+        return found
+
+    def stop(self, signum=signal.SIGINT):
+        if self.process.poll() is None:
+            self.process.send_signal(signum)
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+
+@pytest.fixture
+def started(tmp_path):
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments, **options):
+            run = Run(tmp_path, *arguments, **options)
+            stack.callback(run.stop)
+            return run
+
+        yield start
+
+
+def open_page(browser, run):
+    page = browser.new_page(viewport=SIZE)
+    page.set_default_timeout(90_000)
+    page.goto(run.url)
+    page.get_by_role("button", name="Snapshot").wait_for()
+    return page
+
+
+def step(page):
+    """The step that the page shows."""
+    found = re.search(r"step ([\d,]+)", page.inner_text("body"))
+    return int(found[1].replace(",", "")) if found else -1
+
+
+def wait_for_step(page, run, wanted, seconds=400):
+    run.until(lambda: step(page) >= wanted, seconds)
+
+
+def picture(page, name=None):
+    """The part of the page where the object is, (H, W, 3), 0..255."""
+    data = page.screenshot(clip=OBJECT)
+    if name and (folder := os.environ.get("BROWSER_PICTURES")):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=Path(folder, f"{name}.png"))
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float64)
+
+
+def change(a, b):
+    return float(np.abs(a - b).mean())
+
+
+def drag(page, across=200, down=40):
+    page.mouse.move(300, 320)
+    page.mouse.down()
+    for i in range(1, 11):
+        page.mouse.move(300 + across * i / 10, 320 + down * i / 10)
+        time.sleep(0.05)
+    page.mouse.up()
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_the_object_grows_before_the_visitors_eyes(browser, started, kind):
+    run = started(kind, "trainer.max_steps=330")
+    page, seen = open_page(browser, run), []
+    for wanted in (1, 100, 300):
+        wait_for_step(page, run, wanted)
+        time.sleep(2)
+        seen.append(picture(page, f"{kind}-{wanted}"))
+    assert seen[0].std() > 1  # something is there
+    assert change(seen[0], seen[1]) > 1 and change(seen[1], seen[2]) > 0.5
+    drag(page)
+    run.until(lambda: change(picture(page), seen[2]) > 2, 20)
+    picture(page, f"{kind}-turned")
+    page.close()
+
+
+def test_a_paused_run_is_turned_and_goes_on_when_it_is_resumed(browser, started):
+    run = started("gaussians", "trainer.max_steps=3000")
+    one, two = open_page(browser, run), open_page(browser, run)
+    wait_for_step(one, run, 3)
+    one.get_by_role("button", name="Pause").click()
+    two.get_by_role("button", name="Resume").wait_for(timeout=20_000)  # the other sees it too
+    time.sleep(3)
+    paused, before, other = step(one), picture(one), picture(two)
+    drag(one)
+    run.until(lambda: change(picture(one), before) > 2, 20)
+    time.sleep(1)
+    assert step(one) == paused and change(picture(two), other) < 0.5  # each its own camera
+    picture(one, "paused-turned")
+    two.close()  # vanishes
+    one.get_by_role("button", name="Resume").click()
+    wait_for_step(one, run, paused + 3)
+    one.get_by_role("button", name="Pause").click()
+    one.get_by_role("button", name="Resume").wait_for(timeout=20_000)
+    assert run.stop(signal.SIGTERM) == 143  # a pause holds no signal back
+    assert (run.folder / "ckpts" / "last.ckpt").exists()
+    assert not (run.folder / "viewer.json").exists()
+
+
+def test_another_prompt_in_the_middle_of_a_run_makes_another_object(browser, started):
+    run = started("gaussians", "trainer.max_steps=3000")
+    page = open_page(browser, run)
+    wait_for_step(page, run, 40)
+    page.get_by_role("tab", name="Steer").click()
+    page.get_by_role("textbox").first.fill(OTHER)
+    page.get_by_role("button", name="Use this prompt").click()
+    log = run.folder / "interventions.jsonl"
+    run.until(log.exists, 30)
+    noted = json.loads(log.read_text())
+    assert (noted["what"], noted["old"], noted["new"]) == ("prompt", PROMPT, OTHER)
+    before = picture(page, "prompt-before")
+    wait_for_step(page, run, noted["step"] + 100)
+    time.sleep(2)
+    after = picture(page, "prompt-after")
+    redness = [float((image[..., 0] - image[..., 2]).mean()) for image in (before, after)]
+    assert redness[1] < redness[0] - 1  # from brown to blue
+    assert OTHER in page.inner_text("body")
+    page.close()
+
+
+def test_what_the_model_sees_and_the_curves_are_shown(browser, started):
+    run = started("gaussians", "trainer.max_steps=3000")
+    page = open_page(browser, run)
+    wait_for_step(page, run, 12)
+    page.get_by_role("tab", name="Model").click()
+    page.get_by_text("Show what the model sees").click()
+    for name in ("noisy", "guess under the prompt", "guess of the learned part", "difference"):
+        page.get_by_text(name, exact=True).wait_for(timeout=30_000)
+    time.sleep(1)
+    picture(page, "model")
+    page.get_by_role("tab", name="Curves").click()
+    page.locator("canvas").nth(1).wait_for(timeout=30_000)
+    time.sleep(3)
+    picture(page, "curves")
+    page.get_by_role("tab", name="View").click()
+    before = picture(page)
+    page.get_by_text("Training cameras").click()
+    run.until(lambda: change(picture(page), before) > 0.2, 20)
+    picture(page, "cameras")
+    page.get_by_text("Training cameras").click()
+    page.get_by_text("Drawn by the browser").click()
+    time.sleep(6)
+    splats = picture(page, "splats")
+    assert splats.std() > 1 and change(splats, before) < 40  # the same object, drawn there
+    page.close()
+
+
+def test_stop_and_save_ends_the_run_with_a_checkpoint(browser, started):
+    run = started("gaussians", "trainer.max_steps=3000")
+    page = open_page(browser, run)
+    wait_for_step(page, run, 2)
+    page.get_by_role("button", name="Stop and save").click()
+    page.get_by_role("button", name="Go on training").wait_for(timeout=10_000)
+    picture(page, "stop")
+    page.get_by_role("button", name="Stop and save").last.click()
+    assert run.process.wait(60) == 130 and "resume with:" in run.text()
+    assert (run.folder / "ckpts" / "last.ckpt").exists()
+    page.close()
+
+
+def test_a_page_of_another_origin_cannot_connect(browser, started):
+    run = started("gaussians", "trainer.max_steps=3000")
+    page = browser.new_page()
+    page.goto("about:blank")
+    result = page.evaluate(
+        """url => new Promise(done => {
+            const socket = new WebSocket(url.replace("http", "ws"), ["viser-v1.1.1"]);
+            socket.onopen = () => done("open");
+            socket.onerror = () => done("refused");
+        })""",
+        run.url,
+    )
+    assert result == "refused"
+    page.close()
+
+
+def test_the_token_of_a_public_address_goes_with_the_page(browser, started):
+    run = started("gaussians", "trainer.max_steps=3000", options=["--viewer-host", "0.0.0.0"])
+    url = re.sub(r"//[^:/]+", "//127.0.0.1", run.url)
+    page = browser.new_page()
+    assert page.goto(url.partition("?")[0]).status == 403
+    assert page.goto(url).status == 200
+    page.get_by_role("button", name="Snapshot").wait_for(timeout=30_000)
+    page.close()

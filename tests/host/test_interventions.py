@@ -1,0 +1,155 @@
+"""Changes while a run is trained: made between steps, noted, kept in checkpoints, made again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from tests.host import test_gs_system
+from tests.runs import fit, read, same
+from threestudio.run import interventions
+from threestudio.run.interventions import Interventions
+from threestudio.utils.errors import UserError
+
+small = test_gs_system.small  # a fixture
+
+
+class Ask(pl.Callback):
+    """Asks for changes at the ends of steps: {step: (what, value)}."""
+
+    def __init__(self, changes, wishes):
+        self.changes, self.wishes, self.answers = changes, wishes, []
+
+    def on_train_batch_end(self, trainer, *args):
+        for what, value in self.wishes.get(trainer.global_step, {}).items():
+            self.changes.ask(what, value, self.answers.append)
+
+
+WISHES = {
+    1: {"prompt": "a  blue house"},
+    2: {"guidance_scale": 9.0, "learning_rate_factor": 0.5},
+    3: {"learning_rate_factor": 1.0},
+}
+
+
+def parts(system, trainer):
+    return {"system": system.state_dict(), "optimizer": trainer.optimizers[0].state_dict()}
+
+
+def test_the_log_of_a_steered_run_makes_the_same_run_again(small):
+    run = small("embedding")
+    plain = parts(*fit(*run, max_steps=4, callbacks=[Interventions("none")]))
+    Path("steered").mkdir(), Path("again").mkdir()
+    steered = Interventions("steered")
+    found = fit(*run, max_steps=4, callbacks=[steered, ask := Ask(steered, WISHES)])
+    assert ask.answers == [None] * 4 and found[0].prompt_processor.prompt == "a blue house"
+    with pytest.raises(AssertionError):
+        same(plain, parts(*found))
+    log = Path("steered", interventions.FILE)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(line["step"], line["what"], line["old"], line["new"]) for line in lines] == [
+        (1, "prompt", "a red car", "a blue house"),
+        (2, "guidance_scale", 1000.0, 9.0),
+        (2, "learning_rate_factor", 1.0, 0.5),
+        (3, "learning_rate_factor", 0.5, 1.0),
+    ] or lines[1]["old"] != 9.0
+    again = fit(*run, max_steps=4, callbacks=[Interventions("again", interventions.read(log))])
+    same(parts(*found), parts(*again))
+    assert Path("again", interventions.FILE).read_text() == log.read_text()
+
+
+def test_a_resumed_run_goes_on_with_what_was_changed(small):
+    run = small("embedding")
+    wishes = {1: WISHES[1], 2: WISHES[2]}
+    for name in ("whole", "resumed"):
+        Path(name).mkdir()
+
+    def saver(folder):
+        return pl.callbacks.ModelCheckpoint(
+            folder, filename="{step}", every_n_train_steps=3, save_top_k=-1, save_last=True
+        )
+
+    first = Interventions("whole")
+    fit(*run, max_steps=4, callbacks=[first, Ask(first, wishes), saver("whole")])
+    whole = read("whole/last.ckpt") if Path("whole/last.ckpt").exists() else None
+    second = Interventions("whole")
+    found = fit(*run, max_steps=4, resume="whole/step=3.ckpt", callbacks=[second])
+    assert second.changed == {
+        "prompt": "a blue house",
+        "guidance_scale": 9.0,
+        "learning_rate_factor": 0.5,
+    }
+    assert found[0].prompt_processor.prompt == "a blue house"
+    third = Interventions("resumed")
+    straight = fit(*run, max_steps=4, callbacks=[third, Ask(third, wishes)])
+    same(parts(*straight), parts(*found))
+    assert whole is None or "state_dict" in whole
+
+
+def test_a_run_that_nobody_steers_has_nothing_of_it_in_its_checkpoints(small):
+    Path("run").mkdir()
+    saver = pl.callbacks.ModelCheckpoint("run", filename="{step}", every_n_train_steps=2)
+    fit(*small("embedding"), max_steps=2, callbacks=[Interventions("run"), saver])
+    assert "Interventions" not in str(list(read("run/step=2.ckpt")["callbacks"]))
+    assert not Path("run", interventions.FILE).exists()
+
+
+def test_a_rate_is_multiplied_in_the_step_of_the_optimizer_only():
+    """A schedule that computes the next rate from the last one does not see the factor."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    changes = Interventions()
+    changes._set_rate(type("T", (), {"optimizers": [optimizer]}), 0.25)
+    moved = []
+    for _ in range(3):
+        before = parameter.item()
+        parameter.grad = torch.ones(1)
+        optimizer.step()
+        schedule.step()
+        moved.append(before - parameter.item())
+    assert moved == [0.25, 0.125, 0.0625]
+    assert optimizer.param_groups[0]["lr"] == 0.125
+    changes._unhook()
+    before, parameter.grad = parameter.item(), torch.ones(1)
+    optimizer.step()
+    assert before - parameter.item() == 0.125
+
+
+def test_what_cannot_be_changed_is_told_and_changes_nothing(small):
+    Path("run").mkdir()
+    changes = Interventions("run")
+    wishes = {1: {"prompt": " ", "guidance_scale": float("nan"), "learning_rate_factor": -1}}
+    ask = Ask(changes, wishes)
+    system, _ = fit(*small("embedding"), max_steps=2, callbacks=[changes, ask])
+    assert len(ask.answers) == 3 and all(ask.answers)
+    assert not changes.made and system.prompt_processor.prompt == "a red car"
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("{", "line 1: it is not JSON"),
+        ("[]", "line 1: it needs the keys"),
+        ('{"step": 1, "what": "prompt", "old": "", "new": 3}', "a prompt is a text"),
+        ('{"step": 1.5, "what": "prompt", "old": "", "new": "x"}', "whole number"),
+        ('{"step": 1, "what": "seed", "old": 0, "new": 1}', "cannot be changed"),
+        ('{"step": 1, "what": "guidance_scale", "old": 0, "new": 1e99}', "a number from"),
+        (
+            '{"step": 9, "what": "guidance_scale", "old": 0, "new": 1}\n'
+            '{"step": 8, "what": "guidance_scale", "old": 0, "new": 1}',
+            "line 2: its step is 8",
+        ),
+    ],
+)
+def test_a_file_that_is_no_log_is_refused_with_its_line(tmp_path, text, why):
+    (tmp_path / "log").write_text(text)
+    with pytest.raises(UserError, match=why):
+        interventions.read(tmp_path / "log")
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        interventions.read(tmp_path / "none")

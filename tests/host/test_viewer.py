@@ -1,0 +1,408 @@
+"""The live view of a run without a browser: it does not disturb the training, and keeps time."""
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("viser", reason="viser is not installed (the extra 'viewer')")
+
+from lods import cli
+from pytorch_lightning.callbacks import Callback
+
+from tests.host import test_gs_system
+from tests.host.test_cli import make_run
+from tests.runs import fit, launch, same
+from tests.view_client import Client
+from threestudio.data.cameras import camera_batch
+from threestudio.run.interrupt import InterruptGuard
+from threestudio.run.interventions import Interventions
+from threestudio.run.viewer import options, server
+from threestudio.run.viewer.budget import Budget, Cost
+from threestudio.run.viewer.callback import ViewerCallback
+from threestudio.run.viewer.curves import MOST, Curves
+from threestudio.run.viewer.frames import View, batch_of, quaternion, rotation, undisturbed
+from threestudio.run.viewer.live import Live
+from threestudio.run.viewer.visitors import Drawn, Visitor
+from threestudio.utils.errors import UserError
+from threestudio.utils.misc import capture_rng_state
+
+small = test_gs_system.small  # a fixture
+
+
+def viewer(folder="run", guard=None, interventions=None, host=options.LOCAL):
+    chosen = options.ViewerOptions(0, host)
+    Path(folder).mkdir(exist_ok=True)
+    guard = guard or InterruptGuard()
+    changes = interventions or Interventions(folder)
+    return ViewerCallback(chosen, server.listen(chosen), folder, guard, changes)
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def arrived(view, count=1):
+    """So many visitors, who look from where a camera begins, once they are there."""
+    clients = [Client(view.server.port) for _ in range(count)]
+    for client in clients:
+        client.look()
+    until(lambda: len(view.live.visitors) == count)
+    return clients
+
+
+class At(Callback):
+    """Calls functions at the ends of steps."""
+
+    def __init__(self, *done):
+        self.done = done
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step <= len(self.done) and self.done[trainer.global_step - 1]:
+            self.done[trainer.global_step - 1]()
+
+
+def state(system, trainer):
+    found = {"system": system.state_dict(), "optimizer": trainer.optimizers[0].state_dict()}
+    return found | {"random": capture_rng_state()}
+
+
+# --- the training does not notice ---
+
+
+def test_a_visitor_who_looks_on_changes_no_bit_of_the_training(small):
+    """Pictures are drawn, cameras and what the model sees are shown, and all is as without."""
+    run = small("embedding", "system.background.random_aug=true")
+    alone = state(*fit(*run, max_steps=4))
+    view, clients = viewer(), []
+
+    def come():
+        (client,) = arrived(view)
+        clients.append(client)
+        client.wait("GuiCheckboxMessage", 2)
+        client.set("Training cameras", True)
+        client.set("Show what the model sees", True)
+        client.set("Share of the time (%)", 90)
+        until(lambda: view.live.panel.see.value and view.live.panel.cameras.value)
+
+    watched = state(*fit(*run, max_steps=4, callbacks=[At(come), view]))
+    same(alone, watched)
+    (client,) = clients
+    shown = {message["type"] for message in client.messages}
+    assert {"BackgroundImageMessage", "CameraFrustumMessage", "GuiImageMessage"} <= shown
+    client.close()
+
+
+def test_modes_and_random_numbers_are_put_back_even_if_a_picture_fails():
+    class Part(torch.nn.Linear):
+        hooks = []
+
+        def train(self, mode=True):  # of upstream's renderers
+            self.hooks.append(mode)
+            return super().train(mode)
+
+    system = torch.nn.Module()
+    system.geometry, system.renderer = torch.nn.Sequential(Part(1, 1), Part(1, 1)), Part(1, 1)
+    system.train()
+    system.geometry[1].training = False  # a part that is kept in evaluation
+    system.renderer.hooks.clear()
+    before = capture_rng_state()
+    with pytest.raises(RuntimeError), undisturbed(system, SimpleNamespace()):
+        assert not any(m.training for m in system.modules())
+        assert not torch.is_grad_enabled()
+        torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002
+        raise RuntimeError
+    assert system.training and system.renderer.training and system.geometry[0].training
+    assert not system.geometry[1].training and system.renderer.hooks[-1] is True
+    same(before, capture_rng_state())
+    assert torch.is_grad_enabled()
+
+
+def test_without_a_visitor_nothing_is_drawn_or_sent(small, monkeypatch):
+    view, sent = viewer(), []
+    monkeypatch.setattr("threestudio.run.viewer.live.undisturbed", lambda *a: sent.append(1))
+    count = []
+
+    def look():
+        buffer = view.server.viser._websock_server._broadcast_buffer
+        count.append(buffer.message_counter)
+
+    fit(*small("embedding"), max_steps=3, callbacks=[view, At(look, None, look)])
+    assert not sent and count[0] == count[1]
+
+
+# --- pictures ---
+
+
+def test_a_camera_of_viser_is_the_same_camera_of_threestudio():
+    angles = {"elevation": 20.0, "azimuth": 110.0, "camera_distances": 2.5, "fovy": 0.7}
+    told = {name: torch.tensor([value]) for name, value in angles.items()}
+    wanted = camera_batch(**told, height=6, width=8)
+    c2w = wanted["c2w"][0].double().numpy()
+    wxyz = quaternion(c2w[:3, :3] * np.array([1.0, -1.0, -1.0]))
+    view = View(wxyz, tuple(c2w[:3, 3]), 0.7, 8, 6)
+    found = batch_of(view, 8, 6, "cpu")
+    for name, value in found.items():
+        if isinstance(value, torch.Tensor) and name != "index":
+            assert torch.allclose(value.float(), wanted[name].float(), atol=2e-5), name
+
+
+def test_quaternions_and_rotations_are_each_others_inverse():
+    draw = np.random.default_rng(0)
+    for half_turn in (np.eye(4)[1], np.eye(4)[2], np.eye(4)[3], *draw.normal(size=(50, 4))):
+        matrix = rotation(tuple(3 * half_turn))
+        assert np.allclose(matrix @ matrix.T, np.eye(3)) and np.linalg.det(matrix) > 0
+        assert np.allclose(rotation(quaternion(matrix)), matrix)
+
+
+def test_a_visitor_wants_at_most_one_picture_the_one_of_now(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    visitor = Visitor(SimpleNamespace())
+    views = [View((1.0, 0.0, 0.0, 0.0), (float(i), 0.0, 0.0), 1.0, 64, 48) for i in range(1000)]
+    for view in views:
+        visitor.look(view)
+    assert visitor.view is views[-1] and visitor.wants(0, now[0]) == "sharp"
+    visitor.drawn = Drawn(views[-1], 0, 48, True)
+    assert visitor.wants(0, 101.0) == "" and visitor.wants(1, 101.0) == "fresh"
+    now[0] = 101.0
+    visitor.look(views[0])
+    assert visitor.wants(1, 101.1) == "moving" and visitor.wants(1, 101.9) == "sharp"
+    visitor.drawn = Drawn(views[0], 1, 20, False)
+    assert visitor.wants(1, 101.1) == "" and visitor.wants(1, 101.9) == "sharp"
+
+
+def test_pictures_have_the_shape_of_the_canvas_and_at_most_the_pixels_asked_for():
+    view = View((1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0), 1.0, 1600, 900)
+    assert view.size(math.inf, 2000) == (1600, 900)
+    assert view.size(math.inf, 450) == (800, 450)
+    width, height = view.size(40_000, 2000)
+    assert width * height < 42_000 and abs(width / height - 16 / 9) < 0.05
+    assert min(view.size(1, 2000)) == 48  # what can still be seen
+
+
+# --- time ---
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_over_a_training_the_view_takes_its_share_and_no_more(share):
+    """Steps of 0.05 s, pictures of 0.2 s that are drawn whenever they are allowed."""
+    budget, now, spent = Budget(share), 0.0, 0.0
+    while now < 2000:
+        now += 0.05
+        if budget.allows(False, now):
+            now, spent = now + 0.2, spent + 0.2
+            budget.spend(0.2, now)
+    assert 0.75 * share < spent / now <= share
+
+
+def test_pictures_do_not_keep_curves_from_being_drawn():
+    live, done = object.__new__(Live), []
+    live.paused, live.interventions, live.budget = True, Interventions(), Budget()
+    live._draw_fresh = lambda: bool(done.append("picture")) or True
+    live._turns = [live._draw_fresh, lambda: bool(done.append("curves")) or True, lambda: False]
+    for _ in range(4):
+        live._take_a_turn()
+    assert done == ["picture", "curves"] * 2
+
+
+def test_the_size_of_pictures_is_learned_from_what_they_take():
+    cost = Cost()
+    for _ in range(20):
+        for large, seconds in ((False, 0.12), (True, 1.0)):
+            pixels = cost.pixels(seconds)
+            cost.saw(pixels, 0.02 + 1e-6 * pixels, large)
+    assert abs(0.02 + 1e-6 * cost.pixels(0.12) - 0.12) < 0.02
+    assert abs(0.02 + 1e-6 * cost.pixels(1.0) - 1.0) < 0.1
+
+
+def test_curves_keep_a_bounded_number_of_points_over_all_steps():
+    curves = Curves()
+    for step in range(1, 20_000):
+        curves.add(step, {"loss": float(step)})
+    steps, losses, none = curves.series("loss", "other")
+    assert MOST / 2 <= len(steps) <= MOST and np.array_equal(steps, losses)
+    assert steps[0] < 100 and steps[-1] > 19_000 and np.isnan(none).all()
+    assert np.diff(steps).max() <= 2 * 20_000 / MOST * 2
+
+
+# --- what happens around it ---
+
+
+def test_visitors_who_come_and_vanish_do_not_end_the_run(small):
+    view, clients = viewer(), []
+
+    def two_come():
+        clients.extend(arrived(view, 2))
+
+    def one_vanishes():
+        for client in clients:
+            client.wait("BackgroundImageMessage")
+        clients[0].socket.socket.close()  # without a word
+
+    seen = []
+    last = lambda: seen.append(len(view.live.visitors))  # noqa: E731
+    _, trainer = fit(
+        *small("embedding"),
+        max_steps=6,
+        callbacks=[At(two_come, None, one_vanishes), view, At(*[None] * 5, last)],
+    )
+    assert trainer.global_step == 6 and seen[0] in (1, 2)
+    clients[1].close()
+    assert not Path("run", server.FILE).exists()
+
+
+def test_a_renderer_that_fails_costs_pictures_and_not_the_run(small, monkeypatch):
+    view, clients = viewer(), []
+
+    def come():
+        clients.extend(arrived(view))
+
+    def broken(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("threestudio.run.viewer.frames.Painter.__call__", broken)
+    _, trainer = fit(*small("embedding"), max_steps=6, callbacks=[At(come), view])
+    assert trainer.global_step == 6
+    clients[0].close()
+
+
+def test_a_paused_run_waits_and_a_request_to_stop_ends_the_pause(small):
+    guard = InterruptGuard()
+    guard.training = True
+    view, waited = viewer(guard=guard), []
+
+    def pause():
+        view.live.paused = True
+        begun = time.monotonic()
+
+        def ask():
+            waited.append(time.monotonic() - begun)
+            guard.request()
+
+        threading.Timer(0.5, ask).start()
+
+    begun = time.monotonic()
+    _, trainer = fit(*small("embedding"), max_steps=2, callbacks=[At(pause), view])
+    assert guard.requested and waited and time.monotonic() - begun > 0.5
+    assert trainer.global_step == 2  # here nobody raises: LastCheckpoint does in a run
+
+
+def test_buttons_pause_resume_and_save_what_is_seen(small):
+    view, notes = viewer(), {}
+
+    def come():
+        (client,) = arrived(view)
+        notes["client"] = client
+        client.wait("GuiButtonMessage", 4)
+        client.set("Snapshot", True)
+        client.set("Export", True)
+        client.set("Pause", True)
+        until(lambda: view.live._jobs.qsize() == 3)
+        threading.Timer(0.5, lambda: client.set("Pause", True)).start()
+
+    begun = time.monotonic()
+    _, trainer = fit(*small("embedding"), max_steps=3, callbacks=[At(come), view])
+    assert trainer.global_step == 3 and time.monotonic() - begun > 0.5
+    files = sorted(str(path.relative_to("save")) for path in Path("save").rglob("*.*"))
+    assert "it1-view1.png" in files and "it1-export/gaussians.ply" in files
+    assert notes["client"].of("FileTransferStartDownload")
+    notes["client"].close()
+
+
+def test_the_announcement_is_there_while_it_trains(small):
+    view, found = viewer(), []
+    fit(
+        *small("embedding"), callbacks=[view, At(lambda: found.append(server.running(Path("run"))))]
+    )
+    assert found[0]["pid"] == os.getpid()
+    assert server.running(Path("run")) is None
+
+
+def test_a_finished_run_is_shown_until_it_is_asked_to_stop(small, monkeypatch, capfd):
+    assert launch(*small("embedding")) == 0
+    trial, idle, clients = test_gs_system.trial("embedding"), Live.idle, []
+    files = sorted(path for path in trial.rglob("*") if path.is_file())
+
+    def looked_at(live):
+        clients.extend([] if clients else [Client(live.server.port)])
+        clients[0].look()
+        idle(live)
+        if clients[0].of("BackgroundImageMessage"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Live, "idle", looked_at)
+    resume = f"resume={trial / 'ckpts' / 'last.ckpt'}"
+    parsed = str(trial / "configs" / "parsed.yaml")
+    assert launch([parsed], [resume], "--view", "--viewer", "0") == 0
+    assert "view: http://127.0.0.1:" in capfd.readouterr().out
+    assert files == sorted(path for path in trial.rglob("*") if path.is_file())
+    clients[0].close()
+
+
+def test_of_a_run_that_is_trained_with_a_view_the_address_is_told(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "run")
+    told = {"url": "http://127.0.0.1:8080"}
+    monkeypatch.setattr(server, "running", lambda folder: told if folder == run else None)
+    assert cli.main(["view", str(run)]) == 0
+    assert capsys.readouterr().out == "view: http://127.0.0.1:8080\n"
+
+
+# --- the command line ---
+
+
+def test_a_lone_viewer_does_not_swallow_the_word_after_it():
+    argv = ["--viewer", "a red car", "--viewer", "8081", "--viewer"]
+    assert options.with_port(argv) == [
+        "--viewer=auto",
+        "a red car",
+        "--viewer",
+        "8081",
+        "--viewer=auto",
+    ]
+
+
+def test_mistakes_in_the_options_are_one_line():
+    def args(**given):
+        return SimpleNamespace(
+            **{"viewer": None, "viewer_host": None, "viewer_open": False, **given}
+        )
+
+    assert options.read(args()) is None
+    assert options.read(args(viewer="auto")) == options.ViewerOptions()
+    assert options.read(args(viewer="0", viewer_host="0.0.0.0")).is_local is False
+    for given in (
+        {"viewer": "70000"},
+        {"viewer": "-1"},
+        {"viewer_host": "x"},
+        {"viewer": "1", "viewer_host": " "},
+    ):
+        with pytest.raises(UserError):
+            options.read(args(**given))
+
+
+def test_without_viser_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'threestudio-lods\[viewer\]'"):
+        options.read(SimpleNamespace(viewer="auto", viewer_host=None, viewer_open=False))
+
+
+@pytest.mark.slow
+def test_a_run_without_the_option_imports_no_viser():
+    code = (
+        "import sys, threestudio.run.callbacks, threestudio.run.cli; print('viser' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -1,0 +1,121 @@
+"""Folders of runs, good and damaged ones."""
+
+import json
+import os
+
+import pytest
+from lods.studio.shelf import Shelf, log_end
+
+from tests.studio.toy import REQUEST
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    return Shelf(tmp_path / "runs")
+
+
+def states(shelf):
+    return {entry.name: entry.state for entry in shelf.entries()}
+
+
+def test_names_are_plain_and_no_two_runs_share_one(shelf):
+    from dataclasses import replace
+
+    prompts = ["../../etc/passwd", "a red car", "a red car", "香蕉", "x" * 300, "..."]
+    names = [shelf.create(replace(REQUEST, prompt=prompt), "") for prompt in prompts]
+    assert names == ["etc-passwd", "a-red-car", "a-red-car-2", "run", "x" * 48, "run-2"]
+    assert [shelf.find(name).request.prompt for name in names] == prompts
+
+
+@pytest.mark.parametrize("name", ["studio.json", "request.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"[" * 9999, b'{"turn": 1e400}'])
+def test_a_damaged_run_is_shown_as_one_and_the_others_as_ever(shelf, name, content):
+    good, bad = shelf.create(REQUEST, ""), shelf.create(REQUEST, "")
+    (shelf.root / bad / name).write_bytes(content)
+    assert states(shelf) == {good: "queued", bad: "damaged"}
+    assert name in shelf.find(bad).error
+
+
+@pytest.mark.parametrize("name", ["job.json", "process.json"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"pid": "1", "attempt": 1}', b"\xff"])
+def test_a_damaged_note_of_a_process_counts_as_none(shelf, name, content):
+    run = shelf.create(REQUEST, "")
+    (shelf.root / run / name).write_bytes(content)
+    assert states(shelf) == {run: "queued"}
+
+
+def test_pipes_links_and_hidden_folders_are_no_runs(shelf, tmp_path):
+    real = shelf.create(REQUEST, "")
+    (tmp_path / "elsewhere").mkdir()
+    (shelf.root / real).joinpath("request.json").rename(tmp_path / "elsewhere" / "request.json")
+    (shelf.root / "link").symlink_to(tmp_path / "elsewhere")
+    (shelf.root / ".hidden").mkdir()
+    (shelf.root / ".hidden" / "request.json").write_text("{}")
+    (shelf.root / "pipe").mkdir()
+    os.mkfifo(shelf.root / "pipe" / "request.json")
+    (shelf.root / "file").write_text("")
+    assert states(shelf) == {real: "damaged"}
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "/etc", "a-red-car/..", "a-red-car\0", ".studio"])
+def test_a_name_is_looked_up_and_never_made_a_path(shelf, name):
+    shelf.create(REQUEST, "")
+    assert shelf.find(name) is None
+
+
+def test_files_that_links_lead_to_are_not_handed_out(shelf, tmp_path):
+    name = shelf.create(REQUEST, "")
+    secret, folder = tmp_path / "secret.ply", shelf.root / name
+    secret.write_text("secret")
+    (folder / "gaussians.ply").symlink_to(secret)
+    (folder / "object.glb").write_text("glb")
+    (tmp_path / "run").mkdir()
+    (folder / "run").symlink_to(tmp_path / "run")
+    preview = tmp_path / "run" / REQUEST.key / "save"
+    preview.mkdir(parents=True)
+    (preview / "it10-0.png").write_text("png")
+    assert set(shelf.files(shelf.find(name))) == {"glb"}
+
+
+def test_the_newest_preview_is_the_first_view_of_the_last_step(shelf):
+    name = shelf.create(REQUEST, "")
+    save = shelf.root / name / "run" / REQUEST.key / "save"
+    save.mkdir(parents=True)
+    for file in ("it90-0.png", "it100-0.png", "it100-test-sheet.png", "it20-0.png"):
+        (save / file).touch()
+    assert shelf.files(shelf.find(name))["preview"].name == "it100-0.png"
+
+
+def test_runs_of_lods_make_and_of_lods_train_are_shown(shelf):
+    made, trained = shelf.root / "made", shelf.root / "trained"
+    (trained / "configs").mkdir(parents=True)
+    (trained / "save").mkdir()
+    made.mkdir()
+    (made / "request.json").write_text(json.dumps(REQUEST.plain()))
+    job = {"key": REQUEST.key, "state": "done", "error": "", "seconds": 12.5}
+    (made / "job.json").write_text(json.dumps(job))
+    (trained / "configs" / "parsed.yaml").write_text(
+        "seed: 4\nsystem: {geometry_type: lods-gaussians, guidance_type: lods-sds-guidance, "
+        "prompt_processor: {prompt: a mug, pretrained_model_name_or_path: "
+        "custom/threestudio-lods/lods/models/pocket-shapes}}"
+    )
+    (trained / "save" / "it30-test.mp4").touch()
+    assert states(shelf) == {"made": "done", "trained": "done"}
+    found = shelf.find("trained").request
+    assert (found.prompt, found.on, found.method) == ("a mug", "gaussians", "lods-sds")
+    assert (found.model, found.seed) == ("pocket-shapes", 4)
+
+
+def test_what_a_killed_server_has_left_half_made_is_swept_away(shelf):
+    name = shelf.create(REQUEST, "")
+    for left in (".new-0123456789abcdef", ".gone-0123456789abcdef"):
+        (shelf.root / left).mkdir()
+    (shelf.root / ".other").mkdir()
+    shelf.sweep()
+    assert sorted(path.name for path in shelf.root.iterdir()) == [".other", name]
+
+
+def test_a_line_that_was_drawn_again_and_again_is_shown_once(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("x" * 9000 + "\nbegun\r\ntraining 1/9\rtraining 2/9\nend\n")
+    assert log_end(log).splitlines()[1:] == ["begun", "training 2/9", "end"]

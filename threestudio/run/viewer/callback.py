@@ -1,0 +1,96 @@
+"""The live view as a callback, and the loop that shows a run that is not trained."""
+
+import socket
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.callbacks import Callback
+
+from threestudio.run.interrupt import InterruptGuard
+from threestudio.run.interventions import Interventions
+from threestudio.run.viewer import server as servers
+from threestudio.run.viewer.live import Live
+from threestudio.run.viewer.options import ViewerOptions
+
+
+class ViewerCallback(Callback):
+    """Offers the view from the beginning of a training to its end. Of the training's time it takes
+    what :class:`.budget.Budget` allows, between steps; nothing is drawn at random, and no state of
+    the training is touched.
+
+    It is among the callbacks before those that write checkpoints: a run that is stopped while it is
+    paused is saved at the step it has waited at.
+    """
+
+    def __init__(
+        self,
+        options: ViewerOptions,
+        listening: socket.socket,
+        folder,
+        guard: InterruptGuard,
+        interventions: Interventions,
+    ) -> None:
+        self.options, self.folder, self.guard = options, Path(folder), guard
+        self.listening = listening
+        self.interventions = interventions
+        self.server: servers.Server | None = None
+        self.live: Live | None = None
+        self._told: Path | None = None
+
+    def _open(self, trainer: Any, system: Any, **options: Any) -> Live:
+        self.server = servers.Server(self.options, self.listening, label="Live view")
+        self.live = Live(self.server, system, trainer, self.folder, **options)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._told = servers.announce(self.folder, self.server)
+        print(f"view: {self.server.url}", flush=True)
+        if self.options.open:
+            webbrowser.open(self.server.url)
+        return self.live
+
+    def close(self) -> None:
+        """Stop serving, and remove ``viewer.json``; a second call changes nothing."""
+        if self.live is not None:
+            self.live.end()
+            self.live = None
+        if self._told is not None:
+            servers.withdraw(self._told)
+            self._told = None
+        if self.server is not None:
+            self.server.stop()
+            self.server = None
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self._open(
+            trainer,
+            pl_module,
+            interventions=self.interventions,
+            stop=self.guard.request,
+            must_end=lambda: self.guard.requested,
+        )
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if self.live is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.live.between()
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self.close()
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        self.close()
+
+    def teardown(self, trainer, pl_module, stage: str) -> None:
+        self.close()
+
+
+class ShowCallback(ViewerCallback):
+    """Serves a run that is not trained, from when its checkpoint is loaded until the process is
+    asked to stop."""
+
+    def on_predict_start(self, trainer, pl_module) -> None:
+        live = self._open(trainer, pl_module)
+        print("Ctrl-C ends it", flush=True)
+        while True:  # until a signal raises Interrupted
+            live.idle()

@@ -1,0 +1,531 @@
+"""The view of one run: what it does between two steps of the training, in the training's thread."""
+
+import contextlib
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import threestudio
+from threestudio.run.folder import RESULTS, Lock
+from threestudio.run.interventions import PROMPT, RATE, SCALE, Interventions, current
+from threestudio.run.viewer import server as servers
+from threestudio.run.viewer.budget import FRAME, Budget, Cost
+from threestudio.run.viewer.curves import Curves
+from threestudio.run.viewer.frames import Painter, View, undisturbed
+from threestudio.run.viewer.panel import Panel
+from threestudio.run.viewer.training_cameras import TrainingCameras
+from threestudio.run.viewer.visitors import Drawn, Visitor, Visitors
+from threestudio.utils.files import whole_file
+
+SHARP = 2.0  # seconds that a picture may take once the camera rests
+STATUS_EVERY, CURVES_EVERY, SEEN_EVERY, CAMERAS_EVERY = 0.5, 2.0, 1.0, 1.0  # seconds
+POINT_EVERY, SPLATS_EVERY = 0.25, 1.0
+MAX_SPLATS = 50_000
+MAX_DOWNLOAD = 64 << 20  # bytes
+DOWNLOADS = (".ply", ".glb", ".obj")
+MAX_FAILURES = 3
+SHOWN_CHANGES = 6
+VIEWS = 4  # of a batch, as the model sees it
+
+
+class Live:
+    """``between`` is to be called between steps, and draws whatever visitors wait for; it returns
+    at once where nobody is there. ``stop()``: called where a visitor wants the training to end.
+    ``interventions`` None: nothing is trained, and ``between`` is called again and again."""
+
+    def __init__(
+        self,
+        server: servers.Server,
+        system: Any,
+        trainer: Any,
+        folder: Path,
+        interventions: Interventions | None = None,
+        stop: Callable[[], None] = lambda: None,
+        must_end: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.server, self.system, self.trainer, self.folder = server, system, trainer, folder
+        self.interventions, self.stop, self.must_end = interventions, stop, must_end
+        self.visitors, self.budget, self.cost, self.curves = Visitors(), Budget(), Cost(), Curves()
+        self.painter = Painter(system, _unit_rays(trainer))
+        self.training_cameras = TrainingCameras(system.renderer, lambda: self.painter.drawing)
+        self.paused = False
+        self._jobs: queue.Queue = queue.Queue(maxsize=8)
+        self._wake = threading.Event()
+        self._failures = 0
+        self._told: dict[str, float] = {}  # what -> when it was last told
+        self._step_seconds: float | None = None
+        self._left_at: float | None = None
+        self._snapshots = 0
+        self._changes = 0
+        self._watching = False
+        self._cameras_of = self._splats_of = -1
+        self._splats: Any = None
+        self._turns: list[Callable[[], bool]] = [
+            self._draw_fresh,
+            self._show_splats,
+            self._show_cameras,
+            self._show_curves,
+            self._show_seen,
+        ]
+        prompt = current(system, PROMPT)
+        training = interventions is not None
+        scale = current(system, SCALE) if training else None
+        self.panel = Panel(
+            server.viser,
+            title=prompt or folder.name,
+            training=training,
+            prompt=prompt,
+            scale=scale if scale is not None and math.isfinite(scale) else None,
+            can_export=hasattr(system, "on_predict_start"),
+            sees=callable(getattr(getattr(system, "guidance", None), "watch", None)),
+            splats=callable(getattr(getattr(system, "geometry", None), "splats", None)),
+            jobs=self._note_job,
+            ask=self._note_change,
+        )
+        self._set_scene()
+        server.viser.on_client_connect(self._welcome)
+        server.viser.on_client_disconnect(self._forget)
+
+    # --- from viser's threads ---------------------------------------------------------------------
+
+    async def _welcome(self, client: Any) -> None:
+        visitor = self.visitors.add(client)
+        visitor.look(View.of(client.camera))
+        self._told.clear()
+
+        @client.camera.on_update
+        async def _(camera: Any) -> None:
+            visitor.look(View.of(camera))
+            self._wake.set()
+
+        self._wake.set()
+
+    async def _forget(self, client: Any) -> None:
+        self.visitors.remove(client.client_id)
+
+    def _note_job(self, name: str, client_id: int | None) -> None:
+        with contextlib.suppress(queue.Full):  # who presses faster than steps are taken
+            self._jobs.put_nowait((name, client_id))
+        self._wake.set()
+
+    def _note_change(self, what: str, value: Any, client_id: int | None) -> None:
+        if self.interventions is None:
+            return
+
+        def done(why: str | None) -> None:
+            self._told.pop("status", None)
+            if why is not None:
+                assert self.interventions is not None
+                before = current(self.system, what, self.interventions.changed)
+                if what != PROMPT:  # a text is mended where it stands
+                    self.panel.reset(what, before)
+                self._tell(client_id, "Not changed", why)
+            elif what == PROMPT:
+                self._tell(client_id, "New prompt", f"from step {self.step} on")
+
+        self.interventions.ask(what, value, done)
+
+    # --- the scene --------------------------------------------------------------------------------
+
+    def _set_scene(self) -> None:
+        cfg = getattr(getattr(self.trainer, "datamodule", None), "cfg", None)
+        distance = float(getattr(cfg, "eval_camera_distance", 0) or 3.0)
+        elevation = math.radians(float(getattr(cfg, "eval_elevation_deg", 15.0)))
+        fov = math.radians(float(getattr(cfg, "eval_fovy_deg", 0) or 45.0))
+        camera = self.server.viser.initial_camera
+        camera.position = (distance * math.cos(elevation), 0.0, distance * math.sin(elevation))
+        camera.look_at, camera.fov = (0.0, 0.0, 0.0), fov
+        self._frustum = 0.12 * distance
+        self.server.viser.scene.set_up_direction("+z")
+        self.server.viser.scene.world_axes.visible = False
+
+    # --- between two steps ------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Steps behind the current weights."""
+        return int(self.system.true_global_step)
+
+    def between(self) -> None:
+        """Serve whoever waits. While the run is paused, this does not return."""
+        now = time.monotonic()
+        if self._left_at is not None:
+            took, before = now - self._left_at, self._step_seconds
+            self._step_seconds = took if before is None else 0.9 * before + 0.1 * took
+        self._note_point(now)
+        try:
+            self._serve()
+            while self.paused and not self.must_end():
+                self._wake.wait(0.05)
+                self._wake.clear()
+                self._serve()
+        finally:
+            self._left_at = time.monotonic()
+
+    def idle(self) -> None:
+        """Serve once, where nothing is trained, and wait a moment."""
+        self._wake.wait(0.1)
+        self._wake.clear()
+        self._serve()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                name, client_id = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            self._do(name, client_id)
+        self._follow_settings()
+        if not len(self.visitors):
+            return
+        for visitor in self.visitors.all():
+            self._draw_asked(visitor)
+        self._show_status()
+        self._take_a_turn()
+
+    def _follow_settings(self) -> None:
+        here = len(self.visitors) > 0
+        if self.panel.share is not None:
+            self.budget.share = min(max(float(self.panel.share.value), 1.0), 90.0) / 100
+        cameras, see = self.panel.cameras, self.panel.see
+        wanted = here and cameras is not None and bool(cameras.value)
+        self.training_cameras.want(wanted)
+        if cameras is not None and not cameras.value:
+            self.training_cameras.hide()
+        if not self._sends_splats:
+            self._hide_splats()
+        watching = here and see is not None and bool(see.value)
+        if watching != self._watching:
+            self._watching = watching
+            self.system.guidance.watch(watching)
+            if see is not None and not see.value:
+                self.panel.show_seen({})
+
+    # --- pictures ---------------------------------------------------------------------------------
+
+    def _draw_asked(self, visitor: Visitor) -> None:
+        """What a visitor waits for: the picture of a camera that moves, or has come to rest."""
+        # the first picture that a visitor gets may be small: what one costs is not known yet
+        for _ in range(3):
+            now = time.monotonic()
+            kind = visitor.wants(self.step, now)
+            free = kind == "sharp" or self._is_free or self.budget.allows(True, now)
+            if kind not in ("sharp", "moving") or not free or not self._can_draw(visitor):
+                return
+            if not self._draw(visitor, kind) or kind == "moving":
+                return
+
+    def _draw_fresh(self) -> bool:
+        """The object as it is now, for the visitor who has seen least of it; whether one was."""
+        for visitor in self.visitors.all():
+            wanted = visitor.wants(self.step, time.monotonic()) == "fresh"
+            if wanted and self._can_draw(visitor):
+                return self._draw(visitor, "fresh")
+        return False
+
+    def _can_draw(self, visitor: Visitor) -> bool:
+        if self._splats is not None or self._sends_splats:
+            return False  # their browsers do it
+        return self._failures < MAX_FAILURES and visitor.is_ready()
+
+    @property
+    def _is_free(self) -> bool:
+        """Whether no training waits."""
+        return self.paused or self.interventions is None
+
+    def _take_a_turn(self) -> None:
+        """Do one of the things that nobody has asked for just now, if the budget allows it: each
+        that is due in turn, so that pictures do not keep the curves from being drawn."""
+        if not self._is_free and not self.budget.allows(False, time.monotonic()):
+            return
+        for turn in list(self._turns):
+            begun = time.monotonic()
+            if turn():
+                self._turns.remove(turn)
+                self._turns.append(turn)
+                if turn != self._draw_fresh:  # which accounts for itself
+                    self._spend(begun)
+                return
+
+    def _draw(self, visitor: Visitor, kind: str) -> bool:
+        view = visitor.view
+        assert view is not None
+        begun = time.monotonic()
+        seconds = FRAME if kind == "moving" else SHARP
+        tallest = int(min(max(float(self.panel.tallest.value), 64), 2160))
+        width, height = view.size(self.cost.pixels(seconds), tallest)
+        try:
+            with undisturbed(self.system, self.trainer):
+                image = self.painter(view, width, height)
+        except Exception as error:  # of a renderer, which must not cost the run
+            self._fail(error)
+            return False
+        drawn = time.monotonic() - begun
+        self.cost.saw(width * height, drawn, kind != "moving")
+        quality = 70 if kind == "moving" else 92
+        visitor.client.scene.set_background_image(image, format="jpeg", jpeg_quality=quality)
+        visitor.client.flush()
+        whole = height >= min(view.height, tallest) or drawn > SHARP / 3
+        full = kind != "moving" and whole
+        visitor.drawn = Drawn(view, self.step, height, full)
+        visitor.frames += 1
+        self._spend(begun)
+        return True
+
+    def _fail(self, error: Exception) -> None:
+        self._failures += 1
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        threestudio.warn(f"the view could not be drawn: {text}")
+        if self._failures == MAX_FAILURES:
+            threestudio.warn("nothing more is drawn for visitors; the training goes on")
+
+    def _spend(self, begun: float) -> None:
+        now = time.monotonic()
+        self.budget.spend(now - begun, now)
+
+    @property
+    def _sends_splats(self) -> bool:
+        return self.panel.splats is not None and bool(self.panel.splats.value)
+
+    def _show_splats(self) -> bool:
+        """Send the Gaussians, in the place of pictures."""
+        if not self._sends_splats or self._splats_of == self.step:
+            return False
+        if not self._due("splats", SPLATS_EVERY, time.monotonic()):
+            return False
+        with undisturbed(self.system, self.trainer):
+            found = self.system.geometry.splats(MAX_SPLATS)
+        arrays = {name: value.float().cpu().numpy() for name, value in found.items()}
+        with self.server.viser.atomic():
+            self._splats = self.server.viser.scene.add_gaussian_splats("/splats", **arrays)
+        for visitor in self.visitors.all():
+            if visitor.drawn is not None:
+                visitor.client.scene.set_background_image(None)
+                visitor.drawn = None
+        self._splats_of = self.step
+        return True
+
+    def _hide_splats(self) -> None:
+        if self._splats is not None:
+            self._splats.remove()
+            self._splats, self._splats_of = None, -1
+
+    def _show_cameras(self) -> bool:
+        wanted = self.panel.cameras is not None and bool(self.panel.cameras.value)
+        if not wanted or self._cameras_of == self.step:
+            return False
+        if not self._due("cameras", CAMERAS_EVERY, time.monotonic()):
+            return False
+        self._cameras_of = self.step
+        with self.server.viser.atomic():
+            self.training_cameras.show(self.server.viser.scene, self._frustum)
+        return True
+
+    # --- numbers ----------------------------------------------------------------------------------
+
+    def _due(self, what: str, every: float, now: float) -> bool:
+        if now - self._told.get(what, -1e9) < every:
+            return False
+        self._told[what] = now
+        return True
+
+    def _note_point(self, now: float) -> None:
+        if self.interventions is None or not self._due("point", POINT_EVERY, now):
+            return
+        values = {}
+        terms = {"loss": "train/loss", "gradient norm": "train/grad_norm"}
+        metrics = self.trainer.callback_metrics
+        for name, key in terms.items():
+            if key in metrics:
+                values[name] = float(metrics[key])
+        for name, value in getattr(self.system, "loss_terms", {}).items():
+            values[name.replace("_", " ")] = float(value)
+        count = getattr(getattr(self.system, "geometry", None), "count", None)
+        if isinstance(count, int):
+            values["Gaussians"] = float(count)
+        self.curves.add(self.step, values)
+
+    def _show_status(self) -> None:
+        now = time.monotonic()
+        if self.interventions is None or not self._due("status", STATUS_EVERY, now):
+            return
+        with self.server.viser.atomic():
+            part = self.step / self.trainer.max_steps if self.trainer.max_steps > 0 else 0
+            self.panel.show_status(self._status(), part, self.paused)
+            self._show_changes()
+        self._spend(now)
+
+    def _status(self) -> str:
+        step, last = self.step, self.trainer.max_steps
+        words = [f"step {step:,}" + (f" of {last:,}" if last > 0 else "")]
+        if self._step_seconds:
+            words.append(f"{_seconds(self._step_seconds)} a step")
+            if last > 0:
+                words.append(f"{_clock((last - step) * self._step_seconds)} left")
+        count = getattr(getattr(self.system, "geometry", None), "count", None)
+        if isinstance(count, int):
+            words.append(f"{count:,} Gaussians")
+        return ("paused · " if self.paused else "") + " · ".join(words)
+
+    def _show_changes(self) -> None:
+        assert self.interventions is not None
+        made = self.interventions.made
+        if len(made) == self._changes:
+            return
+        self._changes = len(made)
+        for change in made:
+            self.panel.reset(change.what, change.new)
+            if change.what == PROMPT:
+                self.panel.show_prompt(change.new)
+        names = {PROMPT: "prompt", SCALE: "guidance scale", RATE: "learning rates ×"}
+        last = reversed(made[-SHOWN_CHANGES:])
+        self.panel.show_changes([f"step {c.step}: {names[c.what]} {c.new}" for c in last])
+
+    def _show_curves(self) -> bool:
+        if len(self.curves) < 2 or not self._due("curves", CURVES_EVERY, time.monotonic()):
+            return False
+        latest = self.curves.series()[0]
+        names = list(dict.fromkeys(n for _, v in self.curves._points for n in v))
+        found = {}
+        for name in names:
+            values = self.curves.series(name)[1]
+            known = np.isfinite(values)
+            if known.sum() > 1:
+                found[name] = latest[known], values[known]
+        with self.server.viser.atomic():
+            self.panel.show_curves(found)
+        return True
+
+    def _show_seen(self) -> bool:
+        if not self._watching or not self._due("seen", SEEN_EVERY, time.monotonic()):
+            return False
+        try:
+            with undisturbed(self.system, self.trainer):
+                seen = self.system.guidance.seen()
+        except Exception as error:  # such as too little memory to decode
+            threestudio.warn(f"what the model sees could not be shown: {error}")
+            return True
+        rows = {name: _in_a_row(images[:VIEWS]) for name, images in (seen or {}).items()}
+        with self.server.viser.atomic():
+            self.panel.show_seen(rows)
+        return True
+
+    # --- buttons ----------------------------------------------------------------------------------
+
+    def _tell(self, client_id: int | None, title: str, body: str) -> None:
+        visitor = self.visitors.get(client_id)
+        if visitor is not None:
+            visitor.client.add_notification(title, body, auto_close_seconds=8.0)
+
+    def _do(self, name: str, client_id: int | None) -> None:
+        if name == "pause" and self.interventions is not None:
+            self.paused = not self.paused
+            self._told.pop("status", None)
+        elif name == "stop" and self.interventions is not None:
+            threestudio.info("a visitor of the view has asked to stop")
+            self.stop()
+        elif name in ("snapshot", "export"):
+            begun = time.monotonic()
+            try:
+                self._snapshot(client_id) if name == "snapshot" else self._export(client_id)
+            except Exception as error:  # a full disk, a mesh without a surface
+                text = " ".join(str(error).split())[:300] or type(error).__name__
+                threestudio.warn(f"{name}: {text}")
+                self._tell(client_id, f"No {name}", text)
+            finally:
+                self._spend(begun)
+
+    def _snapshot(self, client_id: int | None) -> None:
+        visitor = self.visitors.get(client_id)
+        if visitor is None or visitor.view is None:
+            return
+        view = visitor.view
+        width, height = view.size(1e7, 2160)
+        with undisturbed(self.system, self.trainer):
+            image = self.painter(view, width, height)
+        folder = Path(self.system.get_save_dir())
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            self._snapshots += 1
+            path = folder / f"it{self.step}-view{self._snapshots}.png"
+            if not os.path.lexists(path):
+                break
+        with whole_file(path, keep_suffix=True) as tmp:
+            Image.fromarray(image).save(tmp)
+        visitor.client.send_file_download(path.name, path.read_bytes())
+        self._tell(client_id, "Snapshot", str(path))
+
+    def _export(self, client_id: int | None) -> None:
+        lock = Lock(self.folder / RESULTS)
+        if not lock.acquire():
+            self._tell(client_id, "No export", f"{lock.holder()} is writing results of this run")
+            return
+        try:
+            files = self._write_export()
+        finally:
+            lock.release()
+        visitor = self.visitors.get(client_id)
+        for path in files:
+            small = path.stat().st_size <= MAX_DOWNLOAD
+            if visitor is not None and path.suffix in DOWNLOADS and small:
+                visitor.client.send_file_download(path.name, path.read_bytes())
+        where = files[0].parent if files else Path(self.system.get_save_dir())
+        names = ", ".join(path.name for path in files) or "nothing"
+        self._tell(client_id, "Exported", f"{names} in {where}")
+
+    def _write_export(self) -> list[Path]:
+        system = self.system
+        missing = object()
+        before = getattr(system, "exporter", missing)
+        with undisturbed(system, self.trainer):
+            try:
+                system.on_predict_start()
+                system.exporter.cfg.save_video = False
+                system.on_predict_epoch_end()
+            finally:
+                if before is missing:
+                    system.__dict__.pop("exporter", None)
+                else:
+                    system.exporter = before
+        folder = Path(system.get_save_dir(), f"it{self.step}-export")
+        return sorted(path for path in folder.glob("*") if path.is_file())
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Let go of the system."""
+        self.training_cameras.want(False)
+        if self._watching:
+            self.system.guidance.watch(False)
+            self._watching = False
+
+
+def _unit_rays(trainer: Any) -> bool:
+    cfg = getattr(getattr(trainer, "datamodule", None), "cfg", None)
+    return bool(getattr(cfg, "rays_d_normalize", True))
+
+
+def _in_a_row(images: torch.Tensor) -> np.ndarray:
+    """Images (B, H, W, 3) in 0..1 side by side."""
+    from threestudio.run.viewer.frames import to_bytes
+
+    return np.concatenate([to_bytes(image) for image in images], axis=1)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
