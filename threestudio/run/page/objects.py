@@ -190,12 +190,10 @@ def _read_with_trimesh(path: Path) -> Triangles:
             pass
 
         def get(self, name: str) -> bytes:
-            if (
-                name not in PlainFiles(path.parent)
-                or (path.parent / name).stat().st_size > MAX_FILE
-            ):
+            file = path.parent / name
+            if name not in PlainFiles(path.parent) or file.stat().st_size > MAX_FILE:
                 raise ValueError(f"{name} is no file beside it")
-            return (path.parent / name).read_bytes()
+            return file.read_bytes()
 
         def keys(self):
             return []
