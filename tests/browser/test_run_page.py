@@ -44,7 +44,7 @@ def show(browser):
     said, contexts = [], []
 
     def show(path, drawn=True, **options):
-        options = {"viewport": {"width": 900, "height": 700}, "reduced_motion": "reduce", **options}
+        options = {"viewport": {"width": 500, "height": 600}, "reduced_motion": "reduce", **options}
         contexts.append(browser.new_context(offline=True, **options))
         page = contexts[-1].new_page()
         page.on("console", lambda message: said.append(message.text))
@@ -65,9 +65,11 @@ def show(browser):
     assert said == []
 
 
-def pixels(page, name, number=0):
+def pixels(page, name, number=0, rest=True):
     """The canvas as it is seen, 0..255."""
-    page.wait_for_timeout(600)  # until it rests, and is drawn in full
+    page.wait_for_timeout(100)
+    if rest:  # until nothing moves, and it is drawn in full
+        page.locator(".stage.resting").nth(number).wait_for(timeout=60_000)
     data = page.locator(".stage").nth(number).screenshot()
     if folder := os.environ.get("BROWSER_PICTURES"):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -200,9 +202,9 @@ def test_it_turns_by_itself_until_it_is_touched(show, tmp_path):
     run = run_folder(tmp_path / "r")
     two_balls(run)
     page = show(write_page([run]), reduced_motion="no-preference")
-    first = where(pixels(page, "turning"), 0)[0]
+    first = where(pixels(page, "turning", rest=False), 0)[0]
     page.wait_for_timeout(700)
-    assert abs(where(pixels(page, "turned"), 0)[0] - first) > 0.005
+    assert abs(where(pixels(page, "turned", rest=False), 0)[0] - first) > 0.005
     drag(page, 3, 0)
     assert page.get_by_role("button", name="Turn").is_visible()
     still = pixels(page, "still")
