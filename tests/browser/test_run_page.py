@@ -2,6 +2,7 @@
 keeps the pictures, to be looked at."""
 
 import io
+import math
 import os
 from pathlib import Path
 
@@ -78,13 +79,15 @@ def pixels(page, name, number=0, rest=True):
 
 
 def drag(page, dx, dy, number=0):
+    """In several pulls: the mouse stays inside of the window."""
     box = page.locator(".stage").nth(number).bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move(x + dx / 2, y + dy / 2)
-    page.mouse.move(x + dx, y + dy)
-    page.mouse.up()
+    pulls = math.ceil(max(abs(dx), abs(dy)) / 150)
+    for _ in range(pulls):
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + dx / pulls, y + dy / pulls)
+        page.mouse.up()
 
 
 def two_balls(run):
@@ -185,7 +188,8 @@ def test_two_objects_turn_together(show, tmp_path):
     runs = [run_folder(tmp_path / "one"), run_folder(tmp_path / "two")]
     for run in runs:
         two_balls(run)
-    page = show(write_page(runs, tmp_path / "both.html"))
+    both = write_page(runs, tmp_path / "both.html")
+    page = show(both, viewport={"width": 800, "height": 600})
     drag(page, -200, 40)
     one, two = pixels(page, "left", 0), pixels(page, "right", 1)
     assert where(one, 0)[2] > 0 and np.abs(one - two).mean() < 1
