@@ -271,7 +271,7 @@ void main() {
       drawnAt = now;
       if (!resting && gap > 60 && gap < 1000) detail = Math.max(LEAST_DETAIL, detail * 0.85);
       paint(resting ? still : detail);
-      stage.classList.add("drawn");
+      stage.classList.toggle("resting", resting);
       clearTimeout(settling);
       if (!resting) settling = setTimeout(() => ask(true), 200);
     }
@@ -321,11 +321,13 @@ void main() {
     }
     const ask = (rest = false) => {
       resting = rest;
+      if (!rest) stage.classList.remove("resting");
       if (asked || !visible) return;
       asked = true;
       requestAnimationFrame(frame);
     };
     begin();
+    steer(canvas);
     await measure();
     canvas.addEventListener("webglcontextlost", (event) => event.preventDefault());
     canvas.addEventListener("webglcontextrestored", () => { begin(); ask(); });
@@ -335,7 +337,6 @@ void main() {
       ask();
     }).observe(canvas);
     all.push({ ask, visible: () => visible, slow: () => slow });
-    steer(canvas);
     ask();
   }
 
