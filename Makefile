@@ -96,6 +96,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/raymarch.py
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/guidance.py
+	$(BIN)/python benchmarks/viewer.py
 
 clean:
 	rm -rf build outputs .threestudio_cache

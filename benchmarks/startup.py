@@ -15,8 +15,9 @@ the times of the other checkout over those of the row, from the same alternation
 an empty folder of compiled kernels; installed packages keep their compiled bytecode, as pip leaves
 it, and the files that the system has in memory stay there. *Warm* is the same clone afterwards.
 Another program on the machine changes all times: ``load`` is the average number of running
-programs over the minute before a round. Where that is above the number of cores, or ``threads`` is
-set, the ratios are the result and the seconds are not.
+programs over the minute before a round. Columns that end in ``_cpu_s`` are the seconds of processor
+time that the process had used by then (without git and the like, which it starts): where ``load``
+is above ``cores``, their ratios, ``_cpu_ratio``, are the result, and the seconds are not.
 
 ``startup_imports.csv`` has the seconds that ``python -X importtime`` counts for the packages that
 a warm run of one step imports up to its end. With ``--keep FOLDER`` the clones and their caches
@@ -51,7 +52,8 @@ CONFIGS = {
 }
 PROMPT = 'system.prompt_processor.prompt="a red mushroom"'
 MISTAKE = "system.guidance.guidance_scal=7"
-MEASURES = ("first_line_s", "refusal_s", "first_step_s", "first_picture_s")
+SEEN = ("first_line", "refusal", "first_step", "first_picture")
+MEASURES = tuple(f"{what}{unit}" for what in SEEN for unit in ("_s", "_cpu_s"))
 PATIENCE = 600.0  # seconds after which a run is given up
 CALLBACK = """
 import os, time
@@ -62,7 +64,7 @@ class FirstStep(Callback):
     def on_train_batch_end(self, trainer, *rest):
         note = Path(os.environ["FIRST_STEP_NOTE"])
         if not note.exists():
-            note.write_text(repr(time.time()))
+            note.write_text(f"{time.time()} {time.process_time()}")
 """
 
 
@@ -134,7 +136,8 @@ class Run:
     """A process, and when it was first heard of."""
 
     def __init__(self, words: list[str], cwd: Path, env: dict[str, str], folder: Path) -> None:
-        self.folder, self.text, self.heard = folder, "", 0.0
+        self.folder, self.text = folder, ""
+        self.heard = (math.nan, math.nan)  # when, and after how much processor time
         self.begun = time.time()
         self.process = subprocess.Popen(
             words, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -145,15 +148,26 @@ class Run:
     def _read(self) -> None:
         assert self.process.stdout is not None
         while data := os.read(self.process.stdout.fileno(), 65536):
-            self.heard = self.heard or time.time()
+            if not self.text:
+                self.heard = time.time() - self.begun, self.used()
             self.text += data.decode(errors="replace")
 
-    def wait(self) -> float:
-        """Seconds until the process has ended by itself."""
-        self.process.wait(PATIENCE)
+    def used(self) -> float:
+        """Seconds of processor time so far; NaN of a process that is gone."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except OSError:
+            return math.nan
+        user, system = stat.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    def wait(self) -> tuple[float, float]:
+        """Seconds until the process has ended by itself, and of processor time."""
+        _, status, usage = os.wait4(self.process.pid, 0)
         ended = time.time()
+        self.process.returncode = os.waitstatus_to_exitcode(status)
         self.reader.join()
-        return ended - self.begun
+        return ended - self.begun, usage.ru_utime + usage.ru_stime
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -161,16 +175,19 @@ class Run:
         self.process.wait()
         self.reader.join()
 
-    def look(self) -> tuple[float, float]:
-        """Wait for the first step and the first picture; seconds until each."""
-        note = self.folder / "first_step"
-        while time.time() - self.begun < PATIENCE:
+    def look(self) -> dict[str, float]:
+        """Wait for the first step and the first picture."""
+        note, found = self.folder / "first_step", {}
+        while time.time() - self.begun < PATIENCE and self.process.poll() is None:
             pictures = [p for p in self.folder.glob("**/save/**/*.png") if p.is_file()]
-            if pictures and note.exists() and note.stat().st_size:
-                made = min(p.stat().st_mtime for p in pictures)
-                return float(note.read_text()) - self.begun, made - self.begun
-            if self.process.poll() is not None:
-                break
+            if pictures and "first_picture_s" not in found:
+                found["first_picture_cpu_s"] = self.used()
+                found["first_picture_s"] = min(p.stat().st_mtime for p in pictures) - self.begun
+            if note.exists() and len(words := note.read_text().split()) == 2:
+                found["first_step_s"] = float(words[0]) - self.begun
+                found["first_step_cpu_s"] = float(words[1])
+            if len(found) == 4:
+                return found
             time.sleep(0.02)
         self.stop()
         sys.exit(f"no picture was made:\n{self.text[-3000:]}")
@@ -178,15 +195,14 @@ class Run:
 
 def measure(checkout: Checkout, config: str) -> dict[str, float]:
     """One start and one refusal."""
-    found = {}
     run = checkout.start(config, "trainer.callbacks=[first_step.FirstStep]")
     try:
-        found["first_step_s"], found["first_picture_s"] = run.look()
+        found = run.look()
     finally:
         run.stop()
-    found["first_line_s"] = run.heard - run.begun
+    found["first_line_s"], found["first_line_cpu_s"] = run.heard
     refused = checkout.start(config, MISTAKE)
-    found["refusal_s"] = refused.wait()
+    found["refusal_s"], found["refusal_cpu_s"] = refused.wait()
     if refused.process.returncode != 2:
         sys.exit(f"the mistake was not refused:\n{refused.text[-3000:]}")
     for folder in checkout.root.glob("run*"):

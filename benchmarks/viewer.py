@@ -27,66 +27,11 @@ import psutil
 import pytorch_lightning as pl
 from timing import ROOT, machine, show, write_table
 from training import set_up, train
+from viewer_visitor import MESSAGES
 
-sys.path.insert(0, str(ROOT))
 PHASES = ("off", "nobody", "resting", "moving")
 CONFIGS = ("lods-gs-embedding", "lods-ngp-embedding")
 SKIPPED = 2  # steps of a phase that do not count: something has just changed
-MESSAGES = 2000
-
-
-# --- the visitor, in a process of its own ---------------------------------------------------------
-
-
-def visit(port: int) -> None:
-    """Obeys lines from standard input: "resting", "moving", "flood", "gone", "end"; answers each
-    with a line of the frames and latencies (seconds) since the last one."""
-    from tests.view_client import Client
-
-    client, doing, sent, latencies, seen, angle = None, "gone", None, [], 0, 0.0
-    stop = False
-    import queue
-    import threading
-
-    orders: queue.Queue = queue.Queue()
-    threading.Thread(
-        target=lambda: [orders.put(line.strip()) for line in sys.stdin], daemon=True
-    ).start()
-    frames = 0
-    while not stop:
-        while not orders.empty():
-            doing = orders.get()
-            print(frames, *(f"{value:.4f}" for value in latencies), flush=True)
-            frames, latencies, sent = 0, [], None
-            if doing in ("gone", "end") and client is not None:
-                client.close()
-                client = None
-            elif doing not in ("gone", "end") and client is None:
-                client, seen = Client(port), 0
-                client.look(image_width=1280, image_height=720)
-            if doing == "flood":
-                for n in range(MESSAGES):
-                    client.look(image_width=1280, image_height=720, position=[3, n / 1e4, 0.5])
-                    time.sleep(0.004)
-            stop = doing == "end"
-        if client is None:
-            time.sleep(0.01)
-            continue
-        now = len(client.of("BackgroundImageMessage"))
-        if now > seen:
-            frames, seen = frames + now - seen, now
-            if sent is not None:
-                latencies.append(time.perf_counter() - sent)
-                sent = None
-        if now > 50:  # what was seen is not kept
-            client.messages.clear()
-            seen = 0
-        if doing == "moving":
-            angle += 0.01
-            place = [3.0, angle, 0.5]
-            client.look(image_width=1280, image_height=720, position=place)
-            sent = time.perf_counter() if sent is None else sent
-        time.sleep(1 / 30)
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -116,7 +61,7 @@ class Rounds(pl.Callback):
         self.live = self.view.live
         port = str(self.view.server.port)
         self.visitor = subprocess.Popen(
-            [sys.executable, __file__, "--visit", port],
+            [sys.executable, str(Path(__file__).with_name("viewer_visitor.py")), port],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -235,10 +180,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", default=CONFIGS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/viewer.csv")
     parser.add_argument("--note", default="", help="a column, such as what else was running")
-    parser.add_argument("--visit", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.visit:
-        return visit(args.visit)
     about, rows = machine(), []
     for config in args.configs:
         for row in measure(config, args.rounds, args.steps):

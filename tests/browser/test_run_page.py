@@ -2,6 +2,7 @@
 keeps the pictures, to be looked at."""
 
 import io
+import math
 import os
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def show(browser):
     said, contexts = [], []
 
     def show(path, drawn=True, **options):
-        options = {"viewport": {"width": 900, "height": 700}, "reduced_motion": "reduce", **options}
+        options = {"viewport": {"width": 500, "height": 600}, "reduced_motion": "reduce", **options}
         contexts.append(browser.new_context(offline=True, **options))
         page = contexts[-1].new_page()
         page.on("console", lambda message: said.append(message.text))
@@ -65,9 +66,11 @@ def show(browser):
     assert said == []
 
 
-def pixels(page, name, number=0):
+def pixels(page, name, number=0, rest=True):
     """The canvas as it is seen, 0..255."""
-    page.wait_for_timeout(600)  # until it rests, and is drawn in full
+    page.wait_for_timeout(100)
+    if rest:  # until nothing moves, and it is drawn in full
+        page.locator(".stage.resting").nth(number).wait_for(timeout=60_000)
     data = page.locator(".stage").nth(number).screenshot()
     if folder := os.environ.get("BROWSER_PICTURES"):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -76,13 +79,15 @@ def pixels(page, name, number=0):
 
 
 def drag(page, dx, dy, number=0):
+    """In several pulls: the mouse stays inside of the window."""
     box = page.locator(".stage").nth(number).bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move(x + dx / 2, y + dy / 2)
-    page.mouse.move(x + dx, y + dy)
-    page.mouse.up()
+    pulls = math.ceil(max(abs(dx), abs(dy)) / 150)
+    for _ in range(pulls):
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + dx / pulls, y + dy / pulls)
+        page.mouse.up()
 
 
 def two_balls(run):
@@ -183,7 +188,8 @@ def test_two_objects_turn_together(show, tmp_path):
     runs = [run_folder(tmp_path / "one"), run_folder(tmp_path / "two")]
     for run in runs:
         two_balls(run)
-    page = show(write_page(runs, tmp_path / "both.html"))
+    both = write_page(runs, tmp_path / "both.html")
+    page = show(both, viewport={"width": 800, "height": 600})
     drag(page, -200, 40)
     one, two = pixels(page, "left", 0), pixels(page, "right", 1)
     assert where(one, 0)[2] > 0 and np.abs(one - two).mean() < 1
@@ -200,9 +206,9 @@ def test_it_turns_by_itself_until_it_is_touched(show, tmp_path):
     run = run_folder(tmp_path / "r")
     two_balls(run)
     page = show(write_page([run]), reduced_motion="no-preference")
-    first = where(pixels(page, "turning"), 0)[0]
+    first = where(pixels(page, "turning", rest=False), 0)[0]
     page.wait_for_timeout(700)
-    assert abs(where(pixels(page, "turned"), 0)[0] - first) > 0.005
+    assert abs(where(pixels(page, "turned", rest=False), 0)[0] - first) > 0.005
     drag(page, 3, 0)
     assert page.get_by_role("button", name="Turn").is_visible()
     still = pixels(page, "still")

@@ -86,19 +86,19 @@ def state(system, trainer):
 def test_a_visitor_who_looks_on_changes_no_bit_of_the_training(small):
     """Pictures are drawn, cameras and what the model sees are shown, and all is as without."""
     run = small("embedding", "system.background.random_aug=true")
-    alone = state(*fit(*run, max_steps=4))
+    alone = state(*fit(*run, max_steps=14))
     view, clients = viewer(), []
 
     def come():
         (client,) = arrived(view)
         clients.append(client)
-        client.wait("GuiCheckboxMessage", 2)
+        client.wait("GuiCheckboxMessage", 3)
         client.set("Training cameras", True)
         client.set("Show what the model sees", True)
         client.set("Share of the time (%)", 90)
         until(lambda: view.live.panel.see.value and view.live.panel.cameras.value)
 
-    watched = state(*fit(*run, max_steps=4, callbacks=[At(come), view]))
+    watched = state(*fit(*run, max_steps=14, callbacks=[At(come), view]))
     same(alone, watched)
     (client,) = clients
     shown = {message["type"] for message in client.messages}

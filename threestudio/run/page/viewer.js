@@ -271,7 +271,7 @@ void main() {
       drawnAt = now;
       if (!resting && gap > 60 && gap < 1000) detail = Math.max(LEAST_DETAIL, detail * 0.85);
       paint(resting ? still : detail);
-      stage.classList.add("drawn");
+      stage.classList.toggle("resting", resting);
       clearTimeout(settling);
       if (!resting) settling = setTimeout(() => ask(true), 200);
     }
@@ -289,8 +289,8 @@ void main() {
       const matrices = matricesOf(about, width, height);
       draw(matrices, matrices.towards, matrices.focal, width, height);
     }
-    // how long a small picture takes, from which the sizes follow: about 25 ms while it moves, and
-    // up to 400 ms once it rests
+    // how long a small picture takes, or if that is little a full one, from which the sizes follow:
+    // about 25 ms while it moves, and up to 400 ms once it rests
     async function measure() {
       const finished = () => new Promise((done) => {
         const fence = gl.fenceSync(gl.SYNC_GPU_COMMANDS_COMPLETE, 0);
@@ -301,25 +301,33 @@ void main() {
         };
         look();
       });
-      paint(LEAST_DETAIL); // the first one prepares the program too
-      await finished();
+      const time = async (share) => {
+        const begun = performance.now();
+        paint(share);
+        await finished();
+        return Math.max(performance.now() - begun, 0.1);
+      };
+      await time(LEAST_DETAIL); // the first one prepares the program too
       stage.classList.add("drawn");
-      const begun = performance.now();
-      paint(LEAST_DETAIL);
-      await finished();
-      const cost = Math.max(performance.now() - begun, 0.1);
-      const share = (limit) => Math.min(1, Math.max(LEAST_DETAIL, LEAST_DETAIL * Math.sqrt(limit / cost)));
+      let tried = LEAST_DETAIL, cost = await time(tried);
+      if (cost < 30) {
+        tried = 1;
+        cost = await time(tried);
+      }
+      slow = tried < 1 && cost > 100;
+      const share = (limit) => Math.min(1, Math.max(LEAST_DETAIL, tried * Math.sqrt(limit / cost)));
       detail = share(25);
       still = share(400);
-      slow = cost > 100;
     }
     const ask = (rest = false) => {
       resting = rest;
+      if (!rest) stage.classList.remove("resting");
       if (asked || !visible) return;
       asked = true;
       requestAnimationFrame(frame);
     };
     begin();
+    steer(canvas);
     await measure();
     canvas.addEventListener("webglcontextlost", (event) => event.preventDefault());
     canvas.addEventListener("webglcontextrestored", () => { begin(); ask(); });
@@ -329,7 +337,6 @@ void main() {
       ask();
     }).observe(canvas);
     all.push({ ask, visible: () => visible, slow: () => slow });
-    steer(canvas);
     ask();
   }
 

@@ -325,10 +325,10 @@ class Live:
             return False
         if not self._due("cameras", CAMERAS_EVERY, time.monotonic()):
             return False
-        self._cameras_of = self.step
         with self.server.viser.atomic():
-            self.training_cameras.show(self.server.viser.scene, self._frustum)
-        return True
+            shown = self.training_cameras.show(self.server.viser.scene, self._frustum)
+        self._cameras_of = self.step if shown else self._cameras_of
+        return shown
 
     # --- numbers ----------------------------------------------------------------------------------
 

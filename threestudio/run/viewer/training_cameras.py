@@ -35,10 +35,11 @@ class TrainingCameras:
             return
         self._seen = tuple(each.detach() for each in found)  # type: ignore[assignment]
 
-    def show(self, scene: Any, scale: float) -> None:
-        """Put the last batch into viser's scene, in the place of the one before."""
+    def show(self, scene: Any, scale: float) -> bool:
+        """Put the last batch into viser's scene, in the place of the one before; whether there was
+        one."""
         if self._seen is None:
-            return
+            return False
         c2w, fovy, rgb = (each[:MOST] for each in self._seen)
         step = max(1, max(rgb.shape[1:3]) // PIXELS)
         fovy = fovy.flatten().expand(len(c2w))
@@ -50,6 +51,7 @@ class TrainingCameras:
             self._put(scene, i, float(fov), aspect, scale, picture, where)
         while len(self._shown) > len(c2w):
             self._shown.pop().remove()
+        return True
 
     def _put(self, scene, i, fov, aspect, scale, picture, where) -> None:
         if i < len(self._shown):

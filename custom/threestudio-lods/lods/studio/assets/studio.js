@@ -275,7 +275,7 @@ function drawGallery() {
   keep($("gallery"), done, (run) => run.name, drawCard);
   keep($("others"), others, (run) => run.name, drawOther);
   $("others-box").hidden = !others.length;
-  $("empty").hidden = done.length > 0;
+  $("empty").hidden = done.length + work.length > 0;
   $("count").textContent = done.length ? `${done.length} ${done.length === 1 ? "object" : "objects"}` : "";
   $("compare-label").hidden = done.length < 2;
   choose("", false);

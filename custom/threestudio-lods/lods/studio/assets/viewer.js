@@ -3,7 +3,8 @@
 const FOVY = (40 * Math.PI) / 180;
 const C0 = 0.28209479177387814;
 const MAX_BYTES = 400e6;
-const MOVING = 40, AT_REST = 500; // milliseconds that a frame may take
+const MOVING = 40, AT_REST = 900; // milliseconds that a frame may take
+const FIRST = 0.15, LEAST = 0.1; // parts of the full size: of the first frame, and at least
 
 // --- files ---------------------------------------------------------------------------------------
 
@@ -355,7 +356,7 @@ export class Viewer {
   // Draw a frame in about so many milliseconds, if need be at a smaller size: where there is no GPU,
   // a processor draws, which may be training meanwhile.
   draw(milliseconds) {
-    const gl = this.gl, part = this.cost === null ? 0.4 : Math.min(1, Math.max(0.2, Math.sqrt(milliseconds / this.cost)));
+    const gl = this.gl, part = this.cost === null ? FIRST : Math.min(1, Math.max(LEAST, Math.sqrt(milliseconds / this.cost)));
     const begun = performance.now();
     this.paint(part);
     gl.readPixels(0, 0, 1, 1, gl.RGBA, gl.UNSIGNED_BYTE, new Uint8Array(4)); // waits for it
