@@ -93,7 +93,7 @@ class RowLora(nn.Module):
             weight = layer.get_base_layer().weight
             if weight.is_meta:
                 return None
-            A, B = (self.get_submodule(f"{name}.{part}").weight for part in ("lora_A", "lora_B"))
+            A, B = (self.get_parameter(f"{name}.{part}.weight") for part in ("lora_A", "lora_B"))
             # |B A|^2 = tr(B^T B A A^T), without the product
             update += float(((B.T @ B) * (A @ A.T)).sum())
             weights += float(weight.float().norm() ** 2)
