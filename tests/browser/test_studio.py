@@ -129,12 +129,12 @@ def test_from_an_empty_page_to_a_downloaded_glb(page, tmp_path):
         page.wait_for_selector(".stage canvas")
         page.wait_for_selector(".note:has-text('drag')")
         keep(page, "run")
-        path, name = downloaded(page, "a.download:has-text('glb')")
+        path, name = downloaded(page, "a.download:has(b:text-is('glb'))")
         assert name == "a-red-hamburger.glb"
         _, attributes, faces = read_glb(path)
         assert len(faces) and len(attributes["POSITION"]) == len(attributes["COLOR_0"])
         page.click("button.download:has-text('splat')")
-        path, name = downloaded(page, "a.download:has-text('splat')")
+        path, name = downloaded(page, "a.download:has(b:text-is('splat'))")
         assert name.endswith(".splat") and path.stat().st_size == 32 * 300
 
 

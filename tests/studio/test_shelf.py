@@ -54,6 +54,8 @@ def test_pipes_links_and_hidden_folders_are_no_runs(shelf, tmp_path):
     (shelf.root / "pipe").mkdir()
     os.mkfifo(shelf.root / "pipe" / "request.json")
     (shelf.root / "file").write_text("")
+    (shelf.root / "borrowed").mkdir()
+    (shelf.root / "borrowed" / "request.json").symlink_to(tmp_path / "elsewhere" / "request.json")
     assert states(shelf) == {real: "damaged"}
 
 

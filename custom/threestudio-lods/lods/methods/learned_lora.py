@@ -104,10 +104,10 @@ class LoraMethod(LearningMethod):
     def moved(self):
         """|s B A| / |W|, over all projections that it is on together, with s ``lora_scale``."""
         sizes = self.lora.sizes(self.lora_model.lora_network())
-        return sizes and (
-            abs(self.cfg.lora_scale) * sizes[0] / sizes[1],
-            "|s B A| / |W|, W the weights of the model that it is on",
-        )
+        if sizes is None:
+            return None
+        share = abs(self.cfg.lora_scale) * sizes[0] / sizes[1]
+        return share, "|s B A| / |W|, W the weights of the model that it is on"
 
     def write_learned(self, path, metadata):
         """A LoRA for ``load_lora_weights`` of diffusers' pipelines, at ``lora_scale``."""
