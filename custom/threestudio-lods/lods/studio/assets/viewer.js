@@ -298,7 +298,8 @@ export class Viewer {
     }
     far.sort((a, b) => a - b);
     this.middle = middle;
-    this.radius = far[Math.round(0.99 * (far.length - 1))] || 1;
+    const soft = this.object.kind === "gaussians" ? 1.25 : 1; // they reach further than their middles
+    this.radius = soft * far[Math.round(0.99 * (far.length - 1))] || 1;
   }
 
   buffer(program, name, array, n) {
