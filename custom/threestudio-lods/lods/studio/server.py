@@ -57,7 +57,9 @@ class Studio:
     async def _looking_after(self, app: web.Application) -> AsyncIterator[None]:
         await asyncio.to_thread(self.queue.recover)
         task = asyncio.create_task(self._tick_forever())
-        async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as self._session:
+        jar = aiohttp.DummyCookieJar()
+        # what a live view has packed is passed on as it is
+        async with aiohttp.ClientSession(cookie_jar=jar, auto_decompress=False) as self._session:
             yield
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
