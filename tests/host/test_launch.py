@@ -207,7 +207,7 @@ def test_accelerator_and_precision(cli):
         (["--train", "system.prompt=p", "system.nan_at=1"], "the loss became nan at step 1"),
         (["--train", "system.prompt=p", "resume=no.ckpt"], "checkpoint no.ckpt not found"),
         (["--train", "system.prompt=p", "--typecheck"], "--typecheck is not supported"),
-        (["system.prompt=p"], "--train --validate --test --export is required"),
+        (["system.prompt=p"], "--train --validate --test --export --view is required"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(cli, argv, expected):

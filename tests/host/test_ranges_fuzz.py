@@ -331,11 +331,21 @@ def test_a_training_without_an_end_is_refused(configs):
         check_parts(OmegaConf.merge(cfg, {"trainer": limit}), "train")
 
 
-def test_sections_of_classes_that_are_not_registered_are_left_to_the_run(configs):
-    check_parts(OmegaConf.merge(configs[GS], {"system": {"guidance_type": "of-nobody"}}), "train")
+@pytest.mark.parametrize("part", ["background", "guidance", "prompt_processor", "exporter"])
+def test_a_class_that_is_not_registered_is_refused_where_the_system_builds_it(configs, part):
+    cfg = OmegaConf.merge(configs[GS], {"system": {f"{part}_type": "of-nobody"}})
     with pytest.raises(KeyError, match="of-nobody"):
-        other = {"system": {"background_type": "of-nobody"}}
-        check_parts(OmegaConf.merge(configs[GS], other), "train")
+        check_parts(cfg, "train")
+
+
+def test_a_class_that_is_not_registered_is_left_to_a_system_that_may_never_build_it(
+    configs, monkeypatch
+):
+    import threestudio
+
+    cfg = OmegaConf.merge(configs[GS], {"system": {"guidance_type": "of-nobody"}})
+    monkeypatch.setattr(threestudio.find(cfg.system_type), "builds_too", ())
+    check_parts(cfg, "train")
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in ORIGINAL.glob("*.yaml")))
