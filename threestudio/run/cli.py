@@ -81,10 +81,9 @@ def run(call: Call, gpus: list[str]) -> int:
     options = viewing.read(args)
     roots = _extension_folders(call)
     preflight(args.config, call.overrides, call.mode, roots, args.verbose)
-    from threestudio.run.imports import defer_torchmetrics, uncollected
+    from threestudio.run.imports import uncollected
 
     with uncollected():
-        defer_torchmetrics()
         import pytorch_lightning as pl
 
         import threestudio
