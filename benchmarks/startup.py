@@ -44,7 +44,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluation.machine import cpu_name  # noqa: E402
+from threestudio.run.machine import cpu_name  # noqa: E402
 
 CONFIGS = {
     "gaussians": ("lods-gs-embedding", "pocket-shapes"),
