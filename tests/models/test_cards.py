@@ -84,9 +84,6 @@ def test_each_model_of_the_package_has_overlays_and_settings_of_its_own(cards):
             assert cards.canonical(name) == card.overlay
             width = OmegaConf.to_container(overlay.data)["width"]
             assert np.max(width) == card.image_size
-        for more in card.more_overlays:
-            ends = [f"-{more}"] if more == "lora" else [f"-{more}", f"-ngp-{more}"]
-            assert all((ROOT / f"configs/{card.overlay}{end}.yaml").exists() for end in ends)
 
 
 @pytest.mark.parametrize("name", ["sd15", SD15, OLD15])

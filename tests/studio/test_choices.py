@@ -2,8 +2,8 @@
 
 import itertools
 
-import lods.studio.choices as choices
 import pytest
+from lods import host
 from lods.commands.job import BASE
 from lods.methods import registry
 from lods.studio.choices import METHODS, Refused, as_data, read_form
@@ -33,7 +33,7 @@ def test_every_quality_that_is_offered_is_a_config_that_loads(on, quality, tmp_p
             request, _ = read_form(form)
             words = request.words(tmp_path)
             end = words.index("--train")
-            files = [str(choices.host.home() / "configs" / f"{n}.yaml") for n in words[1:end]]
+            files = [str(host.home() / "configs" / f"{n}.yaml") for n in words[1:end]]
             cfg = load_config(*files, cli_args=words[end + 1 :])
             assert cfg.trainer.max_steps > 0
 
@@ -43,7 +43,7 @@ def test_a_draft_takes_fewer_steps_than_the_usual_settings(tmp_path):
     for quality in ("draft", "good"):
         words = read_form(FORM | {"quality": quality})[0].words(tmp_path)
         end = words.index("--train")
-        files = [str(choices.host.home() / "configs" / f"{n}.yaml") for n in words[1:end]]
+        files = [str(host.home() / "configs" / f"{n}.yaml") for n in words[1:end]]
         steps[quality] = load_config(*files, cli_args=words[end + 1 :]).trainer.max_steps
     assert steps["draft"] < steps["good"]
 

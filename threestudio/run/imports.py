@@ -8,7 +8,7 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
     """Within this, Python does not look for garbage in reference cycles. What imports make stays,
-    and to look through it again and again takes a tenth of their time."""
+    and is looked through again and again otherwise."""
     enabled = gc.isenabled()
     gc.disable()
     try:

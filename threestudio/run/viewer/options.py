@@ -71,8 +71,7 @@ def read(args) -> ViewerOptions | None:
         raise UserError("--viewer-host is empty: give an address of this machine, such as 0.0.0.0")
     if importlib.util.find_spec("viser") is None:
         raise UserError(
-            "--viewer needs the package viser: pip install 'threestudio-lods[viewer]' (or pip "
-            "install viser==1.1.1), or leave --viewer out"
+            "--viewer needs the package viser: pip install viser==1.1.1, or leave --viewer out"
         )
     return ViewerOptions(port, host, args.viewer_open)
 

@@ -25,6 +25,11 @@ PAGE = "report.html"  # of the run, unless its config says report: false
 LAST = Path("ckpts", "last.ckpt")
 
 
+def has_config(name: str) -> bool:
+    """Whether a config of this name ships."""
+    return (host.home() / "configs" / f"{name}.yaml").is_file()
+
+
 @dataclass(frozen=True)
 class Request:
     """What is to be made, in plain values."""
@@ -92,7 +97,7 @@ class Request:
 
     def overlays(self) -> list[str]:
         """The configs that go after the full one: the overlay of the model, or of the embedded
-        one; then, of those that its card lists, the ones for the method and the quality. Raises
+        one; then, where there are such, the ones for the method and the quality. Raises
         ``ValueError`` for a quality that there is no overlay for."""
         known = cards.all_cards()
         card = known.get(cards.canonical(self.model))
@@ -100,11 +105,11 @@ class Request:
             card = known[cards.EMBEDDED]
         overlay = f"{card.overlay}{OVERLAY_ENDS[self.on]}"
         found = [overlay]
-        if self.method in LORA and "lora" in card.more_overlays:
+        if self.method in LORA and has_config(f"{card.overlay}-lora"):
             found.append(f"{card.overlay}-lora")
         if self.quality == "good":
             return found
-        if self.quality not in card.more_overlays:
+        if not has_config(f"{overlay}-{self.quality}"):
             raise ValueError(
                 f"--quality {self.quality}: there is no overlay {overlay}-{self.quality}; "
                 "--steps sets the training steps of any model"

@@ -17,7 +17,7 @@ What is started there goes on when the studio ends, and is found again by the ne
 """
 PORT = 7860
 LOCK, TOKEN = ".studio.lock", ".studio.token"
-INSTALL = "pip install 'threestudio-lods[studio]' (in a clone: pip install aiohttp)"
+INSTALL = "pip install aiohttp"
 
 
 def parse_args(argv: list[str], command: str) -> argparse.Namespace:

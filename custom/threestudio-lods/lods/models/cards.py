@@ -57,7 +57,6 @@ class Card:
     aliases: tuple[str, ...] = ()
     folder: str | None = None
     overlay: str | None = None
-    more_overlays: tuple[str, ...] = ()
 
     def differences(self, found: dict[str, Any]) -> str:
         """The fields of ``found`` that are not as the card says, in words; "" if there is none."""
@@ -92,8 +91,7 @@ def all_cards() -> dict[str, Card]:
     cards: dict[str, Card] = {}
     content: Any = OmegaConf.to_container(OmegaConf.load(CARDS))
     for name, fields in content.items():
-        names = ("ids", "aliases", "more_overlays")
-        lists: dict[str, Any] = {key: tuple(fields.pop(key, ())) for key in names}
+        lists: dict[str, Any] = {key: tuple(fields.pop(key, ())) for key in ("ids", "aliases")}
         cards[name] = Card(name, **fields, **lists)
     return cards
 

@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lods import host
-from lods.commands.job import BASE, OVERLAY_ENDS, Request, fields_of_model
+from lods.commands.job import BASE, OVERLAY_ENDS, Request, fields_of_model, has_config
 from lods.commands.make import DEFAULT_METHOD, has_gpu, refuse_unknown_words
 from lods.models import cards
 from lods.models.vocabulary import Vocabulary
@@ -110,8 +109,7 @@ def qualities(model: str, on: str) -> list[str]:
 
 def has_overlay(card: cards.Card, on: str, quality: str) -> bool:
     """Whether there is a config that makes the usual settings of a card this quality."""
-    name = f"{card.overlay}{OVERLAY_ENDS[on]}-{quality}.yaml"
-    return (host.home() / "configs" / name).is_file()
+    return has_config(f"{card.overlay}{OVERLAY_ENDS[on]}-{quality}")
 
 
 def quality_fields(quality: Any, on: str, model: str) -> dict[str, Any]:
