@@ -396,7 +396,7 @@ def test_mistakes_in_the_options_are_one_line():
 
 def test_without_viser_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'threestudio-lods\[viewer\]'"):
+    with pytest.raises(UserError, match=r"pip install viser=="):
         options.read(SimpleNamespace(viewer="auto", viewer_host=None, viewer_open=False))
 
 
