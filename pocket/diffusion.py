@@ -163,7 +163,7 @@ def train(
     with fast(model.denoiser, device):
         training = Training(
             work / f"{name}_state.pt", model, loss, steps,
-            peak=peak * (batch / BATCH) ** 0.5, warm=300, name=name, weight_decay=1e-2,
+            peak=peak * (batch / BATCH) ** 0.5, warm=300, name=name, weight_decay=1e-2, muon=True,
         )  # fmt: skip
         training.run(watch, watch_s=watch_s, say_every=200)
 

@@ -14,11 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
+from pocket.muon import MuonAndAdamW
 from pocket.tools import say, whole_file
 
 TAIL = 0.2  # of the steps, the last ones, in which the rate falls to 0
@@ -92,7 +94,8 @@ class Training:
     """Trains the parameters of ``models`` that want a gradient, to the state in ``file``.
 
     ``loss(step)`` draws a batch and returns the loss to minimise. ``peaks`` are the rates of the
-    parameter groups ``groups``, or of all parameters. ``extra``, a dictionary of numbers by name,
+    parameter groups ``groups``, or of all parameters; with ``muon`` weight matrices are stepped by
+    Muon (see :mod:`pocket.muon`), which has no groups. ``extra``, a dictionary of numbers by name,
     is the loss's own memory and is kept with the state.
     """
 
@@ -110,6 +113,7 @@ class Training:
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 1e-2,
         extra: dict[str, float] | None = None,
+        muon: bool = False,
         name: str = "",
     ):
         from diffusers.training_utils import EMAModel
@@ -119,12 +123,16 @@ class Training:
         self.name = name or file.stem
         named = [(k, p) for k, p in models.named_parameters() if p.requires_grad]
         self.names, self.parameters = [k for k, _ in named], [p for _, p in named]
-        self.optimizer = torch.optim.AdamW(
-            groups or [{"params": self.parameters}],
-            lr=peak,
-            betas=betas,
-            weight_decay=weight_decay,
-            fused=True,
+        self.optimizer: Any = (
+            MuonAndAdamW(models, peak, betas, weight_decay)
+            if muon
+            else torch.optim.AdamW(
+                groups or [{"params": self.parameters}],
+                lr=peak,
+                betas=betas,
+                weight_decay=weight_decay,
+                fused=True,
+            )
         )
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.average = EMAModel(self.parameters, decay=decay, foreach=True)

@@ -7,7 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from pocket import autoencoder, data, diffusion, fast, flow, latents, make, pack, recipes, training
+from pocket import (
+    autoencoder,
+    data,
+    diffusion,
+    fast,
+    flow,
+    latents,
+    make,
+    muon,
+    pack,
+    recipes,
+    training,
+)
 from pocket.diffusion import Model, build_unet, load_averaged
 from pocket.latents import Latents
 from pocket.tokenizer import save_tokenizer
@@ -431,3 +443,47 @@ def test_the_folder_of_the_flow_model_says_the_same_in_stock_diffusers(tmp_path,
     assert said.shape[1] == latents.LENGTH + flow.ZERO_ROWS
     assert torch.allclose(made, theirs, atol=1e-3 * theirs.abs().max())
     assert theirs.std() > 1e-3
+
+
+def test_muon_steps_the_matrix_of_a_convolution_to_singular_values_of_one_size():
+    network = nn.Sequential(nn.Conv2d(32, 48, 3)).to(memory_format=torch.channels_last)
+    optimizer = muon.MuonAndAdamW(network, lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
+    before = network[0].weight.detach().clone()
+    torch.manual_seed(0)
+    network[0].weight.grad = torch.randn(48, 32, 3, 3)
+    optimizer.step()
+    moved = (network[0].weight.detach() - before).permute(0, 2, 3, 1).reshape(48, -1)
+    values = torch.linalg.svdvals(moved) / (0.2 * (32 * 9) ** 0.5)
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_muon_leaves_to_adamw_what_is_no_matrix_of_a_hidden_layer(tokens):
+    model = Model(tokens)
+    for name, parameter in model.named_parameters():
+        taken = muon.is_matrix(name, parameter)
+        if parameter.ndim < 2 or name.endswith(("conv_in.weight", "conv_out.weight")):
+            assert not taken
+        if "to_q" in name or name.endswith("conv1.weight"):
+            assert taken
+
+
+def test_a_training_with_muon_goes_on_as_if_it_had_not_been_interrupted(tmp_path):
+    def trained(folder, *until):
+        for end in until:
+            training = wide_training(folder)
+            training.run(until=end)
+        return training
+
+    assert same(trained(tmp_path / "a", 6), trained(tmp_path / "b", 3, 6))
+
+
+def wide_training(folder):
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 32), nn.Linear(32, 1))
+
+    def loss(step):
+        x = torch.randn(16, 3, generator=torch.Generator().manual_seed(step))
+        return (model(x) - x.prod(1, keepdim=True)).square().mean()
+
+    return training.Training(folder / "state.pt", model, loss, 8, peak=1e-2, warm=3, muon=True)
