@@ -1,6 +1,8 @@
 """Fixtures shared by all tests: the extension, loaded as launch.py loads it, and tiny models."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,16 @@ def pytest_configure(config):
     from tests.signals import hear_signals
 
     hear_signals()
+
+
+_frozen = 0  # modules that were there when what they hold was last set apart
+
+
+def pytest_runtest_setup(item):
+    """What imports have made stays until the end. It is a million objects, and whatever looks for
+    garbage, as each prompt processor does, would go through them all: they are set apart."""
+    global _frozen
+    if len(sys.modules) > _frozen + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)
