@@ -1,10 +1,6 @@
-"""The live view in a real browser: Chromium, driven by Playwright.
-
-``BROWSER_PICTURES=<folder>`` keeps the screenshots, to be looked at.
-"""
+"""The live view in a real browser: Chromium, driven by Playwright."""
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -12,16 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.browser import chromium
 from tests.runs import ROOT
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 pytest.importorskip("viser", reason="viser is not installed (the extra 'viewer')")
 pytestmark = [
     pytest.mark.browser,
@@ -32,7 +26,6 @@ CONFIGS = {
     "gaussians": ["lods-gs-embedding", "pocket-shapes"],
     "nerf": ["lods-ngp-embedding", "pocket-shapes-ngp"],
 }
-FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 SIZE = {"width": 880, "height": 500}
 OBJECT = {"x": 40, "y": 140, "width": 480, "height": 340}  # of the page, beside the controls
 PROMPT, OTHER = "a hamburger", "a blue car"
@@ -40,12 +33,8 @@ PROMPT, OTHER = "a hamburger", "a blue car"
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(
-            executable_path=chromium.CHROMIUM, args=[*FLAGS, "--disable-dev-shm-usage"]
-        )
+    with chromium.driven() as opened:
         yield opened
-        opened.close()
 
 
 class Run:
@@ -126,11 +115,9 @@ def wait_for_step(page, run, wanted, seconds=400):
 
 def picture(page, name=None):
     """The part of the page where the object is, (H, W, 3), 0..255."""
-    data = page.screenshot(clip=OBJECT)
-    if name and (folder := os.environ.get("BROWSER_PICTURES")):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(folder, f"{name}.png"))
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float64)
+    if name:
+        chromium.keep(name, page.screenshot())
+    return chromium.seen(page.screenshot(clip=OBJECT))
 
 
 def change(a, b):
