@@ -61,12 +61,25 @@ def pytest_configure(config):
     hear_signals()
 
 
+# --- garbage --------------------------------------------------------------------------------------
+# What imports make stays until the end: half a million objects. Whatever looks for garbage, as each
+# prompt processor does, would go through all of them each time.
+
 _frozen = 0  # modules that were there when what they hold was last set apart
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """Collecting imports everything, and nobody looks for garbage meanwhile."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_runtest_setup(item):
-    """What imports have made stays until the end. It is a million objects, and whatever looks for
-    garbage, as each prompt processor does, would go through them all: they are set apart."""
+    """What imports have made by now is set apart."""
     global _frozen
     if len(sys.modules) > _frozen + 100:
         gc.collect()
