@@ -58,7 +58,8 @@ def pixels(page, name, number=0, rest=True):
     page.wait_for_timeout(100)
     if rest:  # until nothing moves, and it is drawn in full
         page.locator(".stage.resting").nth(number).wait_for(timeout=60_000)
-    return chromium.seen(page.locator(".stage").nth(number).screenshot(), name)
+    data = page.locator(".stage").nth(number).screenshot()
+    return chromium.seen(data, name)
 
 
 def drag(page, dx, dy, number=0):
