@@ -15,7 +15,7 @@ import pytest
 from tests.browser import chromium
 from tests.runs import ROOT
 
-pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 pytest.importorskip("viser", reason="viser is not installed (the extra 'viewer')")
 pytestmark = [
     pytest.mark.browser,
@@ -26,6 +26,7 @@ CONFIGS = {
     "gaussians": ["lods-gs-embedding", "pocket-shapes"],
     "nerf": ["lods-ngp-embedding", "pocket-shapes-ngp"],
 }
+FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 SIZE = {"width": 880, "height": 500}
 OBJECT = {"x": 40, "y": 140, "width": 480, "height": 340}  # of the page, beside the controls
 PROMPT, OTHER = "a hamburger", "a blue car"
@@ -33,8 +34,12 @@ PROMPT, OTHER = "a hamburger", "a blue car"
 
 @pytest.fixture(scope="module")
 def browser():
-    with chromium.driven() as opened:
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(
+            executable_path=chromium.CHROMIUM, args=[*FLAGS, "--disable-dev-shm-usage"]
+        )
         yield opened
+        opened.close()
 
 
 class Run:
