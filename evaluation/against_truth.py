@@ -6,7 +6,6 @@ cameras of ``pocket/truth`` at 128 pixels, over white, and compared with the tru
 file. Only the object is loaded, neither model nor prompt.
 """
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import threestudio
 from evaluation import truth_metrics
 from evaluation.csvfile import write_rows
 from evaluation.machine import ROOT
+from evaluation.tool import parser_of
 from pocket.world import Object, asked
 from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError
@@ -124,9 +124,7 @@ def cell(value) -> str:
 
 def main(argv=None) -> int:
     """Run the command line; returns the exit status: 2 after a mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.against_truth", description=(__doc__ or "").split("\n\n")[-1]
-    )
+    parser = parser_of("against_truth", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("--prompt", help="what the runs show, by default their own prompt")
     parser.add_argument("--truth", type=Path, default=TRUTH, help="folder of the true views")

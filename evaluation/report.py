@@ -33,6 +33,7 @@ from evaluation.results import (
 )
 from evaluation.statistics import Interval, interval, paired, ratio
 from evaluation.table import sheet_path
+from evaluation.tool import write_files
 from evaluation.tuning import tuning_blocks
 from threestudio.utils.errors import UserError
 from threestudio.utils.files import whole_file
@@ -376,8 +377,9 @@ def draw(folder: Path) -> None:
             montage(folder / file, paths, methods, prompts)
 
 
-def write(folder: Path) -> None:
-    """Write ``report.md``, ``report.html`` and the montages into ``folder``."""
+def write(folder: Path) -> list[Path]:
+    """Write ``report.md``, ``report.html`` and the montages into ``folder``; returns the first
+    two."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: name the one of results.csv by --folder")
     blocks = blocks_of(folder)
@@ -386,20 +388,14 @@ def write(folder: Path) -> None:
         with whole_file(folder / name) as tmp:
             tmp.write_text(text, encoding="utf-8", errors="replace")
     draw(folder)
+    return [folder / name for name in texts]
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m evaluation.report") -> int:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of results.csv and the report")
     options = parser.parse_args(arguments)
-    try:
-        write(options.folder)
-    except (UserError, OSError) as error:
-        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        print(f"error: {where}", file=sys.stderr)
-        return 2
-    print(f"wrote {options.folder / 'report.md'} and {options.folder / 'report.html'}")
-    return 0
+    return write_files(lambda: write(options.folder))
 
 
 if __name__ == "__main__":

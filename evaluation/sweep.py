@@ -6,7 +6,6 @@ the metrics at which this value is the best, and ``GRID.webp``: methods down, va
 first picture of a prompt's contact sheets, and the truth's.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from evaluation.montage import montage
 from evaluation.results import CEILING, KEYS, by_seed, latest, rank, read, values
 from evaluation.statistics import interval
 from evaluation.table import sheet_path
+from evaluation.tool import parser_of, write_files
 from evaluation.tuning import value_of
 from threestudio.utils.errors import UserError
 
@@ -131,21 +131,13 @@ def make(folder: Path, grid: str, setting: str, prompt: str | None = None) -> li
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.sweep", description=(__doc__ or "").split("\n\n")[-1]
-    )
+    parser = parser_of("sweep", __doc__)
     parser.add_argument("--folder", type=Path, default=OBJECTS, help="of tuning.csv")
     parser.add_argument("--grid", default="scales", help="whose rows (default scales)")
     parser.add_argument("--setting", default=SCALE, help=f"which was varied (default {SCALE})")
     parser.add_argument("--prompt", help="of the picture (default: the first that all have)")
     options = parser.parse_args(arguments)
-    try:
-        files = make(options.folder, options.grid, options.setting, options.prompt)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("wrote " + ", ".join(map(str, files)))
-    return 0
+    return write_files(lambda: make(options.folder, options.grid, options.setting, options.prompt))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Fixtures shared by all tests: the extension, loaded as launch.py loads it, and tiny models."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,29 @@ def pytest_configure(config):
     from tests.signals import hear_signals
 
     hear_signals()
+
+
+# --- garbage --------------------------------------------------------------------------------------
+# What imports make stays until the end: half a million objects. Whatever looks for garbage, as each
+# prompt processor does, would go through all of them each time.
+
+_frozen = 0  # modules that were there when what they hold was last set apart
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """Collecting imports everything, and nobody looks for garbage meanwhile."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+def pytest_runtest_setup(item):
+    """What imports have made by now is set apart."""
+    global _frozen
+    if len(sys.modules) > _frozen + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)

@@ -30,6 +30,26 @@ def small_run(model):
     ]
 
 
+# overrides that make a radiance field of a shipped configuration one of milliseconds
+SMALL_FIELD = [
+    "data.resolution_milestones=[]",
+    "system.geometry.pos_encoding_config.n_levels=2",
+    "system.geometry.pos_encoding_config.log2_hashmap_size=8",
+    "system.geometry.pos_encoding_config.base_resolution=4",
+    "system.geometry.isosurface_method=mc-cpu",
+    "system.geometry.isosurface_resolution=16",
+    "system.geometry.isosurface_threshold=3",
+    "system.renderer.num_samples_per_ray=16",
+]
+# for a trainer that takes steps and does nothing else
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "limit_val_batches": 0,
+}
+
 LEARNING = ("embedding", "lora", "vsd", "inner", "perp-neg")  # priors, for ``switch``, that learn
 
 
@@ -68,14 +88,10 @@ def fit(files, overrides, resume=None, callbacks=(), max_steps=2):
     system.set_save_dir("save")
     trainer = pl.Trainer(
         max_steps=max_steps,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         enable_checkpointing=bool(callbacks),
         num_sanity_val_steps=0,
-        limit_val_batches=0,
         inference_mode=False,
+        **QUIET,
         callbacks=list(callbacks),
     )
     trainer.fit(system, datamodule=data, ckpt_path=resume)

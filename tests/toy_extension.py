@@ -18,6 +18,14 @@ from threestudio.utils.base import Updateable
 from threestudio.utils.config import parse_structured
 from threestudio.utils.typing import *
 
+LIFT = {  # the parts of a ToyLift3D
+    "geometry_type": "toy-geometry",
+    "geometry": {"size": 3},
+    "material_type": "no-material",
+    "background_type": "solid-color-background",
+    "renderer_type": "toy-renderer",
+}
+
 
 class Endless(torch.utils.data.IterableDataset, Updateable):
     def __iter__(self):

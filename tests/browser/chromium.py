@@ -1,13 +1,23 @@
-"""Opens a page of this folder in Chromium, without a window, and collects what it sends back."""
+"""Chromium without a window: driven by Playwright, or opened with a page of this folder that sends
+back what it finds.
 
+``BROWSER_PICTURES=<folder>`` keeps the screenshots of the tests, to be looked at.
+"""
+
+import contextlib
 import functools
+import io
 import json
+import os
 import shutil
 import subprocess
 import tempfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 HERE = Path(__file__).parent
 CHROMIUM = next((p for n in ("chromium", "chromium-browser") if (p := shutil.which(n))), None)
@@ -17,6 +27,32 @@ FLAGS = (
     "--enable-unsafe-swiftshader --disable-background-networking --disable-component-update "
     "--disable-sync --no-first-run --disable-dev-shm-usage --window-size=300,300"
 )
+
+
+@contextlib.contextmanager
+def driven(*more: str):
+    """A browser of Playwright that draws WebGL in software."""
+    from playwright.sync_api import sync_playwright
+
+    flags = [flag for flag in FLAGS.split() if flag != "--headless"]  # Playwright sees to it
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=[*flags, *more])
+        yield browser
+        browser.close()
+
+
+def seen(png: bytes, name: str = "") -> np.ndarray:
+    """A screenshot as colours (H, W, 3), 0..255; with a name it is kept where pictures are."""
+    if name:
+        keep(name, png)
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), np.float64)
+
+
+def keep(name: str, png: bytes) -> None:
+    """Write a screenshot for whoever wants to look at it."""
+    if folder := os.environ.get("BROWSER_PICTURES"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{name}.png").write_bytes(png)
 
 
 def missing() -> str:

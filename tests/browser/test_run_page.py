@@ -1,41 +1,28 @@
-"""report.html in a real browser, from a file and without a network. ``BROWSER_PICTURES=<folder>``
-keeps the pictures, to be looked at."""
+"""report.html in a real browser, from a file and without a network."""
 
-import io
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from tests.browser.chromium import CHROMIUM, FLAGS
+from tests.browser import chromium
 from tests.host.test_run_page import EVIL, write_mesh
 from tests.run_folders import gaussians, run_folder, write_gaussians
 from threestudio.run.page import write_page
 
-try:
-    from playwright import sync_api
-except ImportError:
-    sync_api = None  # type: ignore[assignment]
-
-WHY = "Chromium is not installed (Debian: apt-get install chromium)" * (CHROMIUM is None)
-WHY = WHY or "playwright is not installed: pip install -r requirements-dev.txt" * (sync_api is None)
+pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.slow,
-    pytest.mark.skipif(bool(WHY), reason=WHY or "it is installed"),
+    pytest.mark.skipif(chromium.CHROMIUM is None, reason="Chromium is not installed"),
 ]
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as play:
-        options = [flag for flag in FLAGS.split() if flag != "--headless"]
-        opened = play.chromium.launch(executable_path=CHROMIUM, args=options)
+    with chromium.driven() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
@@ -72,10 +59,7 @@ def pixels(page, name, number=0, rest=True):
     if rest:  # until nothing moves, and it is drawn in full
         page.locator(".stage.resting").nth(number).wait_for(timeout=60_000)
     data = page.locator(".stage").nth(number).screenshot()
-    if folder := os.environ.get("BROWSER_PICTURES"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / f"{name}.png").write_bytes(data)
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(float)
+    return chromium.seen(data, name)
 
 
 def drag(page, dx, dy, number=0):

@@ -1,10 +1,6 @@
-"""The studio in Chromium, driven by Playwright: what a user sees and can do.
-
-``BROWSER_PICTURES=<folder>`` keeps screenshots, to be looked at.
-"""
+"""The studio in Chromium, driven by Playwright: what a user sees and can do."""
 
 import contextlib
-import io
 import json
 import os
 import subprocess
@@ -15,22 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from tests.browser.chromium import CHROMIUM
+from tests.browser import chromium
 from tests.glb_files import read_glb
 from tests.studio.toy import PROGRAM, until
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 pytest.importorskip("aiohttp")
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
+    pytest.mark.skipif(chromium.CHROMIUM is None, reason="Chromium is not installed"),
 ]
-# WebGL in software, and the page around it without: Debian's wrapper asks for the GPU there
-FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-FLAGS += ["--disable-gpu-rasterization", "--disable-gpu-compositing"]
+# the page around WebGL is drawn without it: Debian's wrapper asks for the GPU there
+FLAGS = ["--disable-gpu-rasterization", "--disable-gpu-compositing"]
 # a run of seconds in the place of the presets
 PRESETS = """\
 good:
@@ -77,8 +71,8 @@ def studio(folder, program=()):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium.driven(*FLAGS) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -97,14 +91,12 @@ def page(browser, request):
 
 
 def keep(page, name):
-    if folder := os.environ.get("BROWSER_PICTURES"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(folder) / f"studio-{name}.png")
+    chromium.keep(f"studio-{name}", page.screenshot())
 
 
 def picture(locator):
     """What is drawn there, as an array."""
-    return np.asarray(Image.open(io.BytesIO(locator.screenshot())).convert("RGB")).astype(float)
+    return chromium.seen(locator.screenshot())
 
 
 def downloaded(page, selector):

@@ -1,10 +1,6 @@
-"""The live view in a real browser: Chromium, driven by Playwright.
-
-``BROWSER_PICTURES=<folder>`` keeps the screenshots, to be looked at.
-"""
+"""The live view in a real browser: Chromium, driven by Playwright."""
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -12,11 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.browser import chromium
 from tests.runs import ROOT
@@ -126,11 +120,9 @@ def wait_for_step(page, run, wanted, seconds=400):
 
 def picture(page, name=None):
     """The part of the page where the object is, (H, W, 3), 0..255."""
-    data = page.screenshot(clip=OBJECT)
-    if name and (folder := os.environ.get("BROWSER_PICTURES")):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(folder, f"{name}.png"))
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float64)
+    if name:
+        chromium.keep(name, page.screenshot())
+    return chromium.seen(page.screenshot(clip=OBJECT))
 
 
 def change(a, b):

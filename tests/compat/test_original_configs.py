@@ -7,18 +7,12 @@ import torch
 from lods.threestudio.systems import original
 from omegaconf import OmegaConf
 
-from tests.runs import ROOT, launch, read, small_run
+from tests.runs import ROOT, SMALL_FIELD, launch, read, small_run
 
 FIXTURES = ROOT / "tests" / "original"
 SMALL = {
     "lods-ngp-lora": [
-        "data.resolution_milestones=[]",
-        "system.renderer.num_samples_per_ray=16",
-        "system.geometry.pos_encoding_config.n_levels=2",
-        "system.geometry.pos_encoding_config.log2_hashmap_size=8",
-        "system.geometry.isosurface_method=mc-cpu",
-        "system.geometry.isosurface_resolution=16",
-        "system.geometry.isosurface_threshold=3",
+        *SMALL_FIELD,
         "system.exporter.fmt=ply",
     ],
     "lods-gs-embedding": [

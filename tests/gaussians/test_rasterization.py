@@ -242,7 +242,7 @@ def test_projection_equals_gsplats_torch_reference():
     geometry = [scene[k] for k in ("means", "quats", "scales", "opacities", "viewmats", "Ks")]
     drawn = (radii > 0).all(-1)
     assert drawn.any() and not drawn.all()
-    for module in ():
+    for module in (reference, cpu):
         ours = module.project(*geometry, 37, 21, 0.01, 1e10, 0.3)
         # sqrt(2 ln 255) = 3.329 instead of 3.33: after rounding up at most one pixel less
         difference = radii - ours[3].ceil()

@@ -1,18 +1,12 @@
-"""What a browser shows of glb files: three.js and model-viewer in Chromium, drawing in software.
-
-``BROWSER_PICTURES=<folder>`` keeps the pictures, to be looked at.
-"""
+"""What a browser shows of glb files: three.js and model-viewer in Chromium, drawing in software."""
 
 import importlib
-import io
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import threestudio
 from tests.browser import chromium
@@ -37,12 +31,8 @@ def seen(path, cameras=((0.0, 0.0),), light="flat", page="three.html"):
     views = [position(*camera).tolist() for camera in cameras]
     job = {"size": SIZE, "background": 0xFFFFFF, "light": light, "fovy": FOVY, "views": views}
     sent = chromium.show(page, path.read_bytes(), **job)
-    pictures = [Image.open(io.BytesIO(sent[f"{i}.png"])) for i in range(len(views))]
-    if folder := os.environ.get("BROWSER_PICTURES"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(pictures):
-            picture.save(Path(folder) / f"{path.stem}-{page.split('.')[0]}-{light}-{i}.png")
-    return [np.asarray(picture.convert("RGB")).astype(float) for picture in pictures]
+    name = f"{path.stem}-{page.split('.')[0]}-{light}"
+    return [chromium.seen(sent[f"{i}.png"], f"{name}-{i}") for i in range(len(views))]
 
 
 def position(azimuth, elevation):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import threestudio
-from tests.runs import ROOT, launch, read, same, small_run
+from tests.runs import ROOT, SMALL_FIELD, launch, read, same, small_run
 
 KEYS = ("state_dict", "optimizer_states", "rng_state", "global_step")
 CASES = {
@@ -28,16 +28,7 @@ CASES = {
     ),
     "lods-ngp-system": (
         ["lods-ngp-embedding.yaml", "pocket-shapes-ngp.yaml"],
-        [
-            "data.resolution_milestones=[]",
-            "system.geometry.pos_encoding_config.n_levels=2",
-            "system.geometry.pos_encoding_config.log2_hashmap_size=8",
-            "system.geometry.pos_encoding_config.base_resolution=4",
-            "system.geometry.isosurface_method=mc-cpu",
-            "system.geometry.isosurface_resolution=24",
-            "system.geometry.isosurface_threshold=3",
-            "system.renderer.num_samples_per_ray=24",
-        ],
+        SMALL_FIELD,
     ),
 }
 

@@ -16,7 +16,18 @@ from PIL import Image
 from plyfile import PlyData
 
 from tests.glb_files import read_glb
-from tests.runs import LEARNING, ROOT, fit, launch, read, same, small_run, switch, two_and_two
+from tests.runs import (
+    LEARNING,
+    QUIET,
+    ROOT,
+    fit,
+    launch,
+    read,
+    same,
+    small_run,
+    switch,
+    two_and_two,
+)
 
 CONFIGS = {
     "embedding": ["lods-gs-embedding.yaml"],
@@ -338,10 +349,7 @@ def test_only_what_is_listed_is_trained(small):
     del cfg.system.optimizer.params["geometry.sh0"]
     system = threestudio.find(cfg.system_type)(cfg.system)
     before = {k: v.detach().clone() for k, v in system.geometry.gaussians().items()}
-    trainer = pl.Trainer(
-        max_steps=1, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_checkpointing=False, enable_model_summary=False, limit_val_batches=0,
-    )  # fmt: skip
+    trainer = pl.Trainer(max_steps=1, enable_checkpointing=False, **QUIET)
     trainer.fit(system, datamodule=threestudio.find(cfg.data_type)(cfg.data))
     changed = {k: not torch.equal(v, before[k]) for k, v in system.geometry.gaussians().items()}
     assert not changed.pop("sh0") and changed.pop("means") and changed["opacities"]

@@ -9,6 +9,7 @@ from torch import nn
 
 import threestudio
 from tests.host.test_data import Recorder
+from tests.runs import QUIET
 from threestudio.utils.errors import UserError
 
 
@@ -126,15 +127,7 @@ def test_a_resumed_run_sees_the_cameras_of_a_whole_one(make, tmp_path):
         pl.seed_everything(1)
         system, data = Both(), make()
         assert isinstance(system.weight, nn.Parameter)
-        trainer = pl.Trainer(
-            max_steps=steps,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-        )
+        trainer = pl.Trainer(max_steps=steps, enable_checkpointing=False, **QUIET)
         trainer.fit(system, datamodule=data, ckpt_path=resume)
         trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
         return system.seen

@@ -56,7 +56,8 @@ assert said == ['mind the gap'] and threestudio.logger is logger
 assert threestudio.info is lightning.rank_zero_info
 """
 FORKS = """
-import json, os, sys, traceback
+import gc, json, os, sys, traceback
+gc.disable()
 import jaxtyping, numba, pytorch_lightning, scipy.spatial, torch, transformers
 for code in json.load(sys.stdin):
     if not os.fork():

@@ -9,7 +9,7 @@ import trimesh
 from omegaconf import OmegaConf
 from PIL import Image
 
-from tests.runs import LEARNING, ROOT, fit, launch, small_run, switch, two_and_two
+from tests.runs import LEARNING, ROOT, SMALL_FIELD, fit, launch, small_run, switch, two_and_two
 
 CONFIGS = {
     "embedding": ["lods-ngp-embedding.yaml"],
@@ -28,15 +28,9 @@ def small(tiny_sd, tmp_path, monkeypatch):
     def make(config, *more):
         return [str(ROOT / "configs" / name) for name in CONFIGS[config]], [
             *small_run(tiny_sd()),
-            "data.resolution_milestones=[]",
-            "system.geometry.pos_encoding_config.n_levels=2",
-            "system.geometry.pos_encoding_config.log2_hashmap_size=8",
-            "system.geometry.pos_encoding_config.base_resolution=4",
-            "system.geometry.isosurface_method=mc-cpu",
+            *SMALL_FIELD,
             "system.geometry.isosurface_resolution=24",
-            "system.geometry.isosurface_threshold=3",
             "system.exporter.texture_size=32",
-            "system.renderer.num_samples_per_ray=24",
             *more,
         ]
 

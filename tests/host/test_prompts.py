@@ -61,6 +61,13 @@ def reference(model, texts):
 # --- directions ---------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def directions(tiny_sd):
+    """``directions(elevation, azimuth, distance)``: the index of the view of each camera."""
+    cfg = {"pretrained_model_name_or_path": tiny_sd(tokens=24), "prompt": "a red car"}
+    return Processor({**cfg, "use_cache": False})().direction_indices
+
+
 @pytest.mark.parametrize(
     ("azimuth", "view"),
     [
@@ -85,11 +92,9 @@ def reference(model, texts):
         (500, BACK),
     ],
 )
-def test_direction_by_azimuth(make, azimuth, view):
-    utils = make()()
+def test_direction_by_azimuth(directions, azimuth, view):
     for elevation, expected in ((60, view), (60.01, OVERHEAD), (-20, view)):
-        index = utils.direction_indices(*cameras((elevation, azimuth)))
-        assert index.tolist() == [expected]
+        assert directions(*cameras((elevation, azimuth))).tolist() == [expected]
 
 
 def test_thresholds_are_options(make):

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 import threestudio
-from tests.runs import ROOT
+from tests.runs import QUIET, ROOT
 from threestudio.run.checkpoint import AtomicCheckpointIO
 from threestudio.run.resume import (
     Misfit,
@@ -49,11 +49,7 @@ def go(tmp_path_factory):
         saver = pl.callbacks.ModelCheckpoint(folder / "ckpts", every_n_train_steps=2, save_top_k=-1)
         trainer = pl.Trainer(
             max_steps=4 if content is None else 6,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
+            **QUIET,
             callbacks=[saver, RestoreCheck(path)],
             plugins=[AtomicCheckpointIO()],
         )

@@ -292,11 +292,7 @@ def test_what_a_system_must_define():
 # --- Lift3D ---
 
 LIFT = {
-    "geometry_type": "toy-geometry",
-    "geometry": {"size": 3},
-    "material_type": "no-material",
-    "background_type": "solid-color-background",
-    "renderer_type": "toy-renderer",
+    **toy.LIFT,
     "exporter_type": "toy-exporter",
     "optimizer": {"name": "SGD", "params": {"geometry.points": {"lr": 0.1}}},
 }

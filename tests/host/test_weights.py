@@ -15,13 +15,7 @@ from threestudio.utils.extensions import load_extension
 from threestudio.utils.misc import load_matching
 
 toy = load_extension(ROOT / "tests" / "toy_extension.py")
-LIFT = {
-    "geometry_type": "toy-geometry",
-    "geometry": {"size": 3},
-    "material_type": "no-material",
-    "background_type": "solid-color-background",
-    "renderer_type": "toy-renderer",
-}
+LIFT = toy.LIFT
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from lods.models.unet import UNetModel, _pooled_width
 from omegaconf import OmegaConf
 
 import threestudio
-from tests.runs import ROOT, launch, read, small_run, two_and_two
+from tests.runs import ROOT, SMALL_FIELD, launch, read, small_run, two_and_two
 from tests.tiny_models import KINDS
 from threestudio import find
 
@@ -445,17 +445,7 @@ def test_upstreams_hook_writes_where_upstream_reads(xl, tmp_path, monkeypatch, m
 
 SCALES = {
     "gs": ["system.geometry.init_type=ball", "system.geometry.ball={n_points: 60, radius: 0.6}"],
-    "ngp": [
-        "data.resolution_milestones=[]",
-        "system.geometry.pos_encoding_config.n_levels=2",
-        "system.geometry.pos_encoding_config.log2_hashmap_size=8",
-        "system.geometry.pos_encoding_config.base_resolution=4",
-        "system.geometry.isosurface_method=mc-cpu",
-        "system.geometry.isosurface_resolution=16",
-        "system.geometry.isosurface_threshold=3",
-        "system.exporter.texture_size=16",
-        "system.renderer.num_samples_per_ray=16",
-    ],
+    "ngp": [*SMALL_FIELD, "system.exporter.texture_size=16"],
 }
 SHAPES = {"sd15": (16, 24), "sd21-base": (16, 32), "sd21": (16, 32), "sdxl": (17, 64)}
 KEYS = ("state_dict", "optimizer_states", "rng_state", "global_step")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from lods.gaussians import Gaussians
 from lods.models import renders
-from omegaconf import OmegaConf
 
 from evaluation import against_truth
+from tests.study.launched import launched_run
 
 SIZE = 24
 CAMERAS = np.tile(np.array([15.0, 0.0, 3.6, 40.0], np.float32), (8, 1))
@@ -27,29 +27,8 @@ def gaussians():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run of these Gaussians, with no model in sight."""
     folder = tmp_path_factory.mktemp("run")
-    system = {
-        "geometry_type": "lods-gaussians",
-        "geometry": {"init_type": "ball", "ball": {"n_points": 9}},
-        "material_type": "no-material",
-        "material": {"n_output_dims": 0},
-        "background_type": "solid-color-background",
-        "background": {"color": [1.0, 1.0, 1.0]},
-        "renderer_type": "lods-gaussian-rasterizer",
-        "renderer": {"backend": "reference"},
-        "prompt_processor": {"prompt": "a photo of a hamburger"},
-    }
-    (folder / "configs").mkdir()
-    OmegaConf.save(
-        {"system_type": "lods-gs-system", "system": system}, folder / "configs/parsed.yaml"
-    )
-    (folder / "ckpts").mkdir()
-    state = {f"geometry.{k}": v.detach() for k, v in gaussians().gaussians().items()}
-    state |= {"background.env_color": torch.ones(3), "renderer.bbox": torch.zeros(2, 3)}
-    checkpoint = {"state_dict": state, "epoch": 0, "global_step": 7}
-    torch.save(checkpoint, folder / "ckpts/last.ckpt")
-    return folder
+    return launched_run(folder, "a photo of a hamburger", gaussians(), "reference")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Jobs that cost nothing: in processes of this machine, stopped, killed, resumed, and on Ray."""
 
-import errno
 import io
 import json
 import os
@@ -16,25 +15,7 @@ import pytest
 from evaluation import batch, on_ray, processes
 from evaluation.batch import BatchError, Folders, Job, Lock, Outcome, carry_out, run, table
 from tests.runs import ROOT
-
-
-def double(argument, folder):
-    """A job of these tests."""
-    print("doubling", argument)
-    with (folder / "calls").open("a") as file:
-        file.write("x")
-    if argument == 13:
-        raise ValueError("13 brings\nno luck")
-    return 2 * argument
-
-
-def fill(argument, folder):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def wait_for_ever(argument, folder):
-    (folder / "pid").write_text(str(os.getpid()))
-    time.sleep(600)
+from tests.study.jobs import double, fill
 
 
 def say(*words, then=0):
@@ -178,11 +159,13 @@ def test_a_command_that_is_stopped_may_save_what_it_has(tmp_path):
     assert (tmp_path / "long/saved").read_text() == "x" and process.status() is not None
 
 
-def test_a_killed_batch_leaves_no_process_and_goes_on(tmp_path):
+@pytest.mark.parametrize("preload", [[], ["tests.study.jobs"]], ids=["Process", "Forked"])
+def test_a_killed_batch_leaves_no_process_and_goes_on(tmp_path, preload):
     code = (
         "import sys; from pathlib import Path; from evaluation.batch import Job, run\n"
-        "from tests.study.test_batch import wait_for_ever\n"
-        f"run([Job('w', wait_for_ever, Path({str(tmp_path / 'w')!r}))])\n"
+        "from tests.study.jobs import wait_for_ever\n"
+        f"jobs = [Job('w', wait_for_ever, Path({str(tmp_path / 'w')!r}))]\n"
+        f"run(jobs, preload={preload})\n"
     )
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     job = Job("w", double, tmp_path / "w", argument=2)

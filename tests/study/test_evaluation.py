@@ -165,6 +165,8 @@ def test_clip_score_is_the_cosine_of_image_and_prompt(tmp_path):
 
 def test_true_pictures_are_what_the_prompt_says():
     judge = load()
+    other = truth.example(*asked("a lamp"), ORBIT, seed=0, count=24)
+    others = verdict(judge, other.rgb)["features"]
     for prompt in ("a blue car", "a penguin"):
         kind, color = asked(prompt)
         made = truth.example(kind, color, ORBIT, seed=0, count=24)
@@ -175,8 +177,7 @@ def test_true_pictures_are_what_the_prompt_says():
         assert scores["object_accuracy"] > 0.9 and scores["janus_rate"] < 0.2
         assert color < 0 or scores["color_accuracy"] > 0.9
         assert metrics.silhouette_iou(made.opacity.numpy() > 0.5, true.masks) > 0.8
-        other = truth.example(*asked("a lamp"), ORBIT, seed=0, count=24)
-        far = metrics.frechet(true.features, verdict(judge, other.rgb)["features"])
+        far = metrics.frechet(true.features, others)
         assert far > 3 * scores["frechet"]
         # a white ground
         corner = made.rgb[:, :, 0, 0]

@@ -383,7 +383,9 @@ def test_a_process_that_dies_is_a_row(tmp_path, grid):
     assert list((tmp_path / "work").iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", BOTH)
+# with a light job: test_a_killed_batch_leaves_no_process_and_goes_on
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [processes.Forked, processes.Process])
 def test_kill_9_leaves_no_process_and_no_claim(kind, grid, tmp_path):
     path = grid("steps: 25", "steps: 1000000")
     argv = [str(path), "--out", str(tmp_path / "out"), "--only", "method=sds", "canvas=2d"]

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lods.gaussians import Gaussians
 from lods.models import renders
+from omegaconf import OmegaConf
 from PIL import Image
 
 from evaluation import command, gallery, report, sweep
@@ -16,11 +18,15 @@ from evaluation.against_truth import TRUTH, truth_of
 from evaluation.grid import TRUE, Run, load_grid
 from evaluation.machine import ROOT
 from evaluation.run import carry_out, sheet
+from evaluation.run import load_run as config_of
 from evaluation.table import RESULTS, Table, begun, columns_of, sheet_path
+from evaluation.tuning import value_of
 from evaluation.worlds import WORLDS, objects
 from evaluation.worlds.objects import Objects, around
 from pocket.truth import GALLERY, judged_cameras
+from tests.study.launched import launched_run
 from tests.study.test_report import Page
+from threestudio.utils.config import load_config
 from threestudio.utils.errors import UserError
 
 GRIDS = ROOT / "evaluation/grids"
@@ -52,8 +58,8 @@ def test_scales_are_swept_on_other_objects():
     grid = load_grid(GRIDS / "scales.yaml")
     assert grid.tuning and grid.sheets and grid.world == "objects"
     real = [r for r in grid.runs if r.method != TRUE]
-    scales = {r.settings.removeprefix("system.guidance.guidance_scale=") for r in real}
-    assert {float(s) for s in scales} == {1, 2, 3, 5, 7.5, 10, 20, 40, 70, 100}
+    scales = {value_of(r.settings, "system.guidance.guidance_scale") for r in real}
+    assert scales == {1, 2, 3, 5, 7.5, 10, 20, 40, 70, 100}
     assert {r.method for r in real} == {"sds", "lods-embedding", "lods-lora"}
     assert len(real) == 3 * 10 * 4 * (2 + 1)  # words with one seed
     used = {r.prompt for r in load_grid(GRIDS / "objects.yaml").runs}
@@ -64,6 +70,51 @@ def test_every_config_of_the_grids_is_there():
     for name in ("objects", "scales"):
         for run in load_grid(GRIDS / f"{name}.yaml").runs:
             assert all((ROOT / config).is_file() for config in run.configs)
+
+
+NAMING = {"name", "tag", "exp_root_dir", "exp_dir", "trial_name", "trial_dir"}
+NAMING |= {"use_timestamp", "timestamp"}
+
+
+def leaves(section, path=""):
+    """Dotted keys and values of a mapping."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{path}{key}.")
+        elif path or key not in NAMING:
+            yield f"{path}{key}", value
+
+
+def test_the_comparison_has_the_settings_of_the_shipped_overlays(lods, tmp_path):
+    """But for the weight of SDS and VSD, and what the camera is told by."""
+    runs = [r for r in load_grid(GRIDS / "objects.yaml").runs if r.method != TRUE]
+    for run in {(r.representation, r.method): r for r in runs}.values():
+        kind, overlay = ("ngp", "-ngp") if run.representation.startswith("r") else ("gs", "")
+        learns = "lora" if run.method in ("lods-lora", "vsd") else "embedding"
+        names = [f"lods-{kind}-{learns}", f"pocket{overlay}", *["pocket-lora"] * (learns == "lora")]
+        shipped = load_config(
+            *(str(ROOT / f"configs/{name}.yaml") for name in names),
+            cli_args=[
+                f"system.prompt_processor.prompt={run.prompt}",
+                f"system.guidance_type={run.guidance_type}",
+                "data.n_test_views=24",
+            ],
+        )
+        here, there = (
+            dict(leaves(OmegaConf.to_container(cfg, resolve=True)))
+            for cfg in (config_of(run, tmp_path), shipped)
+        )
+        there["system.guidance.cameras"] = run.representation.split("-")[1]
+        if run.method in ("sds", "vsd"):
+            there["system.loss.lambda_sds"] = 1 / 7.5
+        assert here == there, run.title
+
+
+def test_the_sweep_has_the_rate_of_the_overlay_for_a_lora(lods, tmp_path):
+    wanted = load_config(str(ROOT / "configs/pocket-lora.yaml")).system.optimizer.params.guidance.lr
+    runs = [r for r in load_grid(GRIDS / "scales.yaml").runs if r.method == "lods-lora"]
+    for run in {r.representation: r for r in runs}.values():
+        assert config_of(run, tmp_path).system.optimizer.params.guidance.lr == wanted
 
 
 @pytest.mark.parametrize(
@@ -342,8 +393,67 @@ def test_the_gallery_has_every_object_beside_the_truth(tmp_path):
 def test_no_object_is_left_out_of_the_gallery(tmp_path, capsys):
     compared_folder(tmp_path, leave_out=("cat", "car"))
     assert gallery.main(["--folder", str(tmp_path)]) == 2
-    assert "has no finished run of: cat, car\n" in capsys.readouterr().err
+    assert "has no finished run of: cat, car; --partial" in capsys.readouterr().err
     assert not (tmp_path / "gallery.webp").exists()
+
+
+def test_a_gallery_of_some_objects_says_which_are_missing(tmp_path):
+    compared_folder(tmp_path, leave_out=("cat", "car"))
+    assert gallery.main(["--folder", str(tmp_path), "--partial"]) == 0
+    with (tmp_path / "gallery.csv").open(newline="") as file:
+        made = [row["object"] for row in csv.DictReader(file)]
+    assert made == [name for name in GALLERY if name not in ("cat", "car")]
+    white = np.full((8, 400, 3), 255, np.uint8)
+    cells = {"object": "cake", "psnr": ""}
+    bare, named = (gallery.page([(cells, white, white)], missing) for missing in ([], ["cat"]))
+    assert bare.size == (400, 16 + 2 * 8) and named.size == (400, bare.size[1] + 16)
+    assert np.array_equal(np.asarray(named)[:32], np.asarray(bare))
+    assert (np.asarray(named)[32:] < 128).any()  # the line of what is missing
+
+
+def red_ball(folder, prompt):
+    """A launched run of it."""
+    ball = Gaussians.ball(400, radius=0.6, seed=1, opacity=0.95)
+    with torch.no_grad():
+        ball.sh0[:] = torch.tensor([1.7, -1.7, -1.7])
+    return str(launched_run(folder, prompt, ball))
+
+
+def test_launched_runs_are_rendered_into_a_gallery(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runs = [red_ball(tmp_path / k, p) for k, p in (("one", "a car"), ("two", "a cat"))]
+    assert gallery.main([*runs, "--partial"]) == 0
+    assert capsys.readouterr().out == "wrote gallery.webp and gallery.csv\n"
+    with (tmp_path / "gallery.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["object"], r["run"]) for r in rows] == [("cat", runs[1]), ("car", runs[0])]
+    assert all(0 < float(r["psnr"]) < 20 and 0 < float(r["iou"]) < 1 for r in rows)
+    with Image.open("gallery.webp") as page:
+        assert page.size == (2 * 524 - 12, 16 + 256 + 16)  # two objects, and a line of the missing
+        middle = np.asarray(page.convert("RGB"), int)[16 + 128 + 64, [64, 524 + 64]]
+    assert (middle[:, 0] > middle[:, 1] + 100).all()  # the red balls below the true objects
+
+
+@pytest.mark.parametrize(
+    "prompts, more, said",
+    [
+        (["a cat"], [], "what is given has no finished run of: hamburger, "),
+        (["a car", "a red car"], ["--partial"], "have the same object, car: give one"),
+        (["a horse"], ["--partial"], "the gallery has no horse; leave this run out"),
+        (["a cat"], ["--partial", "--out", "g.csv"], "must end in .webp"),
+        ([], ["nowhere", "--partial"], "nowhere is no run"),
+    ],
+)
+def test_runs_that_make_no_gallery_cost_one_line(
+    tmp_path, monkeypatch, capsys, prompts, more, said
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gallery, "views_of", None)  # nothing is rendered before it is clear
+    runs = [red_ball(tmp_path / str(k), prompt) for k, prompt in enumerate(prompts)]
+    assert gallery.main([*runs, *more]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("g*"))
 
 
 def test_a_picture_is_packed_below_its_limit():

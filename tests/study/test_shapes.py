@@ -172,6 +172,7 @@ def test_the_phase_of_view_words_goes_on_from_the_average(tmp_path, monkeypatch)
     assert any(n.startswith("0.") for n in moved) and any(n.startswith("1.") for n in moved)
 
 
+@pytest.mark.slow
 def test_sides_of_an_object_differ_in_the_view_word_only(tmp_path, monkeypatch):
     from pocket.shapes import diffusion, views
 
