@@ -7,10 +7,11 @@ from typing import Any
 
 from pytorch_lightning.callbacks import Callback
 
+import threestudio
 from threestudio.run.interrupt import InterruptGuard
 from threestudio.run.interventions import Interventions
 from threestudio.run.viewer import server as servers
-from threestudio.run.viewer.live import Live
+from threestudio.run.viewer.live import MAX_FAILURES, Live
 from threestudio.run.viewer.options import ViewerOptions
 
 
@@ -37,6 +38,7 @@ class ViewerCallback(Callback):
         self.server: servers.Server | None = None
         self.live: Live | None = None
         self._told: Path | None = None
+        self._failures = 0
 
     def _open(self, trainer: Any, system: Any, **options: Any) -> Live:
         self.server = servers.Server(self.options, self.listening, label="Live view")
@@ -73,7 +75,18 @@ class ViewerCallback(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if self.live is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.live.between()
+            try:
+                self.live.between()
+            except Exception as error:  # whatever visitors do: the run is worth more than its view
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._failures += 1
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        threestudio.warn(f"the view failed: {text}")
+        if self._failures == MAX_FAILURES:
+            threestudio.warn("the view is closed; the training goes on")
+            self.close()
 
     def on_train_end(self, trainer, pl_module) -> None:
         self.close()
