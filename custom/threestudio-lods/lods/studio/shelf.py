@@ -376,13 +376,21 @@ def _request(folder: Path) -> Request:
 
 def _job(folder: Path, request: Request) -> dict[str, Any]:
     """``job.json``, as :class:`evaluation.batch.Folders` writes it."""
-    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         found = _json(folder / JOB) if _is_plain(folder / JOB) else {}
         if found["key"] == request.key and found["state"] in ("begun", "done", "failed"):
-            seconds = float(found["seconds"])
-            seconds = seconds if 0 <= seconds < 1e12 else 0.0  # what took NaN seconds is done, too
+            seconds = _seconds(found["seconds"])
             return {"state": found["state"], "error": str(found["error"]), "seconds": seconds}
     return {"state": "new", "error": "", "seconds": 0.0}
+
+
+def _seconds(value: Any) -> float:
+    """A job that is done is done, whatever number it says that it took."""
+    try:
+        seconds = float(value)
+    except OverflowError:
+        return 0.0
+    return seconds if 0 <= seconds < 1e12 else 0.0
 
 
 def _process(folder: Path) -> dict[str, Any]:
