@@ -1,5 +1,6 @@
 """The queue of the studio: runs in their turn, stopped, gone on with, and found again."""
 
+import errno
 import json
 import os
 import signal
@@ -201,6 +202,21 @@ def test_progress_is_what_the_files_of_the_run_say(queue):
     assert progress(entry) == {"stage": "rendering", "step": 1, "of": 4}
     (run / "save" / "it40-test.mp4").touch()
     assert progress(entry)["stage"] == "exporting"
+
+
+def test_a_run_for_which_there_is_no_process_now_waits_and_is_tried_again(queue, monkeypatch):
+    """Out of files, processes or disk for a moment, a queue must not fail from end to end."""
+
+    def refuse(*words, **options):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("subprocess.Popen", refuse)
+        name = queue.add(QUICK, "good")
+        with pytest.raises(OSError):
+            queue.tick()
+        assert queue.shelf.find(name).state == "queued"
+    until(is_in(queue, name, "done"))
 
 
 # --- folders of somebody else ---------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Which run is next, and the processes of runs and exports."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ PATIENCE = 30.0  # seconds that a run which was cancelled has to save what it ha
 EXPORT_LOG = "export.log"
 MAX_EXPORTS = 2  # at a time
 OVER = ("stopped", "failed", "interrupted")  # states that a run can go on from
+# what is over by itself, or once there is room again
+SHORTAGES = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM}
 Started = subprocess.Popen[bytes]
 
 
@@ -63,7 +67,7 @@ class Queue:
         """Put a run into the queue; returns its name."""
         with self._lock:
             name = self.shelf.create(request, quality)
-        self.tick()
+        self._tick_now()
         return name
 
     def cancel(self, name: str) -> None:
@@ -83,7 +87,7 @@ class Queue:
                 raise Refused(f"{name} is {entry.state}: it cannot be gone on with")
             last = max((_wish(e).turn for e in self.shelf.entries() if e.wish), default=0.0)
             self._again(entry, max(time.time(), last + 1e-3))  # also if the clock was set back
-        self.tick()
+        self._tick_now()
 
     def remove(self, name: str) -> None:
         """Delete the folder of a run of the studio that is not under way."""
@@ -138,6 +142,10 @@ class Queue:
             for entry in sorted(due, key=lambda e: _wish(e).turn)[: self.at_once - len(active)]:
                 self._start(entry)
 
+    def _tick_now(self) -> None:
+        with suppress(OSError):  # a shortage: the next tick tries again
+            self.tick()
+
     def waiting(self) -> list[str]:
         """The names of the runs that are queued, the next one first."""
         due = [e for e in self.shelf.entries() if e.state == "queued"]
@@ -158,6 +166,8 @@ class Queue:
             with plain_file(entry.folder / LOG, keep=True) as log:
                 child = self._spawn([*self._program, str(_wish(entry).attempt)], entry.folder, log)
         except OSError as error:
+            if error.errno in SHORTAGES:
+                raise  # the run stays where it is in the queue, and is tried again
             self._give_up(entry, f"it could not be started: {error.strerror or error}")
             return
         self._children[entry.name] = child

@@ -320,7 +320,7 @@ def _is_text(name: str) -> bool:
         name.encode()
     except UnicodeEncodeError:
         return False
-    return name.isprintable()
+    return True
 
 
 def plain_file(path: Path, keep: bool = False) -> BinaryIO:
