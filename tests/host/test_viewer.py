@@ -430,7 +430,7 @@ def test_what_fails_in_the_view_costs_the_view_and_not_the_run(small, monkeypatc
 
 
 def test_a_prompt_is_text_and_neither_markup_nor_code():
-    """viser's client runs what stands in braces in its markdown."""
+    """viser's client makes elements of the HTML in its markdown, frames with scripts too."""
     text = "import {fetch('//x')} <b> [l](http://x) www.x.org `c` *e* é × “q” \x1b"
     shown = as_text(text)
     assert re.sub(r"\\(.)", r"\1", shown) == text[:-1]

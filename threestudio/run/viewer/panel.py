@@ -248,8 +248,9 @@ class Panel:
 
 
 def as_text(text: str) -> str:
-    """Markdown that shows a text as it is. viser's client takes markdown for MDX, in which braces
-    and tags are code that the visitor's browser runs, and a text may have come from anyone."""
+    """Markdown that shows a text as it is. HTML in markdown is made elements by viser's client,
+    which trusts it: a frame in it could run code in every visitor's browser, and a text may have
+    come from anyone."""
     return "".join(f"\\{c}" if c in string.punctuation else c for c in text if c.isprintable())
 
 
