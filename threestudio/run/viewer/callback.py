@@ -2,6 +2,7 @@
 
 import socket
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from threestudio.run.interventions import Interventions
 from threestudio.run.viewer import server as servers
 from threestudio.run.viewer.live import MAX_FAILURES, Live
 from threestudio.run.viewer.options import ViewerOptions
+from threestudio.utils.errors import UserError
 
 
 class ViewerCallback(Callback):
@@ -50,6 +52,19 @@ class ViewerCallback(Callback):
             webbrowser.open(self.server.url)
         return self.live
 
+    def _serve(self, call: Callable[[], None]) -> bool:
+        """Let the view do what is due. What fails in it, whatever visitors have done, must not cost
+        the run: it is a warning, and after MAX_FAILURES the end of the view. Whether it is open."""
+        try:
+            call()
+        except Exception as error:
+            self._failures += 1
+            text = " ".join(str(error).split())[:200] or type(error).__name__
+            threestudio.warn(f"the view failed: {text}")
+            if self._failures >= MAX_FAILURES:
+                self.close()
+        return self.live is not None
+
     def close(self) -> None:
         """Stop serving, and remove ``viewer.json``; a second call changes nothing."""
         if self.live is not None:
@@ -74,19 +89,9 @@ class ViewerCallback(Callback):
         )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if self.live is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            try:
-                self.live.between()
-            except Exception as error:  # whatever visitors do: the run is worth more than its view
-                self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        self._failures += 1
-        text = " ".join(str(error).split())[:200] or type(error).__name__
-        threestudio.warn(f"the view failed: {text}")
-        if self._failures == MAX_FAILURES:
+        taken = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # a step
+        if self.live is not None and taken and not self._serve(self.live.between):
             threestudio.warn("the view is closed; the training goes on")
-            self.close()
 
     def on_train_end(self, trainer, pl_module) -> None:
         self.close()
@@ -105,5 +110,6 @@ class ShowCallback(ViewerCallback):
     def on_predict_start(self, trainer, pl_module) -> None:
         live = self._open(trainer, pl_module)
         print("Ctrl-C ends it", flush=True)
-        while True:  # until a signal raises Interrupted
-            live.idle()
+        while self._serve(live.idle):  # until a signal raises Interrupted
+            pass
+        raise UserError("the view has failed again and again: the warnings above say why")
