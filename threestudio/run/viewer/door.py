@@ -94,7 +94,7 @@ class Door:
 
     # --- websockets -------------------------------------------------------------------------------
 
-    def counted(self, kind: type) -> type:
+    def counted(self, kind: Any) -> Any:
         """`kind`, the class of a server's connections, of which MAX_CONNECTIONS are there at a
         time: anyone can open them without a token, and each is a file that the run cannot open."""
         door = self

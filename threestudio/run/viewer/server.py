@@ -194,7 +194,8 @@ def running(folder: Path) -> dict[str, Any] | None:
     found = read(folder)
     if found is None:
         return None
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(found["host"], found["host"])
+    host: str = found["host"]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     try:
         with contextlib.suppress(PermissionError):  # another user's process: it is there
             os.kill(found["pid"], 0)
