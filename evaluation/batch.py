@@ -170,8 +170,9 @@ class Lock:
 
     @classmethod
     def take(cls, path: Path) -> "Lock | None":
-        """The lock, or None if another process has it."""
-        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        """The lock, or None if another process has it. Raises ``OSError`` where ``path`` is a link,
+        whose target would be emptied: the folder may be somebody else's."""
+        handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # another may have removed the file between these two lines

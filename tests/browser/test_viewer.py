@@ -262,3 +262,22 @@ def test_the_token_of_a_public_address_goes_with_the_page(browser, started):
     assert page.goto(url).status == 200
     page.get_by_role("button", name="Snapshot").wait_for(timeout=30_000)
     page.close()
+
+
+def test_code_in_a_prompt_is_shown_and_not_run(browser):
+    """viser's client makes elements of the HTML in its markdown."""
+    import viser
+
+    from threestudio.run.viewer.panel import as_text
+
+    text = "a car <iframe srcdoc=\"<script>parent.document.title='run'</script>\"></iframe> & *b*"
+    server = viser.ViserServer("127.0.0.1", 0, verbose=False)
+    try:
+        server.gui.add_markdown(f"- {as_text(text)}")
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.get_port()}")
+        page.get_by_text(text).wait_for(timeout=60_000)
+        assert page.title() != "run" and page.locator("iframe").count() == 0
+        page.close()
+    finally:
+        server.stop()

@@ -244,6 +244,8 @@ def test_exported_files_are_copied_where_they_are_asked_for(away, monkeypatch):
         ([], "give a prompt, or --prompts FILE"),
         ([""], "a prompt is empty"),
         (["a ${x}"], "which configs take for a reference"),
+        (["???"], "a missing value"),
+        (["a car " * 20_000], "5000 are the most"),
         (["a red armchir"], "did you mean 'armchair'?"),
         (["a red armchair", "--method", "lods-loras"], "did you mean 'lods-lora'?"),
         (["a red armchair", "--on", "mesh"], "'mesh'"),

@@ -1,7 +1,11 @@
 """Changes while a run is trained: made between steps, noted, kept in checkpoints, made again."""
 
+import contextlib
+import errno
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -150,6 +154,85 @@ def test_a_file_that_is_no_log_is_refused_with_its_line(tmp_path, text, why):
         interventions.read(tmp_path / "log")
 
 
+def test_a_pipe_which_can_be_read_only_once_is_told(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="not a file"):
+        interventions.read(tmp_path / "pipe")
+
+
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         interventions.read(tmp_path / "none")
+
+
+# --- what must not end a run ---
+
+
+@pytest.mark.parametrize("prompt", ["${oc.env:HOME}", "a ${", "???"])
+def test_a_prompt_that_a_config_would_look_up_is_refused(prompt, tmp_path):
+    """It would be taken from the environment of this machine, or end the training."""
+    with pytest.raises(UserError, match="neither holds"):
+        interventions.checked("prompt", prompt)
+    line = {"step": 1, "what": "prompt", "old": "", "new": prompt}
+    (tmp_path / "log").write_text(json.dumps(line))
+    with pytest.raises(UserError, match="line 1: a prompt"):
+        interventions.read(tmp_path / "log")
+
+
+def asked_in_a_run(small, wish):
+    """``(answers, changes, prompt)`` of a run of two steps in which `wish` is asked for."""
+    Path("run").mkdir()
+    changes = Interventions("run")
+    ask = Ask(changes, {1: wish})
+    system, trainer = fit(*small("embedding"), max_steps=2, callbacks=[changes, ask])
+    assert trainer.global_step == 2
+    return ask.answers, changes, system.prompt_processor.prompt
+
+
+def test_a_change_that_the_disk_does_not_take_is_not_made(small, monkeypatch):
+    """Without its line in the log, the run could not be made again."""
+
+    @contextlib.contextmanager
+    def full(path, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        yield
+
+    monkeypatch.setattr(interventions, "whole_file", full)
+    (answer,), changes, prompt = asked_in_a_run(small, {"prompt": "a blue house"})
+    assert "free some space" in answer and prompt == "a red car" and not changes.made
+
+
+def test_a_change_that_fails_is_told_and_leaves_the_log_as_it_was(small, monkeypatch):
+    def fail(system, prompt):
+        raise torch.OutOfMemoryError("no memory for the text encoder")
+
+    monkeypatch.setattr(interventions, "_set_prompt", fail)
+    (answer,), changes, _ = asked_in_a_run(small, {"prompt": "a blue house"})
+    assert "no memory" in answer and not changes.made and not changes.changed
+    assert Path("run", interventions.FILE).read_text() == ""
+
+
+def test_no_change_makes_the_log_too_long_to_go_on_from(small, monkeypatch):
+    monkeypatch.setattr(interventions, "MAX_BYTES", 50)
+    (answer,), changes, prompt = asked_in_a_run(small, {"prompt": "a blue house"})
+    assert "cannot be changed again" in answer and prompt == "a red car" and not changes.made
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 99999, b"x" * (5 << 20)])
+def test_a_damaged_log_does_not_keep_a_run_from_going_on(tmp_path, content):
+    log = tmp_path / interventions.FILE
+    log.write_bytes(content)
+    changes = Interventions(tmp_path)
+    changes.on_train_start(SimpleNamespace(global_step=5), None)
+    assert changes.made == [] and log.read_text() == ""
+    assert (tmp_path / f"{interventions.FILE}.damaged").read_bytes() == content
+
+
+def test_a_log_that_a_link_leads_to_is_not_taken_for_the_runs_own(tmp_path):
+    line = {"step": 1, "what": "prompt", "old": "", "new": "a blue house"}
+    (tmp_path / "other").write_text(json.dumps(line))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / interventions.FILE).symlink_to(tmp_path / "other")
+    changes = Interventions(tmp_path / "run")
+    changes.on_train_start(SimpleNamespace(global_step=5), None)
+    assert changes.made == [] and json.loads((tmp_path / "other").read_text()) == line

@@ -498,3 +498,67 @@ def test_a_run_whose_page_cannot_be_made_is_a_good_run(cli, monkeypatch, caplog)
     status, out, err = train(cli)
     assert status == 0 and "no report.html: kaputt" in caplog.text
     assert "Traceback" not in err and "page" not in out and Path(last()).is_file()
+
+
+# --- a run of somebody else ---
+
+
+def safetensors(header):
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+HOSTILE = {
+    "a length that no float holds": (
+        "run.json",
+        b'{"trainings": [{"seconds": 1%s}]}' % (b"0" * 400),
+    ),
+    "what is no text": ("run.json", rb'{"trainings": [{"machine": "\ud800", "started": [1]}]}'),
+    "a size that no text holds": (
+        "save/it30-export/prior.safetensors",
+        safetensors({"a": {"shape": [10**4000] * 2}}),
+    ),
+    "a view that no float holds": (
+        "configs/parsed.yaml",
+        b"data: {eval_fovy_deg: 1%s}\nsystem: {background: {color: [1%s]}}"
+        % (b"0" * 399, b"0" * 399),
+    ),
+    "more columns than a plot": (
+        "csv_logs/version_0/metrics.csv",
+        b"step," + b",".join(b"c%d" % k for k in range(2000)) + b"\n" + b"1\n" * 9,
+    ),
+}
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("what", HOSTILE)
+def test_what_cannot_be_told_is_left_out_and_the_rest_is_a_page(run, tmp_path, what, several):
+    name, content = HOSTILE[what]
+    (run / name).write_bytes(content)
+    runs = [run, run_folder(tmp_path / "other")] if several else [run]
+    page = Page(write_page(runs, tmp_path / "page.html"))
+    assert page.all("script", type="application/octet-stream") and page.all("footer")
+    if what not in ("what is no text", "a view that no float holds"):
+        assert "Left out" in page.text
+
+
+def test_a_long_log_is_thinned_over_all_of_its_steps(run, monkeypatch):
+    monkeypatch.setattr(curves, "MAX_VALUES", 60)
+    log = run / "csv_logs/version_0/metrics.csv"
+    log.write_text("step,train/loss\n" + "".join(f"{k},{k}\n" for k in range(300)))
+    steps = [step for step, _ in read_facts(run).curves["train/loss"]]
+    assert len(steps) <= 30 and steps[0] == 0 and steps[-1] >= 285
+
+
+def test_of_many_changes_the_first_are_listed(run, monkeypatch):
+    monkeypatch.setattr("threestudio.run.page.sections.MAX_CHANGES", 2)
+    line = {"step": 1, "what": "guidance_scale", "old": 1, "new": 2}
+    (run / "interventions.jsonl").write_text(f"{json.dumps(line)}\n" * 5)
+    assert "3 more are in interventions.jsonl" in Page(write_page([run])).text
+
+
+def test_a_file_whose_name_is_not_text_is_linked_by_its_bytes(run):
+    with open(os.fsencode(run / "save/it30-export") + b"/caf\xe9.glb", "wb"):
+        pass
+    page = Page(write_page([run]))
+    assert any("caf%E9.glb" in e[1]["href"] for e in page.all("a"))

@@ -1,9 +1,12 @@
 """The live view of a run without a browser: it does not disturb the training, and keeps time."""
 
+import contextlib
 import math
 import os
 import random
+import re
 import signal
+import string
 import subprocess
 import sys
 import threading
@@ -33,6 +36,7 @@ from threestudio.run.viewer.callback import ViewerCallback
 from threestudio.run.viewer.curves import MOST, Curves
 from threestudio.run.viewer.frames import View, batch_of, quaternion, rotation, undisturbed
 from threestudio.run.viewer.live import Live
+from threestudio.run.viewer.panel import Panel, as_text
 from threestudio.run.viewer.visitors import Drawn, Visitor
 from threestudio.utils.errors import UserError
 from threestudio.utils.misc import capture_rng_state
@@ -406,3 +410,58 @@ def test_a_run_without_the_option_imports_no_viser():
         "import sys, threestudio.run.callbacks, threestudio.run.cli; print('viser' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+# --- what visitors may write ---
+
+
+def test_what_fails_in_the_view_costs_the_view_and_not_the_run(small, monkeypatch):
+    def broken(self):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Live, "_serve", broken)
+    view, closed = viewer(), []
+    _, trainer = fit(
+        *small("embedding"),
+        max_steps=6,
+        callbacks=[view, At(*[None] * 4, lambda: closed.append(view.server is None))],
+    )
+    assert trainer.global_step == 6 and closed == [True]
+
+
+def test_a_prompt_is_text_and_neither_markup_nor_code():
+    """viser's client makes elements of the HTML in its markdown, frames with scripts too."""
+    text = "import {fetch('//x')} <b> [l](http://x) www.x.org `c` *e* é × “q” \x1b"
+    shown = as_text(text)
+    assert re.sub(r"\\(.)", r"\1", shown) == text[:-1]
+    assert not re.search(rf"(?<!\\)[{re.escape(string.punctuation)}]", re.sub(r"\\.", "", shown))
+    panel = SimpleNamespace(history=SimpleNamespace(content=""))
+    Panel.show_changes(panel, ["step 1: prompt {x}"])
+    assert panel.history.content == r"- step 1\: prompt \{x\}"
+
+
+def test_a_visitor_is_asked_one_question_at_a_time():
+    opened = []
+
+    class Modal(contextlib.nullcontext):
+        closed = False
+
+        def __enter__(self):
+            return self
+
+        def close(self):
+            self.closed = True
+
+    def add_modal(title):
+        opened.append(Modal())
+        return opened[-1]
+
+    gui = SimpleNamespace(
+        add_modal=add_modal,
+        add_markdown=lambda text: None,
+        add_button=lambda label, **options: SimpleNamespace(on_click=lambda do: do),
+    )
+    panel = SimpleNamespace(_questions={}, jobs=None)
+    for _ in range(3):
+        Panel._confirm_stop(panel, SimpleNamespace(client_id=7, gui=gui))
+    assert [modal.closed for modal in opened] == [True, True, False]

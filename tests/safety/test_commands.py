@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from lods.cli import main
 from lods.commands import make, runs
 from lods.commands.parser import made_folder
 
@@ -40,3 +41,12 @@ def test_a_list_of_prompts_with_a_nul_is_no_text(tmp_path):
     file.write_bytes(b"a red\0car\n")
     with pytest.raises(ValueError, match="NUL"):
         make.read_prompts(file)
+
+
+def test_a_name_from_elsewhere_commands_no_terminal(tmp_path, capsys):
+    for name in ("a\x1b]0;title\x07\nb", "c"):
+        (tmp_path / name / "configs").mkdir(parents=True)
+        (tmp_path / name / "configs" / "parsed.yaml").touch()
+    assert main(["report", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told[:-1].isprintable() and "holds 2 runs" in told

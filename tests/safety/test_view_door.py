@@ -1,6 +1,7 @@
 """Who may connect to the live view, and what of their messages is heard."""
 
 import http.client
+import json
 import os
 import random
 import socket
@@ -48,6 +49,13 @@ def get(port, path="/", **headers):
     found = response.status, response.headers, response.read(200)
     connection.close()
     return found
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def refused(port, path="/", **headers):
@@ -236,6 +244,20 @@ def test_a_thousand_senseless_frames_leave_the_server_as_it_was(tmp_path, monkey
         server.stop()
 
 
+def test_strangers_cannot_take_the_files_that_the_run_needs(local, monkeypatch):
+    """Each open connection is one, and a run without any left cannot save."""
+    monkeypatch.setattr("threestudio.run.viewer.door.MAX_CONNECTIONS", 3)
+    until(lambda: local.door.connections == 0)
+    strangers = [socket.create_connection(("127.0.0.1", local.port)) for _ in range(3)]
+    until(lambda: local.door.connections == 3)
+    with pytest.raises(OSError):
+        get(local.port)
+    for stranger in strangers:
+        stranger.close()
+    until(lambda: local.door.connections == 0)
+    assert get(local.port)[0] == 200
+
+
 def test_more_visitors_than_sixteen_are_turned_away(local):
     clients = [Client(local.port) for _ in range(16)]
     try:
@@ -302,11 +324,29 @@ def test_the_file_that_says_where_the_view_is_is_for_its_owner_only(public, tmp_
         b'{"url": "file:///etc/passwd", "host": "a", "port": 1, "token": null, "pid": 1}',
         b'{"url": "http://a", "host": "a", "port": "1", "token": null, "pid": 1}',
         b'{"url": "http://a\\u001b[2J", "host": "a", "port": 1, "token": null, "pid": 1}',
+        b'{"url": "http://evil.example", "host": "127.0.0.1", "port": 8, "token": null, "pid": 1}',
+        b'{"url": "http://a:8/?token=&", "host": "a", "port": 8, "token": "&", "pid": 1}',
+        b'{"url": "http://a/b:8", "host": "a/b", "port": 8, "token": null, "pid": 1}',
     ],
 )
 def test_a_file_of_somebody_else_is_no_view(tmp_path, content):
     (tmp_path / servers.FILE).write_bytes(content)
     assert servers.read(tmp_path) is None and servers.running(tmp_path) is None
+
+
+def test_a_file_that_leads_to_another_machine_is_no_running_view(tmp_path, monkeypatch):
+    """The folder may be somebody else's: what it names is neither asked nor opened."""
+    asked = []
+    monkeypatch.setattr(socket, "create_connection", lambda *words, **_: asked.append(words))
+    told = {"url": "http://192.0.2.1:80", "host": "192.0.2.1", "port": 80, "token": None, "pid": 1}
+    (tmp_path / servers.FILE).write_text(json.dumps(told))
+    assert servers.read(tmp_path) == told
+    assert servers.running(tmp_path) is None and not asked
+
+
+def test_a_pipe_in_the_place_of_the_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / servers.FILE)
+    assert servers.read(tmp_path) is None
 
 
 def test_the_file_of_a_killed_run_is_no_running_view(tmp_path, local):

@@ -77,3 +77,11 @@ def test_importing_the_command_imports_no_server():
     program = "import sys, lods.commands.studio, lods.cli; sys.exit('aiohttp' in sys.modules)"
     env = {"PYTHONPATH": ":".join(sys.path)}
     assert subprocess.run([sys.executable, "-c", program], env=env).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("a.example", "a.example")],
+)
+def test_the_printed_address_is_one_that_can_be_opened(address, shown):
+    assert studio._shown(address) == shown

@@ -1,12 +1,16 @@
 """The queue of the studio: runs in their turn, stopped, gone on with, and found again."""
 
+import errno
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
+from lods import host
 from lods.studio import processes
 from lods.studio.queue import Refused
+from lods.studio.shelf import plain_file
 
 from tests.studio.toy import (
     FORM,
@@ -198,3 +202,70 @@ def test_progress_is_what_the_files_of_the_run_say(queue):
     assert progress(entry) == {"stage": "rendering", "step": 1, "of": 4}
     (run / "save" / "it40-test.mp4").touch()
     assert progress(entry)["stage"] == "exporting"
+
+
+def test_a_run_for_which_there_is_no_process_now_waits_and_is_tried_again(queue, monkeypatch):
+    """Out of files, processes or disk for a moment, a queue must not fail from end to end."""
+
+    def refuse(*words, **options):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("subprocess.Popen", refuse)
+        name = queue.add(QUICK, "good")
+        with pytest.raises(OSError):
+            queue.tick()
+        assert queue.shelf.find(name).state == "queued"
+    until(is_in(queue, name, "done"))
+
+
+# --- folders of somebody else ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_log_that_is_no_file_is_not_written(queue, tmp_path, kind):
+    """A link would lead the output of a run into any file of the user; a pipe would block."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    name = queue.shelf.create(QUICK, "")
+    for log in ("log.txt", "export.log"):
+        path = queue.shelf.root / name / log
+        path.symlink_to(victim) if kind == "link" else os.mkfifo(path)
+    assert state(queue, name) == "failed" and "started" in queue.shelf.find(name).error
+    for log in ("log.txt", "export.log"):
+        with pytest.raises(OSError):
+            plain_file(queue.shelf.root / name / log).close()
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"overrides": ("--extensions", "theirs")},
+        {"overrides": ("trainer.callbacks=[os.system]",)},
+        {"model": "/tmp/theirs"},
+        {"method": "lods-sds resume=/x"},
+        {"on": "mesh"},
+        {"quality": "../x"},
+        {"gpu": "0"},
+        {"seed": -1},
+        {"prompt": "${oc.env:HOME}"},
+    ],
+)
+def test_a_request_that_no_form_makes_is_not_started(queue, change):
+    """Runs start by themselves: a folder from elsewhere could bring any command line."""
+    name = queue.shelf.create(replace(QUICK, **change), "")
+    assert state(queue, name) == "failed" and not queue._children
+    assert "no form" in queue.shelf.find(name).error
+
+
+def test_a_run_that_another_program_is_at_work_in_is_not_removed(queue):
+    name = queue.add(QUICK, "good")
+    until(is_in(queue, name, "done"))
+    lock = queue.shelf.root / name / "run" / QUICK.key / ".lock"
+    held = host.module("evaluation.batch").Lock.take(lock)
+    with pytest.raises(Refused, match="another program"):
+        queue.remove(name)
+    held.release()
+    queue.remove(name)
+    assert queue.shelf.find(name) is None

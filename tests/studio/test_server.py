@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 import string
 from urllib.parse import quote
 
@@ -96,6 +97,27 @@ def test_what_makes_no_sense_for_a_run_is_refused(studio):
     assert ask(studio[0], "POST", "/api/runs/done/chmod", {})[0] == 404
 
 
+def test_a_run_that_cannot_be_told_hides_no_other(studio, monkeypatch):
+    from lods.studio.server import Studio
+
+    port, queue = studio
+    bad = queue.shelf.root / "trained" / "configs"
+    bad.mkdir(parents=True)
+    (bad / "parsed.yaml").write_text("{}")
+    tell = Studio._about
+
+    def fail(self, entry):
+        if entry.name == "trained":
+            raise ZeroDivisionError
+        return tell(self, entry)
+
+    monkeypatch.setattr(Studio, "_about", fail)
+    status, _, body = ask(port, "GET", "/api/runs")
+    states = {run["name"]: run["state"] for run in json.loads(body)["runs"]}
+    assert status == 200 and states["trained"] == "damaged" and states["done"] == "done"
+    shutil.rmtree(bad.parent)
+
+
 # --- who may ask ----------------------------------------------------------------------------------
 
 STRANGERS = [
@@ -107,6 +129,7 @@ STRANGERS = [
     {"Host": None},
     {"Host": "127.0.0.1.evil.example"},
     {"Host": "[::1"},
+    {"Host": "evil.example@127.0.0.1", "Origin": "http://evil.example@127.0.0.1"},
     {"Sec-Fetch-Site": "cross-site"},
     {"Sec-Fetch-Site": "same-site"},
 ]

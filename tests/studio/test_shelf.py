@@ -121,3 +121,79 @@ def test_a_line_that_was_drawn_again_and_again_is_shown_once(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("x" * 9000 + "\nbegun\r\ntraining 1/9\rtraining 2/9\nend\n")
     assert log_end(log).splitlines()[1:] == ["begun", "training 2/9", "end"]
+
+
+# --- folders of somebody else ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", ["NaN", "Infinity", "-1", "1" + "0" * 400])
+def test_a_job_of_senseless_length_hides_no_run(shelf, seconds):
+    good, bad = shelf.create(REQUEST, ""), shelf.create(REQUEST, "")
+    job = f'{{"key": "{REQUEST.key}", "state": "done", "error": "", "seconds": {seconds}}}'
+    (shelf.root / bad / "job.json").write_text(job)
+    assert states(shelf) == {good: "queued", bad: "done"} and shelf.find(bad).seconds == 0
+
+
+@pytest.mark.parametrize("key", ["created", "turn"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_times_that_are_no_numbers_are_damage(shelf, key, value):
+    """NaN is no JSON: a browser would read nothing of the whole list."""
+    name = shelf.create(REQUEST, "")
+    note = shelf.root / name / "studio.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {key: value}))
+    assert states(shelf) == {name: "damaged"}
+
+
+def test_a_folder_that_fails_in_a_new_way_hides_no_other(shelf, monkeypatch):
+    good, bad = shelf.create(REQUEST, ""), shelf.create(REQUEST, "")
+    read = shelf._of_studio
+
+    def fail(name, folder):
+        if name == bad:
+            raise ZeroDivisionError
+        return read(name, folder)
+
+    monkeypatch.setattr(shelf, "_of_studio", fail)
+    assert states(shelf) == {good: "queued", bad: "damaged"}
+
+
+def test_a_name_that_is_not_text_is_no_run(shelf):
+    """No browser could ask for it, and a page that tries shows none of the others."""
+    for name in ("café".encode("latin-1"), "café\u3000".encode()):
+        folder = os.path.join(os.fsencode(shelf.root), name)
+        os.mkdir(folder)
+        with open(os.path.join(folder, b"request.json"), "w") as file:
+            file.write(json.dumps(REQUEST.plain()))
+    assert list(states(shelf)) == ["café\u3000"]
+
+
+def test_a_saved_config_is_not_looked_up_in_this_machines_environment(shelf, monkeypatch):
+    monkeypatch.setenv("SECRET_KEY", "hunter2")
+    configs = shelf.root / "trained" / "configs"
+    configs.mkdir(parents=True)
+    (configs / "parsed.yaml").write_text(
+        "system: {guidance_type: lods-sds-guidance, prompt_processor: "
+        "{prompt: '${oc.env:SECRET_KEY}', pretrained_model_name_or_path: pocket-shapes}}"
+    )
+    assert shelf.find("trained").request.prompt == "${oc.env:SECRET_KEY}"
+
+
+def test_of_more_folders_than_are_shown_the_newest_are(shelf, monkeypatch):
+    for k in range(4):
+        (shelf.root / f"older-{k}").mkdir()
+        os.utime(shelf.root / f"older-{k}", (k, k))
+    monkeypatch.setattr("lods.studio.shelf.MAX_RUNS", 2)
+    name = shelf.create(REQUEST, "")
+    assert states(shelf) == {name: "queued"} and shelf.find(name)
+
+
+def test_a_name_that_a_broken_link_has_is_taken(shelf, tmp_path):
+    (shelf.root / "a-red-car").symlink_to(tmp_path / "nowhere")
+    assert shelf.create(REQUEST, "") == "a-red-car-2"
+
+
+def test_a_run_that_is_asked_for_after_the_clock_was_set_back_is_last(shelf, monkeypatch):
+    first = shelf.create(REQUEST, "")
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    second = shelf.create(REQUEST, "")
+    assert shelf.find(first).wish.turn < shelf.find(second).wish.turn

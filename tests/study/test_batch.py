@@ -199,6 +199,15 @@ def test_a_lock_is_held_once(tmp_path):
     assert Lock.take(tmp_path / "x") is not None
 
 
+def test_a_lock_that_is_a_link_is_refused_and_its_target_kept(tmp_path):
+    """The folder may be somebody else's, and what the lock says would replace the file."""
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "x").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError):
+        Lock.take(tmp_path / "x")
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
 # --- on Ray, without Ray --------------------------------------------------------------------------
 
 

@@ -10,8 +10,10 @@ a file again at the same steps, so that the same command with it, and without an
 gives the same object.
 """
 
+import contextlib
 import json
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -22,8 +24,9 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 import threestudio
+from threestudio.run.snapshot import PlainFiles
 from threestudio.utils.errors import UserError
-from threestudio.utils.files import whole_file
+from threestudio.utils.files import disk_advice, disk_error, whole_file
 from threestudio.utils.misc import capture_rng_state, restore_rng_state
 
 FILE = "interventions.jsonl"
@@ -49,6 +52,11 @@ def checked(what: str, value: Any) -> Any:
         text = " ".join(value.split()) if isinstance(value, str) else ""
         if not text or len(text) > MAX_PROMPT or not text.isprintable():
             raise UserError(f"a prompt is a text of 1 to {MAX_PROMPT} printable characters")
+        if "${" in text or text == "???":  # it would be looked up in this machine's environment
+            raise UserError(
+                "a prompt neither holds '${', which configs take for a reference, nor "
+                "is '???', their missing value"
+            )
         return text
     if what not in RANGES:
         raise UserError(f"{what!r} cannot be changed: {PROMPT}, {', '.join(RANGES)} can")
@@ -62,6 +70,8 @@ def checked(what: str, value: Any) -> Any:
 def read(path) -> list[Change]:
     """The changes of a file, in their order. Raises :class:`UserError`, with the line, for a file
     that is none."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe can be read once only
+        raise UserError(f"{path} is not a file: give the {FILE} of a run")
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -82,6 +92,25 @@ def read(path) -> list[Change]:
             why = error if isinstance(error, UserError) else "it is not JSON"
             raise UserError(f"{path}, line {n}: {why}") from None
     return changes
+
+
+def _read_or_set_aside(path: Path) -> list[Change]:
+    """The changes of a run that goes on. A log that is damaged must not keep it from that: it gets
+    another name."""
+    try:
+        return read(path)
+    except UserError as error:
+        aside = path.with_name(f"{path.name}.damaged")
+        os.replace(path, aside)
+        threestudio.warn(f"{error}; it is now {aside}, and the run goes on with a new one")
+        return []
+
+
+def _why_not(error: Exception) -> str:
+    """Why a change was not made, in one line."""
+    if isinstance(error, OSError) and (known := disk_error(error)) is not None:
+        return disk_advice(known)
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _change(found: Any, least: int) -> Change:
@@ -129,9 +158,9 @@ class Interventions(Callback):
         step = trainer.global_step
         self.replay = [change for change in self.replay if change.step >= step]
         path = self._path()
-        if path is not None and path.is_file():  # of the run that goes on
-            self.made = [change for change in read(path) if change.step < step]
-            self._write()
+        if path is not None and FILE in PlainFiles(path.parent):  # of the run that goes on
+            self.made = [change for change in _read_or_set_aside(path) if change.step < step]
+            self._write(self.made)
         if self._restored:
             for what, value in self.changed.items():
                 self._set(trainer, pl_module, what, value)
@@ -148,8 +177,10 @@ class Interventions(Callback):
         for what, (value, done) in asked.items():
             try:
                 self._make(trainer, pl_module, what, checked(what, value))
-            except ValueError as error:
-                done(" ".join(str(error).split()))
+            except Exception as error:  # whatever a visitor wishes, it must not end the run
+                why = _why_not(error)
+                threestudio.warn(f"the {what.replace('_', ' ')} was not changed: {why}")
+                done(why)
             else:
                 done(None)
 
@@ -170,22 +201,31 @@ class Interventions(Callback):
         old = current(system, what, self.changed)
         if new == old:
             return
-        self._set(trainer, system, what, new)
-        self.changed[what] = new
         change = Change(trainer.global_step, what, old, new)
-        self.made.append(change)
-        self._write()
+        made = [*self.made, change]
+        # first, for a change that is not in the log could not be made again
+        self._write(made)
+        try:
+            self._set(trainer, system, what, new)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._write(self.made)
+            raise
+        self.made, self.changed[what] = made, new
         threestudio.info(f"from step {change.step} on the {what.replace('_', ' ')} is {new}")
 
     def _path(self) -> Path | None:
         return None if self.folder is None else self.folder / FILE
 
-    def _write(self) -> None:
+    def _write(self, changes: list[Change]) -> None:
         path = self._path()
         if path is None:
             return
+        text = "".join(f"{json.dumps(asdict(change))}\n" for change in changes)
+        if len(text) > MAX_BYTES:  # the run could not go on from it
+            raise UserError(f"{FILE} holds {MAX_BYTES >> 20} MiB: this run cannot be changed again")
         with whole_file(path) as tmp:
-            tmp.write_text("".join(f"{json.dumps(asdict(change))}\n" for change in self.made))
+            tmp.write_text(text)
 
     def _set(self, trainer, system, what: str, value: Any) -> None:
         if what == PROMPT:

@@ -42,6 +42,14 @@ A RUN is a run's folder, a checkpoint of it, or a piece of its name below output
 """
 
 
+def one_line(text: str) -> str:
+    """A text in one line. It may quote names from elsewhere, and what is not printed in them would
+    be commands to the terminal."""
+    return "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split())
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 after a mistake, 128 + N after signal N."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -49,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(argv)
         except ValueError as error:  # what the user can mend; its text is one line
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -13,7 +13,8 @@ which it has the hash, load nothing and send nothing.
 import base64
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import threestudio
@@ -42,7 +43,9 @@ def write_page(runs: Sequence, target=None) -> Path:
     target = check(runs, target)
     facts = [read_facts(run) for run in runs]
     budget = BUDGET
-    while len(text := page(facts, str(target.parent), budget).encode()) >= MAX_BYTES:
+    while (
+        len(text := page(facts, str(target.parent), budget).encode("utf-8", "replace")) >= MAX_BYTES
+    ):
         if budget < 1000:
             raise UserError(
                 f"a page of these {len(runs)} runs would have more than 5 MB: name fewer"
@@ -109,30 +112,46 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _section(title: str, parts: Sequence[Html]) -> list[Html]:
+def _section(title: str, parts: Sequence[Html] | None) -> list[Html]:
     return [tag("section", tag("h2", title), *parts)] if parts else []
 
 
 def _of_one(facts: Facts, folder: str, most: int) -> list[Html]:
-    shown = [sections.stage(facts, "object-0", most)]
+    shown = [_stage(facts, "object-0", most)]
     if facts.found is not None:
         shown.append(sections.tools(sections.is_mesh(facts)))
     shown += sections.about_object(facts, most)
-    hero = [tag("div", *shown), sections.rows(facts.short())]
+    hero = [tag("div", *shown), sections.rows(facts.attempt("summary", facts.short) or [])]
+    parts: dict[str, Callable[[], list[Html]]] = {
+        "From all sides": lambda: sections.views(facts),
+        "How it grew": lambda: sections.growth(facts),
+        "Curves": lambda: sections.plots([("", facts)]),
+        "What was learned": lambda: sections.learned(facts),
+        "Settings": lambda: sections.differences(facts),
+        "What was changed on the way": lambda: sections.changes(facts),
+        "To repeat it": lambda: sections.again(facts),
+        "Versions": lambda: sections.versions(facts),
+        "Files": lambda: sections.files(facts, folder),
+    }
     return [
         tag("header", tag("h1", facts.title), tag("p", facts.name, class_="soft")),
         tag("section", *hero, class_="hero"),
-        *_section("From all sides", sections.views(facts)),
-        *_section("How it grew", sections.growth(facts)),
-        *_section("Curves", sections.plots([("", facts)])),
-        *_section("What was learned", sections.learned(facts)),
-        *_section("Settings", sections.differences(facts)),
-        *_section("What was changed on the way", sections.changes(facts)),
-        *_section("To repeat it", sections.again(facts)),
-        *_section("Versions", sections.versions(facts)),
-        *_section("Files", sections.files(facts, folder)),
+        *(html for name, make in parts.items() for html in _section(name, _try(facts, name, make))),
         _footer([facts]),
     ]
+
+
+def _try(facts: Facts, name: str, make: Callable[[], list[Html]]) -> list[Html]:
+    """A section of what a run tells of itself, which may be anything."""
+    return facts.attempt(name, make) or []
+
+
+def _stage(facts: Facts, name: str, most: int) -> Html:
+    shown = facts.attempt("object", lambda: sections.stage(facts, name, most))
+    if shown is None:  # also where it has no poster
+        facts.found = None
+        shown = sections.stage(facts, name, most)
+    return shown
 
 
 def labels(runs: Sequence[Facts]) -> list[str]:
@@ -147,7 +166,7 @@ def _of_several(runs: Sequence[Facts], folder: str, most: int) -> list[Html]:
     named = list(zip(labels(runs), runs))
     cards = []
     for i, (label, facts) in enumerate(named):
-        parts = [tag("h3", label), sections.stage(facts, f"object-{i}", most)]
+        parts = [tag("h3", label), _stage(facts, f"object-{i}", most)]
         parts += sections.about_object(facts, most)
         cards.append(tag("article", *parts))
     meshes = any(map(sections.is_mesh, runs))
@@ -155,28 +174,23 @@ def _of_several(runs: Sequence[Facts], folder: str, most: int) -> list[Html]:
         tag("header", tag("h1", f"{len(runs)} runs side by side")),
         *([sections.tools(meshes)] if any(f.found is not None for f in runs) else []),
         tag("section", *cards, class_="runs"),
-        *_section("What they differ in", _differing(named)),
+        *_section("What they differ in", _try(runs[0], "comparison", lambda: _differing(named))),
     ]
-    curves = sections.plots(named)
+    curves = _try(runs[0], "curves", lambda: sections.plots(named))
     made += _section(
         "Curves", [sections.key([label for label, _ in named]), *curves] if curves else []
     )
     for label, facts in named:
-        parts = [
-            *sections.views(facts),
-            *sections.growth(facts),
-            *sections.learned(facts),
-            *sections.changes(facts),
-            *sections.again(facts),
-            *sections.files(facts, folder),
-        ]
+        told = (sections.views, sections.growth, sections.learned, sections.changes, sections.again)
+        parts = [html for make in told for html in _try(facts, make.__name__, partial(make, facts))]
+        parts += _try(facts, "files", partial(sections.files, facts, folder))
         made += _section(label, parts)
     return [*made, _footer(runs)]
 
 
 def _differing(named: Sequence[tuple[str, Facts]]) -> list[Html]:
     """A table of what is told of the runs, and of the settings that are not the same in all."""
-    told = [dict(facts.short()) for _, facts in named]
+    told = [dict(facts.attempt("summary", facts.short) or []) for _, facts in named]
     known = [dict(sections.settings.flat(facts.settings)) for _, facts in named]
     keys = dict.fromkeys(key for each in told for key in each)
     body = [[key, *(each.get(key, "—") for each in told)] for key in keys]

@@ -5,11 +5,14 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from threestudio.run.page.files import Folder
 from threestudio.run.page.markup import Html, tag
 
-MAX_LOG = 1 << 26  # bytes of a log that are read
+MAX_LOG = 1 << 26  # bytes of the logs that are read
+MAX_COLUMNS = 1000  # of a log
+MAX_VALUES = 4_000_000  # of a log
 MAX_POINTS = 300  # of a curve
 MAX_CURVES = 200
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 170, 52, 8, 10, 22
@@ -19,15 +22,25 @@ Curve = list[tuple[float, float]]  # steps and values
 
 def read_curves(folder: Folder) -> dict[str, Curve]:
     """The columns of the logs of a run, by name. Each training that went on has a log of its own;
-    a step that was logged twice has its later value. Values that are not finite are left out."""
+    a step that was logged twice has its later value. Values that are not finite are left out, and
+    of a log with more than MAX_VALUES all but every second line, or third, and so on. Raises
+    ``ValueError`` for one with more than MAX_COLUMNS."""
     found: dict[str, dict[float, float]] = {}
     logs = [n for n in folder.folders("csv_logs") if re.fullmatch(r"version_\d{1,6}", n)]
+    left = MAX_LOG
     for log in sorted(logs, key=lambda name: int(name[8:])):
-        text = folder.text(f"csv_logs/{log}/metrics.csv", MAX_LOG)
-        for row in csv.DictReader(io.StringIO(text.replace("\0", ""))):
+        text = folder.text(f"csv_logs/{log}/metrics.csv", left).replace("\0", "")
+        left -= len(text)
+        lines = io.StringIO(text)
+        header = next(csv.reader(lines), [])
+        if len(header) > MAX_COLUMNS:
+            raise ValueError(f"the log {log} has {len(header):,} columns")
+        every = 1 + text.count("\n") * len(header) // MAX_VALUES
+        for values in csv.reader(islice(lines, 0, None, every)):
+            row = dict(zip(header, values))
             step = _number(row.pop("step", None))
             for name, value in row.items():
-                number = _number(value) if isinstance(name, str) else None
+                number = _number(value)
                 if step is None or number is None or name == "epoch":
                     continue
                 if name in found or len(found) < MAX_CURVES:

@@ -67,6 +67,19 @@ class Facts:
     left_out: list[str] = field(default_factory=list)
     _drawn: dict[int, Splats | Triangles] = field(default_factory=dict)
 
+    def attempt(self, what: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives. A page of the rest is worth more than none: where it fails, None,
+        and the page says that this is left out."""
+        try:
+            return make()
+        except MemoryError:
+            reason = "too large"
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+        if f"{what}: {reason}" not in self.left_out:
+            self.left_out.append(f"{what}: {reason}")
+        return None
+
     def drawn(self, most: int) -> Splats | Triangles | None:
         """The object, made of at most so many Gaussians or triangles."""
         if self.found is not None and most not in self._drawn:
@@ -83,7 +96,10 @@ class Facts:
     def number(self, key: str, otherwise: float) -> float:
         value = self.setting(key)
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return float(value) if good else otherwise
+        try:
+            return float(value) if good else otherwise
+        except OverflowError:  # of a whole number
+            return otherwise
 
     @property
     def prompt(self) -> str:
@@ -176,18 +192,7 @@ def size_of(count: int) -> str:
 def read_facts(path) -> Facts:
     """The facts of the run in the folder `path`."""
     facts = Facts(Folder(path))
-
-    def attempt(what: str, read: Callable[[], Any]) -> Any:
-        try:
-            return read()
-        except MemoryError:
-            facts.left_out.append(f"{what}: too large")
-        except Exception as error:  # a page of the rest is worth more than none
-            text = " ".join(str(error).split())[:160] or type(error).__name__
-            facts.left_out.append(f"{what}: {text}")
-        return None
-
-    folder = facts.folder
+    attempt, folder = facts.attempt, facts.folder
     facts.settings = attempt("settings", lambda: settings.read_settings(folder)) or {}
     if not facts.settings:
         facts.left_out.append(f"settings: {settings.PARSED} cannot be read")
@@ -224,8 +229,8 @@ def _read_object(facts: Facts) -> None:
         for name in names:
             try:
                 facts.found = objects.read_object(facts.folder / f"{export}/{name}")
-            except ValueError as error:
-                reasons.append(str(error))
+            except Exception as error:  # of many kinds: what others have written
+                reasons.append(" ".join(str(error).split())[:160] or type(error).__name__)
                 continue
             facts.object_file, facts.step = f"{export}/{name}", step
             return

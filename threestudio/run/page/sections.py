@@ -13,6 +13,7 @@ from threestudio.run.page.pictures import Picture
 from threestudio.run.page.settings import text_of
 
 Parts = list[Html]
+MAX_CHANGES = 500  # that are listed
 
 
 def picture(found: Picture, alt: str, class_: str | None = None) -> Html:
@@ -23,7 +24,7 @@ def picture(found: Picture, alt: str, class_: str | None = None) -> Html:
 def link(facts: Facts, name: str, page_folder: str) -> Html:
     """A link to a file of a run, relative to the folder that the page is in."""
     path = os.path.relpath(os.path.abspath(facts.folder / name), os.path.abspath(page_folder))
-    address = quote(path.replace(os.sep, "/"))
+    address = quote(os.fsencode(path.replace(os.sep, "/")))
     return tag("a", name, href=f"./{address}")
 
 
@@ -53,7 +54,7 @@ def ground(facts: Facts) -> str:
     numbers = color if isinstance(color, (list, tuple)) else [1.0]
     if not numbers or not all(isinstance(c, (int, float)) for c in numbers):
         return "white"
-    mean = sum(numbers) / len(numbers)
+    mean = sum(max(0, min(1, number)) for number in numbers) / len(numbers)
     return "white" if mean > 0.75 else "black" if mean < 0.25 else "grey"
 
 
@@ -201,7 +202,13 @@ def differences(facts: Facts) -> Parts:
 def changes(facts: Facts) -> Parts:
     """What somebody changed on the way."""
     found = settings.read_changes(facts.folder)
-    return [table(["before step", "setting", "from", "to"], found, bold=3)] if found else []
+    if not found:
+        return []
+    made: Parts = [table(["before step", "setting", "from", "to"], found[:MAX_CHANGES], bold=3)]
+    if len(found) > MAX_CHANGES:
+        more = f"{len(found) - MAX_CHANGES:,} more are in {settings.CHANGES}."
+        made.append(tag("p", tag("small", more)))
+    return made
 
 
 def again(facts: Facts) -> Parts:

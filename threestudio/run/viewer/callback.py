@@ -2,16 +2,19 @@
 
 import socket
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.callbacks import Callback
 
+import threestudio
 from threestudio.run.interrupt import InterruptGuard
 from threestudio.run.interventions import Interventions
 from threestudio.run.viewer import server as servers
-from threestudio.run.viewer.live import Live
+from threestudio.run.viewer.live import MAX_FAILURES, Live
 from threestudio.run.viewer.options import ViewerOptions
+from threestudio.utils.errors import UserError
 
 
 class ViewerCallback(Callback):
@@ -37,6 +40,7 @@ class ViewerCallback(Callback):
         self.server: servers.Server | None = None
         self.live: Live | None = None
         self._told: Path | None = None
+        self._failures = 0
 
     def _open(self, trainer: Any, system: Any, **options: Any) -> Live:
         self.server = servers.Server(self.options, self.listening, label="Live view")
@@ -47,6 +51,19 @@ class ViewerCallback(Callback):
         if self.options.open:
             webbrowser.open(self.server.url)
         return self.live
+
+    def _serve(self, call: Callable[[], None]) -> bool:
+        """Let the view do what is due. What fails in it, whatever visitors have done, must not cost
+        the run: it is a warning, and after MAX_FAILURES the end of the view. Whether it is open."""
+        try:
+            call()
+        except Exception as error:
+            self._failures += 1
+            text = " ".join(str(error).split())[:200] or type(error).__name__
+            threestudio.warn(f"the view failed: {text}")
+            if self._failures >= MAX_FAILURES:
+                self.close()
+        return self.live is not None
 
     def close(self) -> None:
         """Stop serving, and remove ``viewer.json``; a second call changes nothing."""
@@ -72,8 +89,9 @@ class ViewerCallback(Callback):
         )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if self.live is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.live.between()
+        taken = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # a step
+        if self.live is not None and taken and not self._serve(self.live.between):
+            threestudio.warn("the view is closed; the training goes on")
 
     def on_train_end(self, trainer, pl_module) -> None:
         self.close()
@@ -92,5 +110,6 @@ class ShowCallback(ViewerCallback):
     def on_predict_start(self, trainer, pl_module) -> None:
         live = self._open(trainer, pl_module)
         print("Ctrl-C ends it", flush=True)
-        while True:  # until a signal raises Interrupted
-            live.idle()
+        while self._serve(live.idle):  # until a signal raises Interrupted
+            pass
+        raise UserError("the view has failed again and again: the warnings above say why")

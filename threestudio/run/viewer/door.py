@@ -37,6 +37,7 @@ HEADERS = {
 MAX_MESSAGE = 1 << 16  # bytes
 MAX_TEXT = 2000  # characters of a text field
 MAX_VISITORS = 16
+MAX_CONNECTIONS = 64
 RATE, BURST = 200.0, 400.0  # messages a second of one visitor, and as many at once
 FAR = 1e6  # world units
 _CAMERA = {  # numbers of each field of viser's message
@@ -52,6 +53,7 @@ class Door:
         self.token = token
         self.port = 0
         self.visitors = 0
+        self.connections = 0  # of visitors, and of whoever else has opened one
         self.dropped = 0  # messages
 
     @property
@@ -91,6 +93,24 @@ class Door:
             return []
 
     # --- websockets -------------------------------------------------------------------------------
+
+    def counted(self, kind: Any) -> Any:
+        """`kind`, the class of a server's connections, of which MAX_CONNECTIONS are there at a
+        time: anyone can open them without a token, and each is a file that the run cannot open."""
+        door = self
+
+        class Counted(kind):
+            def connection_made(self, transport: Any) -> None:
+                door.connections += 1
+                super().connection_made(transport)
+                if door.connections > MAX_CONNECTIONS:
+                    transport.abort()
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                door.connections -= 1
+                super().connection_lost(exc)
+
+        return Counted
 
     def process_request(self, original: Callable | None) -> Callable:
         """`original`, which answers requests of files, behind this door."""

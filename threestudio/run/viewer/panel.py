@@ -3,6 +3,8 @@
 viser calls back from its own threads: nothing here does more than to note what is wanted.
 """
 
+import contextlib
+import string
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +41,7 @@ class Panel:
         self.server, self.jobs, self.ask = server, jobs, ask
         self._plots: dict[str, Any] = {}
         self._pictures: dict[str, Any] = {}
+        self._questions: dict[int, Any] = {}  # whether to stop, one of each visitor
         self._pictures_lock = threading.Lock()
         self.prompt = self.scale = self.rate = self.see = self.cameras = None
         gui = server.gui
@@ -92,12 +95,15 @@ class Panel:
     def _confirm_stop(self, client: Any) -> None:
         if client is None:
             return
+        with contextlib.suppress(Exception):  # of a question that was answered already
+            self._questions.pop(client.client_id).close()
         with client.gui.add_modal("End the training?") as modal:
             client.gui.add_markdown(
                 "A checkpoint is saved, and the terminal names the command that goes on from it."
             )
             yes = client.gui.add_button("Stop and save", color="red")
             no = client.gui.add_button("Go on training")
+        self._questions[client.client_id] = modal
 
         @yes.on_click
         async def _(event) -> None:
@@ -199,7 +205,7 @@ class Panel:
 
     def show_changes(self, lines: list[str]) -> None:
         """What was changed, the last at the top."""
-        self.history.content = "\n".join(f"- {line}" for line in lines)
+        self.history.content = "\n".join(f"- {as_text(line)}" for line in lines)
 
     def reset(self, what: str, value: Any) -> None:
         """Put the control of what could not be changed back."""
@@ -241,7 +247,12 @@ class Panel:
             self._model_folder.visible = bool(pictures)
 
 
+def as_text(text: str) -> str:
+    """Markdown that shows a text as it is. HTML in markdown is made elements by viser's client,
+    which trusts it: a frame in it could run code in every visitor's browser, and a text may have
+    come from anyone."""
+    return "".join(f"\\{c}" if c in string.punctuation else c for c in text if c.isprintable())
+
+
 def _heading(title: str) -> str:
-    """The prompt as text, whatever signs of markdown it has."""
-    safe = "".join(c if c.isalnum() or c in " ,.-" else f"\\{c}" for c in title if c.isprintable())
-    return f"**{safe[:300]}**"
+    return f"**{as_text(title[:300])}**"

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -11,6 +12,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+from threestudio.run.snapshot import PlainFiles
 from threestudio.run.viewer.door import MAX_MESSAGE, Door
 from threestudio.run.viewer.options import FIRST_PORT, TRIED_PORTS, ViewerOptions
 from threestudio.utils.errors import UserError
@@ -83,12 +85,7 @@ class Server:
     @property
     def url(self) -> str:
         """What a browser opens."""
-        host = self.host
-        if host in ("0.0.0.0", "::"):
-            host = socket.gethostname()
-        host = f"[{host}]" if ":" in host else host
-        token = f"/?token={self.token}" if self.token else ""
-        return f"http://{host}:{self.port}{token}"
+        return url_of(self.host, self.port, self.token)
 
     def stop(self) -> None:
         """Stop serving; a second call changes nothing."""
@@ -97,6 +94,14 @@ class Server:
             with contextlib.redirect_stdout(io.StringIO()):
                 found.stop()
             self.viser = None
+
+
+def url_of(host: str, port: int, token: str | None) -> str:
+    """What a browser opens of a view that listens at ``host``."""
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
+    host = f"[{host}]" if ":" in host else host
+    return f"http://{host}:{port}" + (f"/?token={token}" if token else "")
 
 
 @contextlib.contextmanager
@@ -116,6 +121,7 @@ def _behind(door: Door, listening: socket.socket):
         used.append(True)
         kwargs["process_request"] = door.process_request(kwargs.get("process_request"))
         kwargs["max_size"] = 2 * MAX_MESSAGE
+        kwargs["create_connection"] = door.counted(real.ServerConnection)
         kwargs["logger"] = _quiet_logger()
         return real.serve(door.handler(handler), sock=listening, **kwargs)
 
@@ -165,8 +171,10 @@ def withdraw(path: Path) -> None:
 
 def read(folder: Path) -> dict[str, Any] | None:
     """What ``viewer.json`` in `folder` says, or None where there is none, or none that can be
-    read."""
+    read. The folder may be somebody else's: a URL that leads elsewhere than the rest is none."""
     try:
+        if FILE not in PlainFiles(folder):
+            return None
         with open(folder / FILE, "rb") as file:
             found = json.loads(file.read(MAX_FILE))
     except (OSError, ValueError, RecursionError):
@@ -174,10 +182,11 @@ def read(folder: Path) -> dict[str, Any] | None:
     kinds = {"url": str, "host": str, "port": int, "pid": int}
     if not isinstance(found, dict) or not all(type(found.get(k)) is v for k, v in kinds.items()):
         return None
-    if not (found.get("token") is None or isinstance(found["token"], str)):
+    host, port, token = found["host"], found["port"], found.get("token")
+    if token is not None and not (isinstance(token, str) and re.fullmatch(r"[\w-]+", token, re.A)):
         return None
-    good = 0 < found["port"] < 65536 and found["pid"] > 0 and found["url"].startswith("http://")
-    return found if good and found["url"].isprintable() else None
+    good = re.fullmatch(r"[\w.:-]{1,253}", host, re.A) and 0 < port < 65536 and found["pid"] > 0
+    return found if good and found["url"] == url_of(host, port, token) else None
 
 
 def running(folder: Path) -> dict[str, Any] | None:
@@ -185,12 +194,15 @@ def running(folder: Path) -> dict[str, Any] | None:
     found = read(folder)
     if found is None:
         return None
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(found["host"], found["host"])
+    host: str = found["host"]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     try:
-        os.kill(found["pid"], 0)
+        with contextlib.suppress(PermissionError):  # another user's process: it is there
+            os.kill(found["pid"], 0)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as own:  # only an address of this machine can be bound
+            own.bind((host, 0))
         socket.create_connection((host, found["port"]), timeout=2).close()
-    except PermissionError:  # another user's process: it is there
-        return found
     except (OSError, OverflowError, UnicodeError):
         return None
     return found

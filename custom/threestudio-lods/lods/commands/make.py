@@ -38,6 +38,7 @@ tries again what has failed. A config's settings are changed by KEY=VALUE, as of
 REQUEST = "request.json"
 MAX_REQUEST = 1 << 20  # bytes of one that are read
 MAX_PROMPTS = 10_000
+MAX_PROMPT = 5000  # characters: one word of a command line holds no more than 128 KiB
 DEFAULT_METHOD = "lods-embedding"
 FORCE = "--allow-unknown-words"
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")  # a prompt that begins so is none
@@ -88,8 +89,12 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
     if args.ray and " " in args.ray:
         parser.error("--ray takes the word after it for an address: put --ray at the end")
     for prompt in args.prompts:
+        if len(prompt) > MAX_PROMPT:
+            parser.error(f"a prompt has {len(prompt)} characters: {MAX_PROMPT} are the most")
         if "${" in prompt:
             parser.error(f"{prompt!r} holds '${{', which configs take for a reference")
+        if prompt == "???":
+            parser.error("the prompt '???' is how configs write a missing value")
     return args
 
 

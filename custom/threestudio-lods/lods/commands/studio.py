@@ -122,6 +122,5 @@ def _token(root: Path) -> str:
 
 def _shown(address: str) -> str:
     """An address as it is opened: that of all interfaces is none."""
-    if address in ("0.0.0.0", "::"):
-        return "127.0.0.1"
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
     return f"[{address}]" if ":" in address else address

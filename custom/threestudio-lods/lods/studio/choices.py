@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lods.commands.job import BASE, OVERLAY_ENDS, Request, fields_of_model, has_config
+from lods.commands.job import BASE, OVERLAY_ENDS, QUALITIES, Request, fields_of_model, has_config
 from lods.commands.make import DEFAULT_METHOD, has_gpu, refuse_unknown_words
 from lods.models import cards
 from lods.models.vocabulary import Vocabulary
@@ -15,6 +15,7 @@ PRESETS = Path(__file__).resolve().parent / "presets.yaml"
 MAX_PROMPT = 300  # characters
 MAX_SEED = 2**32
 DEFAULT_QUALITY = "good"
+ANY_WORDS = "system.prompt_processor.allow_unknown_words=true"
 REPRESENTATIONS = {
     "gaussians": ("Gaussians", "soft splats: the quickest, with fine colours"),
     "nerf": ("Radiance field", "a continuous volume: smooth, and a closed mesh"),
@@ -165,9 +166,27 @@ def read_form(form: Any, gpu: Callable[[], bool] = has_gpu) -> tuple[Request, st
     quality = form.get("quality", DEFAULT_QUALITY)
     fields |= quality_fields(quality, on, model)
     if any_words:
-        word = "system.prompt_processor.allow_unknown_words=true"
-        fields["overrides"] = (*fields.get("overrides", ()), word)
+        fields["overrides"] = (*fields.get("overrides", ()), ANY_WORDS)
     return Request(prompt=prompt, on=on, method=method, model=model, seed=seed, **fields), quality
+
+
+def refuse_foreign(request: Request) -> None:
+    """Raise :class:`Refused` for a request that no form makes. Runs are started by themselves, and
+    their folders may have come from somebody else: what a command line could do beyond a form must
+    not be done for them."""
+    check_prompt(request.prompt)
+    known = {"on": BASE, "method": METHODS, "model": cards.all_cards(), "quality": QUALITIES}
+    for name, values in known.items():
+        if getattr(request, name) not in values:
+            raise Refused(f"its {name} is none that the form offers")
+    words = {word for preset in presets().values() for word in preset.get("otherwise", ())}
+    if not {ANY_WORDS, *words}.issuperset(request.overrides):
+        raise Refused("it changes settings that the form does not have")
+    plain = type(request.small) is bool and type(request.latents) is int
+    if not plain or request.gpu is not None or request.steps is not None:
+        raise Refused("it has options that the form does not have")
+    if not 0 <= request.seed < MAX_SEED:
+        raise Refused(f"the seed is a whole number from 0 to {MAX_SEED - 1}")
 
 
 def _one_of(form: Mapping[str, Any], key: str, known: Mapping[str, Any]) -> str:

@@ -82,6 +82,8 @@ class Guard:
         return None
 
     def _is_own(self, host: str) -> bool:
+        if set(host) & set("@/\\?#"):
+            return False
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
@@ -139,4 +141,6 @@ class Guard:
 
 
 def _plain(status: int, text: str) -> web.Response:
-    return web.Response(status=status, text=f"{text}\n")
+    response = web.Response(status=status, text=f"{text}\n")
+    response.force_close()  # whoever is refused keeps no connection
+    return response

@@ -1,24 +1,36 @@
 """Which run is next, and the processes of runs and exports."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lods.commands.job import Request
 from lods.commands.make import threads_of
-from lods.studio import processes
-from lods.studio.shelf import LOG, STUDIO, WAITING, Entry, Shelf, changed, log_end
+from lods.studio import choices, processes
+from lods.studio.shelf import (
+    LOG,
+    WAITING,
+    Entry,
+    Shelf,
+    in_use,
+    log_end,
+    plain_file,
+)
 
 PATIENCE = 30.0  # seconds that a run which was cancelled has to save what it has
 EXPORT_LOG = "export.log"
 MAX_EXPORTS = 2  # at a time
 OVER = ("stopped", "failed", "interrupted")  # states that a run can go on from
+# what is over by itself, or once there is room again
+SHORTAGES = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM}
 Started = subprocess.Popen[bytes]
 
 
@@ -46,6 +58,7 @@ class Queue:
         self._lock = threading.RLock()
         self._children: dict[str, Started] = {}  # of this server, by the name of the run
         self._asked: dict[str, float] = {}  # when a run was asked to stop
+        self._stopping: dict[str, float] = {}  # since when one is seen that others have asked
         self._exports: dict[tuple[str, str], Started] = {}
 
     # --- what the page asks for -------------------------------------------------------------------
@@ -54,7 +67,7 @@ class Queue:
         """Put a run into the queue; returns its name."""
         with self._lock:
             name = self.shelf.create(request, quality)
-        self.tick()
+        self._tick_now()
         return name
 
     def cancel(self, name: str) -> None:
@@ -72,8 +85,9 @@ class Queue:
             entry = self._own(name)
             if entry.state not in OVER:
                 raise Refused(f"{name} is {entry.state}: it cannot be gone on with")
-            self._again(entry, time.time())
-        self.tick()
+            last = max((_wish(e).turn for e in self.shelf.entries() if e.wish), default=0.0)
+            self._again(entry, max(time.time(), last + 1e-3))  # also if the clock was set back
+        self._tick_now()
 
     def remove(self, name: str) -> None:
         """Delete the folder of a run of the studio that is not under way."""
@@ -86,6 +100,8 @@ class Queue:
                 run == name and child.poll() is None for (run, _), child in self._exports.items()
             ):
                 raise Refused(f"a file of {name} is being made: wait for it")
+            if _stays_in_use(entry.folder):
+                raise Refused(f"another program is at work in the folder of {name}: end it first")
             self.shelf.remove(entry)
 
     def _own(self, name: str) -> Entry:
@@ -126,6 +142,10 @@ class Queue:
             for entry in sorted(due, key=lambda e: _wish(e).turn)[: self.at_once - len(active)]:
                 self._start(entry)
 
+    def _tick_now(self) -> None:
+        with suppress(OSError):  # a shortage: the next tick tries again
+            self.tick()
+
     def waiting(self) -> list[str]:
         """The names of the runs that are queued, the next one first."""
         due = [e for e in self.shelf.entries() if e.state == "queued"]
@@ -136,10 +156,18 @@ class Queue:
         return name in self._children
 
     def _start(self, entry: Entry) -> None:
+        assert entry.request is not None, entry.name
         try:
-            with (entry.folder / LOG).open("ab") as log:
+            choices.refuse_foreign(entry.request)
+        except choices.Refused as error:
+            self._give_up(entry, f"request.json asks for what no form can ask for: {error}")
+            return
+        try:
+            with plain_file(entry.folder / LOG, keep=True) as log:
                 child = self._spawn([*self._program, str(_wish(entry).attempt)], entry.folder, log)
         except OSError as error:
+            if error.errno in SHORTAGES:
+                raise  # the run stays where it is in the queue, and is tried again
             self._give_up(entry, f"it could not be started: {error.strerror or error}")
             return
         self._children[entry.name] = child
@@ -154,7 +182,9 @@ class Queue:
             entry = self.shelf.find(name)
             if entry is not None and entry.state == "queued":  # it has not even begun
                 self._give_up(entry, _last_line(entry.folder / LOG, child.returncode))
-        self._asked = {name: at for name, at in self._asked.items() if self._is_stopping(name)}
+        for times in (self._asked, self._stopping):
+            for name in [name for name in times if not self._is_stopping(name)]:
+                del times[name]
 
     def _is_stopping(self, name: str) -> bool:
         entry = self.shelf.find(name)
@@ -168,8 +198,9 @@ class Queue:
         ``patience`` it is killed. Unless a stop is wished for ``now``, another server has asked
         already, or was killed before it could: then this one asks after a while."""
         if entry.name not in self._asked and not now:
-            age = time.time() - changed(entry.folder / STUDIO) / 1e9
-            if 0 <= age < self.patience:
+            # by a clock that nobody sets back
+            since = self._stopping.setdefault(entry.name, time.monotonic())
+            if time.monotonic() - since < self.patience:
                 return
         first = entry.name not in self._asked
         asked = self._asked.setdefault(entry.name, time.monotonic())
@@ -229,13 +260,23 @@ class Queue:
                 raise Refused(f"{name} cannot be had as {fmt[:20]}")
             if sum(child.poll() is None for child in self._exports.values()) >= MAX_EXPORTS:
                 raise Refused(f"{MAX_EXPORTS} exports are under way: wait for one of them")
-            with (entry.folder / EXPORT_LOG).open("wb") as log:
+            with plain_file(entry.folder / EXPORT_LOG) as log:
                 self._exports[name, fmt] = self._spawn(words, entry.folder, log)
 
 
 def _wish(entry: Entry) -> Any:
     assert entry.wish is not None, entry.name
     return entry.wish
+
+
+def _stays_in_use(folder: Path) -> bool:
+    """Whether a program is at work in it, and not one that is just ending."""
+    end = time.monotonic() + 1.0
+    while in_use(folder):
+        if time.monotonic() > end:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def _exporters(entry: Entry, files: dict[str, Path]) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
@@ -11,8 +12,11 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Middleware
 from lods import __version__
 from lods.studio import choices, live
+from lods.studio.connections import Connections
 from lods.studio.guard import MAX_BODY, Guard
 from lods.studio.queue import OVER, Queue, Refused
 from lods.studio.shelf import KINDS, WAITING, Entry, changed, created, log_end, progress
@@ -38,8 +42,10 @@ class Studio:
         self._seen: dict[str, tuple[int, str, float, int]] = {}  # for the time left
         self._session: aiohttp.ClientSession | None = None
 
-    def app(self, guard: Guard) -> web.Application:
-        app = web.Application(middlewares=[guard.middleware()], client_max_size=MAX_BODY)
+    def app(self, guard: Guard, *first: Middleware) -> web.Application:
+        """The application, with these middlewares before all others."""
+        middlewares = [*first, guard.middleware()]
+        app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY)
         add = app.router.add_route
         add("GET", "/", self.page)
         add("GET", "/assets/{name}", self.asset)
@@ -122,7 +128,13 @@ class Studio:
         known = self._told.get(entry.name)
         if finished and known is not None and known[0][0] is entry and known[0][1] == key[1]:
             return known[1]
-        about = self._about(entry)
+        try:
+            about = self._about(entry)
+        except Exception as error:  # one damaged folder must not hide the others
+            about = {"name": entry.name, "kind": entry.kind, "state": "damaged", "live": False}
+            about |= {"error": f"its files cannot be read: {error}"[:300], "seconds": 0}
+            about |= {"created": 0, "quality": "", "files": {}}
+            about["can"] = ["remove"] * (entry.kind == "studio")
         self._told.pop(entry.name, None)
         if finished:
             self._told[entry.name] = key, about
@@ -270,6 +282,18 @@ def _asset(name: str) -> web.Response:
     return web.Response(body=path.read_bytes(), headers=headers)
 
 
+def _logger() -> logging.Logger:
+    """Of errors here. That somebody has sent what is no HTTP is none of them."""
+    logger = logging.getLogger("lods.studio.server")
+    logger.addFilter(_is_ours)
+    return logger
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
+
+
 def serve(
     queue: Queue, host: str, port: int, token: str | None, tell: Callable[[int], None]
 ) -> None:
@@ -281,16 +305,26 @@ def serve(
 async def _serve(
     queue: Queue, host: str, port: int, token: str | None, tell: Callable[[int], None]
 ) -> None:
+    connections = Connections()
+    app = Studio(queue).app(Guard(host, token, port), connections.middleware())
     runner = web.AppRunner(
-        Studio(queue).app(Guard(host, token, port)), access_log=None, shutdown_timeout=2.0
+        app, access_log=None, logger=_logger(), shutdown_timeout=2.0, keepalive_timeout=75.0
     )
     await runner.setup()
+    server = runner.server
+    assert server is not None
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    listening = sweeping = None
     try:
-        await web.TCPSite(runner, host, port).start()
-        tell(runner.addresses[0][1])
-        stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+        listening = await loop.create_server(lambda: connections.protocol(server), host, port)
+        sweeping = loop.create_task(connections.sweep_forever(server))
+        tell(listening.sockets[0].getsockname()[1])
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, stopped.set)
         await stopped.wait()
     finally:
+        if listening is not None:
+            listening.close()
+        if sweeping is not None:
+            sweeping.cancel()
         await runner.cleanup()

@@ -10,6 +10,8 @@ Folders of ``lods make`` and of ``lods train`` are shown too. A name that comes 
 looked up among those of the folders there are, and never made a path.
 """
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -20,8 +22,9 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from lods import host
 from lods.commands.job import Request, run_of
 from lods.commands.make import REQUEST
 from lods.commands.runs import PARSED
@@ -69,7 +72,8 @@ class Wish:
             raise ValueError
         if any(type(found[key]) is not kind for key, kind in kinds.items()):
             raise ValueError
-        if found["wish"] not in ("run", "stop") or not abs(found["turn"]) < 1e12:
+        times = found["turn"], found["created"]
+        if found["wish"] not in ("run", "stop") or not all(abs(time) < 1e12 for time in times):
             raise ValueError
         return cls(**found)
 
@@ -124,7 +128,10 @@ class Shelf:
 
     def entries(self) -> list[Entry]:
         """All runs, the newest first."""
-        found = [entry for name in self._names() if (entry := self._read(name))]
+        names = self._names()
+        if len(names) > MAX_RUNS:
+            names.sort(key=lambda name: changed(self.root / name), reverse=True)
+        found = [entry for name in names[:MAX_RUNS] if (entry := self._read(name))]
         return sorted(found, key=created, reverse=True)
 
     def find(self, name: str) -> Entry | None:
@@ -134,7 +141,8 @@ class Shelf:
     def _names(self) -> list[str]:
         with os.scandir(self.root) as folder:
             names = [each.name for each in folder if each.is_dir(follow_symlinks=False)]
-        return [name for name in names if not name.startswith(".")][:MAX_RUNS]
+        # a name that is not text could be shown nowhere, nor asked for
+        return [name for name in names if not name.startswith(".") and _is_text(name)]
 
     def _read(self, name: str) -> Entry | None:
         folder = self.root / name
@@ -149,13 +157,14 @@ class Shelf:
         return entry
 
     def _look(self, name: str, folder: Path) -> Entry | None:
-        with suppress(OSError):
-            if _is_plain(folder / STUDIO):
-                return self._of_studio(name, folder)
-            if _is_plain(folder / REQUEST):
-                return self._of_make(name, folder)
-            if _is_plain(folder / PARSED):
-                return self._of_train(name, folder)
+        kinds = {STUDIO: self._of_studio, REQUEST: self._of_make, PARSED: self._of_train}
+        for file, read in kinds.items():
+            if _is_plain(folder / file):
+                try:
+                    return read(name, folder)
+                except Exception:  # one damaged folder must not hide the others
+                    kind = {STUDIO: "studio", REQUEST: "make"}.get(file, "train")
+                    return Entry(name, folder, kind, "damaged", error="its files cannot be read")
         return None
 
     def _of_studio(self, name: str, folder: Path) -> Entry:
@@ -225,22 +234,24 @@ class Shelf:
     def create(self, request: Request, quality: str) -> str:
         """Put a new run into the queue; returns its name."""
         words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:48].strip("-")
+        turns = (entry.wish.turn for entry in self.entries() if entry.wish)
         first, now = words or "run", time.time()
+        turn = max(now, max(turns, default=0.0) + 1e-3)  # also if the clock was set back
         for number in range(1, 100_000):
             name = first if number == 1 else f"{first}-{number}"
             # the folder has its files before it has its name
             partial = self.root / f".new-{secrets.token_hex(8)}"
-            if (self.root / name).exists():
+            if os.path.lexists(self.root / name):
                 continue
             partial.mkdir()
             try:
                 (partial / REQUEST).write_text(json.dumps(request.plain()))
-                (partial / STUDIO).write_text(json.dumps(vars(Wish(now, now, quality=quality))))
+                (partial / STUDIO).write_text(json.dumps(vars(Wish(now, turn, quality=quality))))
                 partial.rename(self.root / name)  # fails where there is a folder with files
                 return name
             except OSError:
                 shutil.rmtree(partial, ignore_errors=True)
-                if not (self.root / name).exists():
+                if not os.path.lexists(self.root / name):
                     raise
         raise ValueError(f"{self.root} has too many runs of this prompt: remove some")
 
@@ -303,6 +314,48 @@ def _is_plain(path: Path) -> bool:
         return False
 
 
+def _is_text(name: str) -> bool:
+    """Whether it is Unicode: the bytes of other names are lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def plain_file(path: Path, keep: bool = False) -> BinaryIO:
+    """A file to write to, at its end if it is to ``keep`` what it has. Raises ``OSError`` where
+    there is something else: a link would lead to another file, and a pipe would block."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    handle = os.open(path, flags, 0o666)
+    file = os.fdopen(handle, "ab")
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, f"{path.name} in its folder is no file")
+    os.set_blocking(handle, True)
+    if not keep:
+        os.ftruncate(handle, 0)
+    return file
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a program holds one of the locks in the folder of a run: of the run as a whole, of
+    its training, of its results."""
+    locks = [folder / ".claim", *folder.glob("run/*/.lock"), *folder.glob("run/*/.lock-results")]
+    return any(_is_locked(path) for path in locks if _is_plain(path))
+
+
+def _is_locked(path: Path) -> bool:
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # this disk knows no locks
+            pass
+    return False
+
+
 def _json(path: Path) -> Any:
     with path.open("rb") as file:
         return json.loads(file.read(MAX_JSON))
@@ -326,9 +379,18 @@ def _job(folder: Path, request: Request) -> dict[str, Any]:
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         found = _json(folder / JOB) if _is_plain(folder / JOB) else {}
         if found["key"] == request.key and found["state"] in ("begun", "done", "failed"):
-            seconds = float(found["seconds"])
+            seconds = _seconds(found["seconds"])
             return {"state": found["state"], "error": str(found["error"]), "seconds": seconds}
     return {"state": "new", "error": "", "seconds": 0.0}
+
+
+def _seconds(value: Any) -> float:
+    """A job that is done is done, whatever number it says that it took."""
+    try:
+        seconds = float(value)
+    except OverflowError:
+        return 0.0
+    return seconds if 0 <= seconds < 1e12 else 0.0
 
 
 def _process(folder: Path) -> dict[str, Any]:
@@ -336,15 +398,27 @@ def _process(folder: Path) -> dict[str, Any]:
         found = _json(folder / PROCESS) if _is_plain(folder / PROCESS) else None
         kinds = {"attempt": int, "pid": int, "who": str, "began": float}
         if isinstance(found, dict) and all(type(found.get(k)) is t for k, t in kinds.items()):
-            return found
+            return found if abs(found["began"]) < 1e12 else {}
     return {}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The saved config of a run as plain values, with references as they are written: they could
+    be to the environment of this machine. Raises an error of some kind for another file."""
+    if not _is_plain(path):
+        raise ValueError
+    yaml = host.module("threestudio.utils.safe_yaml")
+    text = yaml.read_limited(path)
+    yaml.check_yaml(text)  # aliases of aliases would fill the memory
+    found = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    if not isinstance(found, dict):
+        raise ValueError
+    return {str(key): value for key, value in found.items()}
 
 
 def _request_of_config(path: Path) -> Request:
     """What a run of ``lods train`` was asked for, as far as a form can say it."""
-    if path.stat().st_size > MAX_JSON:
-        raise ValueError
-    config: Any = OmegaConf.load(path)
+    config = _config(path)
     system, prompt = config["system"], config["system"]["prompt_processor"]
     model = str(prompt["pretrained_model_name_or_path"])
     return Request(
@@ -396,10 +470,8 @@ def _lengths(parsed: str, changed: int) -> tuple[int, int]:
     if (parsed, changed) not in _known_lengths:
         if len(_known_lengths) > 100:
             _known_lengths.clear()
-        if os.path.getsize(parsed) > MAX_JSON:
-            raise ValueError
         try:
-            found: Any = OmegaConf.load(parsed)
+            found = _config(Path(parsed))
             pair = int(found["trainer"]["max_steps"]), int(found["data"]["n_test_views"])
         except Exception:
             raise ValueError from None
@@ -409,7 +481,8 @@ def _lengths(parsed: str, changed: int) -> tuple[int, int]:
 
 def _last_step(run: Path) -> int:
     """The last step in the newest table of losses."""
-    tables = sorted(run.glob("csv_logs/version_*/metrics.csv"), key=changed)
+    tables = [path for path in run.glob("csv_logs/version_*/metrics.csv") if _is_plain(path)]
+    tables.sort(key=changed)
     if not tables:
         return 0
     with tables[-1].open("rb") as file:
