@@ -16,6 +16,7 @@ from PIL import Image
 import threestudio
 from tests.runs import ROOT, launch, read, same, small_run
 from threestudio.run.first_picture import is_wanted
+from threestudio.utils.errors import UserError
 
 KEYS = ("state_dict", "optimizer_states", "rng_state", "global_step")
 CASES = {
@@ -181,16 +182,17 @@ def test_an_object_that_changes_after_its_first_picture_is_drawn_again_at_step_0
     assert len(drawn) == 2 and drawn[0] == -drawn[1] != 0
 
 
-def test_a_run_whose_model_cannot_be_loaded_leaves_no_first_picture(
-    trained, seen_by_the_guidance, tmp_path
-):
+def test_a_run_whose_model_cannot_be_loaded_leaves_no_first_picture(trained, monkeypatch):
+    seen = []
+
+    def failing(self):
+        seen.extend(Path("outputs").glob("*/*/save/*.png"))
+        raise UserError("there is no model")
+
+    monkeypatch.setattr(threestudio.find("lods-embedding-guidance"), "configure", failing)
     with pytest.raises(AssertionError):  # the status is 2
-        trained(
-            "lods-gs-system",
-            "[0]",
-            "system.guidance.pretrained_model_name_or_path=" + str(tmp_path),
-        )
-    assert len(seen_by_the_guidance) == 1
+        trained("lods-gs-system", "[0]")
+    assert [path.name for path in seen] == ["it0-0.png"]
     assert not list(Path("outputs").rglob("*"))
 
 
