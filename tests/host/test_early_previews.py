@@ -152,10 +152,9 @@ def test_the_first_picture_is_that_of_step_0_and_there_before_the_model(
     assert seen_by_the_guidance == [folder / "it0-0.png"]
     early = np.asarray(Image.open(folder / "it0-0.png"))
     assert early[:, :24].std() > 0  # something is drawn
-    seen_by_the_guidance.clear()
     monkeypatch.setattr("threestudio.run.first_picture.is_wanted", lambda *_: False)
     _, _, folder = trained(system, "[0,1]")
-    assert seen_by_the_guidance == []
+    assert not [path for path in seen_by_the_guidance if path.parent == folder]
     late = np.asarray(Image.open(folder / "it0-0.png"))
     # the points at which a grid looks first, in cells of a radiance field, are others
     assert np.abs(early.astype(int) - late).mean() <= (0 if system == "lods-gs-system" else 2)
