@@ -188,7 +188,8 @@ class Run:
         """Wait for the first step and the first picture."""
         note, found = self.folder / "first_step", {}
         while time.time() - self.begun < PATIENCE and self.process.poll() is None:
-            pictures = [p for p in self.folder.glob("**/save/**/*.png") if p.is_file()]
+            pictures = self.folder.glob("**/save/**/[!.]*.png")  # a hidden one is not whole yet
+            pictures = [p for p in pictures if p.is_file()]
             if pictures and "first_picture_s" not in found:
                 found["first_picture_cpu_s"] = self.used()
                 found["first_picture_s"] = min(p.stat().st_mtime for p in pictures) - self.begun
