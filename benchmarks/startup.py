@@ -1,7 +1,8 @@
 """How long a user waits: from the command to its first line, to a refusal, a step, a picture.
 
-``python benchmarks/startup.py --against PATH`` starts ``launch.py`` of this checkout and of another
-one in turn and writes ``benchmarks/results/startup.csv``, one row for each configuration, kind of
+``python benchmarks/startup.py --against PATH`` starts trainings of this checkout and of another one
+in turn, Gaussians and a radiance field by ``launch.py`` and Gaussians by ``lods make``, each with
+the embedded model, and writes ``benchmarks/results/startup.csv``, one row for each command, kind of
 start and checkout, and ``startup_imports.csv``. All times are seconds from the start of the process
 until something is seen from outside; each is the median over the rounds. The ``ratio`` columns are
 the times of the other checkout over those of the row, from the same alternation.
@@ -46,11 +47,19 @@ sys.path.insert(0, str(ROOT))
 
 from threestudio.run.machine import cpu_name  # noqa: E402
 
-CONFIGS = {
-    "gaussians": ("lods-gs-embedding", "pocket-shapes"),
-    "radiance field": ("lods-ngp-embedding", "pocket-shapes-ngp"),
+PROMPT = "a hamburger"
+
+
+def launch(*configs: str) -> tuple[str, ...]:
+    words = f"system.prompt_processor.prompt={PROMPT}", "exp_root_dir={folder}"
+    return ("launch.py", "--config", *configs, "--train", *words)
+
+
+COMMANDS = {  # the words after python; {folder}: that of the run
+    "gaussians": launch("lods-gs-embedding", "pocket"),
+    "radiance field": launch("lods-ngp-embedding", "pocket-ngp"),
+    "lods make": ("-P", "-m", "lods", "make", PROMPT, "--out", "{folder}"),
 }
-PROMPT = 'system.prompt_processor.prompt="a red mushroom"'
 MISTAKE = "system.guidance.guidance_scal=7"
 SEEN = ("first_line", "refusal", "first_step", "first_picture")
 MEASURES = tuple(f"{what}{unit}" for what in SEEN for unit in ("_s", "_cpu_s"))
@@ -115,20 +124,20 @@ class Checkout:
         clone(self.tree, self.here)
         (self.root / "commit").write_text(commit_of(self.tree))
 
-    def start(self, config: str, *overrides: str, python: tuple[str, ...] = ()) -> "Run":
+    def start(self, command: str, *overrides: str, python: tuple[str, ...] = ()) -> "Run":
         self.runs += 1
         folder = self.root / f"run{self.runs}"
         folder.mkdir()
         env = os.environ | {
             "NUMBA_CACHE_DIR": str(self.root / "cache"),
-            "PYTHONPATH": str(self.helpers),
+            "PYTHONPATH": f"{self.helpers}:{self.here / 'custom' / 'threestudio-lods'}",
             "FIRST_STEP_NOTE": str(folder / "first_step"),
             "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
         }
         env.pop("PYTHONDONTWRITEBYTECODE", None)
-        words = [sys.executable, *python, "launch.py", "--config", *CONFIGS[config], "--train"]
-        words += [PROMPT, f"exp_root_dir={folder}", *overrides]
+        words = [word.replace("{folder}", str(folder)) for word in COMMANDS[command]]
+        words = [sys.executable, *python, *words, *overrides]
         return Run(words, self.here, env, folder)
 
 
@@ -179,7 +188,8 @@ class Run:
         """Wait for the first step and the first picture."""
         note, found = self.folder / "first_step", {}
         while time.time() - self.begun < PATIENCE and self.process.poll() is None:
-            pictures = [p for p in self.folder.glob("**/save/**/*.png") if p.is_file()]
+            pictures = self.folder.glob("**/save/**/[!.]*.png")  # a hidden one is not whole yet
+            pictures = [p for p in pictures if p.is_file()]
             if pictures and "first_picture_s" not in found:
                 found["first_picture_cpu_s"] = self.used()
                 found["first_picture_s"] = min(p.stat().st_mtime for p in pictures) - self.begun
@@ -193,15 +203,15 @@ class Run:
         sys.exit(f"no picture was made:\n{self.text[-3000:]}")
 
 
-def measure(checkout: Checkout, config: str) -> dict[str, float]:
+def measure(checkout: Checkout, command: str) -> dict[str, float]:
     """One start and one refusal."""
-    run = checkout.start(config, "trainer.callbacks=[first_step.FirstStep]")
+    run = checkout.start(command, "trainer.callbacks=[first_step.FirstStep]")
     try:
         found = run.look()
     finally:
         run.stop()
     found["first_line_s"], found["first_line_cpu_s"] = run.heard
-    refused = checkout.start(config, MISTAKE)
+    refused = checkout.start(command, MISTAKE)
     found["refusal_s"], found["refusal_cpu_s"] = refused.wait()
     if refused.process.returncode != 2:
         sys.exit(f"the mistake was not refused:\n{refused.text[-3000:]}")
@@ -224,30 +234,30 @@ def imports(checkout: Checkout) -> dict[str, float]:
     return sums
 
 
-def rows_of(checkouts: list[Checkout], rounds: range, configs: list[str]) -> list[dict]:
+def rows_of(checkouts: list[Checkout], rounds: range, commands: list[str]) -> list[dict]:
     """The rows of the table; round 0 is the cold one."""
     found: dict[tuple[str, str, str], list[dict[str, float]]] = collections.defaultdict(list)
     loads: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
-    for config in configs:
+    for command in commands:
         for number in rounds:
             kind = "warm" if number else "cold"
             # in turn, and each first as often as the other
             for checkout in checkouts[:: 1 if number % 2 else -1]:
                 if kind == "cold":
                     checkout.renew()
-                loads[config, kind].append(os.getloadavg()[0])
-                found[config, kind, checkout.name].append(measure(checkout, config))
-                print(config, kind, checkout.name, found[config, kind, checkout.name][-1])
+                loads[command, kind].append(os.getloadavg()[0])
+                found[command, kind, checkout.name].append(measure(checkout, command))
+                print(command, kind, checkout.name, found[command, kind, checkout.name][-1])
     rows = []
-    for (config, kind, name), runs in found.items():
+    for (command, kind, name), runs in found.items():
         checkout = next(c for c in checkouts if c.name == name)
-        row = {"config": config, "start": kind, "checkout": name, "runs": len(runs)}
+        row = {"command": command, "start": kind, "checkout": name, "runs": len(runs)}
         row |= {m: round(statistics.median(r[m] for r in runs), 2) for m in MEASURES}
-        other = found.get((config, kind, "other"), [])
+        other = found.get((command, kind, "other"), [])
         for m in MEASURES:
             theirs = statistics.median(r[m] for r in other) if other else math.nan
             row[m.removesuffix("_s") + "_ratio"] = round(theirs / row[m], 2) if other else ""
-        row["load"] = round(statistics.median(loads[config, kind]), 1)
+        row["load"] = round(statistics.median(loads[command, kind]), 1)
         rows.append(row | about(checkout))
     return rows
 
@@ -294,7 +304,7 @@ def main() -> None:
     add = parser.add_argument
     add("--against", type=Path, help="another checkout, to compare with")
     add("--rounds", type=int, default=3, help="warm starts of each (3)")
-    add("--only-config", choices=list(CONFIGS), help="one configuration")
+    add("--only-command", choices=list(COMMANDS), help="one of the commands")
     add("--only-start", choices=["cold", "warm", "imports"], help="one kind of start")
     add("--keep", type=Path, help="a folder that keeps the clones and caches for a later call")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -303,14 +313,14 @@ def main() -> None:
         parser.error("--rounds takes a number from 1 on")
     numbers = {"cold": range(1), "warm": range(1, args.rounds + 1), "imports": range(0)}
     rounds = numbers.get(args.only_start, range(args.rounds + 1))
-    configs = [args.only_config] if args.only_config else list(CONFIGS)
+    commands = [args.only_command] if args.only_command else list(COMMANDS)
     trees = {"this": ROOT} | ({"other": args.against.resolve()} if args.against else {})
     with tempfile.TemporaryDirectory() as folder:
         where = args.keep.resolve() if args.keep else Path(folder)
         checkouts = [Checkout(name, tree, where) for name, tree in trees.items()]
-        rows = rows_of(checkouts, rounds, configs)
+        rows = rows_of(checkouts, rounds, commands)
         if rows:
-            write(args.out / "startup.csv", rows, ("config", "start", "checkout"))
+            write(args.out / "startup.csv", rows, ("command", "start", "checkout"))
         if args.only_start in (None, "imports"):
             write_imports(args.out / "startup_imports.csv", checkouts)
 

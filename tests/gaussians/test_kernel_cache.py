@@ -73,6 +73,16 @@ def entry(folder: Path) -> Path:
     return found
 
 
+def test_that_a_kernel_is_kept_is_known_before_it_is_loaded(package, tmp_path):
+    assert not kernel_cache.are_kept([package()])
+    outcome(package())
+    kept = package()
+    assert kernel_cache.are_kept([kept, kept])
+    assert outcome(kept) == "cache"
+    (tmp_path / "kernels_of_a_test" / "other.py").write_text("FACTOR = 2  # another source")
+    assert not kernel_cache.are_kept([kept, package()])
+
+
 def warnings_of(monkeypatch) -> list:
     told = []
     monkeypatch.setattr("threestudio.warn", lambda text: told.append(text))

@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 import threestudio
 from tests.runs import ROOT, SMALL_FIELD, launch, read, same, small_run
+from threestudio.run.first_picture import is_wanted
+from threestudio.utils.errors import UserError
 
 KEYS = ("state_dict", "optimizer_states", "rng_state", "global_step")
 CASES = {
@@ -111,3 +114,86 @@ def test_a_run_that_is_resumed_draws_no_preview_again(trained):
 def test_a_training_without_validations_draws_none(trained):
     _, steps, _ = trained("lods-gs-system", "[0,1]", "trainer.limit_val_batches=0")
     assert steps == []
+
+
+# --- the first picture, drawn before the model is loaded ---
+
+
+@pytest.fixture
+def seen_by_the_guidance(monkeypatch):
+    """The files of pictures that are there when the guidance begins to load its model."""
+    cls = threestudio.find("lods-embedding-guidance")
+    configure, seen = cls.configure, []
+
+    def looking(self, *args, **kwargs):
+        seen.extend(Path("outputs").glob("*/*/save/*.png"))
+        return configure(self, *args, **kwargs)
+
+    monkeypatch.setattr(cls, "configure", looking)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "system", ["lods-gs-system", pytest.param("lods-ngp-system", marks=pytest.mark.slow)]
+)
+def test_the_first_picture_is_that_of_step_0_and_there_before_the_model(
+    system, trained, seen_by_the_guidance, monkeypatch
+):
+    _, _, folder = trained(system, "[0]")
+    assert seen_by_the_guidance == [folder / "it0-0.png"]
+    early = np.asarray(Image.open(folder / "it0-0.png"))
+    assert early[:, :24].std() > 0  # something is drawn
+    monkeypatch.setattr("threestudio.run.first_picture.is_wanted", lambda *_: False)
+    _, _, folder = trained(system, "[0,1]")
+    assert not [path for path in seen_by_the_guidance if path.parent == folder]
+    late = np.asarray(Image.open(folder / "it0-0.png"))
+    # the points at which a grid looks first, in cells of a radiance field, are others
+    assert np.abs(early.astype(int) - late).mean() <= (0 if system == "lods-gs-system" else 2)
+
+
+def test_an_object_that_changes_after_its_first_picture_is_drawn_again_at_step_0(
+    trained, monkeypatch
+):
+    cls = threestudio.find("lods-gs-system")
+    configure, draw, drawn = cls.configure, cls.validation_step, []
+
+    def changed(self):
+        configure(self)
+        with torch.no_grad():
+            self.geometry.sh0.neg_()
+
+    def noting(self, batch, batch_idx):
+        drawn.append(self.geometry.sh0.sum().item())
+        return draw(self, batch, batch_idx)
+
+    monkeypatch.setattr(cls, "configure", changed)
+    monkeypatch.setattr(cls, "validation_step", noting)
+    trained("lods-gs-system", "[0]", "trainer.max_steps=1")
+    assert len(drawn) == 2 and drawn[0] == -drawn[1] != 0
+
+
+def test_a_run_whose_model_cannot_be_loaded_leaves_no_first_picture(trained, monkeypatch):
+    seen = []
+
+    def failing(self):
+        seen.extend(Path("outputs").glob("*/*/save/*.png"))
+        raise UserError("there is no model")
+
+    monkeypatch.setattr(threestudio.find("lods-embedding-guidance"), "configure", failing)
+    with pytest.raises(AssertionError):  # the status is 2
+        trained("lods-gs-system", "[0]")
+    assert [path.name for path in seen] == ["it0-0.png"]
+    assert not list(Path("outputs").rglob("*"))
+
+
+def test_a_first_picture_that_fails_costs_no_run(trained, monkeypatch):
+    monkeypatch.setattr("threestudio.run.first_picture._loader", lambda cfg: 1 / 0)
+    _, steps, _ = trained("lods-gs-system", "[0]")
+    assert 0 in steps
+
+
+def test_no_file_of_an_earlier_run_is_replaced_early(tmp_path):
+    cfg = OmegaConf.create({"resume": None, "trainer": {}})
+    assert is_wanted(cfg, str(tmp_path / "save"))
+    (tmp_path / "it0-0.png").touch()
+    assert not is_wanted(cfg, str(tmp_path))

@@ -116,11 +116,13 @@ def run(call: Call, gpus: list[str]) -> int:
         try:
             settle(folder, cfg, args.config, call.overrides, args.train)
             data = threestudio.find(cfg.data_type)(cfg.data)
-            with uncollected():  # it imports the model's libraries
+            save_dir = os.path.join(cfg.trial_dir, "save")
+            # it imports the model's libraries
+            with uncollected(), _first_picture(call, cfg, save_dir, first):
                 kind = threestudio.find(cfg.system_type)
                 system = kind(cfg.system, resumed=cfg.resume is not None)
             system.checkpoint_name = f"checkpoint {cfg.resume}"  # for an error to name
-            system.set_save_dir(os.path.join(cfg.trial_dir, "save"))
+            system.set_save_dir(save_dir)
             if get_rank():  # and see other cameras and noise
                 pl.seed_everything(cfg.seed + get_rank(), workers=True)
             trainer = make_trainer(call, cfg, guard, trainer_args, system, named, viewer)
@@ -217,6 +219,21 @@ def _listen(options: Any, n_gpus: int) -> Any:
     if n_gpus > 1:
         raise UserError("--viewer shows a run of one process: add --gpu 0, or leave it out")
     return listen(options)
+
+
+def _first_picture(call: Call, cfg: Any, save_dir: str, first: bool) -> Any:
+    """The context in which the system is built: a training draws its first picture there."""
+    from threestudio.run.first_picture import drawn_early, is_wanted
+
+    if not (first and call.args.train and is_wanted(cfg, save_dir)):
+        return contextlib.nullcontext()
+    silent = call.args.gradio or not cfg.trainer.get("enable_progress_bar", True)
+
+    def tell(path: str) -> None:
+        if not silent:  # as for the previews that follow
+            print(f"preview: {path}", file=sys.stderr, flush=True)
+
+    return drawn_early(cfg, save_dir, tell)
 
 
 def _begin_trial(call: Call, trial_dir: str) -> None:

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 
 import threestudio
 from threestudio.models.exporters.base import Exporter, ExporterOutput
+from threestudio.run import first_picture
 from threestudio.run.nonfinite import POLICIES, NonFiniteGuard
 from threestudio.systems.exact_resume import ExactResume
 from threestudio.systems.optimizer_options import OptimizerOptions, SchedulerOptions
@@ -253,6 +254,7 @@ class BaseLift3DSystem(BaseSystem):
             material=self.material,
             background=self.background,
         )
+        first_picture.object_is_built(self)
 
     def _converted_geometry(self, checkpoint: str):
         """This system's geometry, made from that of the run which wrote `checkpoint`."""

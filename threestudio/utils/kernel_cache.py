@@ -34,8 +34,9 @@ import secrets
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import llvmlite
 import numba
@@ -61,6 +62,15 @@ def kernel(**options) -> Callable[[Callable], Callable]:
         return compiled
 
     return decorate
+
+
+def are_kept(kernels: Iterable[Any]) -> bool:
+    """Whether each of these kernels need not be compiled, at least for some argument types."""
+    return all(
+        isinstance(cache := getattr(each, "_cache", None), KernelCache)
+        and cache.holds(each.targetctx)
+        for each in kernels
+    )
 
 
 class KernelCache(NullCache):
@@ -91,14 +101,28 @@ class KernelCache(NullCache):
 
     def _name(self, sig, codegen) -> str:
         """A file name, different for everything that the machine code depends on."""
+        types = hashlib.sha256(repr(sig).encode()).hexdigest()
+        return f"{self._beginning(codegen)}{types[:20]}{ENDING}"
+
+    def _beginning(self, codegen) -> str:
+        """What the names have in common for all argument types."""
         function = self._function
         about = (
             *(function.__module__, function.__qualname__, _digest(inspect.getfile(function))),
-            *(sig, codegen.magic_tuple(), sys.implementation.cache_tag),
+            *(codegen.magic_tuple(), sys.implementation.cache_tag),
             *(numba.__version__, llvmlite.__version__),
         )
         digest = hashlib.sha256(repr(about).encode()).hexdigest()
-        return f"{function.__name__[:60]}-{digest[:40]}{ENDING}"
+        return f"{function.__name__[:60]}-{digest[:40]}-"
+
+    def holds(self, target_context) -> bool:
+        """Whether the code for any argument types is kept, as far as the names of files tell."""
+        try:
+            beginning = self._beginning(target_context.codegen())
+            with _folder() as folder:
+                return any(name.startswith(beginning) for name in os.listdir(folder))
+        except Exception:  # told when the code is loaded or kept
+            return False
 
 
 # --- what a kernel is made of -------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import threestudio
+from threestudio.utils import compiling
 from threestudio.utils.errors import UserError, nearest
 from threestudio.utils.typing import *
 
@@ -83,6 +84,10 @@ def hash_encode(
         raise ValueError(f"params has the shape {tuple(params.shape)}, not ({layout.n_params},)")
     dtype = torch.promote_types(x.dtype, params.dtype)
     backend = resolve_backend(backend, x.device, dtype, layout.n_input_dims)
+    if backend == "cpu" and compiling.is_avoided():
+        from . import kernels
+
+        backend = "torch" if compiling.would_compile([kernels.encode]) else "cpu"
     if backend == "torch" or len(x) == 0:
         return _hash_encode_torch(x, params, layout)
     if backend == "cpu":

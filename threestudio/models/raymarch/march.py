@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 
 import threestudio
+from threestudio.utils import compiling
 from threestudio.utils.typing import *
 
 BACKENDS = ("auto", "cpu", "torch", "nerfacc")
@@ -56,7 +57,11 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
 
 def _module(backend: str, tensor: Tensor):
     name = resolve_backend(backend, tensor.device, tensor.dtype)
-    return importlib.import_module(f"{__package__}.march_{name}")
+    module = importlib.import_module(f"{__package__}.march_{name}")
+    avoided = name == "cpu" and compiling.is_avoided()
+    if avoided and compiling.would_compile([module.march, module.weigh, module.gather]):
+        return importlib.import_module(f"{__package__}.march_torch")
+    return module
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ or an installed package does, by an entry point, which is loaded when its name i
     mine = "my_package.my_module"
 """
 
+import contextlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -38,6 +40,7 @@ BUILT_IN = {
 }
 CUDA = ("gsplat", "gswarp", "diff-gaussian-rasterization")
 _registered: dict[str, Any] = {}
+_compiles: ContextVar[bool] = ContextVar("compiles", default=True)
 
 
 def register_backend(name: str, backend: Any) -> None:
@@ -72,6 +75,18 @@ def backend_names() -> tuple[str, ...]:
     return ("auto", *BUILT_IN, *others)
 
 
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within this, ``cpu`` compiles nothing: if its kernels are not kept from an earlier process,
+    it draws without them (:mod:`.tiles`), the same pictures within rounding. A few pictures are not
+    worth the compilation."""
+    token = _compiles.set(False)
+    try:
+        yield
+    finally:
+        _compiles.reset(token)
+
+
 def is_known(name: Any) -> bool:
     """Whether there is a backend of this name (``auto`` included). Loads nothing."""
     if not isinstance(name, str):
@@ -89,7 +104,10 @@ def get(name: str) -> Any:
     """The backend of a name other than ``auto``. Raises ``ValueError``, one line, for an unknown
     name, and for an entry point that cannot be loaded."""
     if name in BUILT_IN:
-        return importlib.import_module(f"{__name__}.{BUILT_IN[name]}")
+        module = importlib.import_module(f"{__name__}.{BUILT_IN[name]}")
+        if name == "cpu" and not _compiles.get() and not module.is_compiled():
+            return importlib.import_module(f"{__name__}.tiles")
+        return module
     if name not in _registered:
         entry = _announced().get(name)
         if entry is None:

@@ -17,9 +17,9 @@ from lods.gaussians.backends.base import (
     project_and_blend,
     unsupported,
 )
-from lods.gaussians.backends.lists import deal, make_lists
+from lods.gaussians.backends.lists import count_pairs, deal, fill_lists, make_lists, sort_cameras
 from lods.gaussians.backends.simd import INNER, OPTIONS, run, workers_for
-from lods.gaussians.kernel_cache import kernel
+from lods.gaussians.kernel_cache import are_kept, kernel
 from lods.gaussians.reference import ALPHA_MIN, EXTENT_MAX
 from numba import njit, prange
 
@@ -372,6 +372,12 @@ def composite(
 
 
 # ------------------------------------------------------------------------------- backend
+def is_compiled() -> bool:
+    """Whether what draws a picture was compiled by an earlier process."""
+    lists = sort_cameras, count_pairs, fill_lists
+    return are_kept((project_forward, *lists, kernels.set_channels, kernels.blend))
+
+
 def refuses(**arguments: Any) -> str:
     """Why the compiled rasteriser cannot draw this; empty if it can."""
     channels, chunk = channels_of(arguments), arguments["channel_chunk"]

@@ -55,7 +55,9 @@ class LODSSystem(Losses, Pictures):
                 f"1 or more, not {self.cfg.sheet_views} and {self.cfg.sheet_columns}"
             )
         self._check_mesh_format()
-        super().configure()
+        self._results: dict[str, str] = {}
+        self.begin_pictures()
+        super().configure()  # where the first picture may be drawn
         if self.resumed and "weights" in self.cfg.guidance:
             # the checkpoint brings the learned part, and the file may be gone
             self.cfg.guidance["weights"] = None
@@ -75,8 +77,6 @@ class LODSSystem(Losses, Pictures):
                     f"system.exporter_type={self.cfg.exporter_type} cannot export "
                     f"system.geometry_type={self.cfg.geometry_type}: set another exporter_type"
                 )
-        self._results: dict[str, str] = {}
-        self.begin_pictures()
         self.coverage = Coverage()
 
     def _check_mesh_format(self) -> None:

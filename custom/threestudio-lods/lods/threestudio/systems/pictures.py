@@ -2,13 +2,14 @@
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from lods.gaussians.backends import uncompiled
 from lods.threestudio.systems.coverage import Coverage
 from PIL import Image
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import threestudio
 from threestudio.systems.base import BaseLift3DSystem
+from threestudio.utils.misc import get_device
 
 
 class Pictures(BaseLift3DSystem):
@@ -28,6 +30,7 @@ class Pictures(BaseLift3DSystem):
         self._sheet: dict[int, tuple[float, int, Tensor]] = {}
         self.views = 0  # of a test, where its data tell
         self._drawn_at = -1  # the step of the last validation or early preview
+        self._drawn_of: list[tuple[int, int]] = []  # see _versions, of the first picture
 
     def panels(self, out: dict[str, Any], i: int) -> list[dict[str, Any]]:
         """The cells of the validation picture of image ``i``."""
@@ -51,9 +54,49 @@ class Pictures(BaseLift3DSystem):
         it has been computed."""
         super().on_train_batch_start(batch, batch_idx, unused)
         step = self.true_global_step
-        if step in self.cfg.early_previews and step != self._drawn_at:
-            self._drawn_at = step
-            self._draw_preview()
+        if step not in self.cfg.early_previews or step == self._drawn_at:
+            return
+        self._drawn_at = step
+        if step == 0 and self._drawn_of and self._drawn_of == self._versions():
+            return  # the first picture shows what there is
+        self._draw_preview()
+
+    @property
+    def _parts(self) -> tuple[torch.nn.Module, ...]:
+        return (self.background, self.geometry, self.material, self.renderer)
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """What is another list once a parameter of the object was replaced, or changed in place."""
+        found = [p for part in self._parts for p in part.parameters()]
+        return [(id(p), p._version) for p in found]
+
+    def draw_first_picture(self, make_loader: Callable[[], DataLoader]) -> list[str]:
+        """The first pictures of a validation at step 0, drawn where the object is built and nothing
+        else is; their paths. ``make_loader()`` gives the views, of which the first batch is drawn:
+        further ones can wait. None are, and the list is empty, if step 0 is not one of
+        ``early_previews``, or if the object is not yet what it will start as. Everything is left
+        as it was: the random states, the modules' modes and buffers.
+        """
+        if 0 not in self.cfg.early_previews or self.cfg.weights is not None:
+            return []
+        parts, device = self._parts, get_device()
+        with (
+            torch.no_grad(),
+            _undisturbed_random_streams(device),
+            _kept_buffers(parts),
+            uncompiled(),
+        ):
+            loader = make_loader()
+            for part in parts:  # as before the first step, which a preview follows
+                part.do_update_step(0, 0)
+            with _evaluating(parts):
+                batch = _moved(next(_batches(loader)), device)
+                self.preprocess_data(batch, "validation")
+                self.validation_step(batch, 0)
+        views = batch["index"].tolist()
+        if len(views) == len(loader.dataset):
+            self._drawn_of = self._versions()
+        return [self.get_save_path(f"it0-{view}.png") for view in views]
 
     def _draw_preview(self) -> None:
         """The pictures of a validation, drawn by the first process between two training steps,
@@ -61,15 +104,12 @@ class Pictures(BaseLift3DSystem):
         loader = self.trainer.val_dataloaders
         if not isinstance(loader, DataLoader) or self.global_rank != 0:
             return
-        data, size = loader.dataset, loader.batch_size or 1
-        parts = (self.geometry, self.material, self.background, self.renderer)
-        with torch.no_grad(), _undisturbed_random_streams(self.device), _evaluating(parts):
-            for first in range(0, len(data), size):
-                rows = [data[i] for i in range(first, min(first + size, len(data)))]
-                batch = self.trainer.strategy.batch_to_device(loader.collate_fn(rows))
+        with torch.no_grad(), _undisturbed_random_streams(self.device), _evaluating(self._parts):
+            for number, batch in enumerate(_batches(loader)):
+                batch = self.trainer.strategy.batch_to_device(batch)
                 self.preprocess_data(batch, "validation")
                 with self.trainer.precision_plugin.val_step_context():
-                    self.validation_step(batch, first // size)
+                    self.validation_step(batch, number)
 
     def on_test_epoch_start(self) -> None:
         self._count_views(self.trainer.test_dataloaders)
@@ -170,6 +210,34 @@ def _undisturbed_random_streams(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _kept_buffers(parts: tuple[torch.nn.Module, ...]) -> Iterator[None]:
+    """Within this, the modules' buffers may change; afterwards each is as it was."""
+    before = [
+        (module, name, buffer, buffer.clone())
+        for part in parts
+        for module in part.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, values in before:
+            setattr(module, name, buffer.copy_(values))
+
+
+def _batches(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader of views, which itself is not iterated: it might draw a seed."""
+    data: Any = loader.dataset
+    size = loader.batch_size or 1
+    for first in range(0, len(data), size):
+        yield loader.collate_fn([data[i] for i in range(first, min(first + size, len(data)))])
+
+
+def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 @contextlib.contextmanager
