@@ -28,6 +28,8 @@ pytestmark = [
     pytest.mark.skipif(bool(WHY), reason=WHY or "it is installed"),
 ]
 
+RESTS = "n => document.querySelectorAll('.stage canvas')[n].dataset.state === 'resting'"
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -70,7 +72,7 @@ def pixels(page, name, number=0, rest=True):
     """The canvas as it is seen, 0..255."""
     page.wait_for_timeout(100)
     if rest:  # until nothing moves, and it is drawn in full
-        page.locator(".stage.resting").nth(number).wait_for(timeout=60_000)
+        page.wait_for_function(RESTS, arg=number, timeout=60_000)
     data = page.locator(".stage").nth(number).screenshot()
     if folder := os.environ.get("BROWSER_PICTURES"):
         Path(folder).mkdir(parents=True, exist_ok=True)
