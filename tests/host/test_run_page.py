@@ -8,6 +8,8 @@ import os
 import re
 import shlex
 import struct
+import subprocess
+import sys
 import zlib
 from html.parser import HTMLParser
 from importlib.metadata import version
@@ -20,6 +22,7 @@ import pytest
 from tests.glb_files import glb, linear
 from tests.host.test_launch import cli, last, train  # noqa: F401 (a fixture)
 from tests.run_folders import PROMPT, gaussians, picture, run_folder, write_gaussians
+from tests.runs import ROOT
 from threestudio.run.drawing import objects
 from threestudio.run.page import curves, try_page, write_page
 from threestudio.run.page.facts import read_facts
@@ -206,6 +209,24 @@ def test_the_mesh_in_the_page_is_that_of_the_file(run):
     places = low + np.frombuffer(data, "<u2", 60, 360).reshape(20, 3) / 65535 * (high - low)
     assert np.abs(places - points).max() < 1e-5 + 0.6 / 65535
     assert np.abs(np.frombuffer(data, "u1", 60, 480).reshape(20, 3) / 255 - rgb).max() < 0.51 / 255
+
+
+def test_an_object_is_read_and_packed_without_torch(tmp_path):
+    """A server that does it is light."""
+    write_gaussians(tmp_path / "a.ply", gaussians(), "comment front -z up -y\n")
+    (tmp_path / "b.ply").write_bytes(b"ply")
+    code = """
+import sys
+from pathlib import Path
+from threestudio.run import drawing
+drawing.packed(drawing.read_object(Path("a.ply")), drawing.Camera())
+try: drawing.read_object(Path("b.ply"))
+except ValueError: print("torch" in sys.modules)
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 def test_a_stray_gaussian_does_not_make_the_object_small():

@@ -7,7 +7,6 @@
 //
 // Viewers of one camera turn together. A canvas has data-state="moving" while it is drawn small,
 // where that is slow, and "resting" once it is drawn as well as it can be. Nothing is fetched.
-"use strict";
 
 const SPLAT_VERTEX = `#version 300 es
 precision highp float;
@@ -297,7 +296,7 @@ export class Viewer {
     Object.assign(this, { canvas, camera, visible: true, closed: false, due: false, rest: false });
     // along a side: less while it moves, where that is slow (a phone, or a browser that draws with
     // the processor), and more once it rests
-    Object.assign(this, { detail: LEAST, still: 1, drawn: 0, took: 0 });
+    Object.assign(this, { detail: LEAST, still: 1, drawn: 0, took: 0, pace: 0 });
     this.ask = () => this.later(false);
     camera.listeners.add(this.ask);
     this.watching = [new ResizeObserver(this.ask), new IntersectionObserver((seen) => {
@@ -326,6 +325,7 @@ export class Viewer {
     this.begin();
     this.paint(LEAST); // the first one prepares the program
     this.paint(LEAST);
+    this.pace = this.took;
     this.detail = within(LEAST * Math.sqrt(MOVING / this.took));
     this.still = within(LEAST * Math.sqrt(AT_REST / this.took));
     const { camera } = this;
@@ -336,7 +336,7 @@ export class Viewer {
 
   // Whether even a small picture takes long.
   get slow() {
-    return this.detail === LEAST && this.took > 100;
+    return this.pace > 100;
   }
 
   close() {
@@ -371,8 +371,11 @@ export class Viewer {
   frame() {
     if (!this.rest) {
       this.paint(this.detail);
+      this.pace = this.detail === LEAST ? 0.7 * this.pace + 0.3 * this.took : 0;
       const factor = Math.sqrt(MOVING / this.took);
-      this.detail = within(this.drawn * Math.min(1.25, Math.max(0.7, factor)));
+      if (factor < 0.85 || factor > 1.2) { // a size that changes all the time flickers
+        this.detail = within(this.detail * Math.min(1.25, Math.max(0.7, factor)));
+      }
       return;
     }
     if (this.still > this.drawn) {

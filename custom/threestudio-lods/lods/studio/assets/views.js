@@ -75,7 +75,8 @@ class Pane {
 
   // Buttons on an object: what is behind it, and whether a mesh has its colours.
   tools(way) {
-    const button = (text, press) => h("button", { class: "quiet", type: "button", onclick: press }, text);
+    const button = (text, says, press) =>
+      h("button", { class: "quiet", type: "button", title: says, onclick: press }, text);
     const ground = () => {
       const now = GROUNDS.findIndex((name) => this.stage.classList.contains(name));
       this.stage.classList.remove(...GROUNDS);
@@ -85,7 +86,9 @@ class Pane {
       this.camera.shape = 1 - this.camera.shape;
       this.camera.changed();
     };
-    return h("div", { class: "on-stage" }, button("Background", ground), way === "glb" && button("Shape", shape));
+    return h("div", { class: "on-stage" },
+      button("Background", "white, grey, black", ground),
+      way === "glb" && button("Shape", "with and without its colours", shape));
   }
 
   film(run) {
