@@ -15,7 +15,7 @@ from threestudio.run import drawing
 from threestudio.run.page import write_page
 
 AZIMUTH = 0.5  # radians, from where a viewer looks first
-LEVELS = 1.5  # of 255: the mean difference on the object; 8 bits a layer round
+LEVELS = 2.0  # of 255: the mean difference on the object; each layer is rounded to 8 bits
 
 
 def cloud(count=3000):
