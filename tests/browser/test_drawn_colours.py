@@ -58,12 +58,19 @@ def render(parts, width, height, distance, middle=(0.0, 0.0, 0.0)):
 
 
 def difference(seen, wanted, opacity, name):
-    """The mean on the object, of 255."""
-    seen = seen[: wanted.shape[0], : wanted.shape[1]]
-    found = np.abs(seen - wanted)[opacity > 0.05]
-    bias = (seen - wanted)[opacity > 0.05].mean(axis=0)
-    print(f"{name}: mean {found.mean():.3f}, 99 % {np.percentile(found, 99):.2f}, bias {bias}")
-    return found.mean()
+    """The mean on the object, of 255. ``seen`` is a screenshot with the border around the canvas,
+    which a layout puts to a fraction of a pixel: so the best of nine places counts."""
+    height, width = opacity.shape
+    border = (seen.shape[1] - width) // 2
+    seen = np.pad(seen, ((2, 2), (2, 2), (0, 0)), "edge")
+    best, mask = [], opacity > 0.05
+    for y, x in np.ndindex(3, 3):
+        y, x = y + border + 1, x + border + 1
+        part = seen[y : y + height, x : x + width] - wanted
+        best.append((np.abs(part)[mask].mean(), part[mask].mean(axis=0)))
+    mean, bias = min(best, key=lambda found: found[0])
+    print(f"{name}: mean {mean:.3f}, of which one direction {bias.round(2)}")
+    return mean
 
 
 def size_of(page):
@@ -76,10 +83,9 @@ def test_the_page_of_a_run_has_the_colours_of_its_renders(show, tmp_path):  # no
     page = show(write_page([run]))
     seen = pixels(page, "cloud")
     width, height = size_of(page)
-    border = (seen.shape[1] - width) // 2
     wanted, opacity = render(parts, width, height, 3.6)
     assert 0.1 < (opacity > 0.05).mean() < 0.6
-    assert difference(seen[border:, border:], wanted, opacity, "page") < LEVELS
+    assert difference(seen, wanted, opacity, "page") < LEVELS
 
 
 def test_the_studio_has_the_colours_of_renders(browser, tmp_path):  # noqa: F811
@@ -97,9 +103,8 @@ def test_the_studio_has_the_colours_of_renders(browser, tmp_path):  # noqa: F811
         seen = pixels(page, "studio cloud")
         width, height = size_of(page)
     page.close()
-    border = (seen.shape[1] - width) // 2
     wanted, opacity = render(parts, width, height, about["distance"], about["middle"])
-    assert difference(seen[border:, border:], wanted, opacity, "studio") < LEVELS
+    assert difference(seen, wanted, opacity, "studio") < LEVELS
 
 
 def test_a_mesh_in_the_studio_has_its_colours(browser, tmp_path):  # noqa: F811
