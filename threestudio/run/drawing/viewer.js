@@ -285,7 +285,7 @@ function matricesOf(about, camera, width, height) {
 
 // --- the viewer --------------------------------------------------------------------------------
 
-const MOVING = 30, AT_REST = 600; // milliseconds that a picture may take
+const MOVING = 30, AT_REST = 900; // milliseconds that a picture may take
 const LEAST = 0.3; // share of the canvas's pixels that is drawn at least, along a side
 
 const within = (share) => Math.min(1, Math.max(LEAST, share));
@@ -381,6 +381,7 @@ export class Viewer {
     if (this.still > this.drawn) {
       this.paint(this.still);
       this.still = within(this.drawn * Math.sqrt(AT_REST / this.took));
+      if (this.still > 1.15 * this.drawn) return this.later(true); // it is quicker than it seemed
     }
     this.canvas.dataset.state = "resting";
   }
