@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -104,6 +105,17 @@ def test_it_loads_nothing_and_its_policy_allows_nothing_else(run):
         [inline] = [e for e in page.all(name) if e[1].get("type", "module") == "module"]
         digest = base64.b64encode(hashlib.sha256(inline[2].encode()).digest()).decode()
         assert rules[of] == f"'sha256-{digest}'"  # of that one, and of no other
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_its_script_is_one_valid_module(run, tmp_path):
+    """Two files are put together, which may not declare the same name."""
+    [script] = Page(write_page([run])).all("script", type="module")
+    (tmp_path / "page.mjs").write_text(script[2])
+    words = ["node", "--check", str(tmp_path / "page.mjs")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "class Viewer" in script[2] and "new Viewer(" in script[2]
 
 
 def test_its_links_lead_to_the_files_of_the_run(run, tmp_path):
