@@ -3,7 +3,7 @@
 :mod:`.objects` reads the file of an object and packs it, ``viewer.js`` unpacks and draws it with
 WebGL 2 and turns it by mouse, finger and keys. Nothing here imports torch.
 
-The viewer is our own, 18 KB that lie in every page. The libraries that draw Gaussians stand on
+The viewer is our own, 19 KB that lie in every page. The libraries that draw Gaussians stand on
 three.js (2.1 MB) and have 0.6 MB (@mkkellogg/gaussian-splats-3d 0.4.7) or, minified, 2.7 MB
 (@sparkjsdev/spark 2.2.0), of the 5 MB that a page may have. Both start workers and run WebAssembly,
 which a policy that lets one script run by its hash does not allow.

@@ -294,6 +294,7 @@ export class Viewer {
   // `scroll`: the wheel zooms always, and not only once the object has been clicked.
   constructor(canvas, camera, { scroll = false } = {}) {
     Object.assign(this, { canvas, camera, visible: true, closed: false, due: false, rest: false });
+    this.wanted = false; // a picture, while one is being drawn
     // along a side: less while it moves, where that is slow (a phone, or a browser that draws with
     // the processor), and more once it rests
     Object.assign(this, { detail: LEAST, still: 1, drawn: 0, took: 0, pace: 0 });
@@ -323,8 +324,11 @@ export class Viewer {
     this.gl = this.canvas.getContext("webgl2", options);
     if (!this.gl) throw new Error("this browser has no WebGL 2");
     this.begin();
-    this.paint(LEAST); // the first one prepares the program
-    this.paint(LEAST);
+    this.due = true; // nothing else is drawn while that is timed
+    await this.paint(LEAST); // the first one prepares the program
+    await this.paint(LEAST);
+    this.due = false;
+    if (this.closed) return;
     this.pace = this.took;
     this.detail = within(LEAST * Math.sqrt(MOVING / this.took));
     this.still = within(LEAST * Math.sqrt(AT_REST / this.took));
@@ -360,17 +364,28 @@ export class Viewer {
       this.canvas.dataset.state = "moving";
       this.settling = setTimeout(() => this.later(true), 200);
     }
-    if (this.due || !this.visible) return;
+    this.wanted = true;
+    this.next();
+  }
+
+  // One picture at a time: what is asked for meanwhile is drawn when that is finished.
+  next() {
+    if (this.due || !this.wanted || !this.visible) return;
     this.due = true;
-    requestAnimationFrame(() => {
-      this.due = false;
-      if (!this.closed && this.draw) this.frame();
+    requestAnimationFrame(async () => {
+      this.wanted = false;
+      try {
+        if (!this.closed && this.draw) await this.frame(this.rest);
+      } finally {
+        this.due = false;
+        this.next();
+      }
     });
   }
 
-  frame() {
-    if (!this.rest) {
-      this.paint(this.detail);
+  async frame(rest) {
+    if (!rest) {
+      await this.paint(this.detail);
       this.pace = this.detail === LEAST ? 0.7 * this.pace + 0.3 * this.took : 0;
       const factor = Math.sqrt(MOVING / this.took);
       if (factor < 0.85 || factor > 1.2) { // a size that changes all the time flickers
@@ -379,14 +394,15 @@ export class Viewer {
       return;
     }
     if (this.still > this.drawn) {
-      this.paint(this.still);
+      await this.paint(this.still);
       this.still = within(this.drawn * Math.sqrt(AT_REST / this.took));
+      if (this.wanted) return; // it has been turned meanwhile
       if (this.still > 1.15 * this.drawn) return this.later(true); // it is quicker than it seemed
     }
     this.canvas.dataset.state = "resting";
   }
 
-  paint(share) {
+  async paint(share) {
     const { gl, canvas } = this, begun = performance.now();
     const scale = share * Math.min(window.devicePixelRatio || 1, 2);
     const width = Math.max(1, Math.round(canvas.clientWidth * scale));
@@ -398,9 +414,23 @@ export class Viewer {
     gl.clearColor(0, 0, 0, 0);
     gl.clear(gl.COLOR_BUFFER_BIT | gl.DEPTH_BUFFER_BIT);
     this.draw(matricesOf(this.about, this.camera, width, height), width, height, this.camera.shape);
-    gl.readPixels(0, 0, 1, 1, gl.RGBA, gl.UNSIGNED_BYTE, new Uint8Array(4)); // waits for it
+    await finished(gl);
     [this.drawn, this.took] = [share, Math.max(performance.now() - begun, 0.1)];
   }
+}
+
+// Until all that was drawn is finished, without holding up the page.
+function finished(gl) {
+  const fence = gl.fenceSync(gl.SYNC_GPU_COMMANDS_COMPLETE, 0);
+  gl.flush();
+  return new Promise((done) => {
+    const look = () => {
+      if (gl.clientWaitSync(fence, 0, 0) === gl.TIMEOUT_EXPIRED) return setTimeout(look, 1);
+      gl.deleteSync(fence);
+      done();
+    };
+    look();
+  });
 }
 
 function steer(canvas, camera, scroll) {
