@@ -44,6 +44,7 @@ setup(
             "studio/*.yaml",
             "studio/assets/*",
         ],
+        f"{HOST}.threestudio.run.drawing": ["*.js"],
         f"{HOST}.threestudio.run.page": ["*.css", "*.js"],
         f"{HOST}.evaluation": ["*.yaml", "grids/*.yaml"],
         # without pocket/ideal and pocket/truth: they are for the study of this repository

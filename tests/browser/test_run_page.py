@@ -18,6 +18,8 @@ pytestmark = [
     pytest.mark.skipif(chromium.CHROMIUM is None, reason="Chromium is not installed"),
 ]
 
+RESTS = "n => document.querySelectorAll('.stage canvas')[n].dataset.state === 'resting'"
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -57,7 +59,7 @@ def pixels(page, name, number=0, rest=True):
     """The canvas as it is seen, 0..255."""
     page.wait_for_timeout(100)
     if rest:  # until nothing moves, and it is drawn in full
-        page.locator(".stage.resting").nth(number).wait_for(timeout=60_000)
+        page.wait_for_function(RESTS, arg=number, timeout=60_000)
     data = page.locator(".stage").nth(number).screenshot()
     return chromium.seen(data, name)
 

@@ -119,7 +119,7 @@ def test_from_an_empty_page_to_a_downloaded_glb(page, tmp_path):
         keep(page, "card")
         page.click(".card a")
         page.wait_for_selector(".stage canvas")
-        page.wait_for_selector(".note:has-text('drag')")
+        page.wait_for_selector(".note:has-text('Drag')")
         keep(page, "run")
         path, name = downloaded(page, "a.download:has(b:text-is('glb'))")
         assert name == "a-red-hamburger.glb"
@@ -175,7 +175,7 @@ def test_gaussians_are_drawn_where_and_in_the_colours_that_they_are(page, tmp_pa
     made(tmp_path, "one")
     with studio(tmp_path) as address:
         page.goto(f"{address}#/run/one")
-        page.wait_for_selector(".note:has-text('drag')")
+        page.wait_for_selector(".note:has-text('Drag')")
         page.wait_for_timeout(300)
         red, green, blue = middles(picture(page.locator(".stage canvas")))
         # the camera is a little to the right of the front, and above
@@ -185,7 +185,7 @@ def test_gaussians_are_drawn_where_and_in_the_colours_that_they_are(page, tmp_pa
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         page.mouse.move(x, y)
         page.mouse.down()
-        page.mouse.move(x + 349, y, steps=5)  # half a turn
+        page.mouse.move(x + np.pi / 0.008, y, steps=5)  # half a turn
         page.mouse.up()
         page.wait_for_timeout(300)
         red, green, blue = middles(picture(page.locator(".stage canvas")))

@@ -7,7 +7,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from html.parser import HTMLParser
 from importlib.metadata import version
@@ -20,7 +23,9 @@ import pytest
 from tests.glb_files import glb, linear
 from tests.host.test_launch import cli, last, train  # noqa: F401 (a fixture)
 from tests.run_folders import PROMPT, gaussians, picture, run_folder, write_gaussians
-from threestudio.run.page import curves, objects, try_page, write_page
+from tests.runs import ROOT
+from threestudio.run.drawing import objects
+from threestudio.run.page import curves, try_page, write_page
 from threestudio.run.page.facts import read_facts
 from threestudio.run.record import read_record
 from threestudio.utils.errors import UserError
@@ -97,9 +102,20 @@ def test_it_loads_nothing_and_its_policy_allows_nothing_else(run):
     rules = dict(rule.split(" ", 1) for rule in policy[1]["content"].split("; "))
     assert rules["default-src"] == "'none'" and rules["img-src"] == "data:"
     for name, of in (("script", "script-src"), ("style", "style-src")):
-        [inline] = [e for e in page.all(name) if "type" not in e[1]]
+        [inline] = [e for e in page.all(name) if e[1].get("type", "module") == "module"]
         digest = base64.b64encode(hashlib.sha256(inline[2].encode()).digest()).decode()
         assert rules[of] == f"'sha256-{digest}'"  # of that one, and of no other
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_its_script_is_one_valid_module(run, tmp_path):
+    """Two files are put together, which may not declare the same name."""
+    [script] = Page(write_page([run])).all("script", type="module")
+    (tmp_path / "page.mjs").write_text(script[2])
+    words = ["node", "--check", str(tmp_path / "page.mjs")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "class Viewer" in script[2] and "new Viewer(" in script[2]
 
 
 def test_its_links_lead_to_the_files_of_the_run(run, tmp_path):
@@ -122,7 +138,8 @@ def test_text_from_a_run_is_shown_as_text(tmp_path):
     page = Page(write_page([run]))
     assert page.all("h1")[0][2] == EVIL and page.all("title")[0][2] == EVIL
     assert all(e[1]["src"].startswith("data:") for e in page.all("img"))
-    assert len([e for e in page.all("script") if "type" not in e[1]]) == 1
+    kinds = [e[1].get("type") for e in page.all("script")]
+    assert sorted(kinds) == ["application/octet-stream", "module"]
     assert not any(name.startswith("on") for e in page.elements for name in e[1])
     assert EVIL in page.rows()["on"]
 
@@ -204,6 +221,45 @@ def test_the_mesh_in_the_page_is_that_of_the_file(run):
     places = low + np.frombuffer(data, "<u2", 60, 360).reshape(20, 3) / 65535 * (high - low)
     assert np.abs(places - points).max() < 1e-5 + 0.6 / 65535
     assert np.abs(np.frombuffer(data, "u1", 60, 480).reshape(20, 3) / 255 - rgb).max() < 0.51 / 255
+
+
+def test_an_object_is_read_and_packed_without_torch(tmp_path):
+    """A server that does it is light."""
+    write_gaussians(tmp_path / "a.ply", gaussians(), "comment front -z up -y\n")
+    (tmp_path / "b.ply").write_bytes(b"ply")
+    code = """
+import sys
+from pathlib import Path
+from threestudio.run import drawing
+drawing.packed(drawing.read_object(Path("a.ply")), drawing.Camera())
+try: drawing.read_object(Path("b.ply"))
+except ValueError: print("torch" in sys.modules)
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_a_stray_gaussian_does_not_make_the_object_small():
+    rows = gaussians(1000)
+    far = rows[-1:].copy()
+    far[:, :3] = 50
+    parts = [np.concatenate([rows, far])[:, k] for k in (slice(3), slice(10, 13), slice(13, 17))]
+    parts += [np.concatenate([rows, far])[:, k] for k in (9, slice(6, 9))]
+    for camera in (objects.Camera(), objects.Camera(distance=3.6)):
+        alone = camera.about(objects.splats_of(*(part[:-1] for part in parts)))
+        about = camera.about(objects.splats_of(*parts))
+        assert about["distance"] == pytest.approx(alone["distance"], rel=0.02)
+        assert np.allclose(about["middle"], alone["middle"], atol=0.02)
+
+
+def test_all_corners_of_a_mesh_are_in_the_picture():
+    rng = np.random.default_rng(0)
+    points = np.concatenate([rng.uniform(-1, 1, (1000, 3)), [[0, 0, 4]]])
+    about = objects.Camera().about(objects.Triangles(points, points, np.zeros((1, 3), int)))
+    away = np.linalg.norm(points - about["middle"], axis=1).max()
+    assert away < about["distance"] * np.sin(about["fovy"] / 2) < 1.1 * away
 
 
 OBJ = """mtllib model.mtl

@@ -1,14 +1,19 @@
 """What the server answers, to whom, and what it does not do."""
 
+import base64
 import gzip
 import json
 import random
 import shutil
 import string
+import zlib
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
+import threestudio
+from tests.run_folders import gaussians, write_gaussians
 from tests.studio.toy import FORM, QUICK, REQUEST, ask, let_end, raw, server, until
 
 pytest.importorskip("aiohttp")
@@ -73,6 +78,54 @@ def test_every_file_of_the_page_is_served_and_refers_to_nothing_elsewhere(studio
         text = body.decode().replace("http://www.w3.org/2000/svg", "")
         assert "http://" not in text and "https://" not in text
         assert " style=" not in text and "innerHTML" not in text
+
+
+def test_the_viewer_is_that_of_the_pages_of_runs(studio):
+    viewer = Path(threestudio.__file__).parent / "run" / "drawing" / "viewer.js"
+    status, headers, body = ask(studio[0], "GET", "/assets/viewer.js")
+    assert status == 200 and headers["Content-Type"].startswith("text/javascript")
+    assert body == viewer.read_bytes()
+    assert b"http" not in body and b"innerHTML" not in body
+
+
+def test_an_object_is_packed_for_the_viewer(studio, monkeypatch):
+    port, queue = studio
+    rows = gaussians(30)
+    file = queue.shelf.root / "done" / "gaussians.ply"
+    before = file.read_bytes()
+    try:
+        write_gaussians(file, rows)
+        status, headers, body = ask(port, "GET", "/drawn/done/ply?123")
+        found = json.loads(body)
+        monkeypatch.setattr("threestudio.run.drawing.BUDGET", 10)
+        fewer = json.loads(ask(port, "GET", "/drawn/done/ply")[2])
+    finally:
+        file.write_bytes(before)
+    assert status == 200 and "max-age" in headers["Cache-Control"]
+    assert found["about"]["kind"] == "splats" and found["about"]["count"] == 30
+    assert len(zlib.decompress(base64.b64decode(found["data"]))) == 17 * 30
+    assert found["left_out"] == []
+    assert fewer["about"]["count"] == 10
+    assert fewer["left_out"] == ["Drawn here with 10 Gaussians of 30 Gaussians."]
+
+
+@pytest.mark.parametrize("content", [b"ply", b"ply\nelement vertex\nend_header\n", b"", b"\0" * 99])
+def test_an_object_that_cannot_be_drawn_is_told_in_one_line(studio, content):
+    port, queue = studio
+    file = queue.shelf.root / "done" / "gaussians.ply"
+    before = file.read_bytes()
+    try:
+        file.write_bytes(content)
+        status, _, body = ask(port, "GET", "/drawn/done/ply")
+    finally:
+        file.write_bytes(before)
+    error = json.loads(body)["error"]
+    assert status == 422 and error.startswith("gaussians.ply ") and "\n" not in error
+
+
+@pytest.mark.parametrize("path", ["done/log", "done/video", "done/glb", "none/ply", "../done/ply"])
+def test_only_objects_are_drawn(studio, path):
+    assert ask(studio[0], "GET", f"/drawn/{path}")[0] == 404
 
 
 def test_every_answer_carries_the_policy(studio):

@@ -2,8 +2,9 @@
 
 It is made of what is in the folder of a run, whatever has become of the run: :mod:`.facts` reads
 it, :mod:`.sections` writes the parts, and this module puts them into a page. The object is drawn by
-``viewer.js``, some hundred lines of WebGL: a static recording of viser needs viser, a server for
-its making and 0.8 MB a page, and shares no camera with its neighbour; three.js draws no Gaussians.
+the viewer of :mod:`threestudio.run.drawing`, and ``page.js`` has what is around it. (A static
+recording of viser needs viser, a server for its making and 0.8 MB a page, and shares no camera with
+its neighbour.)
 
 The page is sent to others, and a run may have come from others. So all text is escaped
 (:mod:`.markup`), and the page's own content security policy lets the browser run the one script of
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import threestudio
+from threestudio.run.drawing import BUDGET, VIEWER
 from threestudio.run.page import sections
 from threestudio.run.page.facts import Facts, read_facts
 from threestudio.run.page.markup import Html, tag
@@ -28,7 +30,6 @@ NAME = "report.html"
 GENERATOR = "threestudio-lods"
 MAX_BYTES = 5_000_000
 MAX_RUNS = 12  # a browser draws into 16 canvases at most
-BUDGET = 120_000  # Gaussians or triangles, of all runs of a page
 _HERE = Path(__file__).resolve().parent
 
 
@@ -85,7 +86,10 @@ def page(runs: Sequence[Facts], folder: str, budget: int = BUDGET) -> str:
     title = runs[0].title if one else f"{len(runs)} runs side by side"
     most = max(budget // len(runs), 500)
     body = _of_one(runs[0], folder, most) if one else _of_several(runs, folder, most)
-    script, style = ((_HERE / name).read_text("utf-8") for name in ("viewer.js", "page.css"))
+    # one module: page.js finds what viewer.js exports beside itself
+    files = (VIEWER, _HERE / "page.js", _HERE / "page.css")
+    viewer, page_script, style = (file.read_text("utf-8") for file in files)
+    script = viewer + page_script
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "img-src data:; base-uri 'none'; form-action 'none'"
@@ -102,7 +106,7 @@ def page(runs: Sequence[Facts], folder: str, budget: int = BUDGET) -> str:
     whole = tag(
         "html",
         tag("head", *head),
-        tag("body", *body, Html(f"<script>{script}</script>")),
+        tag("body", *body, Html(f'<script type="module">{script}</script>')),
         lang="en",
     )
     return f"<!doctype html>\n{whole}\n"

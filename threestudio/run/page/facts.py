@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from threestudio.run.page import objects, pictures, settings
+from threestudio.run.drawing import Camera, Splats, Triangles, objects
+from threestudio.run.page import pictures, settings
 from threestudio.run.page.curves import Curve, read_curves
 from threestudio.run.page.files import Folder
-from threestudio.run.page.objects import Camera, Splats, Triangles
 from threestudio.run.page.pictures import Picture
 from threestudio.run.page.settings import Command, text_of
 from threestudio.run.record import read_record

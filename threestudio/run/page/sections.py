@@ -1,14 +1,15 @@
 """The parts of the page of a run."""
 
+import json
 import os
 import re
 from collections.abc import Sequence
 from urllib.parse import quote
 
+from threestudio.run.drawing import Triangles, left_out, packed
 from threestudio.run.page import curves, settings
 from threestudio.run.page.facts import Facts, size_of
 from threestudio.run.page.markup import Html, joined, tag
-from threestudio.run.page.objects import Splats, Triangles, element
 from threestudio.run.page.pictures import Picture
 from threestudio.run.page.settings import text_of
 
@@ -45,7 +46,10 @@ def stage(facts: Facts, name: str, most: int) -> Html:
     canvas = tag("canvas", tabindex=0, role="img", aria_label=help_)
     said = tag("p", "Loading …", class_="said")
     shown = tag("div", *inside, canvas, said, class_=f"stage {ground(facts)}", data_object=name)
-    return Html(shown + element(found, facts.camera, name))
+    about, data = packed(found, facts.camera)
+    kind = "application/octet-stream"
+    held = tag("script", Html(data), id=name, type=kind, data_about=json.dumps(about))
+    return Html(shown + held)
 
 
 def ground(facts: Facts) -> str:
@@ -68,14 +72,10 @@ def tools(meshes: bool) -> Html:
 
 def about_object(facts: Facts, most: int) -> Parts:
     """What the drawing does not show."""
-    said = []
     drawn = facts.drawn(most)
     if facts.found is None or drawn is None:
         return []
-    if drawn is not facts.found:
-        said.append(f"Drawn here with {drawn.what} of {facts.found.what}.")
-    if isinstance(facts.found, Splats) and facts.found.turning_colors:
-        said.append("Drawn here with each Gaussian's mean colour, the same from all sides.")
+    said = left_out(drawn, facts.found)
     if facts.object_file.endswith(".ckpt"):
         said.append("The run was stopped before its end: this is its last checkpoint.")
     return [tag("p", tag("small", text)) for text in said]

@@ -5,7 +5,8 @@
 - :mod:`~lods.studio.queue`: which run is next, its process, and those of exports
 - :mod:`~lods.studio.work`: the process of a run
 - :mod:`~lods.studio.server`, :mod:`~lods.studio.guard`, :mod:`~lods.studio.live`: HTTP
-- ``assets/``: the page, in plain HTML, CSS and JavaScript
+- ``assets/``: the page, in plain HTML, CSS and JavaScript; the viewer of objects is the host's
+  (``threestudio.run.drawing``)
 
 All state is in the folders of the runs. Only the server imports aiohttp.
 """

@@ -14,7 +14,7 @@ import aiohttp
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Middleware
-from lods import __version__
+from lods import __version__, host
 from lods.studio import choices, live
 from lods.studio.connections import Connections
 from lods.studio.guard import MAX_BODY, Guard
@@ -30,6 +30,7 @@ TYPES = {
 }
 SECONDS = 1.0  # between two looks after the processes
 LEAST_SECONDS = 5.0  # of training before a time left is told
+DRAWN = ("ply", "glb")  # the files whose objects the page draws
 
 
 class Studio:
@@ -41,6 +42,7 @@ class Studio:
         self._told: dict[str, tuple[tuple[Entry, int], dict[str, Any]]] = {}  # of finished runs
         self._seen: dict[str, tuple[int, str, float, int]] = {}  # for the time left
         self._session: aiohttp.ClientSession | None = None
+        self._drawing = asyncio.Lock()  # one at a time: a large object takes much memory
 
     def app(self, guard: Guard, *first: Middleware) -> web.Application:
         """The application, with these middlewares before all others."""
@@ -55,6 +57,7 @@ class Studio:
         add("GET", "/api/runs/{run}", self.run)
         add("POST", "/api/runs/{run}/{verb:cancel|resume|remove|export}", self.command)
         add("GET", "/files/{run}/{kind}", self.file)
+        add("GET", "/drawn/{run}/{kind}", self.drawn)
         add("GET", "/live/{run}", self.live)
         add("GET", "/live/{run}/{tail:.*}", self.live)
         app.cleanup_ctx.append(self._looking_after)
@@ -200,16 +203,32 @@ class Studio:
             raise web.HTTPNotFound(reason="there is no such file")
         ending, kind = KINDS[request.match_info["kind"]]
         headers = {"Content-Type": kind, "Content-Security-Policy": "default-src 'none'; sandbox"}
-        if (
-            request.query_string.isdecimal()
-        ):  # the time of the file: it is another when that changes
-            headers["Cache-Control"] = "private, max-age=31536000"
+        headers |= _kept(request)
         if "download" in request.query:
             safe = "".join(
                 c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in entry.name
             )
             headers["Content-Disposition"] = f'attachment; filename="{safe}{ending}"'
         return web.FileResponse(path, headers=headers)
+
+    async def drawn(self, request: web.Request) -> web.StreamResponse:
+        """The object of a file, small enough for the viewer: {"about", "data", "left_out"}."""
+
+        def look() -> dict[str, Any] | None:
+            kind = request.match_info["kind"]
+            path = self.shelf.files(self._entry(request)).get(kind) if kind in DRAWN else None
+            return None if path is None else _packed(path)
+
+        async with self._drawing:
+            try:
+                found = await asyncio.to_thread(look)
+            except ValueError as error:
+                return _error(str(error), 422)
+            except MemoryError:
+                return _error("the object is too large to be drawn", 422)
+        if found is None:
+            raise web.HTTPNotFound(reason="there is no such object")
+        return web.json_response(found, headers=_kept(request))
 
     async def live(self, request: web.Request) -> web.StreamResponse:
         def look() -> tuple[int, str] | None:
@@ -273,8 +292,25 @@ async def _body(request: web.Request) -> Any:
         raise web.HTTPBadRequest(reason="the request holds no JSON") from None
 
 
+def _kept(request: web.Request) -> dict[str, str]:
+    """Headers by which a browser keeps what has the time of its file in its address: that is
+    another one when the file changes."""
+    timed = request.query_string.isdecimal()
+    return {"Cache-Control": "private, max-age=31536000"} if timed else {}
+
+
+def _packed(path: Path) -> dict[str, Any]:
+    drawing = host.module("threestudio.run.drawing")
+    found = drawing.read_object(path)
+    small = drawing.fewer(found, drawing.BUDGET)
+    about, data = drawing.packed(small, drawing.Camera())
+    return {"about": about, "data": data, "left_out": drawing.left_out(small, found)}
+
+
 def _asset(name: str) -> web.Response:
     found = {path.name: path for path in ASSETS.iterdir() if path.suffix in TYPES}
+    viewer = host.module("threestudio.run.drawing").VIEWER  # that of the pages of runs
+    found[viewer.name] = viewer
     if name not in found:
         raise web.HTTPNotFound(reason="there is no such page")
     path = found[name]

@@ -4,6 +4,8 @@ export const runUrl = (run) => `api/runs/${encodeURIComponent(run.name)}`;
 // The time of the file is part of the address: a file that has changed is fetched anew.
 export const fileUrl = (run, kind) => `files/${encodeURIComponent(run.name)}/${kind}?${run.files[kind]}`;
 
+export const drawnUrl = (run, kind) => `drawn/${encodeURIComponent(run.name)}/${kind}?${run.files[kind]}`;
+
 export const downloadUrl = (run, kind) => `files/${encodeURIComponent(run.name)}/${kind}?download`;
 
 export function title(list, name) {

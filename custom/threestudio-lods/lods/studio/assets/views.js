@@ -1,8 +1,8 @@
 // One run, large; and two side by side, seen by one camera.
 import { ask, h, time } from "./dom.js";
 import { command, fill, remove } from "./studio.js";
-import { downloadUrl, fileUrl, runUrl, say, title } from "./runs.js";
-import { Camera, Viewer, load } from "./viewer.js";
+import { downloadUrl, drawnUrl, fileUrl, runUrl, say, title } from "./runs.js";
+import { Camera, Viewer } from "./viewer.js";
 
 const FORMATS = {
   ply: ["ply", "3D Gaussians, for SuperSplat and other viewers of splats"],
@@ -12,6 +12,7 @@ const FORMATS = {
 };
 const MESH_PLY = ["ply", "the mesh with colours, as ply"];
 const WAYS = { ply: "Splats", glb: "Mesh", video: "Turntable", picture: "Views", preview: "Preview" };
+const GROUNDS = ["white", "grey", "black"]; // classes of a stage, after its own
 let open = null; // what is on show: { key, close, update }
 
 export function leaveView() {
@@ -57,17 +58,37 @@ class Pane {
     const note = h("p", { class: "note" }, "loading …");
     this.stage.replaceChildren(canvas, note);
     try {
-      this.viewer = new Viewer(canvas, this.camera);
-      const object = await load(fileUrl(run, way), way);
+      const { about, data, left_out } = await ask(drawnUrl(run, way));
       if (this.key !== key) return;
-      this.viewer.show(object);
-      note.textContent = "drag to turn, scroll to zoom, double-click to reset";
+      this.viewer = new Viewer(canvas, this.camera, { scroll: true });
+      await this.viewer.show(about, data);
+      if (this.key !== key) return;
+      note.textContent = ["Drag to turn, scroll to zoom, double-click to reset.", ...left_out].join(" ");
       setTimeout(() => note.classList.add("gone"), 4000);
+      this.stage.append(this.tools(way));
     } catch (error) {
       if (this.key !== key) return;
       if (run.files.video) return this.film(run);
       note.textContent = error.message;
     }
+  }
+
+  // Buttons on an object: what is behind it, and whether a mesh has its colours.
+  tools(way) {
+    const button = (text, says, press) =>
+      h("button", { class: "quiet", type: "button", title: says, onclick: press }, text);
+    const ground = () => {
+      const now = GROUNDS.findIndex((name) => this.stage.classList.contains(name));
+      this.stage.classList.remove(...GROUNDS);
+      if (now + 1 < GROUNDS.length) this.stage.classList.add(GROUNDS[now + 1]);
+    };
+    const shape = () => {
+      this.camera.shape = 1 - this.camera.shape;
+      this.camera.changed();
+    };
+    return h("div", { class: "on-stage" },
+      button("Background", "white, grey, black", ground),
+      way === "glb" && button("Shape", "with and without its colours", shape));
   }
 
   film(run) {

@@ -1,5 +1,5 @@
-"""The object of a run, made small enough to lie in a page: Gaussians, or triangles with colours at
-their corners. ``viewer.js`` draws what is made here, and says how the bytes lie.
+"""The object of a run, made small enough for a browser: Gaussians, or triangles with colours at
+their corners. ``viewer.js`` draws what :func:`packed` gives.
 
 z is up and the front on +x, as in the run.
 """
@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from threestudio.run.page.markup import Html, tag
-from threestudio.run.snapshot import PlainFiles
 
 MAX_FILE = 1 << 29  # bytes of an object that is read
 MAX_HEADER = 1 << 16
@@ -46,6 +43,11 @@ class Splats:
         return self.means
 
     @property
+    def reach(self) -> np.ndarray:
+        """How far each Gaussian is seen from its centre: two standard deviations (N, 1)."""
+        return 2 * np.exp(self.scales.max(axis=1, keepdims=True))
+
+    @property
     def what(self) -> str:
         return f"{len(self.means):,} Gaussians"
 
@@ -57,6 +59,7 @@ class Triangles:
     points: np.ndarray
     rgb: np.ndarray
     faces: np.ndarray
+    reach: float = 0.0  # from a corner
 
     @property
     def what(self) -> str:
@@ -71,19 +74,25 @@ class Camera:
     fovy: float = 40.0  # degrees
     elevation: float = 15.0
 
-    def about(self, points: np.ndarray) -> dict[str, Any]:
+    def about(self, found: Splats | Triangles) -> dict[str, Any]:
         """For the viewer; without a distance, or with one inside of the object, what shows all of
-        it."""
+        it. A few stray Gaussians do not count."""
         fovy = math.radians(self.fovy if 5 <= self.fovy <= 120 else 40.0)
-        middle, reach = np.zeros(3), float(np.linalg.norm(points, axis=1).max(initial=1e-6))
-        distance = self.distance
+        middle, distance = np.zeros(3), self.distance
+        reach = _reach(found, middle)
         if not (math.isfinite(distance) and reach * 1.05 < distance < 20 * reach):
-            middle = (points.min(axis=0) + points.max(axis=0)) / 2
-            reach = float(np.linalg.norm(points - middle, axis=1).max(initial=1e-6))
-            distance = 1.1 * reach / math.sin(fovy / 2)
+            most = 99.0 if isinstance(found, Splats) else 100.0
+            middle = np.percentile(found.points, [100 - most, most], axis=0).mean(axis=0)
+            distance = 1.05 * _reach(found, middle) / math.sin(fovy / 2)
         elevation = math.radians(max(-80.0, min(80.0, self.elevation)))
         named = {"distance": distance, "fovy": fovy, "elevation": elevation}
         return {**{k: round(v, 6) for k, v in named.items()}, "middle": _rounded(middle)}
+
+
+def _reach(found: Splats | Triangles, middle: np.ndarray) -> float:
+    """The radius of a sphere around ``middle`` with all corners in it, or 99 % of the Gaussians."""
+    away = np.linalg.norm(found.points - middle, axis=1, keepdims=True) + found.reach
+    return max(float(np.percentile(away, 99) if isinstance(found, Splats) else away.max()), 1e-6)
 
 
 def _rounded(values: np.ndarray) -> list[float]:
@@ -109,8 +118,8 @@ def read_splats(path: Path) -> Splats | None:
     lines = [line.split() for line in head.decode("latin-1").splitlines()]
     if not end or ["format", "binary_little_endian", "1.0"] not in lines:
         return None
-    elements = [line for line in lines if line[:1] == ["element"]]
-    properties = [line for line in lines if line[:1] == ["property"]]
+    elements = [line for line in lines if line[:1] == ["element"] and len(line) == 3]
+    properties = [line for line in lines if line[:1] == ["property"] and len(line) == 3]
     names = [line[-1] for line in properties]
     if "f_dc_0" not in names or len(elements) != 1 or elements[0][1:2] != ["vertex"]:
         return None
@@ -190,6 +199,8 @@ def _read_with_trimesh(path: Path) -> Triangles:
             pass
 
         def get(self, name: str) -> bytes:
+            from threestudio.run.snapshot import PlainFiles  # only here, for it imports torch
+
             file = path.parent / name
             if name not in PlainFiles(path.parent) or file.stat().st_size > MAX_FILE:
                 raise ValueError(f"{name} is no file beside it")
@@ -243,7 +254,7 @@ def _read_glb(path: Path) -> Triangles:
         if "COLOR_0" in primitive["attributes"]:
             light = values(primitive["attributes"]["COLOR_0"])[:, :3].astype(np.float64)
             rgb = _shown(light.clip(0, 1))
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RecursionError):
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise ValueError(f"{path.name} is not a glb as runs export it") from None
     return Triangles(points[:, [2, 0, 1]], rgb, faces)  # of y up and the front on +z
 
@@ -308,10 +319,25 @@ def _bytes(values: np.ndarray) -> np.ndarray:
     return np.rint(255 * values.clip(0, 1)).astype(np.uint8)
 
 
-def element(found: Splats | Triangles, camera: Camera, name: str) -> Html:
-    """The element of a page that holds an object for the viewer."""
+def packed(found: Splats | Triangles, camera: Camera) -> tuple[dict[str, Any], str]:
+    """What ``viewer.js`` draws: what is said of the object, and its bytes, deflated (zlib) and in
+    base64.
+
+    Both kinds have ``kind``, ``count`` (of Gaussians or corners), ``low`` and ``high`` (of the box
+    in which the positions are, 3 numbers each), and from where it is first seen: ``middle``,
+    ``distance``, ``elevation`` and ``fovy`` (radians; of the shorter side). The bytes are tables,
+    little endian, one after the other:
+
+        splats   centres (count, 3) u2, from ``low`` to ``high``;
+                 logarithms of the standard deviations (count, 3) u1, from ``sizes[0]`` to
+                 ``sizes[1]``;
+                 quaternions wxyz, times 127 (count, 4) i1;
+                 colours as they are shown and opacities (count, 4) u1, from 0 to 1
+        mesh     corners of the triangles (faces, 3) i4, each less the one before;
+                 positions (count, 3) u2, colours as they are shown (count, 3) u1
+    """
     places, about = _places(found.points)
-    about |= {"count": len(found.points), **camera.about(found.points)}
+    about |= {"count": len(found.points), **camera.about(found)}
     if isinstance(found, Splats):
         most = float(found.scales.max())
         least = max(float(found.scales.min()), most - 8.0)  # e^-8: thinner than can be seen
@@ -325,6 +351,14 @@ def element(found: Splats | Triangles, camera: Camera, name: str) -> Html:
         corners = np.diff(found.faces.reshape(-1), prepend=0).astype("<i4")
         data = corners.tobytes() + places + _bytes(found.rgb).tobytes()
         about |= {"kind": "mesh", "faces": len(found.faces)}
-    text = base64.b64encode(zlib.compress(data, 6)).decode()
-    kind = "application/octet-stream"
-    return tag("script", Html(text), id=name, type=kind, data_about=json.dumps(about))
+    return about, base64.b64encode(zlib.compress(data, 6)).decode()
+
+
+def left_out(drawn: Splats | Triangles, found: Splats | Triangles) -> list[str]:
+    """Sentences about what a browser does not show of an object, of which it has ``drawn``."""
+    said = []
+    if drawn is not found:
+        said.append(f"Drawn here with {drawn.what} of {found.what}.")
+    if isinstance(found, Splats) and found.turning_colors:
+        said.append("Drawn here with each Gaussian's mean colour, the same from all sides.")
+    return said
