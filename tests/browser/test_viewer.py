@@ -164,10 +164,12 @@ def test_the_object_grows_before_the_visitors_eyes(browser, started, kind):
 
 def test_a_paused_run_is_turned_and_goes_on_when_it_is_resumed(browser, started):
     run = started("gaussians", "trainer.max_steps=3000")
-    one, two = open_page(browser, run), open_page(browser, run)
+    one = open_page(browser, run)
     wait_for_step(one, run, 3)
     one.get_by_role("button", name="Pause").click()
-    two.get_by_role("button", name="Resume").wait_for(timeout=20_000)  # the other sees it too
+    one.get_by_role("button", name="Resume").wait_for()
+    two = open_page(browser, run)
+    two.get_by_role("button", name="Resume").wait_for(timeout=20_000)  # who comes later sees it
     time.sleep(3)
     paused, before, other = step(one), picture(one), picture(two)
     drag(one)
@@ -175,8 +177,10 @@ def test_a_paused_run_is_turned_and_goes_on_when_it_is_resumed(browser, started)
     time.sleep(1)
     assert step(one) == paused and change(picture(two), other) < 0.5  # each its own camera
     picture(one, "paused-turned")
+    picture(two, "paused-other")
+    two.get_by_role("button", name="Resume").click()
+    one.get_by_role("button", name="Pause").wait_for(timeout=20_000)  # all share the controls
     two.close()  # vanishes
-    one.get_by_role("button", name="Resume").click()
     wait_for_step(one, run, paused + 3)
     one.get_by_role("button", name="Pause").click()
     one.get_by_role("button", name="Resume").wait_for(timeout=20_000)

@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,24 +21,25 @@ pytest.importorskip("viser", reason="viser is not installed (the extra 'viewer')
 from lods import cli
 from pytorch_lightning.callbacks import Callback
 
-from tests.host import test_gs_system
+from tests.host import test_gs_system, test_ngp_system
 from tests.host.test_cli import make_run
 from tests.runs import fit, launch, same
 from tests.view_client import Client
 from threestudio.data.cameras import camera_batch
 from threestudio.run.interrupt import InterruptGuard
-from threestudio.run.interventions import Interventions
+from threestudio.run.interventions import PROMPT, Change, Interventions
 from threestudio.run.viewer import options, server
 from threestudio.run.viewer.budget import Budget, Cost
 from threestudio.run.viewer.callback import ViewerCallback
 from threestudio.run.viewer.curves import MOST, Curves
 from threestudio.run.viewer.frames import View, batch_of, quaternion, rotation, undisturbed
 from threestudio.run.viewer.live import Live
+from threestudio.run.viewer.panel import Panel
 from threestudio.run.viewer.visitors import Drawn, Visitor
 from threestudio.utils.errors import UserError
 from threestudio.utils.misc import capture_rng_state
 
-small = test_gs_system.small  # a fixture
+small, small_field = test_gs_system.small, test_ngp_system.small  # fixtures
 
 
 def viewer(folder="run", guard=None, interventions=None, host=options.LOCAL):
@@ -83,16 +85,28 @@ def state(system, trainer):
 # --- the training does not notice ---
 
 
-def test_a_visitor_who_looks_on_changes_no_bit_of_the_training(small):
+@pytest.mark.parametrize(
+    ("representation", "method"),
+    [
+        ("gaussians", "embedding"),
+        pytest.param("gaussians", "lora", marks=pytest.mark.slow),
+        pytest.param("radiance field", "embedding", marks=pytest.mark.slow),
+        pytest.param("radiance field", "lora", marks=pytest.mark.slow),
+    ],
+)
+def test_a_visitor_who_looks_on_changes_no_bit_of_the_training(
+    small, small_field, representation, method
+):
     """Pictures are drawn, cameras and what the model sees are shown, and all is as without."""
-    run = small("embedding", "system.background.random_aug=true")
+    make, boxes = (small, 3) if representation == "gaussians" else (small_field, 2)
+    run = make(method, "system.background.random_aug=true")
     alone = state(*fit(*run, max_steps=14))
     view, clients = viewer(), []
 
     def come():
         (client,) = arrived(view)
         clients.append(client)
-        client.wait("GuiCheckboxMessage", 3)
+        client.wait("GuiCheckboxMessage", boxes)
         client.set("Training cameras", True)
         client.set("Show what the model sees", True)
         client.set("Share of the time (%)", 90)
@@ -330,6 +344,20 @@ def test_the_announcement_is_there_while_it_trains(small):
     )
     assert found[0]["pid"] == os.getpid()
     assert server.running(Path("run")) is None
+
+
+def test_a_prompt_with_signs_of_markdown_is_shown_as_text():
+    """viser's client shows markdown and HTML, pictures of other servers among them."""
+    shown = object.__new__(Panel)
+    shown.heading, shown.history = SimpleNamespace(), SimpleNamespace()
+    prompt = "![a](http://evil.example) <img src=//evil.example> `x` **b** [c](d) &lt;"
+    shown.show_prompt(prompt)
+    shown.show_changes([Change(1200, PROMPT, "a", prompt)])
+    heading, history = shown.heading.content, shown.history.content
+    assert heading.startswith("**") and heading.endswith("**")
+    for text in (heading[2:-2], history.removeprefix("- step 1,200: prompt ")):
+        assert not re.search(r"[^\w ,.“”-]", re.sub(r"\\.", "", text))
+        assert prompt in text.replace("\\", "")
 
 
 def test_a_finished_run_is_shown_until_it_is_asked_to_stop(small, monkeypatch, capfd):

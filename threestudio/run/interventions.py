@@ -148,8 +148,8 @@ class Interventions(Callback):
         for what, (value, done) in asked.items():
             try:
                 self._make(trainer, pl_module, what, checked(what, value))
-            except ValueError as error:
-                done(" ".join(str(error).split()))
+            except Exception as error:  # such as too little memory for a text encoder
+                done(" ".join(str(error).split()) or type(error).__name__)
             else:
                 done(None)
 

@@ -4,17 +4,19 @@ viser calls back from its own threads: nothing here does more than to note what 
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from threestudio.run.interventions import MAX_PROMPT, PROMPT, RATE, SCALE
+from threestudio.run.interventions import MAX_PROMPT, PROMPT, RATE, SCALE, Change
 from threestudio.run.viewer.budget import AT_REST
 
 BRAND = (41, 98, 180)
 TALLEST = 512  # pixels of a picture, by default
 PLOT_HEIGHT = 120
+MAX_HEADING = 300  # characters of a prompt that are shown as text
+CHANGED = {PROMPT: "prompt", SCALE: "guidance scale", RATE: "learning rates ×"}
 
 
 class Panel:
@@ -197,9 +199,10 @@ class Panel:
         if self.pause is not None and self.pause.label != label:
             self.pause.label = label
 
-    def show_changes(self, lines: list[str]) -> None:
+    def show_changes(self, changes: Sequence[Change]) -> None:
         """What was changed, the last at the top."""
-        self.history.content = "\n".join(f"- {line}" for line in lines)
+        lines = (f"- step {c.step:,}: {CHANGED[c.what]} {_new(c)}" for c in reversed(changes))
+        self.history.content = "\n".join(lines)
 
     def reset(self, what: str, value: Any) -> None:
         """Put the control of what could not be changed back."""
@@ -242,6 +245,14 @@ class Panel:
 
 
 def _heading(title: str) -> str:
-    """The prompt as text, whatever signs of markdown it has."""
-    safe = "".join(c if c.isalnum() or c in " ,.-" else f"\\{c}" for c in title if c.isprintable())
-    return f"**{safe[:300]}**"
+    return f"**{_plain(title[:MAX_HEADING])}**"
+
+
+def _new(change: Change) -> str:
+    text = str(change.new)
+    return f"“{_plain(text[:MAX_HEADING])}”" if change.what == PROMPT else _plain(text)
+
+
+def _plain(text: str) -> str:
+    """Markdown that is shown as this text, whatever signs of markdown or HTML it has."""
+    return "".join(c if c.isalnum() or c in " ,.-" else f"\\{c}" for c in text if c.isprintable())

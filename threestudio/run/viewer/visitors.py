@@ -8,6 +8,7 @@ from typing import Any
 from threestudio.run.viewer.frames import View
 
 RESTS_AFTER = 0.25  # seconds without a new camera
+NOTE_SECONDS = 8.0  # that a note is shown
 
 
 @dataclass
@@ -85,6 +86,12 @@ class Visitors:
     def get(self, client_id: int | None) -> Visitor | None:
         """The visitor of that number, if it is still there."""
         return None if client_id is None else self._all.get(client_id)
+
+    def tell(self, client_id: int | None, title: str, body: str) -> None:
+        """Show the visitor of that number a note for some seconds, if it is still there."""
+        visitor = self.get(client_id)
+        if visitor is not None:
+            visitor.client.add_notification(title, body, auto_close_seconds=NOTE_SECONDS)
 
     def all(self) -> list[Visitor]:
         """Those who are there, the one who has waited longest for a picture first."""
