@@ -29,7 +29,7 @@ from threestudio.data.cameras import camera_batch
 from threestudio.run.interrupt import InterruptGuard
 from threestudio.run.interventions import PROMPT, Change, Interventions
 from threestudio.run.viewer import options, server
-from threestudio.run.viewer.budget import Budget, Cost
+from threestudio.run.viewer.budget import FRAME, FRESH_EVERY, SHARP, Budget, Cost
 from threestudio.run.viewer.callback import ViewerCallback
 from threestudio.run.viewer.curves import MOST, Curves
 from threestudio.run.viewer.frames import View, batch_of, quaternion, rotation, undisturbed
@@ -195,8 +195,11 @@ def test_a_visitor_wants_at_most_one_picture_the_one_of_now(monkeypatch):
     now[0] = 101.0
     visitor.look(views[0])
     assert visitor.wants(1, 101.1) == "moving" and visitor.wants(1, 101.9) == "sharp"
-    visitor.drawn = Drawn(views[0], 1, 20, False)
+    visitor.drawn = Drawn(views[0], 1, 20, False, moving=True)
     assert visitor.wants(1, 101.1) == "" and visitor.wants(1, 101.9) == "sharp"
+    assert visitor.wants(2, 101.9) == "sharp"
+    visitor.drawn = Drawn(views[0], 1, 20, False)  # a small one of an object that grows
+    assert visitor.wants(2, 101.9) == "fresh" and visitor.wants(1, 101.9) == "sharp"  # paused
 
 
 def test_pictures_have_the_shape_of_the_canvas_and_at_most_the_pixels_asked_for():
@@ -221,6 +224,36 @@ def test_over_a_training_the_view_takes_its_share_and_no_more(share):
             now, spent = now + 0.2, spent + 0.2
             budget.spend(0.2, now)
     assert 0.75 * share < spent / now <= share
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.4])
+def test_an_object_that_grows_is_drawn_every_few_seconds(share):
+    """However slow the machine: pictures take what they may take. They do not wait for what was
+    spent on a camera that has moved before."""
+    budget, now = Budget(share), 100.0
+    for _ in range(50):
+        budget.spend(SHARP, now, asked=True)
+        now += SHARP
+    due = now
+    for _ in range(5):
+        while not budget.allows(False, now):
+            now += 0.01
+        assert now - due < max(FRESH_EVERY, FRAME / share) + SHARP
+        due = now
+        now += budget.seconds("fresh")
+        budget.spend(budget.seconds("fresh"), now)
+
+
+def test_a_visitor_who_never_rests_takes_half_of_the_time_at_most():
+    budget, now, spent = Budget(), 0.0, 0.0
+    while now < 500:
+        now += 0.05
+        for seconds in (0.12, 2.0):  # of a camera that moves, and has come to rest
+            if budget.allows(True, now):
+                now, spent = now + seconds, spent + seconds
+                budget.spend(seconds, now, asked=True)
+            budget.spend(0.001, now)  # the line of text
+    assert 0.4 < spent / now <= 0.5
 
 
 def test_pictures_do_not_keep_curves_from_being_drawn():

@@ -15,7 +15,7 @@ import torch
 import threestudio
 from threestudio.run.interventions import PROMPT, SCALE, Interventions, current
 from threestudio.run.viewer import server as servers
-from threestudio.run.viewer.budget import FRAME, Budget, Cost
+from threestudio.run.viewer.budget import SHARP, Budget, Cost
 from threestudio.run.viewer.frames import Painter, View, to_bytes, undisturbed
 from threestudio.run.viewer.panel import Panel
 from threestudio.run.viewer.progress import Progress
@@ -23,7 +23,6 @@ from threestudio.run.viewer.saving import Saver
 from threestudio.run.viewer.training_cameras import TrainingCameras
 from threestudio.run.viewer.visitors import Drawn, Visitor, Visitors
 
-SHARP = 2.0  # seconds that a picture may take once the camera rests
 STATUS_EVERY, CURVES_EVERY, SEEN_EVERY, CAMERAS_EVERY = 0.5, 2.0, 1.0, 1.0  # seconds
 POINT_EVERY, SPLATS_EVERY = 0.25, 1.0
 MAX_SPLATS = 50_000
@@ -213,7 +212,7 @@ class Live:
         for _ in range(3):
             now = time.monotonic()
             kind = visitor.wants(self.step, now)
-            free = kind == "sharp" or self._is_free or self.budget.allows(True, now)
+            free = self._is_free or self.budget.allows(True, now)
             if kind not in ("sharp", "moving") or not free or not self._can_draw(visitor):
                 return
             if not self._draw(visitor, kind) or kind == "moving":
@@ -255,9 +254,8 @@ class Live:
         view = visitor.view
         assert view is not None
         begun = time.monotonic()
-        seconds = FRAME if kind == "moving" else SHARP
         tallest = int(min(max(float(self.panel.tallest.value), 64), 2160))
-        width, height = view.size(self.cost.pixels(seconds), tallest)
+        width, height = view.size(self.cost.pixels(self._seconds(kind)), tallest)
         try:
             with undisturbed(self.system, self.trainer):
                 image = self.painter(view, width, height)
@@ -271,10 +269,13 @@ class Live:
         visitor.client.flush()
         whole = height >= min(view.height, tallest) or drawn > SHARP / 3
         full = kind != "moving" and whole
-        visitor.drawn = Drawn(view, self.step, height, full)
+        visitor.drawn = Drawn(view, self.step, height, full, kind == "moving")
         visitor.frames += 1
-        self._spend(begun)
+        self._spend(begun, kind != "fresh")
         return True
+
+    def _seconds(self, kind: str) -> float:
+        return SHARP if kind == "fresh" and self._is_free else self.budget.seconds(kind)
 
     def _fail(self, error: Exception) -> None:
         self._failures += 1
@@ -283,9 +284,9 @@ class Live:
         if self._failures == MAX_FAILURES:
             threestudio.warn("nothing more is drawn for visitors; the training goes on")
 
-    def _spend(self, begun: float) -> None:
+    def _spend(self, begun: float, asked: bool = False) -> None:
         now = time.monotonic()
-        self.budget.spend(now - begun, now)
+        self.budget.spend(now - begun, now, asked)
 
     @property
     def _sends_splats(self) -> bool:
@@ -396,7 +397,7 @@ class Live:
                 threestudio.warn(f"{name}: {text}")
                 self.visitors.tell(client_id, f"No {name}", text)
             finally:
-                self._spend(begun)
+                self._spend(begun, asked=True)
 
     # --- the end ----------------------------------------------------------------------------------
 

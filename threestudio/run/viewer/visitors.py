@@ -19,6 +19,7 @@ class Drawn:
     step: int
     height: int  # pixels
     full: bool  # as large as it gets
+    moving: bool = False  # drawn while the camera moved
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Visitor:
             return "moving"
         if self.is_moving(now):
             return ""
-        if not self.drawn.full:
+        if not self.drawn.full and (self.drawn.moving or self.drawn.step == step):
             return "sharp"
         return "fresh" if self.drawn.step != step else ""
 
