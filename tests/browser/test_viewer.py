@@ -218,6 +218,7 @@ def test_what_the_model_sees_and_the_curves_are_shown(browser, started):
     page.get_by_text("Show what the model sees").click()
     for name in ("noisy", "guess under the prompt", "guess of the learned part", "difference"):
         page.get_by_text(name, exact=True).wait_for(timeout=30_000)
+    page.get_by_text("difference", exact=True).scroll_into_view_if_needed()
     time.sleep(1)
     picture(page, "model")
     page.get_by_role("tab", name="Curves").click()
