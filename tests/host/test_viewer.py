@@ -313,6 +313,24 @@ def test_visitors_who_come_and_vanish_do_not_end_the_run(small):
     assert not Path("run", server.FILE).exists()
 
 
+def test_visitors_see_the_object_of_the_last_step_and_that_no_more_comes(small):
+    view, clients, shown = viewer(), [], []
+
+    def come():
+        clients.extend(arrived(view))
+
+    def look():
+        clients[0].wait("BackgroundImageMessage")
+        shown.append(len(clients[0].of("BackgroundImageMessage")))
+        view.live.budget.spend(60, time.monotonic())  # nothing more is due
+
+    fit(*small("embedding"), max_steps=4, callbacks=[At(come, None, look), view])
+    clients[0].close()
+    assert len(clients[0].of("BackgroundImageMessage")) > shown[0]
+    told = [message["updates"] for message in clients[0].of("GuiUpdateMessage")]
+    assert any("Ended at step 4 of 4" in str(update) for update in told)
+
+
 def test_a_renderer_that_fails_costs_pictures_and_not_the_run(small, monkeypatch):
     view, clients = viewer(), []
 

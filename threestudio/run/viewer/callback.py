@@ -76,6 +76,8 @@ class ViewerCallback(Callback):
             self.live.between()
 
     def on_train_end(self, trainer, pl_module) -> None:
+        if self.live is not None:
+            self.live.finish()
         self.close()
 
     def on_exception(self, trainer, pl_module, exception) -> None:

@@ -25,6 +25,7 @@ from threestudio.run.viewer.visitors import Drawn, Visitor, Visitors
 
 STATUS_EVERY, CURVES_EVERY, SEEN_EVERY, CAMERAS_EVERY = 0.5, 2.0, 1.0, 1.0  # seconds
 POINT_EVERY, SPLATS_EVERY = 0.25, 1.0
+LEAVES_IN = 0.3  # seconds in which the last of what was sent leaves
 MAX_SPLATS = 50_000
 MAX_FAILURES = 3
 SHOWN_CHANGES = 6
@@ -401,8 +402,19 @@ class Live:
 
     # --- the end ----------------------------------------------------------------------------------
 
+    def finish(self) -> None:
+        """Show the object as it is in the end, where the training has ended by itself."""
+        for visitor in self.visitors.all():
+            if visitor.wants(self.step, time.monotonic()) and self._can_draw(visitor):
+                self._draw(visitor, "sharp")
+
     def end(self) -> None:
-        """Let go of the system."""
+        """Tell visitors that no more comes, and let go of the system."""
+        if self.interventions is not None and len(self.visitors):
+            with self.server.viser.atomic():
+                self.panel.show_status(self.progress.last_text(), self.progress.part, False)
+            self.server.viser.flush()
+            time.sleep(LEAVES_IN)
         self.training_cameras.want(False)
         if self._watching:
             self.system.guidance.watch(False)

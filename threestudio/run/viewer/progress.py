@@ -65,6 +65,11 @@ class Progress:
             words.append(f"{count:,} Gaussians")
         return " · ".join(words)
 
+    def last_text(self) -> str:
+        """The line of text once no more steps are taken."""
+        last = f" of {self.trainer.max_steps:,}" if self.trainer.max_steps > 0 else ""
+        return f"Ended at step {self.step:,}{last}. `lods view` shows this run again."
+
     def _gaussians(self) -> int | None:
         count = getattr(getattr(self.system, "geometry", None), "count", None)
         return count if isinstance(count, int) else None
