@@ -39,13 +39,23 @@ PROMPT, OTHER = "a hamburger", "a blue car"
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(
-            executable_path=chromium.CHROMIUM, args=[*FLAGS, "--disable-dev-shm-usage"]
-        )
-        yield opened
-        opened.close()
+def open_browser():
+    """``open_browser()``: one more Chromium. Of one, only the window in front draws."""
+    with playwright.sync_playwright() as started, contextlib.ExitStack() as stack:
+
+        def open_one():
+            opened = started.chromium.launch(
+                executable_path=chromium.CHROMIUM, args=[*FLAGS, "--disable-dev-shm-usage"]
+            )
+            stack.callback(opened.close)
+            return opened
+
+        yield open_one
+
+
+@pytest.fixture(scope="module")
+def browser(open_browser):
+    return open_browser()
 
 
 class Run:
@@ -162,13 +172,13 @@ def test_the_object_grows_before_the_visitors_eyes(browser, started, kind):
     page.close()
 
 
-def test_a_paused_run_is_turned_and_goes_on_when_it_is_resumed(browser, started):
+def test_a_paused_run_is_turned_and_goes_on_when_it_is_resumed(browser, open_browser, started):
     run = started("gaussians", "trainer.max_steps=3000")
     one = open_page(browser, run)
     wait_for_step(one, run, 3)
     one.get_by_role("button", name="Pause").click()
     one.get_by_role("button", name="Resume").wait_for()
-    two = open_page(browser, run)
+    two = open_page(open_browser(), run)
     two.get_by_role("button", name="Resume").wait_for(timeout=20_000)  # who comes later sees it
     time.sleep(3)
     paused, before, other = step(one), picture(one), picture(two)

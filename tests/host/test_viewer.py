@@ -321,6 +321,7 @@ def test_visitors_see_the_object_of_the_last_step_and_that_no_more_comes(small):
 
     def look():
         clients[0].wait("BackgroundImageMessage")
+        until(view.live.visitors.all()[0].is_ready)
         shown.append(len(clients[0].of("BackgroundImageMessage")))
         view.live.budget.spend(60, time.monotonic())  # nothing more is due
 

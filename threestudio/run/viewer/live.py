@@ -405,12 +405,13 @@ class Live:
     def finish(self) -> None:
         """Show the object as it is in the end, where the training has ended by itself."""
         for visitor in self.visitors.all():
-            if visitor.wants(self.step, time.monotonic()) and self._can_draw(visitor):
+            if not visitor.has_seen(self.step) and self._can_draw(visitor):
                 self._draw(visitor, "sharp")
 
     def end(self) -> None:
         """Tell visitors that no more comes, and let go of the system."""
-        if self.interventions is not None and len(self.visitors):
+        # viser names a visitor once it has said where its camera is: one may be about to
+        if self.interventions is not None and self.server.door.visitors:
             with self.server.viser.atomic():
                 self.panel.show_status(self.progress.last_text(), self.progress.part, False)
             self.server.viser.flush()

@@ -47,6 +47,12 @@ class Visitor:
         more until it has."""
         return not self.client._websock_connection.get_message_buffer().message_from_id
 
+    def has_seen(self, step: int) -> bool:
+        """Whether it has the whole picture of a step, or has not said where its camera is."""
+        if self.view is None or self.drawn is None:
+            return self.view is None
+        return self.drawn.full and (self.drawn.view, self.drawn.step) == (self.view, step)
+
     def wants(self, step: int, now: float) -> str:
         """ "moving", "sharp", "fresh" or "": the kind of picture that it would be sent now."""
         if self.view is None:
