@@ -118,7 +118,9 @@ def started(tmp_path):
 
 def open_page(browser, run):
     page = browser.new_page(viewport=SIZE)
-    page.set_default_timeout(90_000)
+    page.set_default_timeout(60_000)
+    page.on("console", lambda message: print("console:", message.text))  # pytest shows it
+    page.on("pageerror", lambda error: print("page:", error))
     page.goto(run.url)
     page.get_by_role("button", name="Snapshot").wait_for()
     return page
@@ -236,11 +238,18 @@ def test_what_the_model_sees_and_the_curves_are_shown(browser, started):
     time.sleep(3)
     picture(page, "curves")
     page.get_by_role("tab", name="View").click()
+    page.get_by_text("Training cameras").click()
+    wait_for_step(page, run, step(page) + 5)
+    page.get_by_role("button", name="Pause").click()  # what changes now is not the object
+    page.get_by_role("button", name="Resume").wait_for()
+    page.mouse.move(300, 320)
+    page.mouse.wheel(0, 800)  # they stand where the visitor is, around the object
+    time.sleep(4)
+    shown = picture(page, "cameras")
+    page.get_by_text("Training cameras").click()
+    run.until(lambda: change(picture(page), shown) > 0.2, 20)
+    time.sleep(2)
     before = picture(page)
-    page.get_by_text("Training cameras").click()
-    run.until(lambda: change(picture(page), before) > 0.2, 20)
-    picture(page, "cameras")
-    page.get_by_text("Training cameras").click()
     page.get_by_text("Drawn by the browser").click()
     time.sleep(6)
     splats = picture(page, "splats")

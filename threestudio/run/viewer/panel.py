@@ -137,7 +137,9 @@ class Panel:
                 hint="What part of the time the view may take while the camera rests",
             )
             self.cameras = gui.add_checkbox(
-                "Training cameras", False, hint="Where the last batch was seen from, and its images"
+                "Training cameras",
+                False,
+                hint="Where the last batch was seen from, and its images: zoom out to see them",
             )
 
     def _steer(self, gui, prompt: str | None, scale: float | None) -> None:
