@@ -385,8 +385,10 @@ def test_buttons_pause_resume_and_save_what_is_seen(small):
         until(lambda: view.live.paused)
         time.sleep(0.3)
         notes["step"] = view.live.step
-        client.wait("FileTransferStartDownload", 3)
-        client.set("Pause", True)
+        try:
+            client.wait("FileTransferStartDownload", 3, seconds=5)
+        finally:
+            client.set("Pause", True)
 
     _, trainer = fit(*small("embedding"), max_steps=3, callbacks=[At(come), view])
     assert notes["step"] == 1 and trainer.global_step == 3
