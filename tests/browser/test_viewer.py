@@ -80,7 +80,7 @@ class Run:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-                preexec_fn=lambda: os.nice(15),  # the browser draws in software, beside it
+                preexec_fn=lambda: os.nice(10),  # the browser draws in software, beside it
             )
         self.url = self.until(lambda: re.search(r"^.*view: (\S+)", self.text(), re.M), 120)[1]
 
