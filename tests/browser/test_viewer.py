@@ -40,7 +40,7 @@ PROMPT, OTHER = "a hamburger", "a blue car"
 
 @pytest.fixture(scope="module")
 def open_browser():
-    """``open_browser()``: one more Chromium. Of one, only the window in front draws."""
+    """``open_browser()``: one more Chromium, with what it draws in a process of its own."""
     with playwright.sync_playwright() as started, contextlib.ExitStack() as stack:
 
         def open_one():
