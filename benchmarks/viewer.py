@@ -78,7 +78,7 @@ class Rounds(pl.Callback):
         if before == "moving":
             self.latencies += [float(word) for word in told[1:]]
         self.view.live = None if name == "off" else self.live
-        self.live._left_at = None
+        self.live.progress.skip()
         self.taken[name].append([])
         self._in_phase = 0
 

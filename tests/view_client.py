@@ -58,7 +58,9 @@ class Client:
         self.send({**VIEW, **changes})
 
     def of(self, kind):
-        return [message for message in list(self.messages) if message["type"] == kind]
+        """The messages of a kind. viser begins with a background that is none: it is left out."""
+        found = [message for message in list(self.messages) if message["type"] == kind]
+        return [message for message in found if message.get("rgb_data", b"") is not None]
 
     def wait(self, kind, count=1, seconds=20.0):
         """The messages of a kind, once there are so many."""

@@ -189,6 +189,7 @@ def test_a_run_is_found_by_its_folder_its_checkpoint_and_a_piece_of_its_name(awa
     relative = Path("outputs/gs/a_armchair@1")
     assert runs.find_run(str(run)).folder == run
     assert runs.find_run("armch").folder == relative
+    assert runs.find_run("a armchair").folder == relative  # as in the prompt
     found = runs.find_run("outputs/gs/a_armchair@1/ckpts/last.ckpt")
     assert found.folder == relative and found.checkpoint == relative / "ckpts" / "last.ckpt"
 

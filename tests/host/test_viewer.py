@@ -23,15 +23,15 @@ pytest.importorskip("viser", reason="viser is not installed (the extra 'viewer')
 from lods import cli
 from pytorch_lightning.callbacks import Callback
 
-from tests.host import test_gs_system
+from tests.host import test_gs_system, test_ngp_system
 from tests.host.test_cli import make_run
 from tests.runs import fit, launch, same
 from tests.view_client import Client
 from threestudio.data.cameras import camera_batch
 from threestudio.run.interrupt import InterruptGuard
-from threestudio.run.interventions import Interventions
+from threestudio.run.interventions import PROMPT, Change, Interventions
 from threestudio.run.viewer import options, server
-from threestudio.run.viewer.budget import Budget, Cost
+from threestudio.run.viewer.budget import FRAME, FRESH_EVERY, SHARP, Budget, Cost
 from threestudio.run.viewer.callback import ViewerCallback
 from threestudio.run.viewer.curves import MOST, Curves
 from threestudio.run.viewer.frames import View, batch_of, quaternion, rotation, undisturbed
@@ -41,7 +41,7 @@ from threestudio.run.viewer.visitors import Drawn, Visitor
 from threestudio.utils.errors import UserError
 from threestudio.utils.misc import capture_rng_state
 
-small = test_gs_system.small  # a fixture
+small, small_field = test_gs_system.small, test_ngp_system.small  # fixtures
 
 
 def viewer(folder="run", guard=None, interventions=None, host=options.LOCAL):
@@ -87,16 +87,28 @@ def state(system, trainer):
 # --- the training does not notice ---
 
 
-def test_a_visitor_who_looks_on_changes_no_bit_of_the_training(small):
+@pytest.mark.parametrize(
+    ("representation", "method"),
+    [
+        ("gaussians", "embedding"),
+        pytest.param("gaussians", "lora", marks=pytest.mark.slow),
+        pytest.param("radiance field", "embedding", marks=pytest.mark.slow),
+        pytest.param("radiance field", "lora", marks=pytest.mark.slow),
+    ],
+)
+def test_a_visitor_who_looks_on_changes_no_bit_of_the_training(
+    small, small_field, representation, method
+):
     """Pictures are drawn, cameras and what the model sees are shown, and all is as without."""
-    run = small("embedding", "system.background.random_aug=true")
+    make, boxes = (small, 3) if representation == "gaussians" else (small_field, 2)
+    run = make(method, "system.background.random_aug=true")
     alone = state(*fit(*run, max_steps=14))
     view, clients = viewer(), []
 
     def come():
         (client,) = arrived(view)
         clients.append(client)
-        client.wait("GuiCheckboxMessage", 3)
+        client.wait("GuiCheckboxMessage", boxes)
         client.set("Training cameras", True)
         client.set("Show what the model sees", True)
         client.set("Share of the time (%)", 90)
@@ -105,8 +117,8 @@ def test_a_visitor_who_looks_on_changes_no_bit_of_the_training(small):
     watched = state(*fit(*run, max_steps=14, callbacks=[At(come), view]))
     same(alone, watched)
     (client,) = clients
-    shown = {message["type"] for message in client.messages}
-    assert {"BackgroundImageMessage", "CameraFrustumMessage", "GuiImageMessage"} <= shown
+    for shown in ("BackgroundImageMessage", "CameraFrustumMessage", "GuiImageMessage"):
+        assert client.of(shown), shown
     client.close()
 
 
@@ -143,6 +155,7 @@ def test_without_a_visitor_nothing_is_drawn_or_sent(small, monkeypatch):
     def look():
         buffer = view.server.viser._websock_server._broadcast_buffer
         count.append(buffer.message_counter)
+        view.live._told.clear()  # all of it is due
 
     fit(*small("embedding"), max_steps=3, callbacks=[view, At(look, None, look)])
     assert not sent and count[0] == count[1]
@@ -185,8 +198,11 @@ def test_a_visitor_wants_at_most_one_picture_the_one_of_now(monkeypatch):
     now[0] = 101.0
     visitor.look(views[0])
     assert visitor.wants(1, 101.1) == "moving" and visitor.wants(1, 101.9) == "sharp"
-    visitor.drawn = Drawn(views[0], 1, 20, False)
+    visitor.drawn = Drawn(views[0], 1, 20, False, moving=True)
     assert visitor.wants(1, 101.1) == "" and visitor.wants(1, 101.9) == "sharp"
+    assert visitor.wants(2, 101.9) == "sharp"
+    visitor.drawn = Drawn(views[0], 1, 20, False)  # a small one of an object that grows
+    assert visitor.wants(2, 101.9) == "fresh" and visitor.wants(1, 101.9) == "sharp"  # paused
 
 
 def test_pictures_have_the_shape_of_the_canvas_and_at_most_the_pixels_asked_for():
@@ -213,6 +229,36 @@ def test_over_a_training_the_view_takes_its_share_and_no_more(share):
     assert 0.75 * share < spent / now <= share
 
 
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.4])
+def test_an_object_that_grows_is_drawn_every_few_seconds(share):
+    """However slow the machine: pictures take what they may take. They do not wait for what was
+    spent on a camera that has moved before."""
+    budget, now = Budget(share), 100.0
+    for _ in range(50):
+        budget.spend(SHARP, now, asked=True)
+        now += SHARP
+    due = now
+    for _ in range(5):
+        while not budget.allows(False, now):
+            now += 0.01
+        assert now - due < max(FRESH_EVERY, FRAME / share) + SHARP
+        due = now
+        now += budget.seconds("fresh")
+        budget.spend(budget.seconds("fresh"), now)
+
+
+def test_a_visitor_who_never_rests_takes_half_of_the_time_at_most():
+    budget, now, spent = Budget(), 0.0, 0.0
+    while now < 500:
+        now += 0.05
+        for seconds in (0.12, 2.0):  # of a camera that moves, and has come to rest
+            if budget.allows(True, now):
+                now, spent = now + seconds, spent + seconds
+                budget.spend(seconds, now, asked=True)
+            budget.spend(0.001, now)  # the line of text
+    assert 0.4 < spent / now <= 0.5
+
+
 def test_pictures_do_not_keep_curves_from_being_drawn():
     live, done = object.__new__(Live), []
     live.paused, live.interventions, live.budget = True, Interventions(), Budget()
@@ -228,9 +274,9 @@ def test_the_size_of_pictures_is_learned_from_what_they_take():
     for _ in range(20):
         for large, seconds in ((False, 0.12), (True, 1.0)):
             pixels = cost.pixels(seconds)
-            cost.saw(pixels, 0.02 + 1e-6 * pixels, large)
-    assert abs(0.02 + 1e-6 * cost.pixels(0.12) - 0.12) < 0.02
-    assert abs(0.02 + 1e-6 * cost.pixels(1.0) - 1.0) < 0.1
+            cost.saw(pixels, 0.05 + 1e-6 * pixels, large)
+    for seconds in (0.12, 1.0):
+        assert abs(0.05 + 1e-6 * cost.pixels(seconds) - seconds) < 0.02
 
 
 def test_curves_keep_a_bounded_number_of_points_over_all_steps():
@@ -267,6 +313,25 @@ def test_visitors_who_come_and_vanish_do_not_end_the_run(small):
     assert trainer.global_step == 6 and seen[0] in (1, 2)
     clients[1].close()
     assert not Path("run", server.FILE).exists()
+
+
+def test_visitors_see_the_object_of_the_last_step_and_that_no_more_comes(small):
+    view, clients, shown = viewer(), [], []
+
+    def come():
+        clients.extend(arrived(view))
+
+    def look():
+        clients[0].wait("BackgroundImageMessage")
+        until(view.live.visitors.all()[0].is_ready)
+        shown.append(len(clients[0].of("BackgroundImageMessage")))
+        view.live.budget.spend(60, time.monotonic())  # nothing more is due
+
+    fit(*small("embedding"), max_steps=4, callbacks=[At(come, None, look), view])
+    clients[0].close()
+    assert len(clients[0].of("BackgroundImageMessage")) > shown[0]
+    told = [message["updates"] for message in clients[0].of("GuiUpdateMessage")]
+    assert any("Ended at step 4 of 4" in str(update) for update in told)
 
 
 def test_a_renderer_that_fails_costs_pictures_and_not_the_run(small, monkeypatch):
@@ -316,14 +381,23 @@ def test_buttons_pause_resume_and_save_what_is_seen(small):
         client.set("Export", True)
         client.set("Pause", True)
         until(lambda: view.live._jobs.qsize() == 3)
-        threading.Timer(0.5, lambda: client.set("Pause", True)).start()
+        threading.Thread(target=resume, args=(client,), daemon=True).start()
 
-    begun = time.monotonic()
+    def resume(client):
+        until(lambda: view.live.paused)
+        time.sleep(0.3)
+        notes["step"] = view.live.step
+        try:
+            client.wait("FileTransferStartDownload", 3, seconds=5)
+        finally:
+            client.set("Pause", True)
+
     _, trainer = fit(*small("embedding"), max_steps=3, callbacks=[At(come), view])
-    assert trainer.global_step == 3 and time.monotonic() - begun > 0.5
+    assert notes["step"] == 1 and trainer.global_step == 3
     files = sorted(str(path.relative_to("save")) for path in Path("save").rglob("*.*"))
     assert "it1-view1.png" in files and "it1-export/gaussians.ply" in files
-    assert notes["client"].of("FileTransferStartDownload")
+    sent = [message["filename"] for message in notes["client"].of("FileTransferStartDownload")]
+    assert sent == ["it1-view1.png", "gaussians-points.ply", "gaussians.ply"]
     notes["client"].close()
 
 
@@ -334,6 +408,20 @@ def test_the_announcement_is_there_while_it_trains(small):
     )
     assert found[0]["pid"] == os.getpid()
     assert server.running(Path("run")) is None
+
+
+def test_a_prompt_with_signs_of_markdown_is_shown_as_text():
+    """viser's client shows markdown and HTML, pictures of other servers among them."""
+    shown = object.__new__(Panel)
+    shown.heading, shown.history = SimpleNamespace(), SimpleNamespace()
+    prompt = "![a](http://evil.example) <img src=//evil.example> `x` **b** [c](d) &lt;"
+    shown.show_prompt(prompt)
+    shown.show_changes([Change(1200, PROMPT, "a", prompt)])
+    heading, history = shown.heading.content, shown.history.content
+    assert heading.startswith("**") and heading.endswith("**")
+    for text in (heading[2:-2], history.removeprefix("- step 1,200: prompt ")):
+        assert not re.search(r"[^\w ,.“”-]", re.sub(r"\\.", "", text))
+        assert prompt in text.replace("\\", "")
 
 
 def test_a_finished_run_is_shown_until_it_is_asked_to_stop(small, monkeypatch, capfd):
@@ -436,8 +524,8 @@ def test_a_prompt_is_text_and_neither_markup_nor_code():
     assert re.sub(r"\\(.)", r"\1", shown) == text[:-1]
     assert not re.search(rf"(?<!\\)[{re.escape(string.punctuation)}]", re.sub(r"\\.", "", shown))
     panel = SimpleNamespace(history=SimpleNamespace(content=""))
-    Panel.show_changes(panel, ["step 1: prompt {x}"])
-    assert panel.history.content == r"- step 1\: prompt \{x\}"
+    Panel.show_changes(panel, [Change(1, PROMPT, "a", "{x}")])
+    assert panel.history.content == r"- step 1: prompt “\{x\}”"
 
 
 def test_a_visitor_is_asked_one_question_at_a_time():

@@ -7,6 +7,8 @@
 - :mod:`.budget`: how much of the time the view may take.
 - :mod:`.visitors`: who is there, and what each of them is to be sent next.
 - :mod:`.curves`: losses and counts over the steps.
+- :mod:`.progress`: those of a training, and how far it is, in words.
+- :mod:`.saving`: snapshots and exports.
 - :mod:`.training_cameras`: where the last batch was seen from, and its pictures.
 - :mod:`.panel`: the controls.
 - :mod:`.live`: all of it together, called by the training between its steps.

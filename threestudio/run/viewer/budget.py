@@ -5,29 +5,44 @@ import math
 AT_REST = 0.1  # the share of the time, by default
 MOVING = 0.5  # the share while a visitor turns the object
 FRAME = 0.12  # seconds that a picture may take while it does
+SHARP = 2.0  # seconds that a picture may take once the camera rests
+FRESH_EVERY = 3.0  # seconds between pictures of an object that grows, at most
 
 
 class Budget:
-    """Accounts for seconds. What has taken c seconds is followed by (1 / share - 1) c of training
-    before anything else is drawn without being asked for; a moving camera waits for less."""
+    """Accounts for seconds. What nobody has asked for and has taken c seconds is followed by
+    (1 / share - 1) c of training before anything else of the kind. What was asked for, by a camera
+    that moves or has come to rest, is followed by as much as makes the share :data:`MOVING`, and by
+    no more than that: an object that was turned grows on before the visitor's eyes."""
 
     def __init__(self, share: float = AT_REST) -> None:
         self.share = share
         self.total = 0.0  # seconds spent
-        self._rest_due = self._moving_due = 0.0
+        self._rest_due = self._asked_due = 0.0
 
-    def spend(self, seconds: float, now: float) -> None:
+    def spend(self, seconds: float, now: float, asked: bool = False) -> None:
         """`seconds` were spent, until `now`."""
         self.total += seconds
-        debt = seconds * (1 / self.share - 1)
-        self._rest_due = max(self._rest_due, now) + debt
+        due = now + seconds * (1 / max(MOVING, self.share) - 1)
+        self._asked_due = max(self._asked_due, due)
+        if asked:
+            self._rest_due = max(self._rest_due, self._asked_due)
+            return
+        self._rest_due = max(self._rest_due, now) + seconds * (1 / self.share - 1)
         # no more than a minute is owed, or one slow picture would stop all others
         self._rest_due = min(self._rest_due, now + 60)
-        self._moving_due = now + seconds * (1 / max(MOVING, self.share) - 1)
 
-    def allows(self, moving: bool, now: float) -> bool:
+    def allows(self, asked: bool, now: float) -> bool:
         """Whether something may be drawn now."""
-        return now >= (self._moving_due if moving else self._rest_due)
+        return now >= (self._asked_due if asked else self._rest_due)
+
+    def seconds(self, kind: str) -> float:
+        """How long a picture may take: a "moving" one, a "sharp" one of a camera at rest, or a
+        "fresh" one of an object that has changed. The latter are as small as has to be for one in
+        every :data:`FRESH_EVERY` seconds."""
+        if kind == "fresh":
+            return min(SHARP, max(FRAME, self.share * FRESH_EVERY))
+        return FRAME if kind == "moving" else SHARP
 
 
 class Cost:

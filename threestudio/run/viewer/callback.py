@@ -94,6 +94,8 @@ class ViewerCallback(Callback):
             threestudio.warn("the view is closed; the training goes on")
 
     def on_train_end(self, trainer, pl_module) -> None:
+        if self.live is not None:
+            self.live.finish()
         self.close()
 
     def on_exception(self, trainer, pl_module, exception) -> None:

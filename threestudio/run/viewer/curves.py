@@ -31,6 +31,18 @@ class Curves:
     def __len__(self) -> int:
         return len(self._points)
 
+    def known(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Of each name with at least two values: the steps that it has one at, and the values."""
+        with self._lock:
+            names = list(dict.fromkeys(name for _, values in self._points for name in values))
+        found = {}
+        for name in names:
+            steps, values = self.series(name)
+            finite = np.isfinite(values)
+            if finite.sum() > 1:
+                found[name] = steps[finite], values[finite]
+        return found
+
     def series(self, *names: str) -> tuple[np.ndarray, ...]:
         """The steps, and of each name the values (NaN where there is none); at least one point."""
         with self._lock:

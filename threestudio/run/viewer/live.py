@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import queue
 import threading
 import time
@@ -12,26 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 import threestudio
-from threestudio.run.folder import RESULTS, Lock
-from threestudio.run.interventions import PROMPT, RATE, SCALE, Interventions, current
+from threestudio.run.interventions import PROMPT, SCALE, Interventions, current
 from threestudio.run.viewer import server as servers
-from threestudio.run.viewer.budget import FRAME, Budget, Cost
-from threestudio.run.viewer.curves import Curves
-from threestudio.run.viewer.frames import Painter, View, undisturbed
+from threestudio.run.viewer.budget import SHARP, Budget, Cost
+from threestudio.run.viewer.frames import Painter, View, to_bytes, undisturbed
 from threestudio.run.viewer.panel import Panel
+from threestudio.run.viewer.progress import Progress
+from threestudio.run.viewer.saving import Saver
 from threestudio.run.viewer.training_cameras import TrainingCameras
 from threestudio.run.viewer.visitors import Drawn, Visitor, Visitors
-from threestudio.utils.files import whole_file
 
-SHARP = 2.0  # seconds that a picture may take once the camera rests
 STATUS_EVERY, CURVES_EVERY, SEEN_EVERY, CAMERAS_EVERY = 0.5, 2.0, 1.0, 1.0  # seconds
 POINT_EVERY, SPLATS_EVERY = 0.25, 1.0
+LEAVES_IN = 0.3  # seconds in which the last of what was sent leaves
 MAX_SPLATS = 50_000
-MAX_DOWNLOAD = 64 << 20  # bytes
-DOWNLOADS = (".ply", ".glb", ".obj")
 MAX_FAILURES = 3
 SHOWN_CHANGES = 6
 VIEWS = 4  # of a batch, as the model sees it
@@ -54,17 +49,16 @@ class Live:
     ) -> None:
         self.server, self.system, self.trainer, self.folder = server, system, trainer, folder
         self.interventions, self.stop, self.must_end = interventions, stop, must_end
-        self.visitors, self.budget, self.cost, self.curves = Visitors(), Budget(), Cost(), Curves()
+        self.visitors, self.budget, self.cost = Visitors(), Budget(), Cost()
         self.painter = Painter(system, _unit_rays(trainer))
+        self.progress = Progress(system, trainer)
+        self.saver = Saver(system, trainer, folder, self.painter, self.visitors)
         self.training_cameras = TrainingCameras(system.renderer, lambda: self.painter.drawing)
         self.paused = False
         self._jobs: queue.Queue = queue.Queue(maxsize=8)
         self._wake = threading.Event()
         self._failures = 0
         self._told: dict[str, float] = {}  # what -> when it was last told
-        self._step_seconds: float | None = None
-        self._left_at: float | None = None
-        self._snapshots = 0
         self._changes = 0
         self._watching = False
         self._cameras_of = self._splats_of = -1
@@ -128,11 +122,13 @@ class Live:
                 before = current(self.system, what, self.interventions.changed)
                 if what != PROMPT:  # a text is mended where it stands
                     self.panel.reset(what, before)
-                self._tell(client_id, "Not changed", why)
+                self.visitors.tell(client_id, "Not changed", why)
             elif what == PROMPT:
-                self._tell(client_id, "New prompt", f"from step {self.step} on")
+                self.visitors.tell(client_id, "New prompt", f"from step {self.step} on")
 
         self.interventions.ask(what, value, done)
+        if self.paused and what == PROMPT:
+            self.visitors.tell(client_id, "New prompt", "from when the run is resumed")
 
     # --- the scene --------------------------------------------------------------------------------
 
@@ -153,15 +149,14 @@ class Live:
     @property
     def step(self) -> int:
         """Steps behind the current weights."""
-        return int(self.system.true_global_step)
+        return self.progress.step
 
     def between(self) -> None:
         """Serve whoever waits. While the run is paused, this does not return."""
         now = time.monotonic()
-        if self._left_at is not None:
-            took, before = now - self._left_at, self._step_seconds
-            self._step_seconds = took if before is None else 0.9 * before + 0.1 * took
-        self._note_point(now)
+        self.progress.end_step(now)
+        if self.interventions is not None and self._due("point", POINT_EVERY, now):
+            self.progress.note()
         try:
             self._serve()
             while self.paused and not self.must_end():
@@ -169,7 +164,7 @@ class Live:
                 self._wake.clear()
                 self._serve()
         finally:
-            self._left_at = time.monotonic()
+            self.progress.begin_step(time.monotonic())
 
     def idle(self) -> None:
         """Serve once, where nothing is trained, and wait a moment."""
@@ -218,7 +213,7 @@ class Live:
         for _ in range(3):
             now = time.monotonic()
             kind = visitor.wants(self.step, now)
-            free = kind == "sharp" or self._is_free or self.budget.allows(True, now)
+            free = self._is_free or self.budget.allows(True, now)
             if kind not in ("sharp", "moving") or not free or not self._can_draw(visitor):
                 return
             if not self._draw(visitor, kind) or kind == "moving":
@@ -260,9 +255,8 @@ class Live:
         view = visitor.view
         assert view is not None
         begun = time.monotonic()
-        seconds = FRAME if kind == "moving" else SHARP
         tallest = int(min(max(float(self.panel.tallest.value), 64), 2160))
-        width, height = view.size(self.cost.pixels(seconds), tallest)
+        width, height = view.size(self.cost.pixels(self._seconds(kind)), tallest)
         try:
             with undisturbed(self.system, self.trainer):
                 image = self.painter(view, width, height)
@@ -276,10 +270,13 @@ class Live:
         visitor.client.flush()
         whole = height >= min(view.height, tallest) or drawn > SHARP / 3
         full = kind != "moving" and whole
-        visitor.drawn = Drawn(view, self.step, height, full)
+        visitor.drawn = Drawn(view, self.step, height, full, kind == "moving")
         visitor.frames += 1
-        self._spend(begun)
+        self._spend(begun, kind != "fresh")
         return True
+
+    def _seconds(self, kind: str) -> float:
+        return SHARP if kind == "fresh" and self._is_free else self.budget.seconds(kind)
 
     def _fail(self, error: Exception) -> None:
         self._failures += 1
@@ -288,9 +285,9 @@ class Live:
         if self._failures == MAX_FAILURES:
             threestudio.warn("nothing more is drawn for visitors; the training goes on")
 
-    def _spend(self, begun: float) -> None:
+    def _spend(self, begun: float, asked: bool = False) -> None:
         now = time.monotonic()
-        self.budget.spend(now - begun, now)
+        self.budget.spend(now - begun, now, asked)
 
     @property
     def _sends_splats(self) -> bool:
@@ -338,43 +335,15 @@ class Live:
         self._told[what] = now
         return True
 
-    def _note_point(self, now: float) -> None:
-        if self.interventions is None or not self._due("point", POINT_EVERY, now):
-            return
-        values = {}
-        terms = {"loss": "train/loss", "gradient norm": "train/grad_norm"}
-        metrics = self.trainer.callback_metrics
-        for name, key in terms.items():
-            if key in metrics:
-                values[name] = float(metrics[key])
-        for name, value in getattr(self.system, "loss_terms", {}).items():
-            values[name.replace("_", " ")] = float(value)
-        count = getattr(getattr(self.system, "geometry", None), "count", None)
-        if isinstance(count, int):
-            values["Gaussians"] = float(count)
-        self.curves.add(self.step, values)
-
     def _show_status(self) -> None:
         now = time.monotonic()
         if self.interventions is None or not self._due("status", STATUS_EVERY, now):
             return
         with self.server.viser.atomic():
-            part = self.step / self.trainer.max_steps if self.trainer.max_steps > 0 else 0
-            self.panel.show_status(self._status(), part, self.paused)
+            text = ("paused · " if self.paused else "") + self.progress.text()
+            self.panel.show_status(text, self.progress.part, self.paused)
             self._show_changes()
         self._spend(now)
-
-    def _status(self) -> str:
-        step, last = self.step, self.trainer.max_steps
-        words = [f"step {step:,}" + (f" of {last:,}" if last > 0 else "")]
-        if self._step_seconds:
-            words.append(f"{_seconds(self._step_seconds)} a step")
-            if last > 0:
-                words.append(f"{_clock((last - step) * self._step_seconds)} left")
-        count = getattr(getattr(self.system, "geometry", None), "count", None)
-        if isinstance(count, int):
-            words.append(f"{count:,} Gaussians")
-        return ("paused · " if self.paused else "") + " · ".join(words)
 
     def _show_changes(self) -> None:
         assert self.interventions is not None
@@ -386,23 +355,14 @@ class Live:
             self.panel.reset(change.what, change.new)
             if change.what == PROMPT:
                 self.panel.show_prompt(change.new)
-        names = {PROMPT: "prompt", SCALE: "guidance scale", RATE: "learning rates ×"}
-        last = reversed(made[-SHOWN_CHANGES:])
-        self.panel.show_changes([f"step {c.step}: {names[c.what]} {c.new}" for c in last])
+        self.panel.show_changes(made[-SHOWN_CHANGES:])
 
     def _show_curves(self) -> bool:
-        if len(self.curves) < 2 or not self._due("curves", CURVES_EVERY, time.monotonic()):
+        curves = self.progress.curves
+        if len(curves) < 2 or not self._due("curves", CURVES_EVERY, time.monotonic()):
             return False
-        latest = self.curves.series()[0]
-        names = list(dict.fromkeys(n for _, v in self.curves._points for n in v))
-        found = {}
-        for name in names:
-            values = self.curves.series(name)[1]
-            known = np.isfinite(values)
-            if known.sum() > 1:
-                found[name] = latest[known], values[known]
         with self.server.viser.atomic():
-            self.panel.show_curves(found)
+            self.panel.show_curves(curves.known())
         return True
 
     def _show_seen(self) -> bool:
@@ -421,11 +381,6 @@ class Live:
 
     # --- buttons ----------------------------------------------------------------------------------
 
-    def _tell(self, client_id: int | None, title: str, body: str) -> None:
-        visitor = self.visitors.get(client_id)
-        if visitor is not None:
-            visitor.client.add_notification(title, body, auto_close_seconds=8.0)
-
     def _do(self, name: str, client_id: int | None) -> None:
         if name == "pause" and self.interventions is not None:
             self.paused = not self.paused
@@ -436,73 +391,31 @@ class Live:
         elif name in ("snapshot", "export"):
             begun = time.monotonic()
             try:
-                self._snapshot(client_id) if name == "snapshot" else self._export(client_id)
+                save = self.saver.snapshot if name == "snapshot" else self.saver.export
+                save(client_id)
             except Exception as error:  # a full disk, a mesh without a surface
                 text = " ".join(str(error).split())[:300] or type(error).__name__
                 threestudio.warn(f"{name}: {text}")
-                self._tell(client_id, f"No {name}", text)
+                self.visitors.tell(client_id, f"No {name}", text)
             finally:
-                self._spend(begun)
-
-    def _snapshot(self, client_id: int | None) -> None:
-        visitor = self.visitors.get(client_id)
-        if visitor is None or visitor.view is None:
-            return
-        view = visitor.view
-        width, height = view.size(1e7, 2160)
-        with undisturbed(self.system, self.trainer):
-            image = self.painter(view, width, height)
-        folder = Path(self.system.get_save_dir())
-        folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            self._snapshots += 1
-            path = folder / f"it{self.step}-view{self._snapshots}.png"
-            if not os.path.lexists(path):
-                break
-        with whole_file(path, keep_suffix=True) as tmp:
-            Image.fromarray(image).save(tmp)
-        visitor.client.send_file_download(path.name, path.read_bytes())
-        self._tell(client_id, "Snapshot", str(path))
-
-    def _export(self, client_id: int | None) -> None:
-        lock = Lock(self.folder / RESULTS)
-        if not lock.acquire():
-            self._tell(client_id, "No export", f"{lock.holder()} is writing results of this run")
-            return
-        try:
-            files = self._write_export()
-        finally:
-            lock.release()
-        visitor = self.visitors.get(client_id)
-        for path in files:
-            small = path.stat().st_size <= MAX_DOWNLOAD
-            if visitor is not None and path.suffix in DOWNLOADS and small:
-                visitor.client.send_file_download(path.name, path.read_bytes())
-        where = files[0].parent if files else Path(self.system.get_save_dir())
-        names = ", ".join(path.name for path in files) or "nothing"
-        self._tell(client_id, "Exported", f"{names} in {where}")
-
-    def _write_export(self) -> list[Path]:
-        system = self.system
-        missing = object()
-        before = getattr(system, "exporter", missing)
-        with undisturbed(system, self.trainer):
-            try:
-                system.on_predict_start()
-                system.exporter.cfg.save_video = False
-                system.on_predict_epoch_end()
-            finally:
-                if before is missing:
-                    system.__dict__.pop("exporter", None)
-                else:
-                    system.exporter = before
-        folder = Path(system.get_save_dir(), f"it{self.step}-export")
-        return sorted(path for path in folder.glob("*") if path.is_file())
+                self._spend(begun, asked=True)
 
     # --- the end ----------------------------------------------------------------------------------
 
+    def finish(self) -> None:
+        """Show the object as it is in the end, where the training has ended by itself."""
+        for visitor in self.visitors.all():
+            if not visitor.has_seen(self.step) and self._can_draw(visitor):
+                self._draw(visitor, "sharp")
+
     def end(self) -> None:
-        """Let go of the system."""
+        """Tell visitors that no more comes, and let go of the system."""
+        # viser names a visitor once it has said where its camera is: one may be about to
+        if self.interventions is not None and self.server.door.visitors:
+            with self.server.viser.atomic():
+                self.panel.show_status(self.progress.last_text(), self.progress.part, False)
+            self.server.viser.flush()
+            time.sleep(LEAVES_IN)
         self.training_cameras.want(False)
         if self._watching:
             self.system.guidance.watch(False)
@@ -516,16 +429,4 @@ def _unit_rays(trainer: Any) -> bool:
 
 def _in_a_row(images: torch.Tensor) -> np.ndarray:
     """Images (B, H, W, 3) in 0..1 side by side."""
-    from threestudio.run.viewer.frames import to_bytes
-
     return np.concatenate([to_bytes(image) for image in images], axis=1)
-
-
-def _seconds(seconds: float) -> str:
-    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

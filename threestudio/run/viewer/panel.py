@@ -6,17 +6,19 @@ viser calls back from its own threads: nothing here does more than to note what 
 import contextlib
 import string
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from threestudio.run.interventions import MAX_PROMPT, PROMPT, RATE, SCALE
+from threestudio.run.interventions import MAX_PROMPT, PROMPT, RATE, SCALE, Change
 from threestudio.run.viewer.budget import AT_REST
 
 BRAND = (41, 98, 180)
 TALLEST = 512  # pixels of a picture, by default
 PLOT_HEIGHT = 120
+MAX_HEADING = 300  # characters of a prompt that are shown as text
+CHANGED = {PROMPT: "prompt", SCALE: "guidance scale", RATE: "learning rates ×"}
 
 
 class Panel:
@@ -141,7 +143,9 @@ class Panel:
                 hint="What part of the time the view may take while the camera rests",
             )
             self.cameras = gui.add_checkbox(
-                "Training cameras", False, hint="Where the last batch was seen from, and its images"
+                "Training cameras",
+                False,
+                hint="Where the last batch was seen from, and its images: zoom out to see them",
             )
 
     def _steer(self, gui, prompt: str | None, scale: float | None) -> None:
@@ -203,9 +207,10 @@ class Panel:
         if self.pause is not None and self.pause.label != label:
             self.pause.label = label
 
-    def show_changes(self, lines: list[str]) -> None:
+    def show_changes(self, changes: Sequence[Change]) -> None:
         """What was changed, the last at the top."""
-        self.history.content = "\n".join(f"- {as_text(line)}" for line in lines)
+        lines = (f"- step {c.step:,}: {CHANGED[c.what]} {_new(c)}" for c in reversed(changes))
+        self.history.content = "\n".join(lines)
 
     def reset(self, what: str, value: Any) -> None:
         """Put the control of what could not be changed back."""
@@ -255,4 +260,9 @@ def as_text(text: str) -> str:
 
 
 def _heading(title: str) -> str:
-    return f"**{as_text(title[:300])}**"
+    return f"**{as_text(title[:MAX_HEADING])}**"
+
+
+def _new(change: Change) -> str:
+    text = str(change.new)
+    return f"“{as_text(text[:MAX_HEADING])}”" if change.what == PROMPT else as_text(text)

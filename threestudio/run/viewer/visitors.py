@@ -8,6 +8,7 @@ from typing import Any
 from threestudio.run.viewer.frames import View
 
 RESTS_AFTER = 0.25  # seconds without a new camera
+NOTE_SECONDS = 8.0  # that a note is shown
 
 
 @dataclass
@@ -18,6 +19,7 @@ class Drawn:
     step: int
     height: int  # pixels
     full: bool  # as large as it gets
+    moving: bool = False  # drawn while the camera moved
 
 
 @dataclass
@@ -45,6 +47,12 @@ class Visitor:
         more until it has."""
         return not self.client._websock_connection.get_message_buffer().message_from_id
 
+    def has_seen(self, step: int) -> bool:
+        """Whether it has the whole picture of a step, or has not said where its camera is."""
+        if self.view is None or self.drawn is None:
+            return self.view is None
+        return self.drawn.full and (self.drawn.view, self.drawn.step) == (self.view, step)
+
     def wants(self, step: int, now: float) -> str:
         """ "moving", "sharp", "fresh" or "": the kind of picture that it would be sent now."""
         if self.view is None:
@@ -55,7 +63,7 @@ class Visitor:
             return "moving"
         if self.is_moving(now):
             return ""
-        if not self.drawn.full:
+        if not self.drawn.full and (self.drawn.moving or self.drawn.step == step):
             return "sharp"
         return "fresh" if self.drawn.step != step else ""
 
@@ -85,6 +93,12 @@ class Visitors:
     def get(self, client_id: int | None) -> Visitor | None:
         """The visitor of that number, if it is still there."""
         return None if client_id is None else self._all.get(client_id)
+
+    def tell(self, client_id: int | None, title: str, body: str) -> None:
+        """Show the visitor of that number a note for some seconds, if it is still there."""
+        visitor = self.get(client_id)
+        if visitor is not None:
+            visitor.client.add_notification(title, body, auto_close_seconds=NOTE_SECONDS)
 
     def all(self) -> list[Visitor]:
         """Those who are there, the one who has waited longest for a picture first."""

@@ -52,7 +52,10 @@ def find_run(word: str, root: Path = Path("outputs")) -> Run:
         where = f"{word} holds"
     else:
         every = runs_below(root)
-        found = [run for run in every if word in str(run.relative_to(root))]
+        pieces = word, "_".join(word.split())  # a prompt has underscores in the name of a folder
+        found = [
+            run for run in every if any(piece in str(run.relative_to(root)) for piece in pieces)
+        ]
         if not found:
             names = {run.name: run for run in every}
             hint = nearest(word, names) or ": give its folder, or a piece of its name"
