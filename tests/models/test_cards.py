@@ -61,13 +61,18 @@ def hub(cards, tmp_path, monkeypatch):
 
 def test_the_cards_are_whole(cards):
     known = cards.all_cards()
-    assert list(known) == ["sd15", "sd21-base", "sd21", "sdxl", "pocket-shapes", "pocket"]
+    flows = ["sd3-medium", "sd35-medium", "sd35-large", "sd35-large-turbo"]
+    diffusions = ["sd15", "sd21-base", "sd21", "sdxl", "pocket-shapes", "pocket"]
+    assert list(known) == diffusions + flows
+    assert [name for name, card in known.items() if card.prediction_type == "flow"] == flows
     for name, card in known.items():
         assert bool(card.ids) != bool(card.folder), name
         assert all(repo.count("/") == 1 for repo in card.ids + card.aliases)
         assert not card.memory_measured and card.memory_gb > 0
     ids = [repo for card in known.values() for repo in card.ids + card.aliases]
-    assert len(ids) == len(set(ids)) == 7
+    assert len(ids) == len(set(ids)) == 11
+    for card in known.values():
+        assert card.instead is None or known[card.instead].instead is None
     assert cards.find_card(cards.DEFAULT_MODEL) is known["sd21-base"]
 
 
