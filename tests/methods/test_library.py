@@ -183,7 +183,7 @@ def test_a_method_that_learns_nothing_writes_nothing(tmp_path, name):
         ({"guidance_scale": -1}, "guidance_scale must be a number in (0, inf]"),
         ({"guidance_scale": 10**400}, "guidance_scale must be a number in (0, inf]"),
         ({"method": "sds", "guidance_scale": float("inf")}, "guidance_scale must be a number in"),
-        ({"weighting_strategy": "sd"}, "must be one of sds, uniform, fantasia3d, not 'sd' (did"),
+        ({"weighting_strategy": "sd"}, "fantasia3d, velocity, latent, not 'sd' (did you mean"),
         ({"lora_rank": 2.5}, "lora_rank must be a whole number in [1, 1024], not 2.5"),
         ({"weights_dtype": "half"}, "weights_dtype must be one of auto, float16"),
         ({"max_step_percent": 0.01}, "0 <= min_step_percent <= max_step_percent <= 1, not 0.02"),
