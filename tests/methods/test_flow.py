@@ -26,8 +26,9 @@ def made(name, schedule=FLOW, std=0.0, prompt="a", null="n", **values):
 
 
 def gradient(method, z, seed=1):
-    """The gradient of loss_sds with respect to the latents, times their number."""
-    z = z.clone().requires_grad_()
+    """The gradient of loss_sds with respect to the latents, times their number; nothing is learned,
+    so that all methods draw the same (t, eps)."""
+    z, method.learn = z.clone().requires_grad_(), lambda *args: {}
     torch.manual_seed(seed)
     loss = method(latents=z).terms["loss_sds"]
     return torch.autograd.grad(loss, z)[0] * len(z)
@@ -43,7 +44,7 @@ def test_these_are_all_methods():
     assert sorted(OURS) == sorted(ours)
 
 
-@pytest.mark.parametrize("name", ["sds", "embedding", "lora", "rfds", "rfds-rev", "ucm", "vsd"])
+@pytest.mark.parametrize("name", ["sds", "embedding", "lora", "rfds", "rfds-rev", "ucm"])
 def test_no_gradient_at_the_only_picture(name):
     """Where prompt and null prompt both mean one picture, and z is that picture."""
     method = made(name, null="a")
@@ -55,22 +56,18 @@ def test_no_gradient_at_the_only_picture(name):
 
 @pytest.mark.parametrize("name", ["sds", "embedding", "lora"])
 def test_particles_move_to_the_mean_of_the_pictures(name):
-    method = made(name, std=0.3, null="a", guidance_scale=7.5, weighting_strategy="velocity")
+    method = made(name, std=0.3, null="a", guidance_scale=7.5, weighting_strategy="latent")
     picture = method.model.network(torch.zeros(1), method.prompts.plain("prompt")[None])
-    z = (picture + 2 * latents(8)).requires_grad_()
-    groups = [{"params": [z], "lr": 0.05}]
-    groups += (
-        [{"params": list(method.parameters()), "lr": 0.01}] if list(method.parameters()) else []
-    )
-    optimizer = torch.optim.Adam(groups)
+    z = (picture + 1 + latents(16)).requires_grad_()
+    optimizer = torch.optim.Adam([z, *method.parameters()], lr=0.03)
     torch.manual_seed(2)
-    for step in range(200):
+    for step in range(300):
         method.step(step)
         optimizer.zero_grad()
         method(latents=z).total.backward()
         optimizer.step()
-    assert (z.detach().mean(0) - picture).square().mean().sqrt() < 0.3
-    assert (z.detach() - picture).square().mean().sqrt() < 0.7  # where it was 2
+    away = z.detach().mean(0) - picture  # 1 at first
+    assert away.square().mean().sqrt() < 0.3
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "latent"])
@@ -102,21 +99,15 @@ def test_lods_with_a_frozen_null_is_sds_over_its_scale():
     for s in (2.0, 7.5, 100.0):
         sds = gradient(made("sds", std=0.5, guidance_scale=s), latents())
         for name in ("embedding", "lora"):
-            lods = gradient(made(name, std=0.5, guidance_scale=s, prior_inner_lr=1e-3), latents())
-            # drawn in another order: the loss of the learned part comes first
-            method = made(name, std=0.5, guidance_scale=s)
-            method.learn = lambda *args: {}
-            got = gradient(method, latents())
+            got = gradient(made(name, std=0.5, guidance_scale=s), latents())
             torch.testing.assert_close(got, sds / s, rtol=1e-4, atol=1e-5)
-            assert lods.shape == got.shape
 
 
 def test_lods_at_infinity_is_csd():
     csd = gradient(made("csd", std=0.5), latents())
     for name in ("embedding", "lora"):
-        method = made(name, std=0.5, guidance_scale=float("inf"))
-        method.learn = lambda *args: {}
-        torch.testing.assert_close(gradient(method, latents()), csd, rtol=1e-5, atol=1e-6)
+        got = gradient(made(name, std=0.5, guidance_scale=float("inf")), latents())
+        torch.testing.assert_close(got, csd, rtol=1e-5, atol=1e-6)
 
 
 def test_the_learned_part_learns_velocities():

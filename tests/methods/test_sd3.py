@@ -107,7 +107,8 @@ def test_stock_diffusers_takes_the_lora(make, tiny_sd3, tmp_path, dual):
     with torch.no_grad():
         plain = method.model.predict(x_t, t, texts)
         want = method.predict_learned(x_t, t, texts)
-        pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+        none = {"text_encoder_3": None, "tokenizer_3": None}
+        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **none)
         pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
         parts = method.model.text_layout.unpack(texts)
         v = pipeline.transformer(
@@ -153,7 +154,7 @@ def test_the_rows_of_a_lora_are_those_of_calls_of_their_own(make):
 def test_what_is_learned_of_the_null_text(make, what, tmp_path):
     method = make("lods-embedding", learned_text=what)
     start = method.embedding.detach().clone()
-    assert torch.equal(start, method.model.text([""])[0])
+    torch.testing.assert_close(start, method.model.text([""])[0], rtol=1e-4, atol=1e-4)
     trained(method)
     now = method.embedding.detach()
     moved = {"tokens": now[:-1] != start[:-1], "pooled": now[-1, :40] != start[-1, :40]}

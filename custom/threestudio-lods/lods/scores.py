@@ -47,7 +47,7 @@ def weight(abar: Tensor, strategy: str = "sds", variance: Tensor | None = None) 
     - "uniform", 1;
     - "fantasia3d", alpha sigma^2 (arXiv:2303.13873);
     - "velocity", 1 / alpha, which is 1 for differences of velocities;
-    - "latent", alpha / sigma, which is 1 for differences of latents.
+    - "latent", sigma / alpha, which is 1 for differences of latents.
 
     The last two follow from :mod:`lods.models.schedule`.
     """
@@ -62,7 +62,7 @@ def weight(abar: Tensor, strategy: str = "sds", variance: Tensor | None = None) 
     if strategy == "velocity":
         return 1 / abar.sqrt()
     if strategy == "latent":
-        return (abar / variance).sqrt()
+        return (variance / abar).sqrt()
     raise ValueError(f"weighting_strategy must be one of {WEIGHTINGS}, not {strategy!r}")
 
 
