@@ -196,7 +196,7 @@ def test_a_method_that_learns_nothing_writes_nothing(tmp_path, name):
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_loaded(monkeypatch, words, said):
-    monkeypatch.setattr("lods.models.unet.load_weights", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("lods.models.latent.load_weights", lambda *a: pytest.fail("loaded"))
     with pytest.raises(ValueError) as caught:
         lods.load(**{"method": "lods-lora", "prompt": PROMPT, **words})
     assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -275,7 +275,7 @@ def test_words_for_the_view_go_with_what_the_model_is_told(tiny, cameras, asked,
 def test_a_contradiction_is_one_line_before_anything_is_loaded(
     tiny_sd, monkeypatch, cameras, asked, said
 ):
-    monkeypatch.setattr("lods.models.unet.load_weights", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("lods.models.latent.load_weights", lambda *a: pytest.fail("loaded"))
     model, words = tiny_sd(sample_size=4, camera_tokens=2), {"view_dependent_prompting": asked}
     with pytest.raises(ValueError, match=said) as caught:
         lods.load("sds", model, PROMPT, cameras=cameras, **words)
