@@ -176,7 +176,7 @@ def test_a_method_that_learns_nothing_writes_nothing(tmp_path, name):
     ("words", "said"),
     [
         ({"method": "lods-lorra"}, "there is no method 'lods-lorra' (did you mean 'lods-lora'?)"),
-        ({"method": "nothing"}, "there is no method 'nothing': lods-bridge, lods-csd, "),
+        ({"method": "nothing"}, "there is no method 'nothing': lods-asd, lods-bridge, "),
         ({"guidence_scale": 3}, "has no setting 'guidence_scale' (did you mean 'guidance_scale'?)"),
         ({"enable_vae_slice": 1}, "(did you mean 'enable_vae_slicing'?)"),
         ({"source_sufix": "x"}, "(did you mean 'source_suffix'?)"),
