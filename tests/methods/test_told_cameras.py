@@ -10,7 +10,7 @@ from lods.methods.conditions import Conditions
 from torch.nn.functional import silu
 
 from tests.hostile import one_line
-from tests.ideal_model import GRADIENTS, SCALED, IdealModel, S, sight
+from tests.ideal_model import FIELDS, GRADIENTS, SCALED, IdealModel, S, sight
 
 NAMES = list(GRADIENTS)
 LEARNING = ["embedding", "lora", "vsd"]
@@ -37,8 +37,7 @@ def latents(n=3, channels=3):
 
 def load(name, other=False, cameras="tokens", **fields):
     """A method on the ideal model; ``other``: its LoRA is on another one."""
-    if name == "bridge":
-        fields = {"bridge_start": 0, **fields}
+    fields = {**FIELDS.get(name, {}), **fields}
     if name in SCALED:
         fields = {"guidance_scale": S, **fields}
     if other:

@@ -14,7 +14,7 @@ so that the same gradient has three weights, w_velocity = alpha_t w_noise = sigm
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -41,8 +41,9 @@ class Schedule:
     density: str  # one of DENSITIES: how its training drew t, see :meth:`draw`
     kind: str  # in words, for messages
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Schedule":
-        return object.__new__(VariancePreserving if cls is Schedule else cls)
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        kind: Any = VariancePreserving if cls is Schedule else cls
+        return object.__new__(kind)
 
     def alpha_sigma(self, t: Int[Tensor, " B"]) -> tuple[Rows, Rows]:
         """(alpha_t, sigma_t) of each row."""

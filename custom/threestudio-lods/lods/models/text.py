@@ -99,13 +99,13 @@ def run_clip(
     encoder = load(getattr(transformers, kind), encoder_part, use_safetensors=True)
     encoder = encoder.to(device, torch.float32).eval()
     own = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    limit = own if limit is None else limit
+    length: int = own if limit is None else limit
     counts = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
     ids = tokenizer(
-        texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
     with torch.no_grad():
-        return encoder(ids.to(device), output_hidden_states=hidden_states), counts, limit
+        return encoder(ids.to(device), output_hidden_states=hidden_states), counts, length
 
 
 @dataclass(frozen=True)
