@@ -463,6 +463,7 @@ SCALES = {
     ],
 }
 SHAPES = {"sd15": (16, 24), "sd21-base": (16, 32), "sd21": (16, 32), "sdxl": (17, 64)}
+SHAPES["sd3"] = (16 + 256 + 1, 56)  # CLIP's rows, T5's, and the pooled vector
 KEYS = ("state_dict", "optimizer_states", "rng_state", "global_step")
 
 
@@ -474,16 +475,16 @@ QUICK = {("gs", "embedding")}
     "kind, backbone, learned",
     [
         pytest.param(*how, marks=[] if how[1:] in QUICK else pytest.mark.slow)
-        for how in itertools.product(KINDS, SCALES, ("embedding", "lora"))
+        for how in itertools.product((*KINDS, "sd3"), SCALES, ("embedding", "lora"))
     ],
 )
 def test_each_kind_trains_resumes_and_exports(
-    tiny_sd, tmp_path, monkeypatch, kind, backbone, learned
+    tiny_sd, tiny_sd3, tmp_path, monkeypatch, kind, backbone, learned
 ):
     monkeypatch.chdir(tmp_path)
     name = f"lods-{backbone}-{learned}"
     files = [str(ROOT / "configs" / f"{name}.yaml")]
-    model = tiny_sd(kind=kind)
+    model = tiny_sd3(t5=56) if kind == "sd3" else tiny_sd(kind=kind)
     run = files, [*small_run(model), *SCALES[backbone], "data.n_test_views=1", "data.batch_size=1"]
     start, whole = two_and_two(run, KEYS)
     state = {k: v for k, v in whole["state_dict"].items() if k.startswith("guidance.")}
