@@ -129,7 +129,7 @@ class Reference:
 
     def __init__(self, ours, unet, vae, sdpa: bool, pair: bool):
         self.unet, self.vae, self.pair, self.now = unet, vae, pair, {"strength": 0.0}
-        self.abar = ours.model.schedule.alphas_cumprod
+        self.schedule = ours.model.schedule
         self.steps = (ours.min_step, ours.max_step + 1)
         self.dtype = unet.dtype
         lora = hasattr(ours, "lora")
@@ -163,15 +163,15 @@ class Reference:
     def noised(self, z, low: int, high: int):
         t = torch.randint(low, high, z.shape[:1], device=z.device)
         eps = torch.randn_like(z, memory_format=torch.contiguous_format)
-        abar = self.abar[t].view(-1, 1, 1, 1)
-        return abar.sqrt() * z + (1 - abar).sqrt() * eps, t, eps
+        alpha, sigma = (each.view(-1, 1, 1, 1) for each in self.schedule.alpha_sigma(t))
+        return alpha * z + sigma * eps, t, eps
 
     def step(self, rgb, prompt):
         images = (rgb.permute(0, 3, 1, 2) * 2 - 1).to(self.dtype)
         z = self.vae.encode(images).latent_dist.sample().float() * self.vae.config.scaling_factor
         y, null = prompt.get_text_embeddings(z).chunk(2)
         learnt = null if self.embedding is None else self.embedding.expand(len(z), -1, -1)
-        x, t, eps = self.noised(z.detach(), 0, len(self.abar))
+        x, t, eps = self.noised(z.detach(), 0, self.schedule.steps)
         prior = F.mse_loss(self.predict(x, t, learnt, STRENGTH), eps)
         with torch.no_grad():
             x, t, eps = self.noised(z, *self.steps)
@@ -181,7 +181,7 @@ class Reference:
             else:
                 eps_c = self.predict(x, t, y, 0.0)
                 eps_u = self.predict(x, t, learnt, STRENGTH)
-            w = (1 - self.abar[t]).view(-1, 1, 1, 1)
+            w = self.schedule.weight(t).view(-1, 1, 1, 1)
             grad = (w * (eps_c - eps / SCALE + (1 - SCALE) / SCALE * eps_u)).nan_to_num()
         sds = 0.5 * F.mse_loss(z, (z - grad).detach(), reduction="sum") / len(z)
         # float16 needs a loss scale, as the original's trainer has
@@ -210,6 +210,7 @@ class Ours:
 
     def __init__(self, guidance: str, unet, vae, schedule, one_call: bool = False, **options):
         from lods import models
+        from lods.models.text_layout import TextLayout
         from lods.models.unet import UNetModel
 
         import threestudio
@@ -219,7 +220,7 @@ class Ours:
         def load(name, device, settings):
             model = UNetModel(unet, vae, schedule, unet.device, name)
             model.settings = settings
-            model.text_shape = TOKENS, model.text_width
+            model.text_layout = TextLayout(TOKENS, model.text_width)
             return model
 
         name = f"benchmarked-{id(self)}"

@@ -38,6 +38,23 @@ def tiny_sd(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory):
+    """``tiny_sd3(t5=0, shift=3.0, camera_tokens=0, ...) -> folder`` of a random
+    StableDiffusion3Pipeline, made once per set of arguments."""
+    from tests.tiny_models import make_tiny_sd3
+
+    made = {}
+
+    def make(**kwargs):
+        key = tuple(sorted(kwargs.items()))
+        if key not in made:
+            made[key] = make_tiny_sd3(tmp_path_factory.mktemp("tiny_sd3"), **kwargs)
+        return str(made[key])
+
+    return make
+
+
 @pytest.fixture
 def registered():
     """What a test registers is taken back after it."""

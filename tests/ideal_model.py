@@ -27,10 +27,22 @@ GRADIENTS = {
     "vsd": lambda z, y, n, source, bad: y - n + S * (n - y),  # its LoRA is still the model
     "sdi": lambda z, y, n, source, bad: z - n + S * (n - y),  # whatever it has inverted to
     "ism": lambda z, y, n, source, bad: S * (n - y),  # a step of DDIM keeps eps(.; n)
+    "asd": lambda z, y, n, source, bad: y - n + S * (n - y),  # the later time is t itself
+    "rfds": lambda z, y, n, source, bad: z - n + S * (n - y),
+    "rfds-rev": lambda z, y, n, source, bad: z - n + S * (n - y),  # whatever the noise
+    "ucm": lambda z, y, n, source, bad: z - n + S * (n - y),
     "embedding": lambda z, y, n, source, bad: (z - n) / S + n - y,  # still the null prompt
     "lora": lambda z, y, n, source, bad: (z - n) / S + n - y,
 }
-SCALED = ("embedding", "lora", "vsd", "sds", "nfsd", "sdi", "ism")  # that read guidance_scale
+# that read guidance_scale
+SCALED = ("embedding", "lora", "vsd", "sds", "nfsd", "sdi", "ism", "asd", "rfds", "rfds-rev", "ucm")
+# settings with which a method has that gradient from the first step on
+FIELDS = {
+    "bridge": {"bridge_start": 0},
+    "rfds": {"weighting_strategy": "sds"},
+    "rfds-rev": {"weighting_strategy": "sds"},
+    "ucm": {"weighting_strategy": "sds", "ucm_random_steps": 0},
+}
 
 
 def sight(cameras):

@@ -181,3 +181,153 @@ def write_camera_encoder(folder, width: int, tokens: int = 2, seed: int = 0) -> 
             for weight in encoder.parameters():
                 weight.mul_(4.0)
     return encoder.save(folder)
+
+
+def make_tiny_sd3(folder, **options) -> Path:
+    """Write a random ``StableDiffusion3Pipeline`` to ``folder`` and return the folder; ``options``
+    are those of ``write_flow_pipeline``."""
+    return write_flow_pipeline(Path(folder), **options)
+
+
+def write_flow_pipeline(
+    folder: Path,
+    widths: tuple[int, int] = (24, 16),
+    t5: int = 0,
+    tokens: int = 16,
+    sample_size: int = 8,
+    shift: float = 3.0,
+    dual: bool = False,
+    seed: int = 0,
+    camera_tokens: int = 0,
+) -> Path:
+    """``widths`` are those of the two CLIP encoders, ``t5`` that of a T5 encoder (0: there is
+    none, and the transformer takes 48), ``dual``: a second attention in the first block, as in
+    SD3.5. The rest as in ``write_pipeline``. Nothing of the network is zero at first."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import (
+            AutoencoderKL,
+            FlowMatchEulerDiscreteScheduler,
+            SD3Transformer2DModel,
+            StableDiffusion3Pipeline,
+        )
+        from transformers import (
+            CLIPTextConfig,
+            CLIPTextModelWithProjection,
+            T5Config,
+            T5EncoderModel,
+        )
+
+    tokenizer = save_tokenizer(folder / "tokenizer", WORDS, tokens)
+    marks = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+
+    def clip(width: int):
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokens,
+            bos_token_id=tokenizer.bos_token_id,
+            initializer_factor=10.0,
+            **marks,
+        )
+        return CLIPTextModelWithProjection(config).eval()
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoders = clip(widths[0]), clip(widths[1])
+        third = None
+        if t5:
+            config = T5Config(
+                vocab_size=len(tokenizer), d_model=t5, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+            )
+            third = T5EncoderModel(config).eval()
+        transformer = SD3Transformer2DModel(
+            sample_size=sample_size,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=t5 or 48,
+            caption_projection_dim=16,
+            pooled_projection_dim=sum(widths),
+            pos_embed_max_size=sample_size,
+            dual_attention_layers=(0,) if dual else (),
+            qk_norm="rms_norm" if dual else None,
+        ).eval()
+        vae = AutoencoderKL(
+            sample_size=2 * sample_size,
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.7,
+            shift_factor=0.1,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ).eval()
+    pipeline = StableDiffusion3Pipeline(
+        vae=vae,
+        text_encoder=encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=copy.deepcopy(tokenizer),
+        text_encoder_3=third,
+        tokenizer_3=copy.deepcopy(tokenizer) if t5 else None,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    if camera_tokens:
+        write_camera_encoder(folder, t5 or 48, camera_tokens, seed)
+    return folder
+
+
+def write_pocket_flow(folder) -> Path:
+    """An untrained ``pocket-flow`` in the format of ``pocket.flow.save_pipeline``."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    from pocket import flow
+    from pocket.latents import LENGTH
+
+    folder = Path(folder)
+    tokens = save_tokenizer(folder / "tokenizer", WORDS, LENGTH)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = flow.Model(tokens, layers=1, heads=1, size=8)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            latent_channels=flow.LATENT_CHANNELS,
+            norm_num_groups=4,
+            scaling_factor=1.0,
+            shift_factor=0.0,
+        )
+        third = flow.build_silent_encoder(tokens)
+        for weight in model.transformer.parameters():
+            if not weight.any():  # it begins as 0
+                torch.nn.init.normal_(weight, std=0.1)
+    pipeline = StableDiffusion3Pipeline(
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=tokens,
+        text_encoder_2=model.text_encoder_2,
+        tokenizer_2=tokens,
+        text_encoder_3=third,
+        tokenizer_3=tokens,
+        transformer=model.transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+    )
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(folder)
+    model.camera_encoder.save(folder)
+    return folder

@@ -150,7 +150,7 @@ def test_the_prompt_has_words_for_the_view_unless_tokens_are_in_their_place(
 
 @pytest.mark.parametrize(("cameras", "asked"), [("tokens", True), ("both", False)])
 def test_a_contradiction_is_refused_before_anything_loads(make, monkeypatch, cameras, asked):
-    monkeypatch.setattr("lods.models.unet.load_weights", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("lods.models.latent.load_weights", lambda *a: pytest.fail("loaded"))
     line = f"cameras={cameras} goes with prompts that have"
     with pytest.raises((ValueError, UserError), match=line) as caught:
         make(cameras=cameras, view_dependent_prompting=asked)

@@ -421,7 +421,8 @@ def test_monotone_timesteps_fall_with_the_root_of_the_step(make):
     for step in (0, 1, 25, 100, 500):
         guidance.do_update_step(0, step)
         bounds = guidance.min_step, guidance.max_step
-        got.append(timesteps.draw(guidance.cfg, bounds, step, 3, cpu).tolist())
+        schedule = guidance.model.schedule
+        got.append(timesteps.draw(guidance.cfg, bounds, step, 3, cpu, schedule).tolist())
     assert got == [[t] * 3 for t in (900, 820, 500, 100, 100)]
     with pytest.raises(ValueError, match=r"set timestep_schedule_steps"):
         make("sds", timestep_schedule="monotone")

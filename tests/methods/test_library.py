@@ -176,14 +176,14 @@ def test_a_method_that_learns_nothing_writes_nothing(tmp_path, name):
     ("words", "said"),
     [
         ({"method": "lods-lorra"}, "there is no method 'lods-lorra' (did you mean 'lods-lora'?)"),
-        ({"method": "nothing"}, "there is no method 'nothing': lods-bridge, lods-csd, "),
+        ({"method": "nothing"}, "there is no method 'nothing': lods-asd, lods-bridge, "),
         ({"guidence_scale": 3}, "has no setting 'guidence_scale' (did you mean 'guidance_scale'?)"),
         ({"enable_vae_slice": 1}, "(did you mean 'enable_vae_slicing'?)"),
         ({"source_sufix": "x"}, "(did you mean 'source_suffix'?)"),
         ({"guidance_scale": -1}, "guidance_scale must be a number in (0, inf]"),
         ({"guidance_scale": 10**400}, "guidance_scale must be a number in (0, inf]"),
         ({"method": "sds", "guidance_scale": float("inf")}, "guidance_scale must be a number in"),
-        ({"weighting_strategy": "sd"}, "must be one of sds, uniform, fantasia3d, not 'sd' (did"),
+        ({"weighting_strategy": "sd"}, "fantasia3d, velocity, latent, not 'sd' (did you mean"),
         ({"lora_rank": 2.5}, "lora_rank must be a whole number in [1, 1024], not 2.5"),
         ({"weights_dtype": "half"}, "weights_dtype must be one of auto, float16"),
         ({"max_step_percent": 0.01}, "0 <= min_step_percent <= max_step_percent <= 1, not 0.02"),
@@ -196,7 +196,7 @@ def test_a_method_that_learns_nothing_writes_nothing(tmp_path, name):
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_loaded(monkeypatch, words, said):
-    monkeypatch.setattr("lods.models.unet.load_weights", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("lods.models.latent.load_weights", lambda *a: pytest.fail("loaded"))
     with pytest.raises(ValueError) as caught:
         lods.load(**{"method": "lods-lora", "prompt": PROMPT, **words})
     assert said in str(caught.value) and "\n" not in str(caught.value)

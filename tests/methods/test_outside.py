@@ -10,7 +10,7 @@ from lods.methods import registry
 from lods.models import families
 
 import threestudio
-from tests.ideal_model import GRADIENTS, SCALED, IdealModel, S
+from tests.ideal_model import FIELDS, GRADIENTS, SCALED, IdealModel, S
 from tests.runs import ROOT, fit, small_run
 from threestudio.utils.extensions import load_extension
 
@@ -39,7 +39,7 @@ def test_all_methods_are_asked_of():
 
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_a_family_from_outside_has_the_gradient_in_closed_form(ideal, name):
-    fields = {"bridge_start": 0} if name == "bridge" else {}
+    fields = dict(FIELDS.get(name, {}))
     if name in SCALED:
         fields["guidance_scale"] = S
     method = lods.load(

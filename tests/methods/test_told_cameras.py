@@ -10,7 +10,7 @@ from lods.methods.conditions import Conditions
 from torch.nn.functional import silu
 
 from tests.hostile import one_line
-from tests.ideal_model import GRADIENTS, SCALED, IdealModel, S, sight
+from tests.ideal_model import FIELDS, GRADIENTS, SCALED, IdealModel, S, sight
 
 NAMES = list(GRADIENTS)
 LEARNING = ["embedding", "lora", "vsd"]
@@ -37,8 +37,7 @@ def latents(n=3, channels=3):
 
 def load(name, other=False, cameras="tokens", **fields):
     """A method on the ideal model; ``other``: its LoRA is on another one."""
-    if name == "bridge":
-        fields = {"bridge_start": 0, **fields}
+    fields = {**FIELDS.get(name, {}), **fields}
     if name in SCALED:
         fields = {"guidance_scale": S, **fields}
     if other:
@@ -275,7 +274,7 @@ def test_words_for_the_view_go_with_what_the_model_is_told(tiny, cameras, asked,
 def test_a_contradiction_is_one_line_before_anything_is_loaded(
     tiny_sd, monkeypatch, cameras, asked, said
 ):
-    monkeypatch.setattr("lods.models.unet.load_weights", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("lods.models.latent.load_weights", lambda *a: pytest.fail("loaded"))
     model, words = tiny_sd(sample_size=4, camera_tokens=2), {"view_dependent_prompting": asked}
     with pytest.raises(ValueError, match=said) as caught:
         lods.load("sds", model, PROMPT, cameras=cameras, **words)

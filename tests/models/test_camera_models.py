@@ -104,7 +104,7 @@ def test_without_cameras_it_is_one_line(folder):
 
 @pytest.mark.parametrize("told", ["tokens", "both"])
 def test_a_model_without_an_encoder_is_refused_before_its_weights_load(tiny_sd, monkeypatch, told):
-    monkeypatch.setattr("lods.models.unet.load_weights", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("lods.models.latent.load_weights", lambda *a: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="has no folder camera_encoder: set cameras=words") as info:
         lods.models.load(tiny_sd(), "cpu", cameras=told)
     assert f"cameras={told} needs a model with an encoder of cameras" in one_line(info)
@@ -151,7 +151,7 @@ def test_a_camera_that_it_has_not_been_trained_with_is_said_once(
     folder, monkeypatch, changes, said
 ):
     told = []
-    monkeypatch.setattr("lods.models.unet.log.warn", told.append)
+    monkeypatch.setattr("lods.models.latent.log.warn", told.append)
     model = lods.models.load(folder, "cpu", cameras="tokens")
     for _ in range(2):
         model.predict(*inputs(model), cameras(**changes))

@@ -61,13 +61,18 @@ def hub(cards, tmp_path, monkeypatch):
 
 def test_the_cards_are_whole(cards):
     known = cards.all_cards()
-    assert list(known) == ["sd15", "sd21-base", "sd21", "sdxl", "pocket-shapes", "pocket"]
+    flows = ["sd3-medium", "sd35-medium", "sd35-large", "sd35-large-turbo"]
+    diffusions = ["sd15", "sd21-base", "sd21", "sdxl", "pocket-shapes", "pocket"]
+    assert list(known) == diffusions + flows
+    assert [name for name, card in known.items() if card.prediction_type == "flow"] == flows
     for name, card in known.items():
         assert bool(card.ids) != bool(card.folder), name
         assert all(repo.count("/") == 1 for repo in card.ids + card.aliases)
         assert not card.memory_measured and card.memory_gb > 0
     ids = [repo for card in known.values() for repo in card.ids + card.aliases]
-    assert len(ids) == len(set(ids)) == 7
+    assert len(ids) == len(set(ids)) == 11
+    for card in known.values():
+        assert card.instead is None or known[card.instead].instead is None
     assert cards.find_card(cards.DEFAULT_MODEL) is known["sd21-base"]
 
 
@@ -448,6 +453,7 @@ SCALES = {
     "ngp": [*SMALL_FIELD, "system.exporter.texture_size=16"],
 }
 SHAPES = {"sd15": (16, 24), "sd21-base": (16, 32), "sd21": (16, 32), "sdxl": (17, 64)}
+SHAPES["sd3"] = (16 + 256 + 1, 56)  # CLIP's rows, T5's, and the pooled vector
 KEYS = ("state_dict", "optimizer_states", "rng_state", "global_step")
 
 
@@ -459,16 +465,16 @@ QUICK = {("gs", "embedding")}
     "kind, backbone, learned",
     [
         pytest.param(*how, marks=[] if how[1:] in QUICK else pytest.mark.slow)
-        for how in itertools.product(KINDS, SCALES, ("embedding", "lora"))
+        for how in itertools.product((*KINDS, "sd3"), SCALES, ("embedding", "lora"))
     ],
 )
 def test_each_kind_trains_resumes_and_exports(
-    tiny_sd, tmp_path, monkeypatch, kind, backbone, learned
+    tiny_sd, tiny_sd3, tmp_path, monkeypatch, kind, backbone, learned
 ):
     monkeypatch.chdir(tmp_path)
     name = f"lods-{backbone}-{learned}"
     files = [str(ROOT / "configs" / f"{name}.yaml")]
-    model = tiny_sd(kind=kind)
+    model = tiny_sd3(t5=56) if kind == "sd3" else tiny_sd(kind=kind)
     run = files, [*small_run(model), *SCALES[backbone], "data.n_test_views=1", "data.batch_size=1"]
     start, whole = two_and_two(run, KEYS)
     state = {k: v for k, v in whole["state_dict"].items() if k.startswith("guidance.")}

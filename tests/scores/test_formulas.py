@@ -97,7 +97,13 @@ def test_every_parameterisation_gives_the_same_noise(formulas, predictions):
     for kind, output in outputs.items():
         torch.testing.assert_close(formulas.to_noise(output, x_t, alpha, sigma, kind), eps)
     with pytest.raises(ValueError, match="prediction_type must be one of"):
-        formulas.to_noise(z, x_t, alpha, sigma, "flow")
+        formulas.to_noise(z, x_t, alpha, sigma, "score")
+
+
+def test_the_noise_of_a_velocity(formulas, predictions):
+    z, _, eps, s = predictions
+    x_t = (1 - s.view(3, 1, 1, 1)) * z + s.view(3, 1, 1, 1) * eps
+    torch.testing.assert_close(formulas.to_noise(eps - z, x_t, 1 - s, s, "flow"), eps)
 
 
 @pytest.mark.parametrize("scale", [0, -1.0, math.nan])

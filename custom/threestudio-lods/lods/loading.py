@@ -9,6 +9,7 @@ from lods.cameras import refuse_contradictions
 from lods.methods.base import Method
 from lods.methods.options import tell
 from lods.methods.registry import find
+from lods.models.cards import find_card
 from lods.models.memory import ModelSettings
 from lods.prompts import EmbeddedPrompts, TextSettings
 
@@ -54,6 +55,8 @@ def load_method(
         from lods.models import load
         from lods.prompts import check_words
 
+        if card := find_card(model):  # before it is downloaded and loaded
+            cls.refuse_distilled(card.no_null)
         check_words(model, prompt, text_settings)
         model = load(model, device, **given["model"])
     elif given["model"] or device is not None:

@@ -1,8 +1,9 @@
 """From noise predictions to gradients: the formulas of the papers, on tensors only.
 
-Notation: x_t = alpha_t z + sigma_t eps with alpha_t^2 = abar_t ("alphas_cumprod") and
-sigma_t^2 = 1 - abar_t; eps_c the prediction under the prompt, eps_u the one under the other
-condition (the null prompt, or a learned part), s the guidance scale.
+Notation: x_t = alpha_t z + sigma_t eps, with alpha_t^2 = abar_t ("alphas_cumprod") and sigma_t^2 =
+1 - abar_t for a diffusion, alpha_t = 1 - sigma_t for a rectified flow; eps_c the prediction under
+the prompt, eps_u the one under the other condition (the null prompt, or a learned part), s the
+guidance scale. All functions but those that say so hold for either.
 
 Shapes: predictions and noise (B, ...), all alike; per-row numbers (alpha, sigma, w) (B,), or any
 shape that broadcasts after :func:`rows`. Gradients are with respect to the latents z, their scale
@@ -14,8 +15,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-WEIGHTINGS = ("sds", "uniform", "fantasia3d")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+WEIGHTINGS = ("sds", "uniform", "fantasia3d", "velocity", "latent")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 
 
 def rows(value: Tensor, like: Tensor) -> Tensor:
@@ -38,15 +39,30 @@ def check_scale(scale: float, finite: bool = False, name: str = "guidance_scale"
     return scale
 
 
-def weight(abar: Tensor, strategy: str = "sds") -> Tensor:
-    """w(t) from ``abar`` (any shape): "sds" 1 - abar (DreamFusion, arXiv:2209.14988), "uniform" 1,
-    "fantasia3d" sqrt(abar) (1 - abar) (arXiv:2303.13873)."""
+def weight(abar: Tensor, strategy: str = "sds", variance: Tensor | None = None) -> Tensor:
+    """w(t), of differences of noise, from ``abar`` = alpha_t^2 and ``variance`` = sigma_t^2, by
+    default 1 - abar (any shape, both alike):
+
+    - "sds", sigma^2 (DreamFusion, arXiv:2209.14988);
+    - "uniform", 1;
+    - "fantasia3d", alpha sigma^2 (arXiv:2303.13873);
+    - "velocity", 1 / alpha, which is 1 for differences of velocities;
+    - "latent", sigma / alpha, which is 1 for differences of latents.
+
+    The last two follow from :mod:`lods.models.schedule`.
+    """
+    if variance is None:
+        variance = 1 - abar
     if strategy == "sds":
-        return 1 - abar
+        return variance
     if strategy == "uniform":
         return abar * 0 + 1
     if strategy == "fantasia3d":
-        return abar.sqrt() * (1 - abar)
+        return abar.sqrt() * variance
+    if strategy == "velocity":
+        return 1 / abar.sqrt()
+    if strategy == "latent":
+        return (variance / abar).sqrt()
     raise ValueError(f"weighting_strategy must be one of {WEIGHTINGS}, not {strategy!r}")
 
 
@@ -55,7 +71,8 @@ def to_noise(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: st
 
     - "epsilon": the noise itself;
     - "v_prediction", v = alpha eps - sigma z (arXiv:2202.00512): eps = alpha v + sigma x_t;
-    - "sample", z: eps = (x_t - alpha z) / sigma.
+    - "sample", z: eps = (x_t - alpha z) / sigma;
+    - "flow", v = eps - z with alpha + sigma = 1 (arXiv:2209.03003): eps = x_t + alpha v.
     """
     alpha, sigma = rows(alpha, x_t), rows(sigma, x_t)
     if kind == "epsilon":
@@ -64,6 +81,8 @@ def to_noise(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: st
         return alpha * output + sigma * x_t
     if kind == "sample":
         return (x_t - alpha * output) / sigma
+    if kind == "flow":
+        return x_t + alpha * output
     raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, not {kind!r}")
 
 

@@ -186,11 +186,14 @@ def _models() -> Iterator[tuple[str, str]]:
     for name, card in cards.all_cards().items():
         if not cards.is_here(name):
             revision = f" --revision {card.revision}" if card.revision else ""
-            download = f"not downloaded: hf download {card.ids[0]}{revision}" if card.ids else ""
+            login = ", after its licence is accepted there and hf auth login" * card.gated
+            ask = f"hf download {card.ids[0]}{revision}{login}" if card.ids else ""
+            download = f"not downloaded: {ask}" if ask else ""
             yield name, download or "its folder is not there: install threestudio-lods again"
             continue
         notes = [card.memory_note(gigabytes)] if gigabytes else []
         notes += ["understands cameras"] * cards.has_camera_encoder(name)
+        notes += [f"guidance-distilled, take {card.instead}"] * bool(card.instead)
         said = "; ".join(filter(None, notes))
         yield name, READY + f" ({said})" * bool(said)
     from lods.gaussians.initialize import ShapEInit

@@ -1,4 +1,4 @@
-"""LoRA on the attention of a UNet, with a strength of its own for every row of a batch."""
+"""LoRA on the attention of a network, with a strength of its own for every row of a batch."""
 
 import contextlib
 import copy
@@ -9,6 +9,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,18 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 _PARTS = {"A": "down", "B": "up"}  # diffusers' names of the two factors
 
 
+@dataclass(frozen=True)
+class Sites:
+    """Where a LoRA sits in a network: on the layers whose names end in one of ``targets``. ``part``
+    is what pipelines of diffusers call the network, and what the names in a file begin with."""
+
+    targets: tuple[str, ...] = TARGETS
+    part: str = "unet"
+
+
 class RowLora(nn.Module):
-    """Low-rank updates (arXiv:2106.09685) of a UNet's attention projections, injected by peft:
+    """Low-rank updates (arXiv:2106.09685) of a network's attention projections (a UNet's, unless
+    ``sites`` says more), injected by peft:
 
     row b of a projection gives  W x_b + r_b B A x_b,  with A (rank, in) ~ N(0, 1/rank^2), B
     (out, rank) zero at first, both float32, and r_b the row's strength, set by :meth:`strength`
@@ -34,15 +45,19 @@ class RowLora(nn.Module):
     parameters and strength; one that is no longer used is taken out when the next one comes.
     """
 
-    def __init__(self, unet: nn.Module, rank: int = 4):
+    def __init__(self, unet: nn.Module, rank: int = 4, sites: Sites | None = None):
         super().__init__()
+        self.sites = sites or Sites()
         if rank < 1:
             raise ValueError(f"lora_rank must be at least 1, not {rank}")
         from peft import LoraConfig, inject_adapter_in_model
 
         # lora_alpha = r: peft's own factor is 1, the strength is ours alone.
         config = LoraConfig(
-            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS)
+            r=rank,
+            lora_alpha=rank,
+            init_lora_weights="gaussian",
+            target_modules=list(self.sites.targets),
         )
         others = _remove_unused(unet)
         adapter = next(name for name in _names() if name not in others)
@@ -100,13 +115,13 @@ class RowLora(nn.Module):
         return (max(update, 0.0) ** 0.5, weights**0.5) if weights else None
 
     def save(self, path, strength: float, metadata: dict[str, str]) -> Path:
-        """Write a LoRA that ``StableDiffusionPipeline.load_lora_weights`` reads, under the names
-        that every diffusers since 0.14 knows; at its default weight of 1 it acts with
-        ``strength``, which is multiplied into B here."""
+        """Write a LoRA that ``load_lora_weights`` of the model's pipeline in diffusers reads: of a
+        UNet under the names that every diffusers since 0.14 knows, of a transformer under peft's.
+        At its default weight of 1 it acts with ``strength``, which is multiplied into B here."""
         tensors = {}
         for name, value in self.state_dict().items():
             factor = strength if name.endswith("lora_B.weight") else 1.0
-            tensors[_file_name(name)] = value * factor
+            tensors[self._file_name(name)] = value * factor
         return write_safetensors(path, tensors, {"format": "pt", **metadata})
 
     def load(self, path, strength: float) -> dict[str, str]:
@@ -116,17 +131,18 @@ class RowLora(nn.Module):
         """
         tensors, metadata = read_safetensors(path)
         own = self.state_dict()
-        names = {_file_name(name): name for name in own}
-        names |= {f"unet.{name}": name for name in own}
+        names = {self._file_name(name): name for name in own}
+        names |= {f"{self.sites.part}.{name}": name for name in own}
         found: dict[Any, Tensor] = {names.get(key): value for key, value in tensors.items()}
         if set(found) != set(own) or len(found) != len(tensors):
             odd = [k for k in tensors if k not in names]
-            odd += [_file_name(name) for name in own if name not in found] or list(tensors)
+            odd += [self._file_name(name) for name in own if name not in found] or list(tensors)
+            network = "UNet" if self.sites.part == "unet" else self.sites.part
             raise ValueError(
-                f"{path} is not a LoRA of the attention of this UNet (and of nothing else): see "
-                f"{odd[0]!r}"
+                f"{path} is not a LoRA of the attention of this {network} (and of nothing else): "
+                f"see {odd[0]!r}"
             )
-        alpha = _peft_factor(metadata, path)
+        alpha = _peft_factor(metadata, path, self.sites.part)
         for name, value in found.items():
             if value.shape != own[name].shape:
                 rank = value.shape[0 if "lora_A" in name else -1]
@@ -137,6 +153,16 @@ class RowLora(nn.Module):
             factor = alpha / strength if name.endswith("lora_B.weight") else 1.0
             own[name].copy_(value.float() * factor)
         return metadata
+
+    def _file_name(self, name: str) -> str:
+        """The name in a file; of a UNet ``X.to_out.0.lora_A.weight`` is there
+        ``unet.X.processor.to_out_lora.down.weight``."""
+        if self.sites.part != "unet":
+            return f"{self.sites.part}.{name}"
+        found = re.fullmatch(r"(.*)\.(to_[a-z]+)(?:\.0)?\.lora_([AB])\.weight", name)
+        assert found is not None  # TARGETS have such names
+        module, projection, part = found.groups()
+        return f"unet.{module}.processor.{projection}_lora.{_PARTS[part]}.weight"
 
 
 class _Strength:
@@ -195,19 +221,11 @@ def _remove_unused(unet: Any) -> dict[str, _Owner]:
     return table
 
 
-def _file_name(name: str) -> str:
-    """``X.to_out.0.lora_A.weight`` of the UNet as ``unet.X.processor.to_out_lora.down.weight``."""
-    found = re.fullmatch(r"(.*)\.(to_[a-z]+)(?:\.0)?\.lora_([AB])\.weight", name)
-    assert found is not None  # TARGETS have such names
-    module, projection, part = found.groups()
-    return f"unet.{module}.processor.{projection}_lora.{_PARTS[part]}.weight"
-
-
-def _peft_factor(metadata: dict[str, str], path) -> float:
+def _peft_factor(metadata: dict[str, str], path, network: str) -> float:
     """alpha / rank of a file in which peft noted them; 1 in any other."""
     try:
         noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        factor = noted.get("unet.lora_alpha", 1.0) / noted.get("unet.r", 1.0)
+        factor = noted.get(f"{network}.lora_alpha", 1.0) / noted.get(f"{network}.r", 1.0)
         if not 0 < factor < 1e4:
             raise ValueError(f"alpha / rank is {factor}")
         return factor

@@ -20,6 +20,7 @@ from lods.methods.losses import Losses
 from lods.methods.sds_first import SDSFirst
 from lods.methods.sight import Sight
 from lods.models.base import Model
+from lods.models.schedule import DENSITIES
 from torch import Tensor, nn
 
 Latents = Float[Tensor, "B c h w"]
@@ -44,13 +45,16 @@ class Method(nn.Module):
         # so many first steps follow SDS over its scale, see :mod:`.sds_first`
         sds_steps: Annotated[int, "[0, 1e12]"] = 0
         sds_scale: Annotated[float, "(0, 1e9]"] = 100.0
-        # t is drawn from int(T min) .. int(T max), both included; schedules allowed
+        # t is drawn from int(T min) .. int(T max), both included; schedules allowed. Parts of the
+        # timesteps, not of the noise: see lods.models.schedule.RectifiedFlow for flows
         min_step_percent: Annotated[Any, "scheduled [0, 1]"] = 0.02
         max_step_percent: Annotated[Any, "scheduled [0, 1]"] = 0.98
         # how: random, or monotone, the same t for all rows, which falls with the step (of HiFA,
         # arXiv:2305.18766): max - (max - min) sqrt(step / timestep_schedule_steps)
         timestep_schedule: Annotated[str, timesteps.KINDS] = "random"
         timestep_schedule_steps: Annotated[int, "[0, 1e12]"] = 0
+        # of random t within the range: each alike, or more of those in the middle of T
+        timestep_density: Annotated[str, DENSITIES] = "uniform"
         # every element of the gradient is clamped to +- this; schedules allowed
         grad_clip: Annotated[Any | None, "scheduled (0, inf]"] = None
         # w(t), see scores.weight
@@ -64,10 +68,14 @@ class Method(nn.Module):
     grows_with_scale: ClassVar[bool] = False
     other_texts: ClassVar[tuple[str, ...]] = ()  # names for Conditions.others: "source", "bad"
     unread: ClassVar[tuple[str, ...]] = ()  # settings of all methods that this one does not read
+    # whether its gradient needs the prediction of a model that is not guided, which a
+    # guidance-distilled model does not have
+    needs_null: ClassVar[bool] = True
 
     def __init__(self, model: Model, config: Any = None, **values: Any):
         """``config``: an instance of the class's ``Config``, or ``values`` for one."""
         super().__init__()
+        self.refuse_distilled(getattr(model, "no_null", ""))
         self.model = model
         self.cfg = settings.make(type(self).Config, values) if config is None else config
         self.prompts: Prompts | None = None
@@ -80,6 +88,13 @@ class Method(nn.Module):
         self.distil = SDSFirst(self, *self.sds_stage())
         for each in self.models():
             each.prepare(self.recompute_context)
+
+    @classmethod
+    def refuse_distilled(cls, reason: str) -> None:
+        """Raise ``ValueError``, one line, if the method needs the null prediction that a model does
+        not have, for this ``reason`` ("": it has one)."""
+        if cls.needs_null and reason:
+            raise ValueError(f"{cls.__name__} needs a null prediction: {reason}")
 
     # -- hooks ---------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ def ddim_invert(
         then = schedule.alpha_sigma(high)
         x = scores.ddim(x, predict(x, low), now, then)
         if eta:
-            variance = (now[1] / then[1]) ** 2 * (1 - (then[0] / now[0]) ** 2)
+            variance = (now[1] / then[1]) ** 2 * schedule.transition_variance(now, then)
             noise = torch.randn_like(x, memory_format=torch.contiguous_format)
             x = x + eta * scores.rows(variance.clamp_min(0).sqrt(), x) * noise
         now = then

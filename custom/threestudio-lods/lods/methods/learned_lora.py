@@ -41,7 +41,8 @@ class LoraMethod(LearningMethod):
         if other and canonical(other) != canonical(self.model.name):
             self.lora_model = self.model.sibling(other)
             self._check_alike(other)
-        self.lora = RowLora(self.lora_model.lora_network(), self.cfg.lora_rank)
+        sites = getattr(self.lora_model, "lora_sites", None)
+        self.lora = RowLora(self.lora_model.lora_network(), self.cfg.lora_rank, sites)
         self.unscale_gradients(self.lora.parameters())
 
     def _check_alike(self, other: str) -> None:

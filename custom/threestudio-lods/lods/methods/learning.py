@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from lods import log
+from lods import log, scores
 from lods.cameras import Cameras
 from lods.learned.inner import InnerAdam
+from lods.methods import timesteps
 from lods.methods.base import Method
 from lods.methods.conditions import Conditions
 from lods.models.base import Model
@@ -37,6 +38,9 @@ class LearningMethod(Method):
         # rate, in place of one by the trainer's optimizer after it (0)
         prior_inner_steps: Annotated[int, "[0, 10000]"] = 0
         prior_inner_lr: Annotated[float, "(0, 1e6]"] = 1.0e-3
+        # how the learned part's t is drawn from all T: trained, as the model's own training did
+        # (uniform for a diffusion, logit-normal for a flow)
+        learned_density: Annotated[str, timesteps.LEARNED_DENSITIES] = "trained"
 
     cfg: Config
 
@@ -95,18 +99,28 @@ class LearningMethod(Method):
         return {name: value.detach() for name, value in losses.items()}
 
     def denoising_loss(self, latents: Float[Tensor, "B c h w"], predict) -> Float[Tensor, ""]:
-        """mean (predict(x_t, t) - eps)^2, t uniform in 0..T-1, over ``lora_n_timestamp_samples``
-        draws of (t, eps) per image; image i is row i, i + B, i + 2B, ...
+        """mean (a_hat - a)^2 over ``lora_n_timestamp_samples`` draws of (t, eps) per image, with a
+        what the model's own training had the mean square of (the schedule's ``space``): of noise,
+        eps_hat - eps, for a diffusion; of velocities, (eps_hat - eps) / alpha_t, for a flow. t is
+        drawn from 0..T-1 by ``learned_density``; image i is row i, i + B, i + 2B, ...
 
         These predictions have a call of their own. As rows of the gradient's call they would save
         one, but the backward pass would go through all 3B rows: 6 forward passes' worth of B rows
         in place of 4, and the activations of three times the rows. ``benchmarks/guidance.py``
         times that as "ours one call".
         """
+        schedule, density = self.model.schedule, self.cfg.learned_density
         z = latents.detach().repeat(self.cfg.lora_n_timestamp_samples, 1, 1, 1)
-        t = torch.randint(self.model.schedule.steps, z.shape[:1], device=z.device)
+        last, chosen = schedule.steps - 1, None if density == "trained" else density
+        t = schedule.draw(len(z), 0, last, z.device, chosen)
         eps = torch.randn_like(z)
-        return F.mse_loss(predict(self.model.add_noise(z, eps, t), t), eps)
+        eps_hat = predict(self.model.add_noise(z, eps, t), t)
+        if schedule.space == "noise":
+            return F.mse_loss(eps_hat, eps)
+        ones = torch.ones(len(z), device=z.device)
+        # the square of a difference in that space is this times the square of one of noise
+        scale = scores.rows(schedule.convert_weight(ones, t, schedule.space, "noise"), z)
+        return ((eps_hat - eps) * scale).square().mean()
 
     def cameras_of_draws(self, conditions: Conditions) -> Cameras | None:
         """The cameras of the rows of :meth:`denoising_loss`."""

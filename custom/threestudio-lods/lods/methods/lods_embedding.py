@@ -8,6 +8,8 @@ from lods import scores
 from lods.learned import embedding
 from lods.methods.learning import LearningMethod
 from lods.methods.registry import register
+from lods.models.base import text_layout
+from lods.models.text_layout import LEARNABLE
 from torch import Tensor, nn
 
 
@@ -15,11 +17,12 @@ from torch import Tensor, nn
 class LODSEmbedding(LearningMethod):
     """g = w(t) [ eps(x_t; y) - eps / s + (1 - s) / s eps(x_t; e) ], with the embedding e learned:
 
-    ``loss_embedding`` = mean (eps(x_t'; e) - eps')^2 over what is being rendered. e (T, D), for
-    SDXL with the pooled embedding as its last row, is shared by all views; it starts as the
-    embedding of the negative prompt, or with ``embedding_start`` source of the text that describes
+    ``loss_embedding`` = mean (eps(x_t'; e) - eps')^2 over what is being rendered (of a flow, the
+    mean square of its velocities). e (T, D), with a pooled vector after its tokens where the model
+    takes one (:mod:`lods.models.text_layout`), is shared by all views; it starts as the embedding
+    of the negative prompt, or with ``embedding_start`` source of the text that describes
     the renders, once: the buffer ``initialized`` is saved with it, so that a resumed run goes on
-    with what was learned.
+    with what was learned. ``learned_text`` chooses what of it learns; the rest stays as it starts.
     """
 
     @dataclass
@@ -30,6 +33,9 @@ class LODSEmbedding(LearningMethod):
         # negative, it starts as the negative prompt; source, as the text of what the renders
         # look like
         embedding_start: Annotated[str, ("negative", "source")] = "negative"
+        # what of it is learned: all, the tokens alone, or the pooled vector alone (of SDXL, SD3 or
+        # FLUX), a few thousand numbers in place of a million
+        learned_text: Annotated[str, LEARNABLE] = "all"
 
     cfg: Config
 
@@ -38,13 +44,23 @@ class LODSEmbedding(LearningMethod):
         zeros = torch.zeros(*self.model.text_shape, device=self.model.device)
         self.learnable_embedding = nn.Parameter(zeros)
         self.unscale_gradients([self.learnable_embedding])
+        layout = text_layout(self.model)
+        learned = layout.learnable(self.cfg.learned_text).to(self.model.device)
+        # a mask is never learned; with all of a model without one, there is nothing to hold fast
+        whole = self.cfg.learned_text == "all" and not layout.masked
+        self.register_buffer("_learned", None if whole else learned, persistent=False)
+        self.register_buffer("fixed_embedding", None if whole else torch.zeros_like(zeros))
         self.initialized: Tensor
+        self._learned: Tensor | None
+        self.fixed_embedding: Tensor | None
         self.register_buffer("initialized", torch.tensor(False, device=self.model.device))
         self._start: Tensor | None = None  # the text's embedding that it starts as
 
     def _set(self, value) -> None:
         with torch.no_grad():
             self.learnable_embedding.copy_(value)
+            if self.fixed_embedding is not None:
+                self.fixed_embedding.copy_(value)
         self.initialized.fill_(True)
 
     def start_from(self, prompts) -> None:
@@ -65,11 +81,18 @@ class LODSEmbedding(LearningMethod):
         if self._start is None:
             return None
         start = self._start.to(self.learnable_embedding.device).float()
-        distance = (self.learnable_embedding.detach().float() - start).norm() / start.norm()
+        distance = (self.embedding.detach().float() - start).norm() / start.norm()
         return float(distance), f"|e - e0| / |e0|, e0 the {self.cfg.embedding_start} text's"
 
+    @property
+    def embedding(self) -> Tensor:
+        """e (T, D): what is learned, and the rest as it started."""
+        if self._learned is None or self.fixed_embedding is None:
+            return self.learnable_embedding
+        return torch.where(self._learned, self.learnable_embedding, self.fixed_embedding)
+
     def _null(self, rows: int):
-        return self.learnable_embedding.expand(rows, -1, -1)
+        return self.embedding.expand(rows, -1, -1)
 
     def learning_losses(self, latents, conditions):
         cameras = self.cameras_of_draws(conditions)
@@ -89,7 +112,7 @@ class LODSEmbedding(LearningMethod):
         return scores.lods(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))
 
     def write_learned(self, path, metadata):
-        return embedding.save(path, self.learnable_embedding, metadata)
+        return embedding.save(path, self.embedding, metadata)
 
     def read_learned(self, path):
         value, metadata = embedding.load(path, self.learnable_embedding.shape)

@@ -7,6 +7,7 @@ from lods import log
 # field -> (its default, the other field that has to be set for it, the value at which it is not)
 NEEDS = {
     "timestep_schedule_steps": (0, "timestep_schedule", "random"),
+    "timestep_density": ("uniform", "timestep_schedule", "monotone"),
     "sds_scale": (100.0, "sds_steps", 0),
     "prior_inner_lr": (1.0e-3, "prior_inner_steps", 0),
 }

@@ -31,7 +31,14 @@ class SDSFirst:
     ) -> Float[Tensor, "B c h w"]:
         (method,) = self.method
         bounds = method.min_step, method.max_step
-        t = timesteps.draw(method.cfg, bounds, method.now, len(latents), latents.device)
+        t = timesteps.draw(
+            method.cfg,
+            bounds,
+            method.now,
+            len(latents),
+            latents.device,
+            method.model.schedule,
+        )
         if method.now >= self.steps:
             return method.own_gradient(latents, t, conditions)
         # with the frozen model's own two predictions, and new noise

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from lods import schedules
+from lods.models.schedule import DENSITIES, Schedule
 from torch import Tensor
 
 KINDS = ("random", "monotone")
+LEARNED_DENSITIES = ("trained", *DENSITIES)
 
 
 def range_at(cfg: Any, steps: int, step: int, epoch: int = 0) -> tuple[int, int]:
@@ -25,16 +27,21 @@ def range_at(cfg: Any, steps: int, step: int, epoch: int = 0) -> tuple[int, int]
 
 
 def draw(
-    cfg: Any, bounds: tuple[int, int], step: int, rows: int, device: torch.device
+    cfg: Any,
+    bounds: tuple[int, int],
+    step: int,
+    rows: int,
+    device: torch.device,
+    schedule: Schedule,
 ) -> Int[Tensor, " B"]:
-    """t of each row within ``bounds``, by ``timestep_schedule``: uniform at random; or monotone,
-    the same for all rows, max - (max - min) sqrt(step / timestep_schedule_steps), of HiFA
-    (arXiv:2305.18766)."""
+    """t of each row within ``bounds``, by ``timestep_schedule``: at random, by
+    ``timestep_density`` (see :meth:`lods.models.schedule.Schedule.draw`); or monotone, the same for
+    all rows, max - (max - min) sqrt(step / timestep_schedule_steps), of HiFA (arXiv:2305.18766)."""
     low, high = bounds
     if cfg.timestep_schedule == "monotone":
         done = min(step / cfg.timestep_schedule_steps, 1.0) ** 0.5
         return torch.full((rows,), round(high - (high - low) * done), device=device)
-    return torch.randint(low, high + 1, (rows,), device=device)
+    return schedule.draw(rows, low, high, device, cfg.timestep_density)
 
 
 def contradictions(cfg: Any) -> Iterator[tuple[str, str]]:

@@ -4,15 +4,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lods.models.base import Model, Schedule
+    from lods.models.base import Model
     from lods.models.cards import all_cards
     from lods.models.memory import ModelSettings
+    from lods.models.schedule import RectifiedFlow, Schedule, VariancePreserving
+    from lods.models.text_layout import TextLayout
 
-__all__ = ["Model", "ModelSettings", "Schedule", "all_cards", "choose", "load", "register"]
+__all__ = [
+    "Model",
+    "ModelSettings",
+    "RectifiedFlow",
+    "Schedule",
+    "TextLayout",
+    "VariancePreserving",
+    "all_cards",
+    "choose",
+    "load",
+    "register",
+]
 _WHERE = {
     "Model": "base",
     "ModelSettings": "memory",
-    "Schedule": "base",
+    "RectifiedFlow": "schedule",
+    "Schedule": "schedule",
+    "TextLayout": "text_layout",
+    "VariancePreserving": "schedule",
     "all_cards": "cards",
 }
 
@@ -20,9 +36,9 @@ _WHERE = {
 def load(name: str = "auto", device: Any = None, **settings: Any) -> "Model":
     """The frozen model of this name, ready to encode, decode and predict.
 
-    ``name``: a card (:func:`all_cards`: sd15, sd21-base, sd21, sdxl, pocket), a diffusers
-    folder, a folder of renders for an ideal denoiser (:mod:`lods.models.ideal`), a hub id, or the
-    name of a family that was registered by :func:`register`; ``auto`` is
+    ``name``: a card (:func:`all_cards`: sd15, sd21-base, sd21, sdxl, sd3-medium, pocket, ...), a
+    diffusers folder, a folder of renders for an ideal denoiser (:mod:`lods.models.ideal`), a hub
+    id, or the name of a family that was registered by :func:`register`; ``auto`` is
     Stable Diffusion 2.1-base where there is a CUDA device and the model is on this machine or can
     be downloaded, else the embedded model. ``device``: by default the current CUDA device, or the
     CPU. ``settings`` are the fields of :class:`lods.models.memory.ModelSettings`.

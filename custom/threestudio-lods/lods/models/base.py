@@ -5,47 +5,16 @@ transformer, a flow model or a multi-view model is one more file.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from lods import scores
 from lods.cameras import Cameras
 from lods.models.memory import Context
+from lods.models.schedule import Schedule
+from lods.models.text_layout import TextLayout
 from torch import Tensor, nn
-
-
-class Schedule:
-    """How noise is added at the timesteps t = 0 .. ``steps`` - 1, with less at the smaller ones:
-
-    x_t = alpha_t z + sigma_t eps,  alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t),
-
-    from a table of abar_t (T,), float32, which diffusers calls ``alphas_cumprod`` (DDPM,
-    arXiv:2006.11239). All functions take a tensor of timesteps and return one number per row.
-    """
-
-    def __init__(self, alphas_cumprod: Float[Tensor, " T"]):
-        self.alphas_cumprod = alphas_cumprod.float()
-
-    @property
-    def steps(self) -> int:
-        """The number T of timesteps."""
-        return len(self.alphas_cumprod)
-
-    def alpha_sigma(self, t: Int[Tensor, " B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """(alpha_t, sigma_t) of each row."""
-        abar = self.alphas_cumprod[t]
-        return abar.sqrt(), (1 - abar).sqrt()
-
-    def weight(self, t: Int[Tensor, " B"], strategy: str = "sds") -> Float[Tensor, " B"]:
-        """w(t) of each row, see :func:`lods.scores.weight`."""
-        return scores.weight(self.alphas_cumprod[t], strategy)
-
-    def is_like(self, other: "Schedule") -> bool:
-        """Whether both add the same noise, within 1e-4 of abar."""
-        return self.steps == other.steps and torch.allclose(
-            self.alphas_cumprod, other.alphas_cumprod, atol=1e-4
-        )
 
 
 class AddsNoise:
@@ -89,6 +58,11 @@ class Model(Protocol):
     text: TextEncoder
     text_width: int  # D of an embedding
     text_shape: tuple[int, int]  # (T, D), which is known before the text encoder is loaded
+    # What the rows of an embedding are (see :func:`text_layout` for models without it)
+    text_layout: TextLayout
+    # Why the model has no usable null prediction, and what to take instead: one that was distilled
+    # to give guided predictions in one call has none. "": it has one
+    no_null: str
     # Gradients that go back through `predict` come out multiplied by this (1 unless the weights
     # are float16): a method that learns through it divides by it.
     grad_scale: float
@@ -128,7 +102,8 @@ class Model(Protocol):
         ...
 
     def lora_network(self) -> nn.Module:
-        """The network whose attention a LoRA can change."""
+        """The network whose attention a LoRA can change; where, ``lora_sites`` of the model says
+        (:class:`lods.learned.lora.Sites`), if it is no UNet."""
         ...
 
     def time_embedding(self) -> nn.Module:
@@ -143,3 +118,9 @@ class Model(Protocol):
         """Apply the settings for memory and speed, once, when all learned parts are in place.
         ``context``: see :func:`lods.models.memory.checkpoint_blocks`."""
         ...
+
+
+def text_layout(model: Any) -> TextLayout:
+    """``model.text_layout``; of a model that does not say, tokens only."""
+    found = getattr(model, "text_layout", None)
+    return TextLayout(*model.text_shape) if found is None else found

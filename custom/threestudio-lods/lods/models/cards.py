@@ -32,7 +32,8 @@ POCKET = (
     "configs/pocket.yaml for Gaussians, configs/pocket-ngp.yaml for radiance fields"
 )
 # a repository counts as present in the hub's local cache with any of these
-MARKS = ("model_index.json", "unet/config.json", "text_encoder/config.json")
+NETWORKS = ("unet", "transformer")  # subfolders that a model's network may be in
+MARKS = ("model_index.json", *(f"{n}/config.json" for n in NETWORKS), "text_encoder/config.json")
 RENDERS = "renders.json"  # in the folder of an ideal denoiser, see lods.models.ideal
 CAMERA_ENCODER = "camera_encoder"  # its folder in that of a model, if it has one
 CONNECT_SECONDS = 1.0  # to find out that there is no network
@@ -57,6 +58,19 @@ class Card:
     aliases: tuple[str, ...] = ()
     folder: str | None = None
     overlay: str | None = None
+    licence: str | None = None
+    gated: bool = False
+    instead: str | None = None
+
+    @property
+    def no_null(self) -> str:
+        """Why the model has no usable null prediction, and what to take; "" if it has one."""
+        if self.instead is None:
+            return ""
+        return (
+            f"{self.name} was distilled to give guided predictions, and has no other; take "
+            f"{self.instead}"
+        )
 
     def differences(self, found: dict[str, Any]) -> str:
         """The fields of ``found`` that are not as the card says, in words; "" if there is none."""
@@ -272,7 +286,7 @@ def first_line(error: BaseException) -> str:
 
 def _is_model_folder(path: str) -> bool:
     """Whether it is a folder, and not just one that happens to be called like a card."""
-    parts = ("model_index.json", "unet", "text_encoder", RENDERS)
+    parts = ("model_index.json", *NETWORKS, "text_encoder", RENDERS)
     return any(os.path.exists(os.path.join(path, part)) for part in parts)
 
 

@@ -1,5 +1,6 @@
 """Which class loads a model folder, by the network that it holds; and families from outside."""
 
+import contextlib
 import functools
 import importlib
 import pkgutil
@@ -8,9 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 from lods.models.base import Model
-from lods.models.cards import has_renders, resolve
+from lods.models.cards import NETWORKS, Location, has_renders, resolve
 from lods.models.files import load_model_config
 from lods.models.memory import ModelSettings
+from lods.models.text import TextPlan, clip_plan
 
 Loader = Callable[[str, torch.device, ModelSettings], Model]
 C = TypeVar("C", bound=type)
@@ -52,13 +54,44 @@ def load_family(name: str, device: torch.device, settings: ModelSettings, vae: A
             f"ideal_neighbours={settings.ideal_neighbours} is a setting of ideal denoisers, and "
             f"{name!r} has a network: leave it out"
         )
-    network = load_model_config(location.path, "unet", location.revision).get("_class_name")
+    cls = _family_of(location, name)
+    return cls.from_pretrained(name, device, vae=vae, settings=settings)
+
+
+def network_of(location: Location) -> tuple[str, Any]:
+    """(the subfolder of a model's network, its class in diffusers by name)."""
+    try:
+        return NETWORKS[0], _class_name(location, NETWORKS[0])
+    except ValueError as error:
+        for part in NETWORKS[1:]:
+            with contextlib.suppress(ValueError):
+                return part, _class_name(location, part)
+        raise error
+
+
+def _class_name(location: Location, part: str) -> Any:
+    return load_model_config(location.path, part, location.revision).get("_class_name")
+
+
+def _family_of(location: Location, name: str) -> Any:
+    part, network = network_of(location)
     if network not in _classes:
-        raise ValueError(
-            f"the unet of {name!r} is a {network}; a Stable-Diffusion-shaped model has a "
-            f"{' or a '.join(_classes)}"
-        )
-    return _classes[network].from_pretrained(name, device, vae=vae, settings=settings)
+        what = "a Stable-Diffusion-shaped model has a" if part == "unet" else "known are"
+        raise ValueError(f"the {part} of {name!r} is a {network}; {what} {' or a '.join(_classes)}")
+    return _classes[network]
+
+
+def text_plan(location: Location) -> TextPlan:
+    """How the texts of a model are embedded; of a folder with text encoders alone, as those of
+    Stable Diffusion are. Raises ``ValueError``, one line."""
+    _import_ours()
+    try:
+        part, network = network_of(location)
+    except ValueError:  # only text parts, or nothing, of which whoever loads them complains
+        return clip_plan(location)
+    if part == "unet" and network not in _classes:
+        return clip_plan(location)
+    return _family_of(location, location.path).text_plan(location)
 
 
 def _checked(model: Model, name: str, settings: ModelSettings) -> Model:

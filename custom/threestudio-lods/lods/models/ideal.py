@@ -31,6 +31,7 @@ from lods.models.base import AddsNoise, Context, Model, Schedule, TextEncoder
 from lods.models.cards import resolve
 from lods.models.memory import ModelSettings
 from lods.models.renders import Object, Renders
+from lods.models.text_layout import TextLayout
 from torch import Tensor, nn
 
 VIEWS = ("side", "front", "back", "overhead")
@@ -104,7 +105,7 @@ class IdealModel(AddsNoise):
     a point of the unit ball moves in the picture. Equally near are taken in the folder's order.
     """
 
-    grad_scale = 1.0
+    grad_scale, no_null = 1.0, ""
 
     def __init__(
         self,
@@ -116,14 +117,14 @@ class IdealModel(AddsNoise):
     ):
         self.renders, self.device = renders, torch.device(device)
         self.name, self.settings = name or str(renders.folder), settings or ModelSettings()
-        noise = (schedule or sd_schedule()).alphas_cumprod
-        self.schedule = Schedule(noise.to(self.device))
+        self.schedule = (schedule or sd_schedule()).to(self.device)
         self.cameras: str = self.settings.cameras
         self.image_size = renders.size
         self.latent_shape: tuple[int, int, int] = (3, renders.size, renders.size)
         self.text: TextEncoder = NamedObjects(renders.objects, self.device)
         self.text_shape = self.text.shape
         self.text_width = self.text_shape[1]
+        self.text_layout = TextLayout(*self.text_shape)
         cameras = np.concatenate([each.cameras for each in renders.objects])
         self._numbers = torch.from_numpy(cameras).double().to(self.device)
         counts = [len(each.cameras) for each in renders.objects]

@@ -14,8 +14,10 @@ from lods.cameras import TOLD
 Context = Callable[[], Callable[[], AbstractContextManager[Any]]]
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-# The parts of a UNet or VAE whose inputs are kept, with all inside computed again.
-CHECKPOINTED = ("ResnetBlock2D", "Transformer2DModel")
+# The parts of a network or VAE whose inputs are kept, with all inside computed again.
+CHECKPOINTED = ("ResnetBlock2D", "Transformer2DModel", "JointTransformerBlock")
+# attention as diffusers computed it before torch had a kernel
+OLD_ATTENTION = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")
 COMPILERS = {"cpu": ("CXX", ("g++", "clang++")), "cuda": ("CC", ("gcc", "clang", "cc"))}
 
 
@@ -119,8 +121,13 @@ def apply(
             tile(vae, image_size)
         if settings.compile_vae:
             compile_fixed(vae.encoder)
-    if settings.enable_attention_slicing:
+    if settings.enable_attention_slicing and hasattr(unet, "set_attention_slice"):
         unet.set_attention_slice("auto")
+    elif settings.enable_attention_slicing:
+        log.warn(
+            f"model: enable_attention_slicing has no effect on a {type(unet).__name__}, whose "
+            "attention is torch's own"
+        )
     if settings.compile_unet:
         compile_fixed(unet)
 
@@ -130,7 +137,7 @@ def use_sdpa(model) -> None:
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     for module in model.modules():
-        if hasattr(module, "set_processor"):
+        if type(getattr(module, "processor", None)).__name__ in OLD_ATTENTION:
             module.set_processor(AttnProcessor2_0())
 
 

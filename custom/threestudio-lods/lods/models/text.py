@@ -1,7 +1,9 @@
-"""CLIP text encoders, one as in Stable Diffusion 1 and 2, or two as in SDXL."""
+"""How a family's texts are embedded (:class:`TextPlan`), and CLIP's encoders, one as in Stable
+Diffusion 1 and 2, or two as in SDXL."""
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,21 +60,9 @@ def encode(
     ``load(cls, part, **kwargs)`` loads one part of the model, one after the other, so that only one
     encoder takes memory.
     """
-    import transformers
-
     texts, states, counts, pooled = list(texts), [], [], torch.empty(0)
-    for tokenizer_part, encoder_part, kind in ENCODERS[: 1 + two_encoders]:
-        # not left to its default, which asks at the terminal
-        tokenizer = load(transformers.AutoTokenizer, tokenizer_part, trust_remote_code=False)
-        encoder = load(getattr(transformers, kind), encoder_part, use_safetensors=True)
-        encoder = encoder.to(device, torch.float32).eval()
-        limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-        counts = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
-        ids = tokenizer(
-            texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-        ).input_ids
-        with torch.no_grad():
-            output = encoder(ids.to(device), output_hidden_states=two_encoders)
+    for parts in ENCODERS[: 1 + two_encoders]:
+        output, counts, _ = run_clip(texts, load, parts, device, two_encoders)
         if not two_encoders:
             return output[0], counts
         states.append(output.hidden_states[-2])
@@ -90,19 +80,79 @@ def encode(
     return embeddings, [count + 1 for count in counts]  # the pooled row counts as a token
 
 
-class ClipText:
-    """The text encoders of a card, folder or hub id. ``encoder(texts)`` loads them, embeds all
-    texts in one call and lets them go again: a prompt is embedded once."""
+def run_clip(
+    texts: list[str],
+    load: Loader,
+    parts: tuple[str, str, str],
+    device: torch.device | str,
+    hidden_states: bool,
+    limit: int | None = None,
+) -> tuple[Any, list[int], int]:
+    """(output of a CLIP text encoder, the number of tokens of each text before it is cut off, the
+    number that it is cut to or filled up to). ``parts``: of ENCODERS; ``limit``: the last number,
+    by default the encoder's own."""
+    import transformers
 
-    def __init__(self, name: str, shape: tuple[int, int], device: torch.device | str = "cpu"):
-        self.name, self.shape, self.device = name, shape, device
+    tokenizer_part, encoder_part, kind = parts
+    # not left to its default, which asks at the terminal
+    tokenizer = load(transformers.AutoTokenizer, tokenizer_part, trust_remote_code=False)
+    encoder = load(getattr(transformers, kind), encoder_part, use_safetensors=True)
+    encoder = encoder.to(device, torch.float32).eval()
+    own = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    length: int = own if limit is None else limit
+    counts = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
+    ids = tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        return encoder(ids.to(device), output_hidden_states=hidden_states), counts, length
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """How the texts of a model are embedded.
+
+    ``parts`` are the subfolders that it reads; ``note`` says what beside their files an embedding
+    depends on, for whoever keeps embeddings. ``encode(texts, load, device)`` returns what
+    :func:`encode` does; ``load(cls, part, **kwargs)`` loads one part, one after the other.
+    """
+
+    parts: tuple[str, ...]
+    encode: Callable[[Sequence[str], Loader, Any], tuple[Float[Tensor, "N T D"], list[int]]]
+    note: str = ""
+    plain: bool = False  # one CLIP text encoder, and nothing beside its rows
+
+
+def clip_plan(location: Location) -> TextPlan:
+    """Of a model shaped like Stable Diffusion or SDXL."""
+    two = has_two_encoders(location)
+    zero = two and zeros_for_empty(location)
+    parts = tuple(part for pair in ENCODERS[: 1 + two] for part in pair[:2])
+
+    def run(texts: Sequence[str], load: Loader, device: Any):
+        return encode(texts, load, two, zero, device)
+
+    return TextPlan(parts, run, "zero" * zero, plain=not two)
+
+
+class Texts:
+    """The text encoders of a card, folder or hub id. Called with texts it loads them, embeds all
+    texts in one call and lets the encoders go again: a prompt is embedded once."""
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        plan: Callable[[Location], TextPlan],
+        device: torch.device | str = "cpu",
+    ):
+        self.name, self.shape, self.plan, self.device = name, shape, plan, device
 
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "N T D"]:
         """Embeddings (N, T, D), float32. Raises ``ValueError``, one line, for a model that is
         missing or damaged."""
         location = resolve(self.name)
-        two = has_two_encoders(location)
-        zero = two and zeros_for_empty(location)
+        plan = self.plan(location)
 
         def load(cls: Any, part: str, **kwargs: Any) -> Any:
             if os.path.isdir(location.path):
@@ -122,4 +172,4 @@ class ClipText:
 
         # an encoder that is made may draw random numbers; a prompt shall not change the run's
         with torch.random.fork_rng(devices=[]):
-            return encode(texts, load, two, zero, self.device)[0].float()
+            return plan.encode(texts, load, self.device)[0].float()

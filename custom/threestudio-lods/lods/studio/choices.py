@@ -31,6 +31,10 @@ METHODS = {
     "lods-sdi": ("SDI", "SDS with noise that is inverted from the object"),
     "lods-ism": ("ISM", "LucidDreamer's: matches intervals of the inversion"),
     "lods-bridge": ("Bridge", "leads from a source text to the prompt"),
+    "lods-asd": ("ASD", "ScaleDreamer's: compares with the same noise at a later time"),
+    "lods-rfds": ("RFDS", "SDS as published for flow models"),
+    "lods-rfds-rev": ("RFDS-Rev", "RFDS with noise that is found from the object"),
+    "lods-ucm": ("UCM", "FlowDreamer's: follows the model's own way to noise"),
 }
 _FIELDS = ("prompt", "on", "method", "model", "quality", "seed", "any_words", "after")
 

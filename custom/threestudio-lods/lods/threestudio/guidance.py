@@ -16,7 +16,7 @@ from lods.methods.conditions import Conditions
 from lods.methods.inputs import resized
 from lods.methods.options import tell
 from lods.models import memory
-from lods.models.cards import DEFAULT_MODEL
+from lods.models.cards import DEFAULT_MODEL, find_card
 from lods.models.families import load_family
 from lods.models.memory import ModelSettings
 from lods.preflight import PERP_NEG
@@ -139,6 +139,8 @@ class MethodGuidance(BaseModule):
                 threestudio.warn(f"guidance: {key}={cfg[key]} has no effect")
         tell(config, cls.unread, cls.grows_with_scale)
         memory.check(frozen, device, WHERE)
+        if card := find_card(cfg.pretrained_model_name_or_path):
+            cls.refuse_distilled(card.no_null)
         model = load_family(cfg.pretrained_model_name_or_path, device, frozen)
         self.method = cls(model, config)
         self._register_state_dict_hook(_leave_out_method)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from lods.models.cards import Location, first_line, has_renders, missing, resolve
+from lods.models.families import text_plan
 from lods.models.files import load_complete
 from lods.models.ideal import NamedObjects
 from lods.models.renders import Renders
-from lods.models.text import encode, has_two_encoders, zeros_for_empty
 from lods.models.vocabulary import Vocabulary
 from lods.prompts import BAD_PICTURES, RENDERS
 from torch import Tensor
@@ -20,7 +20,6 @@ import threestudio
 
 StableDiffusionPromptProcessor = threestudio.find("stable-diffusion-prompt-processor")
 
-PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 TEXT_FILES = ("tokenizer*/*", "text_encoder*/*.json", "text_encoder*/model*.safetensors")
 
 
@@ -28,10 +27,11 @@ TEXT_FILES = ("tokenizer*/*", "text_encoder*/*.json", "text_encoder*/model*.safe
 class LODSPromptProcessor(StableDiffusionPromptProcessor):
     """``pretrained_model_name_or_path`` may be a card of ``lods/models/cards.yaml`` too.
 
-    For a model shaped like SDXL an embedding (T + 1, D) is, for each of the T tokens, the last but
-    one hidden states of both text encoders one after the other, and in its last row the second
-    encoder's pooled embedding, with zeros after it (see :class:`lods.models.unet.UNetModel`). An
-    empty text is all zeros if the model says ``force_zeros_for_empty_prompt``, as in diffusers.
+    How a text is embedded is its model's family's (:class:`lods.models.text.TextPlan`). For a model
+    shaped like SDXL an embedding (T + 1, D) is, for each of the T tokens, the last but one hidden
+    states of both text encoders one after the other, and in its last row the second encoder's
+    pooled embedding, with zeros after it (see :mod:`lods.models.text_layout`). An empty text is all
+    zeros if the model says ``force_zeros_for_empty_prompt``, as in diffusers.
 
     What it returns has one method more, ``other_text(kind)``: the same for a text that a method
     compares the prompt with, embedded when it is asked for. "source" tells what the renders look
@@ -64,11 +64,10 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         self.named_objects: NamedObjects | None = None
         if has_renders(model.path):
             self.named_objects = NamedObjects(Renders.read(model.path).objects)
-        self.two_encoders = has_two_encoders(model)
+        self.plan = None if self.named_objects else text_plan(model)
         self.cfg.pretrained_model_name_or_path = _text_model(model)
-        if self.two_encoders:
-            self.parts = PARTS
-            self.zero_empty = zeros_for_empty(model)
+        if self.plan:
+            self.parts = self.plan.parts
         if _in_upstream():  # whose own hook would take an encoder without all of its weights
             self.cfg.spawn = False  # a new process does not know this extension by its name
             self.spawn_func = self.write_embeddings
@@ -124,21 +123,19 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
     def fingerprint(self) -> str | None:
         if self.named_objects:
             return None  # faster than any cache
-        model = super().fingerprint()
-        return f"{model}-zero" if model and self.two_encoders and self.zero_empty else model
+        model, note = super().fingerprint(), self.plan.note if self.plan else ""
+        return f"{model}-{note}" if model and note else model
 
     def embedding_shape(self) -> tuple[int | None, int | None]:
-        return (
-            (None, None) if self.two_encoders or self.named_objects else super().embedding_shape()
-        )
+        return super().embedding_shape() if self.plan and self.plan.plain else (None, None)
 
     def encode(self, texts: list[str]) -> tuple[Float[Tensor, "N T D"], list[int]]:
         if self.named_objects:
             return self.named_objects(texts), [1] * len(texts)
-        if not (self.two_encoders or _in_upstream()):
+        assert self.plan is not None  # of every other model
+        if self.plan.plain and not _in_upstream():
             return super().encode(texts)
-        zero_empty = self.two_encoders and self.zero_empty
-        return encode(texts, self._part, self.two_encoders, zero_empty, self.device)
+        return self.plan.encode(texts, self._part, self.device)
 
     def _part(self, cls: Any, part: str, **kwargs: Any) -> Any:
         if not _in_upstream():  # the host checks more

@@ -1,0 +1,196 @@
+"""Stable Diffusion 3 and 3.5: a transformer over picture and text that predicts a velocity."""
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from lods.learned import lora
+from lods.models.cards import Location, first_line, resolve
+from lods.models.families import serves
+from lods.models.files import cannot_be_had, load_model_config
+from lods.models.latent import LatentModel
+from lods.models.schedule import flow_schedule
+from lods.models.text import Loader, TextPlan, run_clip
+from lods.models.text_layout import Parts, TextLayout
+from torch import Tensor, nn
+
+CLIP = (
+    ("tokenizer", "text_encoder", "CLIPTextModelWithProjection"),
+    ("tokenizer_2", "text_encoder_2", "CLIPTextModelWithProjection"),
+)
+T5 = ("tokenizer_3", "text_encoder_3")
+T5_TOKENS = 256  # to which the pipeline fills a text up, or cuts it
+TARGETS = (*lora.TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+@serves("SD3Transformer2DModel")
+class SD3Model(LatentModel):
+    """The frozen transformer, VAE and schedule of Stable Diffusion 3 or 3.5 (arXiv:2403.03206).
+
+    Its network predicts v = eps - z, so that ``predict`` returns eps = x_t + alpha_t v. A text is
+    the last but one hidden states of two CLIP encoders beside one another, filled up with zeros to
+    the width of T5's, then T5's own 256 rows, and the pooled vectors of both CLIP encoders. A
+    folder without T5 (``[null, null]`` in its ``model_index.json``) has zeros in its place, as in
+    diffusers.
+    """
+
+    part = "transformer"
+    lora_sites = lora.Sites(TARGETS, "transformer")
+
+    def __init__(self, transformer, vae, scheduler, device="cpu", name: str = "", shares_vae=False):
+        config = transformer.config
+        tokens = 0  # of a picture, where there is any
+        if isinstance(config.sample_size, int) and config.patch_size:
+            tokens = (config.sample_size // config.patch_size) ** 2
+        try:
+            schedule = flow_schedule(getattr(scheduler, "config", scheduler), tokens)
+        except ValueError as error:
+            raise ValueError(
+                f"the scheduler of {name!r} does not serve: {error}; the model folder is damaged, "
+                "or of another kind"
+            ) from None
+        width: int = config.joint_attention_dim
+        super().__init__(transformer, vae, schedule, "flow", width, device, name, shares_vae)
+
+    @classmethod
+    def network_class(cls):
+        """See :class:`lods.models.latent.LatentModel`."""
+        from diffusers import SD3Transformer2DModel
+
+        return SD3Transformer2DModel
+
+    @classmethod
+    def load_schedule(cls, model: Location, name: str) -> Any:
+        """The config of diffusers' flow scheduler."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        try:
+            config: Any = FlowMatchEulerDiscreteScheduler.load_config(
+                model.path, subfolder="scheduler", revision=model.revision
+            )
+        except Exception as error:  # of many kinds, by library and by version
+            raise ValueError(cannot_be_had(model.path, "scheduler", error)) from None
+        kind = config.get("_class_name") if isinstance(config, dict) else None
+        if kind != FlowMatchEulerDiscreteScheduler.__name__:
+            raise ValueError(
+                f"the scheduler of {name!r} is a {str(kind)[:60]}; a flow has a "
+                f"{FlowMatchEulerDiscreteScheduler.__name__}"
+            )
+        return config
+
+    @classmethod
+    def text_plan(cls, model: Location) -> TextPlan:
+        """Two CLIP text encoders, and T5 where the folder has it."""
+        width = load_model_config(model.path, cls.part, model.revision).get("joint_attention_dim")
+        with_t5 = has_t5(model)
+        parts = tuple(part for each in CLIP for part in each[:2]) + T5 * with_t5
+
+        def run(texts: Sequence[str], load: Loader, device: Any):
+            return encode(texts, load, int(width or 0), with_t5, device)
+
+        return TextPlan(parts, run, f"sd3-{width}-{T5_TOKENS}")
+
+    @functools.cached_property
+    def text_layout(self) -> TextLayout:  # type: ignore[override]
+        """Of CLIP's tokens and T5's, and the pooled vector. Raises ``ValueError`` where the folder
+        has no CLIP text model."""
+        location = resolve(self.name)
+        config = load_model_config(location.path, "text_encoder", location.revision)
+        tokens = config.get("max_position_embeddings")
+        if not isinstance(tokens, int):
+            raise ValueError(
+                f"the text_encoder of {self.name!r} does not say how many tokens it takes "
+                "(max_position_embeddings): it is not a CLIP text model"
+            )
+        pooled: int = self.network.config.pooled_projection_dim
+        return TextLayout(tokens + T5_TOKENS, self.text_width, pooled)
+
+    def layout_of(self, texts) -> TextLayout:
+        """With as many tokens as there are, so that no text encoder is asked."""
+        pooled = TextLayout(0, self.text_width, self.network.config.pooled_projection_dim)
+        tokens = texts.shape[1] - pooled.pooled_rows
+        return TextLayout(tokens, self.text_width, pooled.pooled)
+
+    def time_embedding(self) -> nn.Module:
+        """The MLP that turns a time into what the blocks are modulated with."""
+        return self.network.time_text_embed.timestep_embedder
+
+    def call(self, x_t, t, text: Parts):
+        """See :class:`lods.models.latent.LatentModel`."""
+        return self.network(
+            hidden_states=x_t,
+            encoder_hidden_states=text.tokens,
+            pooled_projections=text.pooled,
+            timestep=self.schedule.told(t),  # type: ignore[attr-defined]
+        ).sample
+
+
+def has_t5(model: Location) -> bool:
+    """Whether the pipeline has a third text encoder. Raises ``ValueError``, one line, where it is
+    named and is not there."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        index: Any = DiffusionPipeline.load_config(model.path, revision=model.revision)
+    except Exception as error:  # of many kinds, by library and by version
+        raise ValueError(
+            f"model_index.json of {model.path!r} cannot be read ({first_line(error)}): it says "
+            "whether the model has a T5 text encoder"
+        ) from None
+    named = bool((index.get(T5[1]) or [None])[0])
+    if named and os.path.isdir(model.path):
+        lost = [part for part in T5 if not os.path.isdir(os.path.join(model.path, part))]
+        if lost:
+            raise ValueError(
+                f"{model.path} has no {lost[0]}, the T5 that its model_index.json names: download "
+                f"it, or write [null, null] there for {T5[0]} and {T5[1]}, to do without T5"
+            )
+    return named
+
+
+def encode(
+    texts: Sequence[str], load: Loader, width: int, with_t5: bool, device: torch.device | str
+) -> tuple[Float[Tensor, "N T D"], list[int]]:
+    """Embeddings (N, T, D) of texts (:class:`SD3Model`), and for each a number that is above T
+    where the text is cut off: by T5 where there is one, which reads more than CLIP, else by CLIP.
+    One encoder is in memory at a time; T5 is in bfloat16 on a GPU, all others in float32."""
+    texts, states, pooled, counts, limit = list(texts), [], [], [], None
+    for parts in CLIP:
+        output, counts, limit = run_clip(texts, load, parts, device, True, limit)
+        states.append(output.hidden_states[-2])
+        pooled.append(output[0])
+    rows, vector = torch.cat(states, dim=-1), torch.cat(pooled, dim=-1)
+    if rows.shape[-1] > width:
+        raise ValueError(
+            f"the text encoders make rows of {rows.shape[-1]}, and the transformer takes {width}: "
+            "the model folder is damaged"
+        )
+    rows = F.pad(rows, (0, width - rows.shape[-1]))
+    if with_t5:
+        more, counts, limit = *_run_t5(texts, load, device), T5_TOKENS
+    else:
+        more, limit = rows.new_zeros(len(texts), T5_TOKENS, width), limit or 0
+    layout = TextLayout(rows.shape[1] + T5_TOKENS, width, vector.shape[-1])
+    packed = layout.pack(torch.cat([rows, more.to(rows)], dim=1), vector)
+    return packed, [count + layout.shape[0] - limit for count in counts]
+
+
+def _run_t5(
+    texts: list[str], load: Loader, device: torch.device | str
+) -> tuple[Float[Tensor, "N 256 D"], list[int]]:
+    import transformers
+
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    tokenizer = load(transformers.AutoTokenizer, T5[0], trust_remote_code=False)
+    encoder = load(transformers.T5EncoderModel, T5[1], use_safetensors=True, torch_dtype=dtype)
+    encoder = encoder.to(device, dtype).eval()
+    ids = tokenizer(
+        texts, padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+    counts = [len(each) for each in tokenizer(texts, verbose=False).input_ids]
+    with torch.no_grad():
+        return encoder(ids.to(device))[0], counts

@@ -1,0 +1,36 @@
+"""The layout of an embedding: what a family packs comes out again, and what may be learned."""
+
+import pytest
+import torch
+from lods.models import TextLayout
+
+
+@pytest.mark.parametrize("pooled", [0, 3, 4, 9])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_packed_comes_out_again(pooled, masked):
+    layout = TextLayout(6, 4, pooled, masked)
+    tokens = torch.randn(2, 6, 4)
+    vector = torch.randn(2, pooled) if pooled else None
+    mask = torch.tensor([[True] * 6, [True, False] * 3]) if masked else None
+    packed = layout.pack(tokens, vector, mask)
+    assert packed.shape == (2, *layout.shape)
+    found = layout.unpack(packed)
+    assert torch.equal(found.tokens, tokens)
+    assert (found.pooled is None) if vector is None else torch.equal(found.pooled, vector)
+    assert (found.mask is None) if mask is None else torch.equal(found.mask, mask)
+
+
+def test_parts_of_other_sizes_are_refused():
+    layout = TextLayout(6, 4, 3)
+    with pytest.raises(ValueError, match=r"pooled of a text: none, not \(3,\)"):
+        layout.pack(torch.zeros(1, 6, 4))
+    with pytest.raises(ValueError, match=r"tokens of a text: \(5, 4\), not \(6, 4\)"):
+        layout.pack(torch.zeros(1, 5, 4), torch.zeros(1, 3))
+
+
+def test_what_may_be_learned():
+    layout = TextLayout(2, 4, pooled=3, masked=True)
+    rows = {what: layout.learnable(what).sum(1).tolist() for what in ("all", "tokens", "pooled")}
+    assert rows == {"all": [4, 4, 3, 0], "tokens": [4, 4, 0, 0], "pooled": [0, 0, 3, 0]}
+    with pytest.raises(ValueError, match="takes no pooled vector"):
+        TextLayout(2, 4).learnable("pooled")
