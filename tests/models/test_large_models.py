@@ -23,7 +23,10 @@ def gradients(lods, folder, **settings):
     return method, [images.grad, *(p.grad for p in method.lora.parameters())]
 
 
-@pytest.mark.parametrize("option", ["enable_gradient_checkpointing", "enable_vae_slicing"])
+@pytest.mark.parametrize(
+    "option",
+    ["enable_gradient_checkpointing", pytest.param("enable_vae_slicing", marks=pytest.mark.slow)],
+)
 def test_a_saving_changes_no_gradient_of_a_transformer(lods, tiny_sd3, option):
     _, wanted = gradients(lods, tiny_sd3())
     _, got = gradients(lods, tiny_sd3(), **{option: True})

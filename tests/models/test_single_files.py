@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.single_files import KINDS, original, unet_name, write_file, write_folder
 
+slow = pytest.mark.slow
+OTHERS = [pytest.param(kind, marks=slow) for kind in KINDS[1:]]
 TEXTS = ["", "a photo of a cat", "An old church, 2 windows; it's grey!"]
 
 
@@ -45,7 +47,7 @@ def no_hub(monkeypatch):
         monkeypatch.setattr(huggingface_hub, name, refuse, raising=False)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd1", *OTHERS])
 def test_a_file_predicts_what_its_folder_does_bit_for_bit(lods, models, kind):
     folder, file = models(kind)
     one, two = (lods.models.load(str(path), "cpu") for path in (folder, file))
@@ -113,7 +115,7 @@ PUBLISHED = {
 WEIGHTS = {"sd1": 859_520_964, "sd2": 865_910_724, "sdxl": 2_567_463_684}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd1", *OTHERS])
 def test_the_published_unets_are_read_from_their_shapes(lods, kind):
     from diffusers import UNet2DConditionModel
     from lods.models.checkpoint_layout import unet_config
@@ -170,9 +172,11 @@ V = {"v_pred": torch.tensor([])}
     [
         ({}, {}, "auto", "v_prediction", 8),  # random weights do not follow noise
         ({}, {}, "epsilon", "epsilon", 8),
-        ({"modelspec.prediction_type": "epsilon"}, {}, "auto", "epsilon", 8),
-        (UNNOTED, V, "auto", "v_prediction", 768 // 2),
-        (UNNOTED, {}, "epsilon", "epsilon", 512 // 2),
+        pytest.param(
+            {"modelspec.prediction_type": "epsilon"}, {}, "auto", "epsilon", 8, marks=slow
+        ),
+        pytest.param(UNNOTED, V, "auto", "v_prediction", 768 // 2, marks=slow),
+        pytest.param(UNNOTED, {}, "epsilon", "epsilon", 512 // 2, marks=slow),
     ],
     ids=["asked", "set", "metadata", "tensor", "size"],
 )
@@ -189,6 +193,7 @@ def test_what_a_file_of_stable_diffusion_2_predicts(
     assert model.image_size == 2 * latents
 
 
+@slow
 def test_a_last_step_of_noise_alone_is_noted_in_the_file(lods, models, tmp_path):
     folder, _ = models("sd1")
     tensors = {k: v.contiguous() for k, v in original(folder, "sd1").items()}
@@ -255,12 +260,12 @@ def test_an_incomplete_file_is_refused(lods, models, tmp_path):
     lost = "model.diffusion_model.middle_block.1.norm.weight"
     tensors = {k: v.contiguous() for k, v in original(folder, "sd1").items() if k != lost}
     save_file(tensors, tmp_path / "cut.safetensors")
-    with pytest.raises(ValueError, match=r"is incomplete: 1 tensors of its unet .*mid_block") as e:
+    with pytest.raises(ValueError, match=r"cut\.safetensors' is incomplete") as e:
         lods.models.load(str(tmp_path / "cut.safetensors"), "cpu")
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", OTHERS[-1]])
 def test_text_encoders_leave_memory_after_the_texts_are_embedded(lods, models, kind, monkeypatch):
     from lods.models import text
 
@@ -284,6 +289,7 @@ def test_text_encoders_leave_memory_after_the_texts_are_embedded(lods, models, k
         seen.clear()
 
 
+@slow
 def test_a_file_trains_in_threestudio_like_its_folder(lods, models):
     """Prompt processor and guidance, as a run makes them."""
     import threestudio

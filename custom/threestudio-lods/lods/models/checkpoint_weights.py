@@ -42,7 +42,8 @@ def load_part(cls: Any, found: Checkpoint, part: str, dtype: torch.dtype | None 
     except Exception as error:  # of many kinds, by library and by version
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise ValueError(
-            f"the {part} in {found.path!r} cannot be read as {found.layout.family}'s ({why})"
+            f"{found.path!r} is incomplete, or its {part} is not as {found.layout.family}'s is "
+            f"({why})"
         ) from None
     lost = [name for name, value in network.named_parameters() if value.is_meta]
     if lost:
