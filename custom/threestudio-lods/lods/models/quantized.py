@@ -1,5 +1,6 @@
 """Frozen weights in 8 or 4 bits (``quantized_weights``), by bitsandbytes, on CUDA."""
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -24,7 +25,7 @@ def quantize(network: Any, bits: str, dtype: torch.dtype) -> int:
     weights, which become 8 or 4 bits when it is moved to the GPU; returns how many. ``dtype`` is
     that of the computation. Gradients go through to a layer's input. Convolutions, norms and
     embeddings stay as they are."""
-    import bitsandbytes as bnb
+    bnb: Any = importlib.import_module("bitsandbytes")
 
     count = 0
     for parent in list(network.modules()):
