@@ -201,10 +201,10 @@ def inversions(tmp_path):
     ("entry", "count"),
     [
         ("diffusers.bin", 1),
-        ("diffusers.safetensors", 2),
+        pytest.param("diffusers.safetensors", 2, marks=slow),
         ("a1111.pt", 2),
-        ("a1111.safetensors@<thing>", 2),
-        ("diffusers.safetensors@<Other>", 2),
+        pytest.param("a1111.safetensors@<thing>", 2, marks=slow),
+        pytest.param("diffusers.safetensors@<Other>", 2, marks=slow),
     ],
 )
 def test_a_word_of_a_textual_inversion_is_its_vectors(lods, folder, tmp_path, entry, count):
