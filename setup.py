@@ -39,6 +39,7 @@ setup(
     package_data={
         "lods": [
             "models/*.yaml",
+            "models/clip_merges.*",
             "models/pocket*/*",
             "models/pocket*/*/*",
             "studio/*.yaml",

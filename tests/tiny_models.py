@@ -5,6 +5,7 @@ scheduler), so tests go through the same loading code as a real model, offline.
 """
 
 import copy
+import json
 import warnings
 from pathlib import Path
 
@@ -331,3 +332,23 @@ def write_pocket_flow(folder) -> Path:
     pipeline.save_pretrained(folder)
     model.camera_encoder.save(folder)
     return folder
+
+
+def write_index(folder: Path, pipeline: str | None = None) -> None:
+    """The ``model_index.json`` of a folder whose parts are there."""
+    parts = {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    more = {}
+    if pipeline == "StableDiffusionXLPipeline":
+        parts["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        parts["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+        more["force_zeros_for_empty_prompt"] = True
+    else:
+        more = {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    index = {"_class_name": pipeline or "StableDiffusionPipeline", **parts, **more}
+    (folder / "model_index.json").write_text(json.dumps(index))

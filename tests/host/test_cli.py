@@ -558,7 +558,7 @@ def test_doctor_tells_how_a_card_is_downloaded(offline, monkeypatch):
     monkeypatch.setattr(cards, "is_here", lambda name: False)
     states = dict(doctor._models())
     [first, *_] = cards.find_card("sd15").ids
-    assert states["sd15"] == f"not downloaded: hf download {first}"
+    assert states["sd15"].startswith(f"not downloaded: hf download {first}; for GPUs of 8 GB")
 
 
 def test_a_part_that_fails_hides_no_other(monkeypatch):

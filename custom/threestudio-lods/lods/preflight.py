@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from lods.models import cards
+from lods.models.additions import Additions
 from lods.models.vocabulary import FORCE, Vocabulary
 
 SYSTEMS = ("lods-gs-system", "lods-ngp-system")  # both load their models in every mode
@@ -50,6 +51,7 @@ def preflight(cfg: Any, mode: str) -> None:
             refuse_training(cfg)
         for name in model_names(cfg.system):
             cards.refuse_early(name)
+        check_additions(cfg.system)
         check_cameras(cfg.system)
         check_exports(cfg)
     if cfg.get("resume") is None:  # what has been trained stays of use
@@ -107,6 +109,29 @@ def check_cameras(system: Any) -> None:
         for name in model_names(system, ("guidance",)):
             if cards.local_folder(name) and not cards.has_camera_encoder(name):
                 raise ValueError(cards.no_camera_encoder(name, told, "system.guidance."))
+
+
+def check_additions(system: Any) -> None:
+    """Raise ``ValueError``, one line, for LoRA files or textual inversions that are not there, or
+    that only one of prompt processor and guidance adds to the model."""
+    found = []
+    for part in ("prompt_processor", "guidance"):
+        kind = str(system.get(f"{part}_type") or "lods-")
+        if kind.startswith("lods-") and ":" not in kind:
+            options = _part(system, part)
+            added = options.get("model_lora"), options.get("model_embeddings")
+            found.append(Additions.of(*added, f"system.{part}."))
+    if len(found) == 2 and found[0] != found[1]:
+        raise ValueError(different(*map(str, found)))
+
+
+def different(texts: str, model: str) -> str:
+    """One line for prompts and a model to which different files are added."""
+    return (
+        f"the prompts are embedded with {texts or 'nothing'} added to the model, and the guidance "
+        f"adds {model or 'nothing'}: give system.guidance the same model_lora and "
+        "model_embeddings as system.prompt_processor"
+    )
 
 
 def check_prompt(cfg: Any) -> None:

@@ -188,7 +188,9 @@ def _models() -> Iterator[tuple[str, str]]:
             revision = f" --revision {card.revision}" if card.revision else ""
             login = ", after its licence is accepted there and hf auth login" * card.gated
             ask = f"hf download {card.ids[0]}{revision}{login}" if card.ids else ""
-            download = f"not downloaded: {ask}" if ask else ""
+            least = f"; for GPUs of {card.memory_gb:g} GB and more"
+            guess = "" if card.memory_measured else " (estimated)"
+            download = f"not downloaded: {ask}{least}{guess}" if ask else ""
             yield name, download or "its folder is not there: install threestudio-lods again"
             continue
         notes = [card.memory_note(gigabytes)] if gigabytes else []
@@ -196,6 +198,17 @@ def _models() -> Iterator[tuple[str, str]]:
         notes += [f"guidance-distilled, take {card.instead}"] * bool(card.instead)
         said = "; ".join(filter(None, notes))
         yield name, READY + f" ({said})" * bool(said)
+    from lods.models.autoencoders import TAESD
+
+    for family, (repo, _) in TAESD.items():
+        here = cards.is_here(repo)
+        yield f"model_vae=taesd, {family}", READY if here else f"not downloaded: hf download {repo}"
+    from lods.models import quantized
+
+    yield (
+        "quantized_weights",
+        _state(quantized.missing(torch.device("cuda" if torch.cuda.is_available() else "cpu"))),
+    )
     from lods.gaussians.initialize import ShapEInit
 
     shap_e = ShapEInit().pretrained_model_name_or_path

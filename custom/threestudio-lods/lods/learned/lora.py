@@ -106,7 +106,7 @@ class RowLora(nn.Module):
         update, weights = 0.0, 0.0
         for name, layer in _lora_layers(unet):
             weight = layer.get_base_layer().weight
-            if weight.is_meta:
+            if weight.is_meta or not weight.is_floating_point():  # offloaded, or in fewer bits
                 return None
             A, B = (self.get_parameter(f"{name}.{part}.weight") for part in ("lora_A", "lora_B"))
             # |B A|^2 = tr(B^T B A A^T), without the product

@@ -9,7 +9,7 @@ from lods.learned.lora import RowLora
 from lods.methods import predictions
 from lods.methods.learning import LearningMethod
 from lods.models.base import Model
-from lods.models.cards import canonical
+from lods.models.cards import canonical, noted
 
 # what a model for the learned prediction must share with the other
 ALIKE = ("latent_shape", "text_width", "image_size")
@@ -67,7 +67,7 @@ class LoraMethod(LearningMethod):
 
     @property
     def learned_on(self) -> str:
-        return canonical(self.lora_model.name)
+        return noted(self.lora_model.name)
 
     def predict_learned(self, x_t, t, text, cameras: Cameras | None = None):
         """eps_lora under ``text``, in a call of its own."""

@@ -14,7 +14,7 @@ from lods.methods import timesteps
 from lods.methods.base import Method
 from lods.methods.conditions import Conditions
 from lods.models.base import Model
-from lods.models.cards import FORMER, canonical
+from lods.models.cards import FORMER, noted
 from torch import Tensor
 
 SEVERAL = (
@@ -74,7 +74,7 @@ class LearningMethod(Method):
     @property
     def learned_on(self) -> str:
         """The name of the model that the learned part belongs to."""
-        return canonical(self.model.name)
+        return noted(self.model.name)
 
     @property
     def _latents(self) -> str:
@@ -146,6 +146,8 @@ class LearningMethod(Method):
         """Write the learned part to a safetensors file, with the name of the model, the shape of
         its latents and, where it is known, how far it has moved as metadata."""
         metadata = {"model": self.learned_on, "latents": self._latents}
+        if added := str(getattr(self.model, "additions", "")):
+            metadata["model_with"] = added
         if (moved := self.moved()) is not None:
             metadata |= {"moved": f"{moved[0]:.6g}", "moved_is": moved[1]}
         return self.write_learned(Path(path), metadata)
@@ -155,7 +157,7 @@ class LearningMethod(Method):
         another model, raises ``ValueError``, one line, if it does not fit."""
         metadata = self.read_learned(Path(path))
         model, latents = metadata.get("model"), metadata.get("latents")
-        named = None if model is None else canonical(model)
+        named = None if model is None else noted(model)
         if named is not None and latents is None:  # a file of version 0.2 or before
             named = FORMER.get(named, named)
         if named not in (None, self.learned_on) or latents not in (None, self._latents):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from lods.models import checkpoint
 from omegaconf import OmegaConf
 
 CARDS = Path(__file__).resolve().parent / "cards.yaml"
@@ -34,6 +35,7 @@ POCKET = (
 # a repository counts as present in the hub's local cache with any of these
 NETWORKS = ("unet", "transformer")  # subfolders that a model's network may be in
 MARKS = ("model_index.json", *(f"{n}/config.json" for n in NETWORKS), "text_encoder/config.json")
+MARKS += ("config.json",)  # of an autoencoder alone
 RENDERS = "renders.json"  # in the folder of an ideal denoiser, see lods.models.ideal
 CAMERA_ENCODER = "camera_encoder"  # its folder in that of a model, if it has one
 CONNECT_SECONDS = 1.0  # to find out that there is no network
@@ -121,6 +123,8 @@ def find_card(name: str) -> Card | None:
 def canonical(name_or_path: str) -> str:
     """One name for all ways to name a card: its first id, or its own name if it is a folder beside
     this extension; anything else unchanged."""
+    if checkpoint.is_file_name(name_or_path):  # maybe of another machine
+        return name_or_path
     card, folder = find_card(name_or_path), find_folder(name_or_path)
     if card is None and folder:
         here = os.path.realpath(folder)
@@ -130,6 +134,13 @@ def canonical(name_or_path: str) -> str:
     if card is None:
         return name_or_path
     return card.ids[0] if card.ids else card.name
+
+
+def noted(name_or_path: str) -> str:
+    """:func:`canonical`, as a file of a learned part notes it: of a model in one file the file's
+    name without the folders above it."""
+    name = canonical(name_or_path)
+    return os.path.basename(name) if checkpoint.is_file_name(name) else name
 
 
 def resolve(name_or_path: str) -> Location:
@@ -208,10 +219,13 @@ def refuse_early(name_or_path: str) -> None:
 
 def find_folder(name: str) -> str:
     """The folder that a name means: one seen from the current folder, a model of this package by
-    the path that configurations give it, or a model in the checkout that holds this package; "" for
-    anything else."""
+    the path that configurations give it, or a model in the checkout that holds this package; of a
+    model in one file the folder that stands for it (:mod:`lods.models.checkpoint`, which may raise
+    ``ValueError``); "" for anything else."""
     if os.path.isdir(name):
         return name
+    if checkpoint.is_file_name(name):
+        return checkpoint.folder_of(name)
     if shipped := shipped_name(name):
         own = str(CARDS.parent / shipped)
         return own if _is_model_folder(own) else ""
@@ -240,7 +254,8 @@ def no_such_model(name: str) -> str:
         hint = f" (the model that had this name up to version 0.2 is {known_as!r} now)"
     return (
         f"there is no model folder and no card {name!r}{hint}, seen from {os.getcwd()}: set "
-        "pretrained_model_name_or_path to a diffusers folder, to a hub id 'owner/name' or to one "
+        "pretrained_model_name_or_path to a diffusers folder, to a .safetensors file of a whole "
+        "model, to a hub id 'owner/name' or to one "
         f"of {', '.join(all_cards())}"
     )
 
@@ -271,6 +286,11 @@ def _missing_card(name: str, card: Card, why: str) -> str:
 
 def missing(name: str, what: str, why: str, repo: str) -> str:
     """One line for a model that cannot be had: ``what`` ("X is") was looked for, and what to do."""
+    if "gated repo" in why or "is restricted" in why:  # as the hub's client says it
+        return (
+            f"the model {name!r} is gated: accept its terms on the page of {repo} on the hub, and "
+            "log in here: hf auth login"
+        )
     return (
         f"the model {name!r} cannot be had: {what} neither in a folder of that name, "
         f"nor in the hub's local cache, nor on the hub ({why}); offline, set "

@@ -11,7 +11,7 @@ import torch
 from lods.models.base import Model
 from lods.models.cards import NETWORKS, Location, has_renders, resolve
 from lods.models.files import load_model_config
-from lods.models.memory import ModelSettings
+from lods.models.memory import ModelSettings, refuse_changes
 from lods.models.text import TextPlan, clip_plan
 
 Loader = Callable[[str, torch.device, ModelSettings], Model]
@@ -48,6 +48,7 @@ def load_family(name: str, device: torch.device, settings: ModelSettings, vae: A
     if has_renders(location.path):
         from lods.models.ideal import IdealModel
 
+        refuse_changes(settings, name)
         return IdealModel.from_folder(name, device, settings)
     if settings.ideal_neighbours is not None:
         raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lods.models import checkpoint
 from lods.models.cards import Location, first_line, is_hub_id, missing, no_such_model
 
 
@@ -65,8 +66,13 @@ class Incomplete(ValueError):
 
 
 def load_complete(cls, path: str, subfolder: str, **kwargs):
-    """``cls.from_pretrained`` of a network. Raises :class:`Incomplete`, one line, if the files lack
-    some of its weights, where the libraries only warn and take random numbers for them."""
+    """``cls.from_pretrained`` of a network, or the same from the file that the folder ``path``
+    stands for (:mod:`lods.models.checkpoint`). Raises :class:`Incomplete`, one line, if the files
+    lack some of its weights, where the libraries only warn and take random numbers for them."""
+    if (found := checkpoint.of_folder(path)) is not None:
+        from lods.models.checkpoint_weights import load_part
+
+        return load_part(cls, found, subfolder, kwargs.get("torch_dtype"))
     with _no_bars():
         network, report = cls.from_pretrained(
             path, subfolder=subfolder, output_loading_info=True, **kwargs
@@ -97,6 +103,8 @@ def _no_bars() -> Iterator[None]:
 
 def load_weights(cls, model: Location, subfolder: str, dtype: torch.dtype):
     """``cls.from_pretrained``, safetensors only, from whichever variant (fp16 or none) exists."""
+    if checkpoint.of_folder(model.path) is not None:  # one file, in one dtype
+        return load_complete(cls, model.path, subfolder, torch_dtype=dtype)
     errors = []
     for variant in (None, "fp16") if dtype == torch.float32 else ("fp16", None):
         try:

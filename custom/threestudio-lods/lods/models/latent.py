@@ -2,6 +2,7 @@
 adds how its network is called, and what its texts are."""
 
 import contextlib
+import dataclasses
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +10,9 @@ from jaxtyping import Float, Int
 from lods import log, scores
 from lods.cameras import Cameras, no_cameras
 from lods.learned.lora import Sites
-from lods.models import memory
+from lods.models import checkpoint, memory, quantized
+from lods.models.additions import Additions
+from lods.models.autoencoders import load_vae
 from lods.models.base import AddsNoise, Context, Model, Schedule, TextEncoder
 from lods.models.camera_tokens import CameraTokens
 from lods.models.cards import (
@@ -62,7 +65,7 @@ class LatentModel(AddsNoise):
         shares_vae: bool = False,
     ):
         self.name = name
-        self.settings = ModelSettings()
+        self.settings, self.additions = ModelSettings(), Additions()
         self._prepared, self._shares_vae = False, shares_vae
         self.camera_tokens: CameraTokens | None = None
         self._looked = False  # at the values of a camera
@@ -158,7 +161,9 @@ class LatentModel(AddsNoise):
     def text(self) -> TextEncoder:
         """The model's text encoders, loaded when a text is embedded, and let go again."""
         if self._text is None:
-            self._text = Texts(self.name, self.text_shape, self.text_plan, self.device)
+            self._text = Texts(
+                self.name, self.text_shape, self.text_plan, self.device, self.additions
+            )
         return self._text
 
     @property
@@ -196,18 +201,40 @@ class LatentModel(AddsNoise):
         if settings.cameras != "words" and not has_encoder:
             raise ValueError(no_camera_encoder(name_or_path, settings.cameras))
         encoder = CameraTokens.load(model.path) if has_encoder else None
-        from diffusers import AutoencoderKL
-
-        schedule = cls.load_schedule(model, name_or_path)
         network = load_weights(network_class, model, cls.part, dtype)
-        shared, vae = vae is not None, vae or load_weights(AutoencoderKL, model, "vae", dtype)
+        additions = Additions.of(settings.model_lora, settings.model_embeddings)
+        additions.fuse(network, cls.part)
+        if (found := checkpoint.of_folder(model.path)) is not None:
+            from lods.models.checkpoint_weights import settle
+
+            settle(found, network, settings.model_prediction)
+        # after the network, which may have been asked what it predicts
+        schedule = cls.load_schedule(model, name_or_path)
+        shared, vae = vae is not None, vae or cls._load_vae(model, settings, dtype)
+        if settings.quantized_weights != quantized.NONE:
+            quantized.quantize(network, settings.quantized_weights, dtype)
         loaded = cls(network, vae, schedule, device, name_or_path, shared)  # type: ignore[call-arg]
-        loaded.settings = settings
+        loaded.settings, loaded.additions = settings, additions
+        if settings.model_prediction != "auto":
+            if loaded.prediction_type == "flow":
+                raise ValueError(
+                    f"model_prediction={settings.model_prediction}: {name_or_path!r} is a flow "
+                    "model, which predicts a velocity: leave it out"
+                )
+            loaded.prediction_type = settings.model_prediction
         loaded.no_null = model.card.no_null if model.card else ""
         if encoder is not None:
             loaded._take_camera_tokens(encoder)
         loaded._compare_with_card(model)
         return loaded
+
+    @classmethod
+    def _load_vae(cls, model: Location, settings: ModelSettings, dtype: torch.dtype) -> Any:
+        from diffusers import AutoencoderKL
+
+        if settings.model_vae is not None:
+            return load_vae(settings.model_vae, model, cls.part, dtype)
+        return load_weights(AutoencoderKL, model, "vae", dtype)
 
     def _take_camera_tokens(self, encoder: CameraTokens) -> None:
         width = encoder.config.width
@@ -227,6 +254,8 @@ class LatentModel(AddsNoise):
         names = ("prediction_type", "text_width", "latent_channels", "scaling_factor", "image_size")
         found = {name: getattr(self, name) for name in names}
         found["text_tokens"] = self.text_layout.tokens
+        if self.settings.model_vae is not None:  # which may be scaled otherwise
+            del found["scaling_factor"]
         odd = model.card.differences(found)
         if odd:
             log.warn(
@@ -251,7 +280,8 @@ class LatentModel(AddsNoise):
 
     def sibling(self, name: str) -> Model:
         """See :class:`lods.models.base.Model`."""
-        return load_family(name, self.device, self.settings, vae=self.vae)
+        own = dataclasses.replace(self.settings, model_lora=None, model_prediction="auto")
+        return load_family(name, self.device, own, vae=self.vae)
 
     def prepare(self, context: Context | None = None) -> None:
         """See :class:`lods.models.base.Model`."""
@@ -269,8 +299,10 @@ class LatentModel(AddsNoise):
         """
         self.prepare()
         with self._plain():
-            posterior = self.vae.encode((rgb * 2 - 1).to(self.vae_dtype)).latent_dist
-            return (posterior.sample().float() - self.shift) * self.scaling_factor
+            found = self.vae.encode((rgb * 2 - 1).to(self.vae_dtype))
+            # a tiny autoencoder has one answer
+            z = found.latent_dist.sample() if hasattr(found, "latent_dist") else found.latents
+            return (z.float() - self.shift) * self.scaling_factor
 
     def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """Images in 0..1 of latents."""

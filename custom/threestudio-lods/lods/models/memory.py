@@ -10,12 +10,17 @@ from typing import Annotated, Any
 import torch
 from lods import log
 from lods.cameras import TOLD
+from lods.models import quantized
+from lods.models.additions import Additions
 
 Context = Callable[[], Callable[[], AbstractContextManager[Any]]]
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-# The parts of a network or VAE whose inputs are kept, with all inside computed again.
-CHECKPOINTED = ("ResnetBlock2D", "Transformer2DModel", "JointTransformerBlock")
+# The parts of a UNet or VAE whose inputs are kept, with all inside computed again. Transformers say
+# themselves which blocks they are made of.
+CHECKPOINTED = ("ResnetBlock2D", "Transformer2DModel", "AutoencoderTinyBlock")
+CHANGES = ("model_lora", "model_embeddings", "model_vae", "model_prediction", "quantized_weights")
+NOT_BLOCKS = ("PatchEmbed", "SanaModulatedNorm")  # what they name beside these
 # attention as diffusers computed it before torch had a kernel
 OLD_ATTENTION = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")
 COMPILERS = {"cpu": ("CXX", ("g++", "clang++")), "cuda": ("CC", ("gcc", "clang", "cc"))}
@@ -33,10 +38,23 @@ class ModelSettings:
     # that it looks at, 4 unless set
     ideal_neighbours: Annotated[int | None, "[1, 10000]"] = None
 
+    # what is added to the model before anything is learned, each one text or a list of them: LoRA
+    # files as path@scale (1 without a scale), textual inversions as path@word. A prompt processor
+    # has the same two settings, and needs the same values
+    model_lora: Any = None
+    model_embeddings: Any = None
+    # another autoencoder for the same latents: taesd, a diffusers folder or a hub id
+    model_vae: str | None = None
+    # what the network predicts; auto: what the model's files say, and where they say nothing, what
+    # the network shows
+    model_prediction: Annotated[str, ("auto", "epsilon", "v_prediction")] = "auto"
+
     # of UNet and VAE: auto, float16, bfloat16 or float32; auto is float16 on CUDA with
     # half_precision_weights, else float32
     weights_dtype: Annotated[str, ("auto", *DTYPES)] = "auto"
     half_precision_weights: bool = True
+    # the network's linear layers in fewer bits, by bitsandbytes on CUDA: 8bit, 4bit (nf4)
+    quantized_weights: Annotated[str, quantized.WORDS] = quantized.NONE
     # speed: channels-last convolutions; torch.compile, minutes at the first step, which
     # needs a C++ compiler
     enable_channels_last_format: bool = False
@@ -57,6 +75,13 @@ class ModelSettings:
 def check(settings: ModelSettings, device: torch.device, where: str = "") -> None:
     """Refuse, with one line, settings that are at odds, or cannot be had here. ``where`` stands
     before their names ("system.guidance.")."""
+    Additions.of(settings.model_lora, settings.model_embeddings, where)
+    if settings.quantized_weights != quantized.NONE:
+        bits = f"{where}quantized_weights={settings.quantized_weights}"
+        if why := quantized.missing(device):
+            raise ValueError(f"{bits} {why}; or set {where}quantized_weights=none")
+        if settings.enable_sequential_cpu_offload:
+            raise ValueError(f"{bits} and {where}enable_sequential_cpu_offload exclude each other")
     compiled = [name for name in ("compile_unet", "compile_vae") if getattr(settings, name)]
     if not compiled:
         return
@@ -77,6 +102,15 @@ def check(settings: ModelSettings, device: torch.device, where: str = "") -> Non
             f"{compiled[0]} needs a C compiler, and there is no {' or '.join(compilers)}: install "
             f"one (g++), or set {where}{compiled[0]}=false"
         )
+
+
+def refuse_changes(settings: ModelSettings, name: str) -> None:
+    """Raise ``ValueError``, one line, for settings that change the network or the autoencoder of a
+    model that has neither."""
+    plain = ModelSettings()
+    for key in CHANGES:
+        if (value := getattr(settings, key)) != getattr(plain, key):
+            raise ValueError(f"{key}={value}: {name!r} has no network, leave it out")
 
 
 def weights_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
@@ -158,10 +192,20 @@ def checkpoint_blocks(model, context: Context) -> None:
     ``context()``, asked at the first run, returns a function that makes a context manager, and
     both runs are within one.
     """
+    kinds = blocks_of(model)
     for module in model.modules():
         # by hand, because the switch of older diffusers applies to models in training mode only
-        if type(module).__name__ in CHECKPOINTED:
+        if type(module).__name__ in kinds:
             module.forward = _again(module.forward, context)
+
+
+def blocks_of(model: Any) -> tuple[str, ...]:
+    """The classes of the parts of a network that are computed again one by one: those of a UNet or
+    VAE, or the blocks that a transformer of diffusers names (``_no_split_modules``)."""
+    if any(type(module).__name__ in CHECKPOINTED for module in model.modules()):
+        return CHECKPOINTED
+    named = getattr(model, "_no_split_modules", None) or ()
+    return tuple(name for name in named if name not in NOT_BLOCKS)
 
 
 def _again(forward, context):

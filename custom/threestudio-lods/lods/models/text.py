@@ -1,6 +1,7 @@
 """How a family's texts are embedded (:class:`TextPlan`), and CLIP's encoders, one as in Stable
 Diffusion 1 and 2, or two as in SDXL."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from lods.models.cards import Location, first_line, resolve
+from lods.models.additions import Additions
+from lods.models.cards import NETWORKS, Location, first_line, resolve
 from lods.models.files import load_complete, load_model_config, refuse_code
 from torch import Tensor
 
@@ -145,8 +147,10 @@ class Texts:
         shape: tuple[int, int],
         plan: Callable[[Location], TextPlan],
         device: torch.device | str = "cpu",
+        additions: Additions | None = None,
     ):
         self.name, self.shape, self.plan, self.device = name, shape, plan, device
+        self.additions = additions or Additions()
 
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "N T D"]:
         """Embeddings (N, T, D), float32. Raises ``ValueError``, one line, for a model that is
@@ -172,4 +176,15 @@ class Texts:
 
         # an encoder that is made may draw random numbers; a prompt shall not change the run's
         with torch.random.fork_rng(devices=[]):
+            if self.additions:
+                load = self.additions.loader(load, network_config(location))
+                texts = self.additions.spelt_out(texts)
             return plan.encode(texts, load, self.device)[0].float()
+
+
+def network_config(location: Location) -> dict[str, Any]:
+    """Of the model's network; an empty one where there is none."""
+    for part in NETWORKS:
+        with contextlib.suppress(ValueError):
+            return load_model_config(location.path, part, location.revision)
+    return {}

@@ -16,10 +16,11 @@ from lods.methods.conditions import Conditions
 from lods.methods.inputs import resized
 from lods.methods.options import tell
 from lods.models import memory
+from lods.models.additions import Additions
 from lods.models.cards import DEFAULT_MODEL, find_card
 from lods.models.families import load_family
 from lods.models.memory import ModelSettings
-from lods.preflight import PERP_NEG
+from lods.preflight import PERP_NEG, different
 from torch import Tensor
 
 import threestudio
@@ -168,7 +169,15 @@ class MethodGuidance(BaseModule):
 
         Raises ``ValueError`` if the embeddings are of another model than the guidance.
         """
+        self._refuse_other_additions(prompt_utils)
         self.method.start(self.prompts_of(prompt_utils))
+
+    def _refuse_other_additions(self, prompt_utils: Any) -> None:
+        """Refuse prompts that were embedded with other LoRA files or words than the model has."""
+        own = getattr(self.method.model, "additions", None) or Additions()
+        theirs = getattr(prompt_utils, "additions", Additions())
+        if self.method.prompts is None and theirs != own:
+            raise ValueError(different(str(theirs), str(own)))
 
     def prompts_of(self, prompt_utils: Any) -> HostPrompts:
         """``prompt_utils`` as methods read them."""

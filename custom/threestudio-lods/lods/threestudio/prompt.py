@@ -1,17 +1,21 @@
 """Prompts for the guidances: threestudio's prompt processor, which also takes cards and SDXL."""
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from lods.models import checkpoint
+from lods.models.additions import Additions
 from lods.models.cards import Location, first_line, has_renders, missing, resolve
 from lods.models.families import text_plan
 from lods.models.files import load_complete
 from lods.models.ideal import NamedObjects
 from lods.models.renders import Renders
+from lods.models.text import network_config
 from lods.models.vocabulary import Vocabulary
 from lods.prompts import BAD_PICTURES, RENDERS
 from torch import Tensor
@@ -54,12 +58,19 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         nfsd_negative_prompt: str = BAD_PICTURES
         # of a model that lists the words that it knows: take a prompt without any of its objects
         allow_unknown_words: bool = False
+        # added to the model: LoRA files (path@scale) and textual inversions (path@word), one text
+        # or a list of them; the guidance needs the same values
+        model_lora: Any = None
+        model_embeddings: Any = None
 
     cfg: Config
 
     def configure(self) -> None:
         self._given = {f.name: getattr(self.cfg, f.name) for f in fields(self.Config)}
-        model = resolve(self.cfg.pretrained_model_name_or_path)
+        added = self.cfg.model_lora, self.cfg.model_embeddings
+        self.additions = Additions.of(*added, "system.prompt_processor.")
+        model = self.location = resolve(self.cfg.pretrained_model_name_or_path)
+        self.single_file = checkpoint.of_folder(model.path)
         self.vocabulary = Vocabulary.read(model.path)
         self.named_objects: NamedObjects | None = None
         if has_renders(model.path):
@@ -71,11 +82,14 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         if _in_upstream():  # whose own hook would take an encoder without all of its weights
             self.cfg.spawn = False  # a new process does not know this extension by its name
             self.spawn_func = self.write_embeddings
+            if self.additions:  # of which the names of its cached files know nothing
+                self.cfg.use_cache = False
         super().configure()
 
     def __call__(self) -> Any:
         output = super().__call__()
         output.other_text = self.other_text
+        output.additions = self.additions
         return output
 
     def prepare_text_embeddings(self) -> None:
@@ -123,8 +137,13 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
     def fingerprint(self) -> str | None:
         if self.named_objects:
             return None  # faster than any cache
-        model, note = super().fingerprint(), self.plan.note if self.plan else ""
-        return f"{model}-{note}" if model and note else model
+        if self.single_file is not None:
+            model = json.dumps(checkpoint.identity(self.single_file.path))
+            model = hashlib.sha256(model.encode()).hexdigest()
+        else:
+            model = super().fingerprint()
+        notes = [self.plan.note if self.plan else "", self.additions.note()]
+        return "-".join(filter(None, (model, *notes))) if model else model
 
     def embedding_shape(self) -> tuple[int | None, int | None]:
         return super().embedding_shape() if self.plan and self.plan.plain else (None, None)
@@ -133,15 +152,21 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         if self.named_objects:
             return self.named_objects(texts), [1] * len(texts)
         assert self.plan is not None  # of every other model
-        if self.plan.plain and not _in_upstream():
+        special = self.additions or self.single_file is not None or _in_upstream()
+        if self.plan.plain and not special:
             return super().encode(texts)
-        return self.plan.encode(texts, self._part, self.device)
+        load: Any = self._part
+        if self.additions:
+            load = self.additions.loader(load, network_config(self.location))
+            texts = self.additions.spelt_out(texts)
+        return self.plan.encode(texts, load, self.device)
 
     def _part(self, cls: Any, part: str, **kwargs: Any) -> Any:
-        if not _in_upstream():  # the host checks more
+        network = issubclass(cls, torch.nn.Module)
+        if not (_in_upstream() or (network and self.single_file)):  # the host checks more
             return self.load_part(cls, part, **kwargs)
         path = self.cfg.pretrained_model_name_or_path
-        if issubclass(cls, torch.nn.Module):
+        if network:
             return load_complete(cls, path, part, **kwargs)
         return cls.from_pretrained(path, subfolder=part, **kwargs)
 
