@@ -33,9 +33,10 @@ def show(browser):
     console, or asks for, fails the test."""
     said, contexts = [], []
 
-    def show(path, drawn=True, **options):
+    def show(path, drawn=True, script="", **options):
         options = {"viewport": {"width": 500, "height": 600}, "reduced_motion": "reduce", **options}
         contexts.append(browser.new_context(offline=True, **options))
+        contexts[-1].add_init_script(script)
         page = contexts[-1].new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))

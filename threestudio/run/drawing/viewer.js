@@ -297,7 +297,7 @@ export class Viewer {
     this.wanted = false; // a picture, while one is being drawn
     // along a side: less while it moves, where that is slow (a phone, or a browser that draws with
     // the processor), and more once it rests
-    Object.assign(this, { detail: LEAST, still: 1, drawn: 0, took: 0, pace: 0 });
+    Object.assign(this, { detail: LEAST, still: 1, drawn: 0, took: 0, pace: 0, stale: true });
     this.ask = () => this.later(false);
     camera.listeners.add(this.ask);
     this.watching = [new ResizeObserver(this.ask), new IntersectionObserver((seen) => {
@@ -361,6 +361,7 @@ export class Viewer {
     this.rest = rest;
     clearTimeout(this.settling);
     if (!rest) {
+      this.stale = true; // a slow browser may come to rest before it has drawn this
       this.canvas.dataset.state = "moving";
       this.settling = setTimeout(() => this.later(true), 200);
     }
@@ -393,7 +394,7 @@ export class Viewer {
       }
       return;
     }
-    if (this.still > this.drawn) {
+    if (this.stale || this.still > this.drawn) {
       await this.paint(this.still);
       this.still = within(this.drawn * Math.sqrt(AT_REST / this.took));
       if (this.wanted) return; // it has been turned meanwhile
@@ -413,6 +414,7 @@ export class Viewer {
     gl.viewport(0, 0, width, height);
     gl.clearColor(0, 0, 0, 0);
     gl.clear(gl.COLOR_BUFFER_BIT | gl.DEPTH_BUFFER_BIT);
+    this.stale = false;
     this.draw(matricesOf(this.about, this.camera, width, height), width, height, this.camera.shape);
     await finished(gl);
     [this.drawn, this.took] = [share, Math.max(performance.now() - begun, 0.1)];
