@@ -259,7 +259,7 @@ def test_one_model_has_one_name(make, tmp_path, monkeypatch):
     path = make(EMBEDDING).save_learned(tmp_path / "embedding.safetensors")
     module = importlib.import_module("lods.methods.learning")
     names = {"a/folder": "a-card"}
-    monkeypatch.setattr(module, "canonical", lambda name: names.get(name, name))
+    monkeypatch.setattr(module, "noted", lambda name: names.get(name, name))
     said = []
     monkeypatch.setattr(threestudio, "warn", said.append)
     guidance = make(EMBEDDING)
