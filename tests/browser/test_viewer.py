@@ -76,7 +76,7 @@ class Run:
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
                 preexec_fn=lambda: os.nice(10),  # the browser draws in software, beside it
             )
-        self.url = self.until(lambda: re.search(r"^.*view: (\S+)", self.text(), re.M), 120)[1]
+        self.url = self.until(lambda: re.search(r"^.*view: (http\S+)", self.text(), re.M), 120)[1]
 
     def text(self):
         return self.log.read_text(errors="replace")
