@@ -22,7 +22,7 @@ from threestudio.utils.config import (
     parse_structured,
 )
 from threestudio.utils.errors import UserError
-from threestudio.utils.ranges import Range, annotations, split
+from threestudio.utils.ranges import TEXTS, Range, annotations, split
 from threestudio.utils.typing import *
 
 CONFIG = str(ROOT / "configs" / "{}.yaml")
@@ -49,10 +49,12 @@ def outside(declared):
 def wrong_values(hint):
     """At least five values that a field of this annotation must not have."""
     base, beside = split(hint)
-    nullable = type(None) in typing.get_args(base) or (base is Any and not beside)
+    nullable = type(None) in typing.get_args(base) or (base is Any and beside in ((), (TEXTS,)))
     wrong = [{"a": 1}, [{}], *([] if nullable else [None])]
     texts = [declared for declared in beside if isinstance(declared, str)]
-    if texts:
+    if texts == [TEXTS]:
+        wrong += [3, 1.5, True, NAN, ["a", 1], [["a"]], {}]
+    elif texts:
         declared = Range.parse(texts[0])
         numbers = outside(declared)
         wrong += ["no such word", [], "", True] if base is Any else ["no such word", [["x"]], {}]

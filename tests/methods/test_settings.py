@@ -28,8 +28,6 @@ VALUES = [
     *([0, 0.1, 0.2, 5, 0.3, 9], [0, True, 1, 9], ["a"], [0, 2, 0.5, 9], [-1, 0, 1, 9]),
 ]
 
-LISTS_OF_TEXT = ("model_lora", "model_embeddings")  # or one text: lods.models.additions checks them
-
 
 def accepted(check, *args):
     try:
@@ -60,8 +58,7 @@ def test_every_number_has_a_range_that_holds_its_default(config):
     for field in dataclasses.fields(config):
         base, beside = settings.split(settings.annotations(config)[field.name])
         parts = {base, *typing.get_args(base)}
-        numbers = {int, float} if field.name in LISTS_OF_TEXT else {int, float, Any}
-        assert beside or not parts & numbers, field.name
+        assert beside or not parts & {int, float, Any}, field.name
         value = getattr(made, field.name)
         hint = settings.annotations(config)[field.name]
         assert settings.check(field.name, value, hint) == value

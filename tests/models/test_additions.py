@@ -173,7 +173,7 @@ def bad_loras(folder, tmp_path):
         (str(tmp_path / "none.safetensors"), "model_lora: there is no file"),
         (str(tmp_path / "x.pt"), "is a pickle"),
         (f"{write('wide', wide)}@1000", r"is not in \[-100, 100\]"),
-        (3, "an entry of model_lora|model_lora is path@scale"),
+        (3, "an entry of model_lora|model_lora is path@scale|a list of texts"),
     ]
 
 

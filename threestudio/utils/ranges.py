@@ -19,6 +19,7 @@ default under the same type inherits the declaration. Beside the type may stand
 
   and after it ``or auto`` or other words (``or auto or none``) that may stand in the place of the
   number;
+- ``texts``: a text, a list of texts, or null;
 - a tuple of texts: the words that a text may be;
 - a ``TypedDict``, a dataclass, or ``Dict[str, <annotation>]``: what the entries of a mapping may
   be. Entries that a ``TypedDict`` does not name are left to whoever reads them.
@@ -52,6 +53,7 @@ _TEXT = re.compile(
     r"(?P<words>(?:(?:whole|scheduled|each|list|ordered) )*)"
     r"(?P<left>[\[(])(?P<low>[^,\]]+), (?P<high>[^,\])]+)(?P<right>[\])])(?P<other>(?: or \w+)*)"
 )
+TEXTS = "texts"
 _MAX_SHOWN = 80  # characters of a refused value in a message
 
 
@@ -270,12 +272,15 @@ def checked(key: str, value: Any, hint: Any) -> Any:
     base, beside = split(hint)
     if value is None:
         # a range says more than Any, of which Optional[Any] is null's way out
-        ranged = base is Any and any(isinstance(declared, str) for declared in beside)
+        ranged = base is Any and any(isinstance(d, str) and d != TEXTS for d in beside)
         if may_be_null(base) and not ranged:
             return None
         raise UserError(f"{key} is empty: give it a value, or leave the key out")
     for declared in beside:
-        if isinstance(declared, str):
+        if declared == TEXTS:
+            if not isinstance(value, str) and not (is_list(value) and are_texts(value)):
+                raise UserError(f"{key} must be a text or a list of texts, not {shown(value)}")
+        elif isinstance(declared, str):
             value = Range.parse(declared).checked(key, value, base)
         elif isinstance(declared, tuple):
             _check_word(key, value, declared, base is not Any and may_be_null(base))

@@ -8,7 +8,8 @@ A ``Config`` is a dataclass. Beside the type of a field stands what it may be,
 
 a tuple of words, or a range: ``[`` and ``]`` hold their end, ``(`` and ``)`` do not; ``inf)`` means
 every finite number, ``inf]`` infinity too; NaN is in no range. ``scheduled`` also allows a schedule
-of such numbers (:mod:`lods.schedules`). What several fields must be together is said by a method
+of such numbers (:mod:`lods.schedules`). ``texts`` instead of a range: a text, a list of texts or
+null. What several fields must be together is said by a method
 ``contradictions()`` of the dataclass, which yields pairs of a field and what is wrong with it.
 
 This is the notation that the threestudio of this repository reads from the classes in its registry.
@@ -28,6 +29,7 @@ from typing import Annotated, Any, TypeVar
 from lods import schedules
 
 T = TypeVar("T")
+TEXTS = "texts"
 _RANGE = re.compile(r"((?:\w+ )*)([\[(])([^,]+), ([^\])]+)([\])])((?: or \w+)*)")
 
 
@@ -111,12 +113,16 @@ def check(name: str, value: Any, hint: Any) -> Any:
     value = schedules.plain(value)
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
     if value is None:
-        if type(None) in options or (kind is Any and not beside):
+        if type(None) in options or (kind is Any and beside in ((), (TEXTS,))):
             return None
         raise ValueError(f"{name} is empty: give it a value, or leave it out")
     kinds = [option for option in options if option is not type(None)]
     for declared in beside:
-        if isinstance(declared, str):
+        if declared == TEXTS:
+            items = value if schedules.is_list(value) else [value]
+            if not all(isinstance(item, str) for item in items):
+                raise ValueError(f"{name} must be a text or a list of texts, not {shown(value)}")
+        elif isinstance(declared, str):
             value = _check_range(name, value, kinds, declared)
         elif isinstance(declared, tuple) and value not in declared:
             words = ", ".join(str(word) for word in declared)

@@ -41,8 +41,8 @@ class ModelSettings:
     # what is added to the model before anything is learned, each one text or a list of them: LoRA
     # files as path@scale (1 without a scale), textual inversions as path@word. A prompt processor
     # has the same two settings, and needs the same values
-    model_lora: Any = None
-    model_embeddings: Any = None
+    model_lora: Annotated[Any, "texts"] = None
+    model_embeddings: Annotated[Any, "texts"] = None
     # another autoencoder for the same latents: taesd, a diffusers folder or a hub id
     model_vae: str | None = None
     # what the network predicts; auto: what the model's files say, and where they say nothing, what

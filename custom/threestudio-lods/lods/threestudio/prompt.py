@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -60,8 +60,8 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
         allow_unknown_words: bool = False
         # added to the model: LoRA files (path@scale) and textual inversions (path@word), one text
         # or a list of them; the guidance needs the same values
-        model_lora: Any = None
-        model_embeddings: Any = None
+        model_lora: Annotated[Any, "texts"] = None
+        model_embeddings: Annotated[Any, "texts"] = None
 
     cfg: Config
 
