@@ -1,7 +1,7 @@
 """The live view of a run, which is a server of its own on this machine, under the studio's address.
 
-A run with a view has ``viewer.json`` in its folder: {"port", "token", "pid", "paused"}. It is asked at
-127.0.0.1 only, whatever the file says, and only while the process of the run is alive.
+A run with a view has ``viewer.json`` in its folder: {"port", "token", "pid", "paused"}. It is asked
+at 127.0.0.1 only, whatever the file says, and only while the process of the run is alive.
 """
 
 import asyncio
