@@ -202,7 +202,7 @@ export function bar(run) {
   if (p.paused) {
     return [
       h("progress", { max: p.of || 1, value: p.step }),
-      h("p", { class: "state" }, h("b", {}, `paused at step ${p.step} of ${p.of}`), " press Resume in its live view"),
+      h("p", { class: "state" }, h("b", {}, "paused"), h("a", { href: `#/run/${encodeURIComponent(run.name)}` }, "Resume is in its live view")),
     ];
   }
   const done = p.of ? ` ${p.step} of ${p.of}` : " …";
