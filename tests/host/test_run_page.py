@@ -80,7 +80,7 @@ def test_the_facts_are_those_of_the_run(run):
     told = {"method": "lods-embedding", "representation": "lods-gaussians", "seed": "3"}
     told |= {"guidance scale": "7.5", "model": "pocket-shapes", "steps": "30"}
     told |= {"object": "40 Gaussians", "training": "12.5 s", "on": "a processor, 2 threads"}
-    told |= {"begun": "2026-11-28T21:40:11", "what": "learnable embedding, 4 × 6"}
+    told |= {"begun": "2026-11-28 21:40:11", "what": "learnable embedding, 4 × 6"}
     told |= {"learned on": "pocket-shapes", "has moved by": "12.5 % (|e - e0| / |e0|)"}
     assert told.items() <= rows.items()
     assert rows["size"].startswith("24 numbers, ")
@@ -488,7 +488,22 @@ def test_several_runs_stand_side_by_side_with_what_they_differ_in(tmp_path):
     cells = [e[2] for e in page.elements if e[0] == "td"]
     assert cells[cells.index("seed") :][:3] == ["seed", "1", "2"]
     assert "system.guidance.guidance_scale" not in cells  # the same in both
+    assert cells.count("seed") == 1 and "method" not in cells
+    assert "The same in all: method lods-embedding, " in page.text
     assert len(page.all("polyline", **{"class": "line1"})) == 2  # of the plot and of its key
+
+
+def test_runs_of_one_name_are_called_after_the_folders_that_they_are_in(tmp_path):
+    runs = [run_folder(tmp_path / folder / "run" / "1f") for folder in ("red", "red-2")]
+    page = Page(write_page(runs, tmp_path / "both.html"))
+    assert [e[2] for e in page.all("h3")] == [f"{PROMPT} (red)", f"{PROMPT} (red-2)"]
+
+
+def test_what_was_changed_on_the_way_is_told_beside_the_object(run):
+    line = '{"step": %d, "what": "prompt", "old": "a", "new": "a snowman"}\n'
+    (run / "interventions.jsonl").write_text("".join(line % step for step in range(5)))
+    told = Page(write_page([run])).rows()["changed on the way"]
+    assert told.startswith("prompt to a snowman before step 0; ") and told.endswith("; 2 more")
 
 
 def test_more_runs_than_a_browser_draws_are_refused(tmp_path):

@@ -387,6 +387,7 @@ def test_buttons_pause_resume_and_save_what_is_seen(small):
         until(lambda: view.live.paused)
         time.sleep(0.3)
         notes["step"] = view.live.step
+        notes["told"] = server.read(Path("run"))["paused"]
         try:
             client.wait("FileTransferStartDownload", 3, seconds=5)
         finally:
@@ -394,11 +395,30 @@ def test_buttons_pause_resume_and_save_what_is_seen(small):
 
     _, trainer = fit(*small("embedding"), max_steps=3, callbacks=[At(come), view])
     assert notes["step"] == 1 and trainer.global_step == 3
+    assert notes["told"] is True  # for programs that show the run
     files = sorted(str(path.relative_to("save")) for path in Path("save").rglob("*.*"))
     assert "it1-view1.png" in files and "it1-export/gaussians.ply" in files
     sent = [message["filename"] for message in notes["client"].of("FileTransferStartDownload")]
     assert sent == ["it1-view1.png", "gaussians-points.ply", "gaussians.ply"]
     notes["client"].close()
+
+
+def test_what_the_model_sees_comes_at_once_when_it_is_asked_for(small):
+    """A budget that allows nothing of what is shown unasked does not keep it back."""
+    view, clients = viewer(), []
+
+    def come():
+        clients.extend(arrived(view))
+        clients[0].wait("GuiCheckboxMessage", 3)
+        clients[0].set("Show what the model sees", True)
+        until(lambda: view.live.panel.see.value)
+
+    def forbid():
+        view.live.budget._rest_due, view.live.budget._asked_due = math.inf, 0.0
+
+    fit(*small("embedding"), max_steps=4, callbacks=[At(come, forbid, forbid, forbid), view])
+    assert clients[0].of("GuiImageMessage")
+    clients[0].close()
 
 
 def test_the_announcement_is_there_while_it_trains(small):

@@ -1,7 +1,9 @@
 """What the form offers, and what it may ask for."""
 
 import itertools
+from pathlib import Path
 
+import lods.studio
 import pytest
 from lods import host
 from lods.commands.job import BASE
@@ -89,8 +91,12 @@ def test_a_prompt_that_no_config_could_hold_is_refused(prompt):
 
 
 def test_a_prompt_without_an_object_of_the_model_is_refused_unless_it_is_wanted():
-    with pytest.raises(ValueError, match="names no object that this model knows"):
+    with pytest.raises(ValueError, match="names no object that this model knows") as refused:
         read_form(FORM | {"prompt": "a tiger"})
+    # the page has the objects beside the prompt, and a tick of this name
+    page = (Path(lods.studio.__file__).parent / "assets" / "index.html").read_text()
+    assert "“take any words”" in str(refused.value) and "hamburger" not in str(refused.value)
+    assert "> take any words" in page and "<summary>More choices</summary>" in page
     request, _ = read_form(FORM | {"prompt": "a tiger", "any_words": True})
     assert "system.prompt_processor.allow_unknown_words=true" in request.overrides
 

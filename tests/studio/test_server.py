@@ -389,3 +389,57 @@ def test_a_note_of_a_view_that_leads_elsewhere_is_not_followed(studio, content, 
     note.write_text(content)
     assert view_of(entry) is None
     note.unlink()
+
+
+def test_the_page_of_a_run_is_downloaded_and_never_shown_at_the_studios_address(studio):
+    port, queue = studio
+    page = queue.shelf.root / "done" / "report.html"
+    page.write_text("<script>1</script>")
+    try:
+        assert "report" in json.loads(ask(port, "GET", "/api/runs/done")[2])["files"]
+        for address in ("/files/done/report", "/files/done/report?download"):
+            status, headers, body = ask(port, "GET", address)
+            assert (status, body) == (200, b"<script>1</script>")
+            assert headers["Content-Disposition"] == 'attachment; filename="done.html"'
+    finally:
+        page.unlink()
+
+
+def test_a_run_that_is_paused_is_told_to_be_without_a_time_left(studio):
+    from dataclasses import replace
+
+    from lods.studio.server import Studio
+
+    entry = studio[1].shelf.find("done")
+    entry = replace(entry, state="running", process={"began": 0.0})
+    note = entry.run / "viewer.json"
+    handlers, told = Studio(studio[1]), []
+    try:
+        for paused in ("true", "false", '"yes"'):
+            note.write_text(f'{{"port": 9999, "token": null, "pid": 1, "paused": {paused}}}')
+            told.append(handlers._progress(entry)["paused"])
+        assert told == [True, False, False]
+    finally:
+        note.unlink()
+
+
+def test_the_prompt_that_a_run_was_steered_to_is_told(studio):
+    from lods.studio.shelf import steered_to
+
+    queue = studio[1]
+    log = queue.shelf.find("done").run / "interventions.jsonl"
+    line = '{"step": %d, "what": "%s", "old": "x", "new": %s}\n'
+    try:
+        for text, wanted in (
+            (
+                line % (1, "prompt", '"a snowman"') + line % (2, "guidance_scale", "9.0"),
+                "a snowman",
+            ),
+            (line % (1, "prompt", '"a snowman"') + "{\n[]\n7\n", "a snowman"),
+            (line % (1, "prompt", f'"{QUICK.prompt}"'), ""),
+            (line % (1, "prompt", "7"), ""),
+        ):
+            log.write_text(text)
+            assert steered_to(queue.shelf.find("done")) == wanted
+    finally:
+        log.unlink()

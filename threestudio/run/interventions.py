@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def _why_not(error: Exception) -> str:
     """Why a change was not made, in one line."""
     if isinstance(error, OSError) and (known := disk_error(error)) is not None:
         return disk_advice(known)
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return shorten(str(error), 300, placeholder=" …") or type(error).__name__
 
 
 def _change(found: Any, least: int) -> Change:

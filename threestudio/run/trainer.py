@@ -41,7 +41,7 @@ def make_trainer(
     rendering = config_to_primitive(cfg.system).get("exporter", {}).get("save_video")
     if not rendering and type(system).predict_step is BaseLift3DSystem.predict_step:
         defaults["limit_predict_batches"] = 1  # an export renders no views: do not make them all
-    if call.args.gradio:
+    if call.args.gradio or call.args.view:  # what is only looked at goes on to nowhere
         # else Lightning draws a bar of its own
         trainer_args = {**trainer_args, "enable_progress_bar": False}
     plugins: list = [AtomicCheckpointIO(checkpoint_folder(cfg))]

@@ -159,11 +159,17 @@ def _stage(facts: Facts, name: str, most: int) -> Html:
 
 
 def labels(runs: Sequence[Facts]) -> list[str]:
-    """A name for each run: its prompt, and where runs share one, what their names differ in."""
+    """A name for each run: its prompt, and where runs share one, the first part of their folders
+    that they differ in, or the last where that does not tell them apart."""
     titles = [facts.title for facts in runs]
     if len(set(titles)) == len(titles):
         return titles
-    return [f"{facts.title} ({facts.name})" for facts in runs]
+    paths = [Path(os.path.abspath(facts.folder.path)) for facts in runs]
+    shared = len(Path(os.path.commonpath(paths)).parts)
+    names = [path.parts[min(shared, len(path.parts) - 1)] for path in paths]
+    if len(set(names)) < len(names):
+        names = [facts.name for facts in runs]
+    return [f"{title} ({name})" for title, name in zip(titles, names)]
 
 
 def _of_several(runs: Sequence[Facts], folder: str, most: int) -> list[Html]:
@@ -193,17 +199,22 @@ def _of_several(runs: Sequence[Facts], folder: str, most: int) -> list[Html]:
 
 
 def _differing(named: Sequence[tuple[str, Facts]]) -> list[Html]:
-    """A table of what is told of the runs, and of the settings that are not the same in all."""
+    """A table of what is told of the runs and of their settings, of both what is not the same in
+    all; and a line with what all share of the former."""
     told = [dict(facts.attempt("summary", facts.short) or []) for _, facts in named]
     known = [dict(sections.settings.flat(facts.settings)) for _, facts in named]
     keys = dict.fromkeys(key for each in told for key in each)
-    body = [[key, *(each.get(key, "—") for each in told)] for key in keys]
+    rows = {key: [each.get(key, "—") for each in told] for key in keys}
+    body = [[key, *values] for key, values in rows.items() if len(set(values)) > 1]
+    same = [f"{key} {values[0]}" for key, values in rows.items() if len(set(values)) == 1]
     left_out = sections.settings.PLACES
     for key in dict.fromkeys(key for each in known for key in each):
         values = [sections.text_of(e.get(key, sections.settings.UNKNOWN)) for e in known]
-        if len(set(values)) > 1 and key not in left_out:
+        if len(set(values)) > 1 and key not in left_out and key not in rows:
             body.append([key, *values])
-    return [sections.table(["", *(label for label, _ in named)], body, bold=-1)]
+    made = [sections.table(["", *(label for label, _ in named)], body, bold=-1)] if body else []
+    shared = [tag("p", tag("small", f"The same in all: {', '.join(same)}."))] if same else []
+    return [*made, *shared]
 
 
 def _footer(runs: Sequence[Facts]) -> Html:

@@ -15,7 +15,7 @@ MAX_COLUMNS = 1000  # of a log
 MAX_VALUES = 4_000_000  # of a log
 MAX_POINTS = 300  # of a curve
 MAX_CURVES = 200
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 170, 52, 8, 10, 22
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 170, 60, 8, 10, 22
 
 Curve = list[tuple[float, float]]  # steps and values
 

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -141,10 +141,13 @@ class Facts:
             threads = last.get("threads")
             if last.get("device") == "cpu" and isinstance(threads, int):
                 machine += f", {threads} thread{'s' * (threads != 1)}"
-            rows += [("on", machine), ("begun", _text(self.trainings[0].get("started")))]
+            begun = _text(self.trainings[0].get("started"))
+            rows += [("on", machine), ("begun", re.sub(r"(?<=\d)T(?=\d)", " ", begun))]
+        rows.append(("changed on the way", _steering(settings.read_changes(self.folder))))
         return [(what, text) for what, text in rows if text]
 
 
+MAX_TOLD = 3  # changes that are told beside the object
 _KEYS = {
     "negative prompt": "system.prompt_processor.negative_prompt",
     "method": "system.guidance_type",
@@ -153,6 +156,13 @@ _KEYS = {
     "guidance scale": "system.guidance.guidance_scale",
     "seed": "seed",
 }
+
+
+def _steering(changes: Sequence[Sequence[str]]) -> str:
+    """The first of the changes that somebody made while the run was trained, in words."""
+    told = [f"{what} to {new} before step {step}" for step, what, _, new in changes[:MAX_TOLD]]
+    more = [f"{len(changes) - MAX_TOLD} more"] * (len(changes) > MAX_TOLD)
+    return "; ".join([*told, *more])
 
 
 def _text(value: Any) -> str:

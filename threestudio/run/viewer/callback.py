@@ -1,12 +1,15 @@
 """The live view as a callback, and the loop that shows a run that is not trained."""
 
+import contextlib
 import socket
+import sys
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.callbacks import Callback
+from tqdm import tqdm
 
 import threestudio
 from threestudio.run.interrupt import InterruptGuard
@@ -47,7 +50,8 @@ class ViewerCallback(Callback):
         self.live = Live(self.server, system, trainer, self.folder, **options)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._told = servers.announce(self.folder, self.server)
-        print(f"view: {self.server.url}", flush=True)
+        with tqdm.external_write_mode(file=sys.stdout):  # not at the end of a bar's line
+            print(f"view: {self.server.url}", flush=True)
         if self.options.open:
             webbrowser.open(self.server.url)
         return self.live
@@ -64,6 +68,13 @@ class ViewerCallback(Callback):
             if self._failures >= MAX_FAILURES:
                 self.close()
         return self.live is not None
+
+    def _note_pause(self, paused: bool) -> None:
+        """Other programs, such as a studio, show that the run waits. A full disk costs them that,
+        and the run nothing."""
+        if self.server is not None and self._told is not None:
+            with contextlib.suppress(OSError):
+                servers.announce(self.folder, self.server, paused)
 
     def close(self) -> None:
         """Stop serving, and remove ``viewer.json``; a second call changes nothing."""
@@ -86,6 +97,7 @@ class ViewerCallback(Callback):
             interventions=self.interventions,
             stop=self.guard.request,
             must_end=lambda: self.guard.requested,
+            note_pause=self._note_pause,
         )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:

@@ -35,6 +35,7 @@ VIEWS = 4  # of a batch, as the model sees it
 class Live:
     """``between`` is to be called between steps, and draws whatever visitors wait for; it returns
     at once where nobody is there. ``stop()``: called where a visitor wants the training to end.
+    ``note_pause(paused)``: called where one pauses the run or lets it go on.
     ``interventions`` None: nothing is trained, and ``between`` is called again and again."""
 
     def __init__(
@@ -46,6 +47,7 @@ class Live:
         interventions: Interventions | None = None,
         stop: Callable[[], None] = lambda: None,
         must_end: Callable[[], bool] = lambda: False,
+        note_pause: Callable[[bool], None] = lambda paused: None,
     ) -> None:
         self.server, self.system, self.trainer, self.folder = server, system, trainer, folder
         self.interventions, self.stop, self.must_end = interventions, stop, must_end
@@ -54,13 +56,14 @@ class Live:
         self.progress = Progress(system, trainer)
         self.saver = Saver(system, trainer, folder, self.painter, self.visitors)
         self.training_cameras = TrainingCameras(system.renderer, lambda: self.painter.drawing)
+        self.note_pause = note_pause
         self.paused = False
         self._jobs: queue.Queue = queue.Queue(maxsize=8)
         self._wake = threading.Event()
         self._failures = 0
         self._told: dict[str, float] = {}  # what -> when it was last told
         self._changes = 0
-        self._watching = False
+        self._watching = self._seen_shown = False
         self._cameras_of = self._splats_of = -1
         self._splats: Any = None
         self._turns: list[Callable[[], bool]] = [
@@ -185,6 +188,7 @@ class Live:
         for visitor in self.visitors.all():
             self._draw_asked(visitor)
         self._show_status()
+        self._show_first_seen()
         self._take_a_turn()
 
     def _follow_settings(self) -> None:
@@ -202,8 +206,10 @@ class Live:
         if watching != self._watching:
             self._watching = watching
             self.system.guidance.watch(watching)
+            self._seen_shown = False
             if see is not None and not see.value:
                 self.panel.show_seen({})
+            self.panel.await_seen(watching)
 
     # --- pictures ---------------------------------------------------------------------------------
 
@@ -365,6 +371,16 @@ class Live:
             self.panel.show_curves(curves.known())
         return True
 
+    def _show_first_seen(self) -> None:
+        """What the model sees, once somebody has asked for it and a step has been seen: that need
+        not wait until its cost is a small share of the time, as what follows does."""
+        if not self._watching or self._seen_shown:
+            return
+        if self._is_free or self.budget.allows(True, time.monotonic()):
+            begun = time.monotonic()
+            if self._show_seen():
+                self._spend(begun, asked=True)
+
     def _show_seen(self) -> bool:
         if not self._watching or not self._due("seen", SEEN_EVERY, time.monotonic()):
             return False
@@ -374,6 +390,7 @@ class Live:
         except Exception as error:  # such as too little memory to decode
             threestudio.warn(f"what the model sees could not be shown: {error}")
             return True
+        self._seen_shown = self._seen_shown or bool(seen)
         rows = {name: _in_a_row(images[:VIEWS]) for name, images in (seen or {}).items()}
         with self.server.viser.atomic():
             self.panel.show_seen(rows)
@@ -385,6 +402,7 @@ class Live:
         if name == "pause" and self.interventions is not None:
             self.paused = not self.paused
             self._told.pop("status", None)
+            self.note_pause(self.paused)
         elif name == "stop" and self.interventions is not None:
             threestudio.info("a visitor of the view has asked to stop")
             self.stop()

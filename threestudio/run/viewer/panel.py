@@ -190,6 +190,9 @@ class Panel:
             "clean ones, and the difference of the two guesses, which is where the images are "
             "pulled to (grey: nowhere)."
         )
+        self._model_wait = gui.add_markdown(
+            "*The pictures come after the next steps that are taken.*", visible=False
+        )
         self._model_folder = gui.add_folder("Last step", visible=False)
 
     # --- what is told -----------------------------------------------------------------------------
@@ -236,6 +239,11 @@ class Panel:
                     height=PLOT_HEIGHT,
                 )
 
+    def await_seen(self, wanted: bool) -> None:
+        """Say that pictures are to come, or no longer."""
+        if self.see is not None:
+            self._model_wait.visible = wanted
+
     def show_seen(self, pictures: dict[str, np.ndarray]) -> None:
         """A picture for each name, (H, W, 3) of uint8."""
         with self._pictures_lock:
@@ -250,6 +258,8 @@ class Panel:
                         image, label=name, format="jpeg", jpeg_quality=85
                     )
             self._model_folder.visible = bool(pictures)
+            if pictures:
+                self._model_wait.visible = False
 
 
 def as_text(text: str) -> str:

@@ -153,12 +153,13 @@ def _quiet_logger() -> Any:
 # --- viewer.json ----------------------------------------------------------------------------------
 
 
-def announce(folder: Path, server: Server) -> Path:
-    """Write where the view of the run in `folder` is, for other programs of the same user."""
+def announce(folder: Path, server: Server, paused: bool = False) -> Path:
+    """Write where the view of the run in `folder` is, and whether a visitor has paused the run, for
+    other programs of the same user."""
     path = folder / FILE
     told = {"url": server.url, "host": server.host, "port": server.port, "token": server.token}
     with whole_file(path, allowed=0o600) as tmp:
-        tmp.write_text(json.dumps({**told, "pid": os.getpid()}) + "\n")
+        tmp.write_text(json.dumps({**told, "pid": os.getpid(), "paused": paused}) + "\n")
     return path
 
 

@@ -158,9 +158,12 @@ def requests(args: argparse.Namespace) -> list[Request]:
     return wanted
 
 
-def refuse_unknown_words(prompts: list[str], model: str, force: str = FORCE) -> None:
+def refuse_unknown_words(
+    prompts: list[str], model: str, force: str = FORCE, listed: bool = True
+) -> None:
     """Raise ``ValueError``, one line, for prompts that name nothing that the model knows. ``force``
-    is what the user sets to have them all the same."""
+    is what the user sets to have them all the same; ``listed``: whether the line names what the
+    model knows."""
     from lods.models.cards import local_folder
     from lods.models.vocabulary import Vocabulary
 
@@ -168,7 +171,7 @@ def refuse_unknown_words(prompts: list[str], model: str, force: str = FORCE) -> 
     vocabulary = Vocabulary.read(folder) if folder else None
     if vocabulary is None:
         return
-    refused = {p: text for p in prompts if (text := vocabulary.refusal(p, force))}
+    refused = {p: text for p in prompts if (text := vocabulary.refusal(p, force, listed))}
     if refused:
         first, *others = refused
         names = ", ".join(repr(prompt) for prompt in others[:5]) + ", ..." * (len(others) > 5)

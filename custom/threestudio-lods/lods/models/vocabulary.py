@@ -119,15 +119,16 @@ class Vocabulary:
             parts += [f"{key} {', '.join(names[:LISTED])}{more}"] if names else []
         return "; ".join(parts)
 
-    def refusal(self, prompt: str, force: str = FORCE) -> str:
+    def refusal(self, prompt: str, force: str = FORCE, listed: bool = True) -> str:
         """One line for a prompt without any word of an object; "" for any other. ``force``: what
-        the user sets to have it all the same."""
+        the user sets to have it all the same. ``listed``: whether the objects are named, which is
+        needless where they can be seen beside it."""
         if self.parts_in(prompt):
             return ""
+        known = f": it knows the {self.listing('objects')}" if listed else ""
         return (
             f"the prompt {_short(prompt)} names no object that this model knows"
-            f"{self._hints(self.unknown([prompt]))}: it knows the {self.listing('objects')}; "
-            f"to try it all the same, add {force}"
+            f"{self._hints(self.unknown([prompt]))}{known}; to try it all the same, add {force}"
         )
 
     def warning(self, texts: Iterable[str], prompt: str = "") -> str:

@@ -164,7 +164,9 @@ def read_form(form: Any, gpu: Callable[[], bool] = has_gpu) -> tuple[Request, st
     if type(any_words) is not bool:
         raise Refused("any_words is true or false")
     if not any_words:
-        refuse_unknown_words([prompt], model, "the tick at 'any words'")
+        # what the model knows is on the page, beside the prompt
+        force = "the tick “take any words” under More choices"
+        refuse_unknown_words([prompt], model, force, listed=False)
     cards.refuse_early(model)
     fields = fields_of_model(model, gpu)
     quality = form.get("quality", DEFAULT_QUALITY)

@@ -1,7 +1,7 @@
 """The live view of a run, which is a server of its own on this machine, under the studio's address.
 
-A run with a view has ``viewer.json`` in its folder: {"port", "token", "pid"}. It is asked at
-127.0.0.1 only, whatever the file says, and only while the process of the run is alive.
+A run with a view has ``viewer.json`` in its folder: {"port", "token", "pid", "paused"}. It is asked
+at 127.0.0.1 only, whatever the file says, and only while the process of the run is alive.
 """
 
 import asyncio
@@ -23,20 +23,33 @@ KEPT = ("Content-Type", "Content-Encoding", "Content-Length")  # headers of an a
 
 def view_of(entry: Entry) -> tuple[int, str] | None:
     """``(port, token)`` of the live view of a run that is under way; the token may be empty."""
+    note = _note(entry)
+    port, token = note.get("port"), note.get("token") or ""
+    if type(port) is int and 1024 <= port < 65536 and isinstance(token, str):
+        return port, token
+    return None
+
+
+def is_paused(entry: Entry) -> bool:
+    """Whether a visitor of its live view has paused the run."""
+    return _note(entry).get("paused") is True
+
+
+def _note(entry: Entry) -> dict[str, Any]:
+    """What ``viewer.json`` of a run that is under way says; {} where nothing can be read."""
     run = entry.run
     if entry.state != "running" or run is None:
-        return None
+        return {}
     path = run / VIEWER
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, KeyError, RecursionError):
         if path.is_symlink() or not path.is_file():
-            return None
+            return {}
         with path.open("rb") as file:
             found = json.loads(file.read(MAX_JSON))
-        port, token = found["port"], found.get("token") or ""
         began = path.stat().st_mtime >= entry.process["began"] - 5  # of this attempt
-        if began and type(port) is int and 1024 <= port < 65536 and isinstance(token, str):
-            return port, token
-    return None
+        if began and isinstance(found, dict):
+            return found
+    return {}
 
 
 async def forward(

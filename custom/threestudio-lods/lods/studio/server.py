@@ -19,7 +19,7 @@ from lods.studio import choices, live
 from lods.studio.connections import Connections
 from lods.studio.guard import MAX_BODY, Guard
 from lods.studio.queue import OVER, Queue, Refused
-from lods.studio.shelf import KINDS, WAITING, Entry, changed, created, log_end, progress
+from lods.studio.shelf import KINDS, WAITING, Entry, changed, created, log_end, progress, steered_to
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 TYPES = {
@@ -157,6 +157,7 @@ class Studio:
         # the time of a file makes a new address of it when it changes
         files = self.shelf.files(entry)
         about["files"] = {kind: changed(path) // 1000 for kind, path in files.items()}
+        about["steered"] = steered_to(entry)
         if state in ("running", "stopping"):
             about["progress"] = self._progress(entry)
             about["live"] = live.view_of(entry) is not None
@@ -181,10 +182,10 @@ class Studio:
         """How far it is, with the seconds that are left of this stage, once they are known."""
         found = progress(entry)
         found["elapsed"] = max(0, round(time.time() - entry.process.get("began", time.time())))
-        found["left"] = None
+        found["left"], found["paused"] = None, live.is_paused(entry)
         attempt, stage, now = entry.process.get("attempt", 0), found["stage"], time.monotonic()
         first = self._seen.get(entry.name)
-        if first is None or first[:2] != (attempt, stage):
+        if found["paused"] or first is None or first[:2] != (attempt, stage):
             self._seen[entry.name] = attempt, stage, now, found["step"]
         elif found["step"] > first[3] and now - first[2] > LEAST_SECONDS:
             each = (now - first[2]) / (found["step"] - first[3])
@@ -204,7 +205,8 @@ class Studio:
         ending, kind = KINDS[request.match_info["kind"]]
         headers = {"Content-Type": kind, "Content-Security-Policy": "default-src 'none'; sandbox"}
         headers |= _kept(request)
-        if "download" in request.query:
+        # a page of a run is opened from where it was saved: here none of its scripts may run
+        if "download" in request.query or request.match_info["kind"] == "report":
             safe = "".join(
                 c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in entry.name
             )

@@ -36,6 +36,8 @@ from omegaconf import OmegaConf
 STUDIO, PROCESS, JOB, LOG = "studio.json", "process.json", "job.json", "log.txt"
 MAX_JSON = 1 << 20  # bytes of a file that are read
 MAX_RUNS = 2000
+CHANGES = "interventions.jsonl"  # of the host: what was changed in the live view
+MAX_STEERED = 1000  # characters of a prompt
 LOG_END = 6000  # bytes of a log that are shown
 WAITING = ("queued", "running", "stopping")  # states of runs that are not over
 KINDS = {  # of files that are to be had: their ending, and what a browser is told they are
@@ -47,6 +49,7 @@ KINDS = {  # of files that are to be had: their ending, and what a browser is to
     "learned": (".safetensors", "application/octet-stream"),
     "preview": (".png", "image/png"),
     "log": (".txt", "text/plain; charset=utf-8"),
+    "report": (".html", "text/html; charset=utf-8"),
 }
 _STEP = re.compile(r"it(\d+)")
 
@@ -212,12 +215,14 @@ class Shelf:
             found["picture"] += run.glob("save/it*-test-sheet.png")
             found["video"] += run.glob("save/it*-test.mp4")
             places += sorted(run.glob("save/it*-export"), key=step_of)
+            found["report"] += [run / "report.html"]
         if run is not None:
             shown = [p for p in run.glob("save/it*.png") if re.fullmatch(r"it\d+-\d+\.png", p.name)]
             found["preview"] += sorted(shown, key=lambda p: (step_of(p), -len(p.name), p.name))
         for place in places:
             found["picture"] += [place / "picture.png"]
             found["log"] += [place / LOG]
+            found["report"] += [place / "report.html"]
             found["video"] += place.glob("*.mp4")
             for kind in ("splat", "glb", "learned"):
                 found[kind] += sorted(place.glob(f"*{KINDS[kind][0]}"))
@@ -429,6 +434,23 @@ def _request_of_config(path: Path) -> Request:
         small=True,
         seed=int(config.get("seed", 0)),
     )
+
+
+def steered_to(entry: Entry) -> str:
+    """The last prompt that a run was given on its way, from its ``interventions.jsonl``; "" where
+    it has the one that it was asked for. Lines that are none are passed over."""
+    path = entry.run / CHANGES if entry.run is not None else None
+    if path is None or not _is_plain(path):
+        return ""
+    with path.open("rb") as file:
+        lines = file.read(MAX_JSON).splitlines()
+    for line in reversed(lines):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
+            change = json.loads(line)
+            if change["what"] == "prompt" and isinstance(change["new"], str):
+                asked = entry.request.prompt if entry.request is not None else ""
+                return change["new"][:MAX_STEERED] if change["new"] != asked else ""
+    return ""
 
 
 def step_of(path: Path) -> int:

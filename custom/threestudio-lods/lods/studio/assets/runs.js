@@ -8,6 +8,9 @@ export const drawnUrl = (run, kind) => `drawn/${encodeURIComponent(run.name)}/${
 
 export const downloadUrl = (run, kind) => `files/${encodeURIComponent(run.name)}/${kind}?download`;
 
+// The prompt that it was asked for, and the one that it was steered to in its live view.
+export const called = (run) => [run.prompt || run.name, run.steered].filter(Boolean).join(" → ");
+
 export function title(list, name) {
   return list.find((each) => each.name === name)?.title ?? name ?? "";
 }

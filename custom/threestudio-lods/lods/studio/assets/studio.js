@@ -1,7 +1,7 @@
 // The page of the studio: a form, the queue, the gallery, one run, and two side by side.
 import { $, ask, h, keep, time } from "./dom.js";
 import { drawCompare, drawRun, leaveView } from "./views.js";
-import { fileUrl, runUrl, say } from "./runs.js";
+import { called, fileUrl, runUrl, say } from "./runs.js";
 
 const AT_WORK = ["queued", "running", "stopping"];
 let offered, runs = [], queue = [], chosen = [];
@@ -35,6 +35,7 @@ function offer() {
   $("method").addEventListener("change", suit);
   $("model").addEventListener("change", suit);
   $("prompt").addEventListener("input", advise);
+  $("form").addEventListener("input", () => complain("")); // it was about what has now changed
   $("any-words").addEventListener("change", advise);
   $("dice").addEventListener("click", () => { $("seed").value = Math.floor(Math.random() * 1e6); });
   $("prompt").addEventListener("keydown", (e) => {
@@ -85,7 +86,23 @@ function hint(now) {
       group === "colors" ? h("i", { class: `dot ${/^[a-z]+$/.test(word) ? word : ""}` }) : null, word));
     box.append(h("div", { class: "chips", role: "group", "aria-label": group }, chips));
   }
-  if (now.words) box.prepend(h("p", { class: "advice" }, `The model ${now.name} knows ${words.objects.length} objects:`));
+  if (now.words) box.prepend(h("p", { class: "advice row" }, `The model ${now.name} knows ${words.objects.length} objects:`, all(box)));
+}
+
+// The button that shows all objects, where there are more than a few lines of them.
+function all(box) {
+  const chips = box.querySelector(".chips"); // the objects come first
+  const button = h("button", { type: "button", class: "link", "aria-expanded": "false" });
+  const show = (open) => {
+    chips.classList.toggle("open", open);
+    button.textContent = open ? "show fewer" : "show all";
+    button.setAttribute("aria-expanded", String(open));
+  };
+  button.addEventListener("click", () => show(!chips.classList.contains("open")));
+  show(false);
+  const measure = () => { button.hidden = !chips.classList.contains("open") && chips.scrollHeight <= chips.clientHeight + 1; };
+  new ResizeObserver(measure).observe(chips);
+  return button;
 }
 
 // Put a word of the model into the prompt: an object in the place of an object, a colour before it.
@@ -98,6 +115,7 @@ function use(group, word, words) {
   const name = [color, object].filter(Boolean).join(" ");
   const several = /^\w+[^s]s$/.test(object || ""); // sneakers
   $("prompt").value = several || !name ? name : `${/^[aeiou]/.test(name) ? "an" : "a"} ${name}`;
+  complain("");
   advise();
   $("prompt").focus();
 }
@@ -153,6 +171,8 @@ async function make() {
     $("queue-box").scrollIntoView({ block: "nearest", behavior: "smooth" });
   } catch (error) {
     complain(sentence(error.message));
+    if (/More choices/.test(error.message)) $("more").open = true;
+    $("error").scrollIntoView({ block: "nearest" });
   } finally {
     $("make").disabled = false;
   }
@@ -172,19 +192,25 @@ export async function command(run, verb, body = {}) {
   }
 }
 
-function bar(run) {
+export function bar(run) {
   const p = run.progress;
   if (run.state === "queued") {
     const place = queue.indexOf(run.name);
     return h("p", { class: "state" }, place <= 0 ? "waiting, next" : `waiting, ${place} before it`);
   }
   if (run.state === "stopping") return h("p", { class: "state" }, "stopping: saving what there is");
-  const left = p.left === null ? "" : `, about ${time(p.left)} left`;
-  const done = p.of ? ` ${p.step} of ${p.of}${left}` : " …";
+  if (p.paused) {
+    return [
+      h("progress", { max: p.of || 1, value: p.step }),
+      h("p", { class: "state" }, h("b", {}, "paused"), h("a", { href: `#/run/${encodeURIComponent(run.name)}` }, "Resume is in its live view")),
+    ];
+  }
+  const done = p.of ? ` ${p.step} of ${p.of}` : " …";
   const words = { starting: "loading the model", training: "training", rendering: "drawing the views", exporting: "writing the files" };
   return [
     h("progress", p.of ? { max: p.of, value: p.step } : {}),
-    h("p", { class: "state" }, `${words[p.stage]}${done}`, h("span", {}, time(p.elapsed))),
+    h("p", { class: "state" }, `${words[p.stage]}${done}`,
+      h("span", {}, p.left === null ? `for ${time(p.elapsed)}` : `about ${time(p.left)} left`)),
   ];
 }
 
@@ -196,6 +222,7 @@ function strip(run) {
 // What is there already is changed, and not made anew: it may be under the mouse.
 function drawWork(run, old) {
   if (old?.dataset.state === run.state) {
+    old.querySelector(".prompt").textContent = called(run);
     old.querySelector(".now").replaceChildren(...[bar(run)].flat());
     const before = old.querySelector(".strip");
     if (before.dataset.time !== String(run.files.preview)) before.replaceWith(strip(run));
@@ -205,7 +232,7 @@ function drawWork(run, old) {
   return h("article", { class: "work", "data-state": run.state },
     h("a", { href: link, class: "picture", tabIndex: -1, "aria-hidden": "true" }, strip(run)),
     h("div", {},
-      h("a", { href: link, class: "prompt" }, run.prompt),
+      h("a", { href: link, class: "prompt" }, called(run)),
       h("div", { class: "now" }, bar(run)),
       run.can.includes("cancel") && h("button", { class: "quiet", onclick: () => command(run, "cancel") }, run.state === "queued" ? "remove from the queue" : "cancel")));
 }
@@ -236,7 +263,11 @@ function drawCard(run) {
   const watch = touch ? {} : { onpointerenter: play, onpointerleave: pause, onfocusin: play, onfocusout: pause };
   return h("article", { class: "card", ...watch },
     h("label", { class: "choose" }, tick, h("span", {}, "compare")),
-    h("a", { href: link }, h("span", { class: "picture" }, shown), h("span", { class: "prompt" }, run.prompt)),
+    h("a", { href: link, onclick: (e) => { // while two are chosen, the picture is part of its tick
+      if (!$("choose").checked || e.ctrlKey || e.metaKey || e.shiftKey) return;
+      e.preventDefault();
+      choose(run.name, !chosen.includes(run.name));
+    } }, h("span", { class: "picture" }, shown), h("span", { class: "prompt" }, called(run))),
     h("p", { class: "about" }, say(run, offered)));
 }
 

@@ -1,7 +1,7 @@
 // One run, large; and two side by side, seen by one camera.
 import { ask, h, time } from "./dom.js";
-import { command, fill, remove } from "./studio.js";
-import { downloadUrl, drawnUrl, fileUrl, runUrl, say, title } from "./runs.js";
+import { bar, command, fill, remove } from "./studio.js";
+import { called, downloadUrl, drawnUrl, fileUrl, runUrl, say, title } from "./runs.js";
 import { Camera, Viewer } from "./viewer.js";
 
 const FORMATS = {
@@ -120,26 +120,30 @@ export function drawRun(box, run, offered) {
 
 function oneRun(box, first, offered) {
   const pane = new Pane(new Camera()), side = h("div", { class: "facts" });
-  const live = h("div", { class: "live" });
+  const live = h("div", { class: "live" }), name = h("h1", {}), now = h("div", { class: "now" });
+  const main = h("div", { class: "run" }, h("div", {}, pane.element, live));
   const log = h("pre", { tabIndex: 0 }), more = h("details", { ontoggle: () => refresh(true) }, h("summary", {}, "What it has printed"), log);
   let run = first, about = null, drawn = "", closed = false;
   box.replaceChildren(
-    h("div", { class: "bar" }, h("a", { href: "#/", class: "back" }, "← Gallery"), h("h1", {}, first.prompt || first.name)),
-    h("div", { class: "run" }, h("div", {}, pane.element, live), h("div", {}, side, more)));
+    h("div", { class: "bar" }, h("a", { href: "#/", class: "back" }, "← Gallery"), name), main);
+  main.append(h("div", {}, side, more));
 
   async function refresh(always) {
     try { about = await ask(runUrl(run)); } catch { return; }
     if (closed) return;
     log.textContent = about.log || "nothing yet";
-    const text = JSON.stringify([about.formats, about.state, about.error, about.can, about.progress?.stage]);
+    const text = JSON.stringify([about.formats, about.state, about.error, about.can, about.files.report]);
     if (text === drawn && !always) return;
     drawn = text;
-    side.replaceChildren(...facts(run, about, offered, () => refresh(true)));
+    side.replaceChildren(...facts(run, about, offered, now, () => refresh(true)));
   }
 
   return {
-    update(now) {
-      run = now;
+    update(latest) {
+      run = latest;
+      name.textContent = called(run);
+      now.replaceChildren(...(["queued", "running", "stopping"].includes(run.state) ? [bar(run)].flat() : []));
+      main.classList.toggle("watched", run.live);
       if (run.live && !live.firstChild) {
         const address = `live/${encodeURIComponent(run.name)}/`;
         live.replaceChildren(h("iframe", { src: address, title: "live view" }), h("a", { href: address, target: "_blank", rel: "noopener" }, "open the live view alone"));
@@ -152,7 +156,7 @@ function oneRun(box, first, offered) {
   };
 }
 
-function facts(run, about, offered, refresh) {
+function facts(run, about, offered, now, refresh) {
   const rows = [
     ["Made of", title(offered.representations, run.on)], ["Method", title(offered.methods, run.method)], ["Model", run.model],
     ["Quality", title(offered.qualities, run.quality)], ["Seed", String(run.seed ?? "")],
@@ -161,6 +165,7 @@ function facts(run, about, offered, refresh) {
   const can = (verb) => about.can.includes(verb);
   return [
     h("p", { class: `badge ${about.state}` }, about.state),
+    now,
     about.error ? h("p", { class: "error" }, about.error) : null,
     downloads(run, about, refresh),
     can("again") && again(run, offered),
@@ -186,6 +191,10 @@ function downloads(run, about, refresh) {
     return h("button", { class: "download ask", onclick: () => command(run, "export", { format }).then(refresh) },
       h("b", {}, `make ${ending}`), h("small", { class: failed ? "warn" : "" }, failed ? state : says));
   });
+  if ("report" in about.files) {
+    const text = [h("b", {}, "html"), h("small", {}, "the page of the run: the object, views, curves and settings in one file")];
+    items.push(h("a", { class: "download", href: downloadUrl(run, "report"), download: "" }, text));
+  }
   return items.length ? h("section", {}, h("h2", {}, "Download"), h("div", { class: "downloads" }, items)) : null;
 }
 
@@ -230,7 +239,7 @@ function twoRuns(box, pair, done, offered) {
   const shared = ways(pair[0]).find((way) => ways(pair[1]).includes(way));
   const columns = panes.map((pane, k) => {
     const select = h("select", { "aria-label": k ? "right" : "left" }, done.map((run) =>
-      h("option", { value: run.name, selected: run.name === pair[k].name }, `${run.prompt} · ${say(run, offered)}`)));
+      h("option", { value: run.name, selected: run.name === pair[k].name }, `${called(run)} · ${say(run, offered)}`)));
     select.addEventListener("change", () => {
       const names = pair.map((run, j) => encodeURIComponent(j === k ? select.value : run.name));
       location.hash = `#/compare/${names.join("/")}`;
