@@ -308,6 +308,7 @@ def test_the_file_that_says_where_the_view_is_is_for_its_owner_only(public, tmp_
         "port": public.port,
         "token": public.token,
         "pid": os.getpid(),
+        "paused": False,
     }
     assert servers.running(tmp_path) == servers.read(tmp_path)
     servers.withdraw(path)
