@@ -215,7 +215,7 @@ def config_classes():
         if inspect.isclass(config := getattr(cls, "Config", None)):
             found[config] = None
     # tests register classes, too
-    found = {c: None for c in found if c.__module__.startswith(("threestudio", "lods."))}
+    found = {c: None for c in found if c.__module__.startswith(("threestudio.", "lods."))}
     waiting = list(found)
     while waiting:
         for hint in annotations(waiting.pop()).values():
