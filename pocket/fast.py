@@ -9,31 +9,17 @@ float32. Nothing is changed but the network given: no class, no other network.
 import contextlib
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
 
-FLAGS = {"amx_bf16", "avx512_bf16"}
-
-
-@functools.cache
-def in_bfloat16(device: str = "cpu") -> bool:
-    """Whether training in bfloat16 pays on ``device``: a GPU that has it, or a CPU with
-    instructions for it."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(FLAGS & set(line.split()) for line in info.splitlines() if line.startswith("flags"))
+from pocket.tools import multiplies_in_bfloat16
 
 
 def autocast(device: str = "cpu"):
     """A context in which networks compute in bfloat16 where that pays."""
     kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=in_bfloat16(device))
+    return torch.autocast(kind, torch.bfloat16, enabled=multiplies_in_bfloat16(device))
 
 
 def _norm_in_float32(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:

@@ -20,12 +20,14 @@ from lods.gaussians.kernel_cache import kernel
 from lods.models import load as load_model
 from lods.models import renders
 from lods.models.camera_tokens import CameraTokens
+from lods.models.memory import multiplies_in_bfloat16
 
 __all__ = [
     "CameraTokens",
     "Cameras",
     "kernel",
     "load_model",
+    "multiplies_in_bfloat16",
     "renders",
     "say",
     "whole_file",

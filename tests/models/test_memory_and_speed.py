@@ -85,6 +85,36 @@ def test_an_option_equals_the_plain_path(make, name, fields, tolerance):
         assert {p.dtype for p in frozen} == {dtype}
 
 
+@pytest.mark.parametrize(
+    ("device", "bfloat16", "half", "dtype"),
+    [
+        ("cpu", True, True, torch.bfloat16),
+        ("cpu", False, True, torch.float32),
+        ("cuda", True, True, torch.float16),  # as auto
+        ("cuda", True, False, torch.float32),
+    ],
+)
+def test_the_fastest_weights_depend_on_the_processor(
+    memory, monkeypatch, device, bfloat16, half, dtype
+):
+    monkeypatch.setattr(memory, "multiplies_in_bfloat16", lambda device: bfloat16)
+    settings = memory.ModelSettings(weights_dtype="fastest", half_precision_weights=half)
+    assert memory.weights_dtype(settings, torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags : fpu amx_bf16 sse", True),
+        ("flags : avx512f sse", False),
+        ("bugs : amx_bf16", False),
+    ],
+)
+def test_a_cpu_that_multiplies_in_bfloat16_says_so(memory, monkeypatch, line, expected):
+    monkeypatch.setattr(memory.Path, "read_text", lambda self: f"processor : 0\n{line}\n")
+    assert memory.multiplies_in_bfloat16.__wrapped__("cpu") is expected
+
+
 def test_images_go_through_the_vae_one_by_one(make):
     for sliced, expected in ((False, [2]), (True, [1, 1])):
         guidance, rows = make(EMBEDDING, enable_vae_slicing=sliced), []

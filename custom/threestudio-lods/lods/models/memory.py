@@ -1,10 +1,12 @@
 """Settings of a frozen model: what it is told of cameras, and what trades memory against time."""
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -15,6 +17,7 @@ from lods.models.additions import Additions
 
 Context = Callable[[], Callable[[], AbstractContextManager[Any]]]
 
+BFLOAT16 = {"amx_bf16", "avx512_bf16"}  # flags of a CPU
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # The parts of a UNet or VAE whose inputs are kept, with all inside computed again. Transformers say
 # themselves which blocks they are made of.
@@ -49,9 +52,9 @@ class ModelSettings:
     # the network shows
     model_prediction: Annotated[str, ("auto", "epsilon", "v_prediction")] = "auto"
 
-    # of UNet and VAE: auto, float16, bfloat16 or float32; auto is float16 on CUDA with
-    # half_precision_weights, else float32
-    weights_dtype: Annotated[str, ("auto", *DTYPES)] = "auto"
+    # of UNet and VAE: auto is float16 on CUDA with half_precision_weights, else float32; fastest is
+    # bfloat16 on a CPU that multiplies in it, else as auto
+    weights_dtype: Annotated[str, ("auto", "fastest", *DTYPES)] = "auto"
     half_precision_weights: bool = True
     # the network's linear layers in fewer bits, by bitsandbytes on CUDA: 8bit, 4bit (nf4)
     quantized_weights: Annotated[str, quantized.WORDS] = quantized.NONE
@@ -113,11 +116,30 @@ def refuse_changes(settings: ModelSettings, name: str) -> None:
             raise ValueError(f"{key}={value}: {name!r} has no network, leave it out")
 
 
+@functools.cache
+def multiplies_in_bfloat16(device: torch.device | str = "cpu") -> bool:
+    """Whether networks are faster in bfloat16 than in float32 on ``device``: a GPU that has it, or
+    a CPU with instructions for it (AMX or AVX-512 BF16, which Linux tells)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(BFLOAT16 & set(line.split()) for line in info.splitlines() if line[:5] == "flags")
+
+
 def weights_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
     """The dtype of the frozen weights; ``auto`` is float16 on CUDA with
-    ``half_precision_weights``, else float32. The learned part and the 3D side stay float32."""
+    ``half_precision_weights``, else float32; ``fastest`` is bfloat16 on a CPU with
+    :func:`multiplies_in_bfloat16`, else as ``auto``. The learned part and the 3D side stay
+    float32."""
     half = settings.half_precision_weights
-    if settings.weights_dtype != "auto":
+    if settings.weights_dtype == "fastest" and device.type == "cpu":
+        fast = multiplies_in_bfloat16(device)
+        log.info(f"model: weights in {'bfloat16, as this CPU is faster' if fast else 'float32'}")
+        return torch.bfloat16 if fast else torch.float32
+    if settings.weights_dtype in DTYPES:
         return DTYPES[settings.weights_dtype]
     if half and device.type != "cuda":
         log.debug("model: half_precision_weights applies on CUDA, float32 here")
