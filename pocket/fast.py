@@ -13,22 +13,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from pocket.tools import multiplies_in_bfloat16
+from pocket.tools import multiplies_in_bfloat16, norm_in_float32
 
 
 def autocast(device: str = "cpu"):
     """A context in which networks compute in bfloat16 where that pays."""
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16, enabled=multiplies_in_bfloat16(device))
-
-
-def _norm_in_float32(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    kind = torch.device(x.device).type
-    with torch.autocast(kind, enabled=False):
-        y = nn.functional.group_norm(
-            x.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps
-        )
-    return y.to(x.dtype)
 
 
 @contextlib.contextmanager
@@ -52,7 +43,7 @@ def fast(network, device: str = "cpu") -> Iterator[None]:
         if plain:
             network.set_attn_processor(AttnProcessor())
         for norm in norms:
-            norm.__dict__["forward"] = functools.partial(_norm_in_float32, norm)
+            norm.__dict__["forward"] = functools.partial(norm_in_float32, norm)
         yield
     finally:
         for norm in norms:

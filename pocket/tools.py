@@ -20,7 +20,7 @@ from lods.gaussians.kernel_cache import kernel
 from lods.models import load as load_model
 from lods.models import renders
 from lods.models.camera_tokens import CameraTokens
-from lods.models.memory import multiplies_in_bfloat16
+from lods.models.memory import multiplies_in_bfloat16, norm_in_float32
 
 __all__ = [
     "CameraTokens",
@@ -28,6 +28,7 @@ __all__ = [
     "kernel",
     "load_model",
     "multiplies_in_bfloat16",
+    "norm_in_float32",
     "renders",
     "say",
     "whole_file",

@@ -185,7 +185,7 @@ def test_a_method_that_learns_nothing_writes_nothing(tmp_path, name):
         ({"method": "sds", "guidance_scale": float("inf")}, "guidance_scale must be a number in"),
         ({"weighting_strategy": "sd"}, "fantasia3d, velocity, latent, not 'sd' (did you mean"),
         ({"lora_rank": 2.5}, "lora_rank must be a whole number in [1, 1024], not 2.5"),
-        ({"weights_dtype": "half"}, "weights_dtype must be one of auto, float16"),
+        ({"weights_dtype": "half"}, "weights_dtype must be one of auto, fastest, float16"),
         ({"max_step_percent": 0.01}, "0 <= min_step_percent <= max_step_percent <= 1, not 0.02"),
         ({"model": "pocket-shaps"}, "no card 'pocket-shaps' (did you mean 'pocket-shapes'?)"),
         ({"model": ""}, "there is no model folder and no card ''"),

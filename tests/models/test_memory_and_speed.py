@@ -115,6 +115,17 @@ def test_a_cpu_that_multiplies_in_bfloat16_says_so(memory, monkeypatch, line, ex
     assert memory.multiplies_in_bfloat16.__wrapped__("cpu") is expected
 
 
+def test_group_norms_of_bfloat16_weights_compute_in_float32(memory):
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(2, 8).to(torch.bfloat16)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 8, 4, 4).to(torch.bfloat16)
+    wanted = torch.nn.functional.group_norm(
+        x.float(), 2, norm.weight.float(), norm.bias.float(), norm.eps
+    )
+    assert torch.equal(memory.norm_in_float32(norm, x), wanted.to(torch.bfloat16))
+
+
 def test_images_go_through_the_vae_one_by_one(make):
     for sliced, expected in ((False, [2]), (True, [1, 1])):
         guidance, rows = make(EMBEDDING, enable_vae_slicing=sliced), []
@@ -290,7 +301,7 @@ def test_a_missing_compiler_is_one_clear_line(make, monkeypatch, tmp_path):
 
 
 def test_options_that_cannot_be_had_are_one_clear_line(make):
-    with pytest.raises(ValueError, match=r"must be one of auto, float16, .* not 'half'"):
+    with pytest.raises(ValueError, match=r"must be one of auto, fastest, float16, .* not 'half'"):
         make(EMBEDDING, weights_dtype="half")
     for odd in ("enable_sequential_cpu_offload", "enable_gradient_checkpointing"):
         with pytest.raises(ValueError, match=rf"{odd}=false, or system.guidance.compile_unet="):
