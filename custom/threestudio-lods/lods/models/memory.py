@@ -15,7 +15,13 @@ Context = Callable[[], Callable[[], AbstractContextManager[Any]]]
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # The parts of a network or VAE whose inputs are kept, with all inside computed again.
-CHECKPOINTED = ("ResnetBlock2D", "Transformer2DModel", "JointTransformerBlock")
+CHECKPOINTED = (
+    "ResnetBlock2D",
+    "Transformer2DModel",
+    "JointTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+)
 # attention as diffusers computed it before torch had a kernel
 OLD_ATTENTION = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")
 COMPILERS = {"cpu": ("CXX", ("g++", "clang++")), "cuda": ("CC", ("gcc", "clang", "cc"))}
