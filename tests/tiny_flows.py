@@ -55,5 +55,64 @@ def write_flux(folder: Path, guided: bool = False, camera_tokens: int = 0, seed:
     return folder
 
 
-FAMILIES = {"flux": write_flux}
-PIPELINES = {"flux": "FluxPipeline"}
+def write_flux2(folder: Path, guided: bool = False, distilled: bool = False, seed: int = 0) -> Path:
+    """A ``Flux2KleinPipeline``; ``guided``: its transformer is told a guidance scale;
+    ``distilled``: it says that it is."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = save_tokenizer(folder / "tokenizer", WORDS, TOKENS)
+    tokenizer.chat_template = "{% for each in messages %}{{ each.content }}{% endfor %} a car"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=28,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            initializer_range=0.5,
+        )
+        transformer = Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(2, 2, 2, 2),
+            guidance_embeds=guided,
+        )
+        vae = AutoencoderKLFlux2(
+            sample_size=16,
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+        )
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2.0)
+        pipeline = Flux2KleinPipeline(
+            vae=vae.eval(),
+            text_encoder=Qwen3ForCausalLM(config).eval(),
+            tokenizer=tokenizer,
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            is_distilled=distilled,
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+FAMILIES = {"flux": write_flux, "flux2": write_flux2}
+PIPELINES = {"flux": "FluxPipeline", "flux2": "Flux2KleinPipeline"}

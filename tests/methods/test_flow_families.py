@@ -87,12 +87,12 @@ def test_stock_diffusers_takes_the_lora(make, family, tmp_path):
     plain = lods.models.load(model.name, "cpu")
     with torch.no_grad():
         want = method.predict_learned(x_t, t, texts)
-        assert (want - plain.predict(x_t, t, texts)).abs().max() > 1e-2
+        assert (want - plain.predict(x_t, t, texts)).abs().max() > 3e-3
         pipeline = getattr(diffusers, PIPELINES[family]).from_pretrained(model.name)
         pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
         plain.network = pipeline.transformer
         got = plain.predict(x_t, t, texts)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from lods.models.cards import Location
 from lods.models.files import cannot_be_had
@@ -23,8 +24,9 @@ class FlowModel(LatentModel):
 
     def __init__(self, transformer, vae, scheduler, device="cpu", name: str = "", shares_vae=False):
         tokens = self.image_tokens(transformer, vae)
+        config = self.schedule_config(dict(getattr(scheduler, "config", scheduler)), tokens)
         try:
-            schedule = flow_schedule(getattr(scheduler, "config", scheduler), tokens)
+            schedule = flow_schedule(config, tokens)
         except ValueError as error:
             raise ValueError(
                 f"the scheduler of {name!r} does not serve: {error}; the model folder is damaged, "
@@ -39,6 +41,11 @@ class FlowModel(LatentModel):
         ``packs`` latent pixels."""
         _, side = cls.side_of(transformer, vae)
         return (side // cls.packs) ** 2
+
+    @classmethod
+    def schedule_config(cls, config: dict[str, Any], tokens: int) -> dict[str, Any]:
+        """What :func:`lods.models.schedule.flow_schedule` takes of the scheduler's config."""
+        return config
 
     @classmethod
     def width_of(cls, transformer: Any) -> int:
@@ -81,14 +88,12 @@ def side_by_vae(vae: Any, packs: int) -> tuple[str, int]:
 def pack(z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B L 4C"]:
     """Each square of 2 x 2 latent pixels as one token, row by row; in a token the channels are the
     outer index, and the four pixels of each the inner."""
-    squares = z.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # B C h/2 2 w/2 2
-    return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)
 
 
 def unpack(tokens: Float[Tensor, "B L 4C"], height: int) -> Float[Tensor, "B C h w"]:
     """The way back, to latents of ``height`` pixels."""
-    squares = tokens.unflatten(1, (height // 2, -1)).unflatten(3, (-1, 2, 2))
-    return squares.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, -1)), 2)
 
 
 def grid(height: int, width: int, device: Any) -> Float[Tensor, "L 2"]:

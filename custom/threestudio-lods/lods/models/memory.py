@@ -21,6 +21,8 @@ CHECKPOINTED = (
     "JointTransformerBlock",
     "FluxTransformerBlock",
     "FluxSingleTransformerBlock",
+    "Flux2TransformerBlock",
+    "Flux2SingleTransformerBlock",
 )
 # attention as diffusers computed it before torch had a kernel
 OLD_ATTENTION = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")

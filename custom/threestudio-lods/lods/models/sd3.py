@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lods.learned import lora
-from lods.models.cards import Location, first_line, resolve
+from lods.models.cards import Location, resolve
 from lods.models.families import serves
-from lods.models.files import load_model_config
+from lods.models.files import load_index, load_model_config
 from lods.models.flow import FlowModel
 from lods.models.text import Loader, TextPlan, run_clip, run_t5
 from lods.models.text_layout import Parts, TextLayout
@@ -101,15 +101,7 @@ class SD3Model(FlowModel):
 def has_t5(model: Location) -> bool:
     """Whether the pipeline has a third text encoder. Raises ``ValueError``, one line, where it is
     named and is not there."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        index: Any = DiffusionPipeline.load_config(model.path, revision=model.revision)
-    except Exception as error:  # of many kinds, by library and by version
-        raise ValueError(
-            f"model_index.json of {model.path!r} cannot be read ({first_line(error)}): it says "
-            "whether the model has a T5 text encoder"
-        ) from None
+    index = load_index(model, "whether the model has a T5 text encoder")
     named = bool((index.get(T5[1]) or [None])[0])
     if named and os.path.isdir(model.path):
         lost = [part for part in T5 if not os.path.isdir(os.path.join(model.path, part))]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lods.models.cards import Location, first_line, resolve
-from lods.models.files import load_complete, load_model_config, refuse_code
+from lods.models.files import load_complete, load_index, load_model_config, refuse_code
 from torch import Tensor
 
 # (tokenizer, text encoder) and the class of the encoder in transformers
@@ -33,15 +33,7 @@ def has_two_encoders(location: Location) -> bool:
 def zeros_for_empty(location: Location) -> bool:
     """Whether SDXL's embedding of an empty text is all zeros: what ``model_index.json`` says; true,
     diffusers' default, where it says nothing."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        config: Any = DiffusionPipeline.load_config(location.path, revision=location.revision)
-    except Exception as error:  # of many kinds, by library and by version
-        raise ValueError(
-            f"model_index.json of {location.path!r} cannot be read ({first_line(error)}): it says "
-            "how an empty prompt is embedded"
-        ) from None
+    config = load_index(location, "how an empty prompt is embedded")
     return bool(config.get("force_zeros_for_empty_prompt", True))
 
 
