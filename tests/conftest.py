@@ -55,6 +55,24 @@ def tiny_sd3(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session")
+def tiny_flow(tmp_path_factory):
+    """``tiny_flow(family, ...) -> folder`` of a random pipeline of one of ``tests.tiny_flows``'
+    FAMILIES, made once per set of arguments."""
+    from tests.tiny_flows import FAMILIES
+
+    made = {}
+
+    def make(family, **kwargs):
+        key = family, *sorted(kwargs.items())
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"tiny_{family}")
+            made[key] = FAMILIES[family](folder, **kwargs)
+        return str(made[key])
+
+    return make
+
+
 @pytest.fixture
 def registered():
     """What a test registers is taken back after it."""

@@ -55,6 +55,21 @@ def load_model_config(
     return found
 
 
+def load_index(model: Location, says: str) -> dict[str, Any]:
+    """``model_index.json`` of a diffusers folder or hub repository, as a dictionary. Raises
+    ``ValueError``, one line, with what it ``says``."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        index: Any = DiffusionPipeline.load_config(model.path, revision=model.revision)
+    except Exception as error:  # of many kinds, by library and by version
+        raise ValueError(
+            f"model_index.json of {model.path!r} cannot be read ({first_line(error)}): it says "
+            f"{says}"
+        ) from None
+    return dict(index)
+
+
 def cannot_be_had(name_or_path: str, part: str, error: BaseException) -> str:
     """One line for a part of a model that was not found, with what to do."""
     what = f"{part} of {name_or_path} is"
