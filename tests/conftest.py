@@ -21,21 +21,26 @@ def lods():
     return load_extension(ROOT / "custom" / "threestudio-lods").lods
 
 
+def made_once(factory, name, make):
+    """A function that makes a model, once per set of arguments."""
+    made = {}
+
+    def once(**kwargs):
+        key = tuple(sorted(kwargs.items()))
+        if key not in made:
+            made[key] = make(factory.mktemp(name), **kwargs)
+        return str(made[key])
+
+    return once
+
+
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory):
     """``tiny_sd(prediction_type="epsilon", width=32, tokens=16) -> folder`` of a random
     StableDiffusionPipeline, made once per set of arguments."""
     from tests.tiny_models import make_tiny_sd
 
-    made = {}
-
-    def make(**kwargs):
-        key = tuple(sorted(kwargs.items()))
-        if key not in made:
-            made[key] = make_tiny_sd(tmp_path_factory.mktemp("tiny_sd"), **kwargs)
-        return str(made[key])
-
-    return make
+    return made_once(tmp_path_factory, "tiny_sd", make_tiny_sd)
 
 
 @pytest.fixture(scope="session")
@@ -44,15 +49,25 @@ def tiny_sd3(tmp_path_factory):
     StableDiffusion3Pipeline, made once per set of arguments."""
     from tests.tiny_models import make_tiny_sd3
 
-    made = {}
+    return made_once(tmp_path_factory, "tiny_sd3", make_tiny_sd3)
 
-    def make(**kwargs):
-        key = tuple(sorted(kwargs.items()))
-        if key not in made:
-            made[key] = make_tiny_sd3(tmp_path_factory.mktemp("tiny_sd3"), **kwargs)
-        return str(made[key])
 
-    return make
+@pytest.fixture(scope="session")
+def tiny_sana(tmp_path_factory):
+    """``tiny_sana(shift=3.0, ...) -> folder`` of a random SanaPipeline, made once per set of
+    arguments."""
+    from tests.tiny_models import make_tiny_sana
+
+    return made_once(tmp_path_factory, "tiny_sana", make_tiny_sana)
+
+
+@pytest.fixture(scope="session")
+def tiny_pixart(tmp_path_factory):
+    """``tiny_pixart(...) -> folder`` of a random PixArtSigmaPipeline, made once per set of
+    arguments."""
+    from tests.tiny_models import make_tiny_pixart
+
+    return made_once(tmp_path_factory, "tiny_pixart", make_tiny_pixart)
 
 
 @pytest.fixture

@@ -48,6 +48,10 @@ class LatentModel(AddsNoise):
 
     part: ClassVar[str] = "unet"  # the subfolder of its network
     lora_sites: ClassVar[Sites] = Sites()
+    packs: ClassVar[int] = (
+        1  # side of the squares of the VAE's latents that its network takes as one
+    )
+    half: ClassVar[torch.dtype] = torch.float16  # of its weights on CUDA, unless settings say
     no_null: str = ""
 
     def __init__(
@@ -80,26 +84,44 @@ class LatentModel(AddsNoise):
                 f"the model predicts {self.prediction_type!r}; known are {scores.PREDICTION_TYPES}"
             )
         self.schedule = schedule.to(self.device)
-        self.latent_channels: int = network.config.in_channels
-        self.latent_size: int = network.config.sample_size
-        named = "UNet" if self.part == "unet" else self.part
-        if not isinstance(self.latent_size, int) or not 1 <= self.latent_size <= MAX_LATENT_SIZE:
+        self.text_width = text_width
+        self.latent_channels, self.latent_size, self.image_size = self.sizes(network, vae)
+        self.scaling_factor: float = vae.config.get("scaling_factor", None) or 1.0
+        self.shift: float = vae.config.get("shift_factor", None) or 0.0
+
+    @classmethod
+    def sizes(cls, network: Any, vae: Any) -> tuple[int, int, int]:
+        """(channels of the latents, pixels of their side, pixels of a picture's side). Raises
+        ``ValueError``, one line, for a network and a VAE that do not fit together."""
+        whose, size = cls.side_of(network, vae)
+        if not isinstance(size, int) or not 1 <= size <= MAX_LATENT_SIZE:
             raise ValueError(
-                f"the {named}'s sample_size is {str(self.latent_size)[:30]}, not 1 to "
+                f"the {whose}'s sample_size is {str(size)[:30]}, not 1 to "
                 f"{MAX_LATENT_SIZE}: the model folder is damaged, or of another kind"
             )
-        self.text_width = text_width
-        # The VAE halves the image between its levels, that is once less than it has levels.
-        self.image_size: int = self.latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
-        self.scaling_factor: float = vae.config.scaling_factor
-        self.shift: float = vae.config.get("shift_factor", None) or 0.0
-        if vae.config.latent_channels != self.latent_channels:
+        named = "UNet" if cls.part == "unet" else cls.part
+        channels, takes = vae.config.latent_channels, network.config.in_channels
+        if channels * cls.packs**2 != takes:
+            each = f", and {cls.packs} x {cls.packs} of them are one" if cls.packs > 1 else ""
             raise ValueError(
-                f"the {named} takes {self.latent_channels} channels but the VAE's latents have "
-                f"{vae.config.latent_channels}: only plain text-to-image models serve"
+                f"the {named} takes {takes} channels but the VAE's latents have "
+                f"{channels}{each}: only plain text-to-image models serve"
             )
+        return channels, size, size * halved(vae)
 
     # -- of a family -----------------------------------------------------------------------------
+
+    @classmethod
+    def side_of(cls, network: Any, vae: Any) -> tuple[str, Any]:
+        """(the part whose config says it, the pixels of a latent's side, still unchecked)."""
+        return "UNet" if cls.part == "unet" else cls.part, network.config.sample_size
+
+    @classmethod
+    def vae_class(cls) -> Any:
+        """The class of diffusers that loads the VAE."""
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL
 
     @classmethod
     def network_class(cls) -> Any:
@@ -182,7 +204,7 @@ class LatentModel(AddsNoise):
         """
         settings = settings or ModelSettings()
         memory.check(settings, torch.device(device))
-        dtype = dtype or memory.weights_dtype(settings, torch.device(device))
+        dtype = dtype or memory.weights_dtype(settings, torch.device(device), cls.half)
         model = resolve(name_or_path)
         network_class = cls.network_class()
         kind = load_model_config(model.path, cls.part, model.revision).get("_class_name")
@@ -196,14 +218,12 @@ class LatentModel(AddsNoise):
         if settings.cameras != "words" and not has_encoder:
             raise ValueError(no_camera_encoder(name_or_path, settings.cameras))
         encoder = CameraTokens.load(model.path) if has_encoder else None
-        from diffusers import AutoencoderKL
-
         schedule = cls.load_schedule(model, name_or_path)
         network = load_weights(network_class, model, cls.part, dtype)
-        shared, vae = vae is not None, vae or load_weights(AutoencoderKL, model, "vae", dtype)
+        shared, vae = vae is not None, vae or load_weights(cls.vae_class(), model, "vae", dtype)
         loaded = cls(network, vae, schedule, device, name_or_path, shared)  # type: ignore[call-arg]
         loaded.settings = settings
-        loaded.no_null = model.card.no_null if model.card else ""
+        loaded.no_null = (model.card.no_null if model.card else "") or loaded.no_null
         if encoder is not None:
             loaded._take_camera_tokens(encoder)
         loaded._compare_with_card(model)
@@ -269,13 +289,23 @@ class LatentModel(AddsNoise):
         """
         self.prepare()
         with self._plain():
-            posterior = self.vae.encode((rgb * 2 - 1).to(self.vae_dtype)).latent_dist
-            return (posterior.sample().float() - self.shift) * self.scaling_factor
+            found = self.vae.encode((rgb * 2 - 1).to(self.vae_dtype))
+            # a deep-compression autoencoder has no posterior
+            z = found.latent_dist.sample() if hasattr(found, "latent_dist") else found.latent
+            return self.from_vae(z.float())
+
+    def from_vae(self, z: Float[Tensor, "B c H W"]) -> Float[Tensor, "B C h w"]:
+        """Latents of what the VAE makes, shifted and scaled."""
+        return (z - self.shift) * self.scaling_factor
+
+    def to_vae(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B c H W"]:
+        """The way back."""
+        return latents / self.scaling_factor + self.shift
 
     def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """Images in 0..1 of latents."""
         with self._plain():
-            scaled = (latents / self.scaling_factor + self.shift).to(self.vae_dtype)
+            scaled = self.to_vae(latents).to(self.vae_dtype)
             return (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def predict(
@@ -295,12 +325,9 @@ class LatentModel(AddsNoise):
         """
         self.prepare()
         rows = None if self.cameras == "words" else self._camera_rows(cameras, len(x_t))
-        text = self.layout_of(texts).unpack(texts.to(self.dtype))
+        text = self.layout_of(texts).unpack(texts).to(self.dtype)
         if rows is not None:
-            mask = text.mask
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(rows.shape[:2])], dim=1)
-            text = Parts(torch.cat([text.tokens, rows], dim=1), text.pooled, mask)
+            text = text.followed_by(rows)
         with self._plain():
             output = self.call(x_t.to(self.dtype), t, text).float()
         if self.grad_scale != 1 and output.requires_grad:
@@ -321,3 +348,10 @@ class LatentModel(AddsNoise):
             for line in self.camera_tokens.unseen(numbers):
                 log.warn(f"model: {line}")
         return self.camera_tokens(numbers).to(self.dtype)
+
+
+def halved(vae: Any) -> int:
+    """Pixels of a picture for one of the VAE's latents: it halves the picture between its levels,
+    that is once less than it has levels."""
+    levels = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
+    return 2 ** (len(levels) - 1)

@@ -15,7 +15,17 @@ Context = Callable[[], Callable[[], AbstractContextManager[Any]]]
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # The parts of a network or VAE whose inputs are kept, with all inside computed again.
-CHECKPOINTED = ("ResnetBlock2D", "Transformer2DModel", "JointTransformerBlock")
+CHECKPOINTED = (
+    "ResnetBlock2D",
+    "Transformer2DModel",
+    "JointTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+    "SanaTransformerBlock",
+    "BasicTransformerBlock",  # of PixArt; that of a UNet is within a Transformer2DModel
+    "ResBlock",  # these two of a deep-compression autoencoder
+    "EfficientViTBlock",
+)
 # attention as diffusers computed it before torch had a kernel
 OLD_ATTENTION = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")
 COMPILERS = {"cpu": ("CXX", ("g++", "clang++")), "cuda": ("CC", ("gcc", "clang", "cc"))}
@@ -33,8 +43,8 @@ class ModelSettings:
     # that it looks at, 4 unless set
     ideal_neighbours: Annotated[int | None, "[1, 10000]"] = None
 
-    # of UNet and VAE: auto, float16, bfloat16 or float32; auto is float16 on CUDA with
-    # half_precision_weights, else float32
+    # of UNet and VAE: auto, float16, bfloat16 or float32; auto is float16 (of SANA bfloat16) on
+    # CUDA with half_precision_weights, else float32
     weights_dtype: Annotated[str, ("auto", *DTYPES)] = "auto"
     half_precision_weights: bool = True
     # speed: channels-last convolutions; torch.compile, minutes at the first step, which
@@ -79,15 +89,17 @@ def check(settings: ModelSettings, device: torch.device, where: str = "") -> Non
         )
 
 
-def weights_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen weights; ``auto`` is float16 on CUDA with
+def weights_dtype(
+    settings: ModelSettings, device: torch.device, shorter: torch.dtype = torch.float16
+) -> torch.dtype:
+    """The dtype of the frozen weights; ``auto`` is ``shorter`` on CUDA with
     ``half_precision_weights``, else float32. The learned part and the 3D side stay float32."""
     half = settings.half_precision_weights
     if settings.weights_dtype != "auto":
         return DTYPES[settings.weights_dtype]
     if half and device.type != "cuda":
         log.debug("model: half_precision_weights applies on CUDA, float32 here")
-    return torch.float16 if half and device.type == "cuda" else torch.float32
+    return shorter if half and device.type == "cuda" else torch.float32
 
 
 def apply(
@@ -156,11 +168,13 @@ def checkpoint_blocks(model, context: Context) -> None:
 
     What is in force at the first run (the rows' strengths of a LoRA) has ended by then:
     ``context()``, asked at the first run, returns a function that makes a context manager, and
-    both runs are within one.
+    both runs are within one. A block within a block is part of that one.
     """
+    within: set[int] = set()
     for module in model.modules():
         # by hand, because the switch of older diffusers applies to models in training mode only
-        if type(module).__name__ in CHECKPOINTED:
+        if type(module).__name__ in CHECKPOINTED and id(module) not in within:
+            within.update(id(part) for part in module.modules())
             module.forward = _again(module.forward, context)
 
 
@@ -197,6 +211,10 @@ def tile(vae, image_size: int) -> None:
 
     Norms and attention then see a tile and not the image: an approximation.
     """
+    if hasattr(vae, "spatial_compression_ratio"):  # a deep-compression autoencoder
+        tile, step = image_size // 2, image_size * 3 // 8
+        vae.enable_tiling(tile, tile, step, step)
+        return
     vae.use_tiling = True
     vae.tile_sample_min_size = image_size // 2
     vae.tile_latent_min_size = (image_size // 2) >> (len(vae.config.block_out_channels) - 1)

@@ -108,6 +108,30 @@ def run_clip(
         return encoder(ids.to(device), output_hidden_states=hidden_states), counts, length
 
 
+def run_t5(
+    texts: list[str],
+    load: Loader,
+    parts: tuple[str, str],
+    length: int,
+    device: torch.device | str,
+) -> tuple[Float[Tensor, "N length D"], list[int]]:
+    """(last hidden states of a T5 encoder for texts that are cut to ``length`` tokens or filled up
+    to them, the number of tokens of each before). ``parts``: the subfolders of tokenizer and
+    encoder. It is in bfloat16 on a GPU, in float32 on a CPU."""
+    import transformers
+
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    tokenizer = load(transformers.AutoTokenizer, parts[0], trust_remote_code=False)
+    encoder = load(transformers.T5EncoderModel, parts[1], use_safetensors=True, torch_dtype=dtype)
+    encoder = encoder.to(device, dtype).eval()
+    ids = tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    counts = [len(each) for each in tokenizer(texts, verbose=False).input_ids]
+    with torch.no_grad():
+        return encoder(ids.to(device))[0], counts
+
+
 @dataclass(frozen=True)
 class TextPlan:
     """How the texts of a model are embedded.
