@@ -8,8 +8,8 @@ from lods.models.schedule import MAX_TIMESTEPS
 
 
 def load_ddpm(model: Location, name: str) -> Any:
-    """diffusers' ``DDPMScheduler`` of a folder, whichever scheduler of a diffusion it names. ``name``
-    is what the model was asked for as. Raises ``ValueError``, one line."""
+    """diffusers' ``DDPMScheduler`` of a folder, whichever scheduler of a diffusion it names.
+    ``name`` is what the model was asked for as. Raises ``ValueError``, one line."""
     from diffusers import DDPMScheduler
 
     config = load_scheduler_config(model)

@@ -55,7 +55,8 @@ def load_model_config(
 
 
 def load_scheduler_config(model: Location) -> dict[str, Any]:
-    """The config of the scheduler of a folder or hub repository, of whatever class. Raises ``ValueError``, one line."""
+    """The config of the scheduler of a folder or hub repository, of whatever class. Raises
+    ``ValueError``, one line."""
     from diffusers import DDPMScheduler
 
     try:
@@ -119,7 +120,8 @@ def _no_bars() -> Iterator[None]:
 
 
 def load_weights(cls, model: Location, subfolder: str, dtype: torch.dtype):
-    """``cls.from_pretrained``, safetensors only, from whichever variant (fp16, bf16 or none) exists."""
+    """``cls.from_pretrained``, safetensors only, from whichever variant (fp16, bf16 or none)
+    exists."""
     errors = []
     for variant in VARIANTS.get(dtype, (None,)):
         try:

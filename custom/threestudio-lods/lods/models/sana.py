@@ -30,8 +30,8 @@ class SanaModel(FlowModel):
     states of a Gemma 2, 300 rows with a mask. Before a text stands the pipeline's question to the
     language model (``complex_human_instruction``, from the installed diffusers), of which the
     rows keep the first token only; the empty text is embedded without it, as the pipeline does with
-    a negative prompt. (It leaves the question out for a negative prompt of words too; here a text is
-    embedded alike whatever it is for.)
+    a negative prompt. (It leaves the question out for a negative prompt of words too; here a text
+    is embedded alike whatever it is for.)
     """
 
     lora_sites = lora.Sites(lora.TARGETS, "transformer")

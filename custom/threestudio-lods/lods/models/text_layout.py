@@ -54,9 +54,9 @@ class TextLayout:
       of tokens that do not count are zeros.
 
     Embeddings are blended linearly (Perp-Neg does so with those of two views), and what is blended
-    may have masks that differ. With zeros in those rows a blend sum_i r_i e_i, of parts r_i that sum
-    to 1, holds all that is needed: in place of its mask a token has the weight m = sum of the r_i
-    of those texts in which it counts, and its row over m is the mean over those texts alone.
+    may have masks that differ. With zeros in those rows a blend sum_i r_i e_i, of parts r_i that
+    sum to 1, holds all that is needed: in place of its mask a token has the weight m = sum of the
+    r_i of those texts in which it counts, and its row over m is the mean over those texts alone.
     ``unpack`` returns that row, and m in ``weights``; its logarithm in an attention
     (:meth:`Parts.bias`) counts the token with weight m, so that the network's prediction goes from
     that of one text to that of the other without a jump. ``mask`` is then the union of those of all
