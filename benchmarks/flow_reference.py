@@ -1,5 +1,5 @@
-"""A step of LODS on a transformer of Stable Diffusion 3's kind, written down once more: with
-diffusers and nothing of ours but the draw of timesteps, for benchmarks/guidance.py to compare with."""
+"""A step of LODS on a transformer of Stable Diffusion 3's kind, written down once more for
+benchmarks/guidance.py to compare with: diffusers, and nothing of ours but the draw of timesteps."""
 
 import torch
 import torch.nn.functional as F
