@@ -165,7 +165,7 @@ def test_perp_neg_goes_from_view_to_view_without_a_jump(tiny, family, tmp_path, 
         }
     )
     utils, model = processor(), load(folder)
-    turned = torch.tensor([0.0, 0.01, 45.0, 89.99, 90.0])
+    turned = torch.tensor([0.0, 2e-4, 45.0, 90 - 2e-4, 90.0])
     zeros = torch.zeros_like(turned)
     rows, _ = utils.get_text_embeddings_perp_neg(zeros, turned, zeros + 3)
     blended = rows[: len(turned)]
@@ -174,11 +174,10 @@ def test_perp_neg_goes_from_view_to_view_without_a_jump(tiny, family, tmp_path, 
         eps = model.predict(x, torch.full((len(turned),), 500), blended)
         two = model.text(["a red car", "a red car on the house of the astronaut, side view"])
         front, side = model.predict(x[:2], torch.tensor([500, 500]), two)
-    assert (front - side).abs().max() > 1e-2
-    torch.testing.assert_close(eps[0], front, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(eps[1], front, rtol=1e-2, atol=2e-3)
-    torch.testing.assert_close(eps[3], side, rtol=1e-2, atol=2e-3)
-    torch.testing.assert_close(eps[4], side, rtol=1e-4, atol=1e-5)
+    apart = float((front - side).abs().max())
+    assert apart > 1e-2
+    for place, want, within in ((0, front, 1e-3), (1, front, 0.1), (3, side, 0.1), (4, side, 1e-3)):
+        assert (eps[place] - want).abs().max() < within * apart, place
     masks = model.text_layout.unpack(two).mask
     assert torch.equal(model.text_layout.unpack(blended).mask[2], masks.any(0))
 
@@ -301,7 +300,7 @@ def test_a_pixart_that_is_told_sizes_is_refused(tiny_pixart, tmp_path):
     folder = copied(tiny_pixart, tmp_path)
     config = PixArtTransformer2DModel.load_config(folder, subfolder="transformer")
     alpha = PixArtTransformer2DModel.from_config(
-        config, use_additional_conditions=True, attention_head_dim=9, cross_attention_dim=18
+        config, use_additional_conditions=True, num_attention_heads=3, cross_attention_dim=24
     )
     alpha.save_pretrained(folder / "transformer")
     with pytest.raises(ValueError, match=r"wants the picture's size .* take pixart-sigma"):

@@ -212,7 +212,8 @@ def tile(vae, image_size: int) -> None:
     Norms and attention then see a tile and not the image: an approximation.
     """
     if hasattr(vae, "spatial_compression_ratio"):  # a deep-compression autoencoder
-        tile, step = image_size // 2, image_size * 3 // 8
+        tile, each = image_size // 2, vae.spatial_compression_ratio
+        step = max(tile * 3 // 4 // each, 1) * each  # whole latents
         vae.enable_tiling(tile, tile, step, step)
         return
     vae.use_tiling = True

@@ -8,7 +8,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 LEARNABLE = ("all", "tokens", "pooled")
-LEAST = 1e-5  # a weight below it is rounding
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,8 @@ class TextLayout:
         if not self.masked:
             return Parts(texts[:, : ends[0]], pooled)
         weights = texts[:, ends[1] :].flatten(1)[:, : self.tokens].detach().float()
-        mask = weights > LEAST
-        weights = torch.where(mask, weights, 0.0)
+        mask = weights > 0
+        weights = weights.clamp(min=0)
         share = torch.where(mask, weights, 1.0).to(texts)
         return Parts(texts[:, : ends[0]] / share[..., None], pooled, mask, weights)
 
