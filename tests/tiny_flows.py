@@ -115,4 +115,3 @@ def write_flux2(folder: Path, guided: bool = False, distilled: bool = False, see
 
 
 FAMILIES = {"flux": write_flux, "flux2": write_flux2}
-PIPELINES = {"flux": "FluxPipeline", "flux2": "Flux2KleinPipeline"}

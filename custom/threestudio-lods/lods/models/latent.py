@@ -53,6 +53,7 @@ class LatentModel(AddsNoise):
     lora_sites: ClassVar[Sites] = Sites()
     # side of the squares of the VAE's latents that its network takes as one
     packs: ClassVar[int] = 1
+    half: ClassVar[torch.dtype] = torch.float16  # of its weights on CUDA, unless settings say
     no_null: str = ""
 
     def __init__(
@@ -207,7 +208,7 @@ class LatentModel(AddsNoise):
         """
         settings = settings or ModelSettings()
         memory.check(settings, torch.device(device))
-        dtype = dtype or memory.weights_dtype(settings, torch.device(device))
+        dtype = dtype or memory.weights_dtype(settings, torch.device(device), cls.half)
         model = resolve(name_or_path)
         network_class = cls.network_class()
         kind = load_model_config(model.path, cls.part, model.revision).get("_class_name")
@@ -322,8 +323,8 @@ class LatentModel(AddsNoise):
         self.prepare()
         with self._plain():
             found = self.vae.encode((rgb * 2 - 1).to(self.vae_dtype))
-            # a tiny autoencoder has one answer
-            z = found.latent_dist.sample() if hasattr(found, "latent_dist") else found.latents
+            # a tiny autoencoder, or a deep-compression one, has one answer
+            z = found.latent_dist.sample() if hasattr(found, "latent_dist") else found[0]
             return self.from_vae(z.float())
 
     def from_vae(self, z: Float[Tensor, "B c H W"]) -> Float[Tensor, "B C h w"]:
@@ -357,12 +358,9 @@ class LatentModel(AddsNoise):
         """
         self.prepare()
         rows = None if self.cameras == "words" else self._camera_rows(cameras, len(x_t))
-        text = self.layout_of(texts).unpack(texts.to(self.dtype))
+        text = self.layout_of(texts).unpack(texts).to(self.dtype)
         if rows is not None:
-            mask = text.mask
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(rows.shape[:2])], dim=1)
-            text = Parts(torch.cat([text.tokens, rows], dim=1), text.pooled, mask)
+            text = text.followed_by(rows)
         with self._plain():
             output = self.call(x_t.to(self.dtype), t, text).float()
         if self.grad_scale != 1 and output.requires_grad:
@@ -388,4 +386,5 @@ class LatentModel(AddsNoise):
 def halved(vae: Any) -> int:
     """Pixels of a picture for one of the VAE's latents: it halves the picture between its levels,
     that is once less than it has levels."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    levels = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
+    return 2 ** (len(levels) - 1)

@@ -18,7 +18,13 @@ Context = Callable[[], Callable[[], AbstractContextManager[Any]]]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # The parts of a UNet or VAE whose inputs are kept, with all inside computed again. Transformers say
 # themselves which blocks they are made of.
-CHECKPOINTED = ("ResnetBlock2D", "Transformer2DModel", "AutoencoderTinyBlock")
+CHECKPOINTED = (
+    "ResnetBlock2D",
+    "Transformer2DModel",
+    "AutoencoderTinyBlock",
+    "ResBlock",  # these two of a deep-compression autoencoder
+    "EfficientViTBlock",
+)
 CHANGES = ("model_lora", "model_embeddings", "model_vae", "model_prediction", "quantized_weights")
 NOT_BLOCKS = ("PatchEmbed", "SanaModulatedNorm")  # what they name beside these
 # attention as diffusers computed it before torch had a kernel
@@ -49,8 +55,8 @@ class ModelSettings:
     # the network shows
     model_prediction: Annotated[str, ("auto", "epsilon", "v_prediction")] = "auto"
 
-    # of UNet and VAE: auto, float16, bfloat16 or float32; auto is float16 on CUDA with
-    # half_precision_weights, else float32
+    # of UNet and VAE: auto, float16, bfloat16 or float32; auto is float16 (of SANA bfloat16) on
+    # CUDA with half_precision_weights, else float32
     weights_dtype: Annotated[str, ("auto", *DTYPES)] = "auto"
     half_precision_weights: bool = True
     # the network's linear layers in fewer bits, by bitsandbytes on CUDA: 8bit, 4bit (nf4)
@@ -113,15 +119,17 @@ def refuse_changes(settings: ModelSettings, name: str) -> None:
             raise ValueError(f"{key}={value}: {name!r} has no network, leave it out")
 
 
-def weights_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen weights; ``auto`` is float16 on CUDA with
+def weights_dtype(
+    settings: ModelSettings, device: torch.device, shorter: torch.dtype = torch.float16
+) -> torch.dtype:
+    """The dtype of the frozen weights; ``auto`` is ``shorter`` on CUDA with
     ``half_precision_weights``, else float32. The learned part and the 3D side stay float32."""
     half = settings.half_precision_weights
     if settings.weights_dtype != "auto":
         return DTYPES[settings.weights_dtype]
     if half and device.type != "cuda":
         log.debug("model: half_precision_weights applies on CUDA, float32 here")
-    return torch.float16 if half and device.type == "cuda" else torch.float32
+    return shorter if half and device.type == "cuda" else torch.float32
 
 
 def apply(
@@ -190,12 +198,13 @@ def checkpoint_blocks(model, context: Context) -> None:
 
     What is in force at the first run (the rows' strengths of a LoRA) has ended by then:
     ``context()``, asked at the first run, returns a function that makes a context manager, and
-    both runs are within one.
+    both runs are within one. A block within a block is part of that one.
     """
-    kinds = blocks_of(model)
+    kinds, within = blocks_of(model), set()
     for module in model.modules():
         # by hand, because the switch of older diffusers applies to models in training mode only
-        if type(module).__name__ in kinds:
+        if type(module).__name__ in kinds and id(module) not in within:
+            within.update(id(part) for part in module.modules())
             module.forward = _again(module.forward, context)
 
 
@@ -241,6 +250,11 @@ def tile(vae, image_size: int) -> None:
 
     Norms and attention then see a tile and not the image: an approximation.
     """
+    if hasattr(vae, "spatial_compression_ratio"):  # a deep-compression autoencoder
+        tile, each = image_size // 2, vae.spatial_compression_ratio
+        step = max(tile * 3 // 4 // each, 1) * each  # whole latents
+        vae.enable_tiling(tile, tile, step, step)
+        return
     vae.use_tiling = True
     vae.tile_sample_min_size = image_size // 2
     vae.tile_latent_min_size = (image_size // 2) >> (len(vae.config.block_out_channels) - 1)
