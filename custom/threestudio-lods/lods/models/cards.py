@@ -5,6 +5,7 @@ It is read before torch is imported, and imports nothing heavy.
 
 import difflib
 import functools
+import json
 import os
 import re
 import socket
@@ -36,6 +37,8 @@ NETWORKS = ("unet", "transformer")  # subfolders that a model's network may be i
 MARKS = ("model_index.json", *(f"{n}/config.json" for n in NETWORKS), "text_encoder/config.json")
 RENDERS = "renders.json"  # in the folder of an ideal denoiser, see lods.models.ideal
 CAMERA_ENCODER = "camera_encoder"  # its folder in that of a model, if it has one
+# classes that the config of a UNet names which sees several views: ours, and the published MVDream's
+MULTI_VIEW = ("MultiViewUNet", "MultiViewUNetModel")
 CONNECT_SECONDS = 1.0  # to find out that there is no network
 ASK_SECONDS = 5.0  # for each repository, where there is one
 
@@ -61,6 +64,7 @@ class Card:
     licence: str | None = None
     gated: bool = False
     instead: str | None = None
+    views: int = 1
 
     @property
     def no_null(self) -> str:
@@ -159,12 +163,25 @@ def local_folder(name_or_path: str) -> str | None:
 
 def has_camera_encoder(name_or_path: str) -> bool:
     """Whether the model's folder has an encoder of cameras
-    (:class:`lods.models.camera_tokens.CameraTokens`), or renders with theirs
-    (:mod:`lods.models.ideal`); false for a repository of the hub, in which it is not looked for."""
-    folder = local_folder(name_or_path)
+    (:class:`lods.models.camera_tokens.CameraTokens`), renders with theirs
+    (:mod:`lods.models.ideal`), or a network that sees several views
+    (:mod:`lods.models.multiview`); of a repository of the hub only a card says so."""
+    card, folder = find_card(name_or_path), local_folder(name_or_path)
+    if card is not None and card.views > 1:
+        return True
     return folder is not None and (
-        os.path.isdir(os.path.join(folder, CAMERA_ENCODER)) or has_renders(folder)
+        os.path.isdir(os.path.join(folder, CAMERA_ENCODER))
+        or has_renders(folder)
+        or _sees_views(folder)
     )
+
+
+def _sees_views(folder: str) -> bool:
+    try:
+        with open(os.path.join(folder, "unet", "config.json"), encoding="utf-8") as file:
+            return json.load(file).get("_class_name") in MULTI_VIEW
+    except (OSError, ValueError, AttributeError, RecursionError, TypeError):
+        return False  # whoever loads it says what is wrong
 
 
 def has_renders(folder: str) -> bool:
