@@ -55,6 +55,23 @@ def tiny_sd3(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session")
+def tiny_multiview(tmp_path_factory):
+    """``tiny_multiview(views=4, ...) -> folder`` of a random multi-view model, made once per set of
+    arguments."""
+    from tests.tiny_models import make_tiny_multiview
+
+    made = {}
+
+    def make(**kwargs):
+        key = tuple(sorted(kwargs.items()))
+        if key not in made:
+            made[key] = make_tiny_multiview(tmp_path_factory.mktemp("tiny_multiview"), **kwargs)
+        return str(made[key])
+
+    return make
+
+
 @pytest.fixture
 def registered():
     """What a test registers is taken back after it."""

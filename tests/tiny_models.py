@@ -5,6 +5,7 @@ scheduler), so tests go through the same loading code as a real model, offline.
 """
 
 import copy
+import json
 import warnings
 from pathlib import Path
 
@@ -166,6 +167,20 @@ def write_pipeline(
     make_portable(folder)
     if camera_tokens:
         write_camera_encoder(folder, width + width_2, camera_tokens, seed)
+    return folder
+
+
+CAMERA_MLP = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16}
+
+
+def make_tiny_multiview(folder, views: int = 4, **options) -> Path:
+    """A random model that sees ``views`` pictures at once, whose cameras make a difference;
+    ``options`` as for ``write_pipeline``."""
+    folder = write_pipeline(Path(folder), **{"width": 32, "unet": CAMERA_MLP, **options})
+    file = folder / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    config |= {"_class_name": "MultiViewUNet", "num_frames": views}
+    file.write_text(json.dumps(config))
     return folder
 
 

@@ -58,7 +58,7 @@ class Cameras:
         return torch.stack([*self.views, self.fovy], dim=-1)
 
     def poses(self) -> Float[Tensor, "B 16"]:
-        """``c2w`` of each row, flattened, with the camera's place moved to the unit sphere, p / |p|:
+        """``c2w`` of each row, flattened, with the place moved to the unit sphere, p / |p|:
         the rotation and the direction, as multi-view models are told them (MVDream,
         arXiv:2308.16512). Without ``c2w`` the camera is at its angles and looks at the origin."""
         c2w = self.c2w

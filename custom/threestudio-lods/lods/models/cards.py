@@ -37,8 +37,9 @@ NETWORKS = ("unet", "transformer")  # subfolders that a model's network may be i
 MARKS = ("model_index.json", *(f"{n}/config.json" for n in NETWORKS), "text_encoder/config.json")
 RENDERS = "renders.json"  # in the folder of an ideal denoiser, see lods.models.ideal
 CAMERA_ENCODER = "camera_encoder"  # its folder in that of a model, if it has one
-# classes that the config of a UNet names which sees several views: ours, and the published MVDream's
+# what the config of a UNet that sees several views calls its class: ours, and MVDream's
 MULTI_VIEW = ("MultiViewUNet", "MultiViewUNetModel")
+VIEWS = 4  # of one whose config says no number
 CONNECT_SECONDS = 1.0  # to find out that there is no network
 ASK_SECONDS = 5.0  # for each repository, where there is one
 
@@ -166,22 +167,26 @@ def has_camera_encoder(name_or_path: str) -> bool:
     (:class:`lods.models.camera_tokens.CameraTokens`), renders with theirs
     (:mod:`lods.models.ideal`), or a network that sees several views
     (:mod:`lods.models.multiview`); of a repository of the hub only a card says so."""
-    card, folder = find_card(name_or_path), local_folder(name_or_path)
-    if card is not None and card.views > 1:
-        return True
-    return folder is not None and (
-        os.path.isdir(os.path.join(folder, CAMERA_ENCODER))
-        or has_renders(folder)
-        or _sees_views(folder)
+    folder = local_folder(name_or_path)
+    here = folder is not None and (
+        os.path.isdir(os.path.join(folder, CAMERA_ENCODER)) or has_renders(folder)
     )
+    return here or views_of(name_or_path) is not None
 
 
-def _sees_views(folder: str) -> bool:
+def views_of(name_or_path: str) -> int | None:
+    """Of a model that sees several pictures of an object at once: how many; None for another, and
+    for a repository of the hub without a card. What is wrong with a folder is not said here."""
+    card, folder = find_card(name_or_path), local_folder(name_or_path)
+    if folder is None:
+        return card.views if card is not None and card.views > 1 else None
     try:
         with open(os.path.join(folder, "unet", "config.json"), encoding="utf-8") as file:
-            return json.load(file).get("_class_name") in MULTI_VIEW
+            config = json.load(file)
+        several = config.get("_class_name") in MULTI_VIEW
+        return int(config.get("num_frames", VIEWS)) if several else None
     except (OSError, ValueError, AttributeError, RecursionError, TypeError):
-        return False  # whoever loads it says what is wrong
+        return None
 
 
 def has_renders(folder: str) -> bool:

@@ -12,7 +12,7 @@ from lods import log
 from lods.cameras import Cameras, no_views, refuse_rows
 from lods.learned.files import read_safetensors
 from lods.models import multiview_keys
-from lods.models.cards import MULTI_VIEW, Location, first_line
+from lods.models.cards import MULTI_VIEW, VIEWS, Location, first_line
 from lods.models.families import serves
 from lods.models.files import cannot_be_had, load_model_config, load_weights
 from lods.models.text_layout import Parts
@@ -20,7 +20,7 @@ from lods.models.unet import UNetModel
 from torch import Tensor, nn
 
 OURS, PUBLISHED = MULTI_VIEW
-VIEWS, MOST = 4, 64  # of a config that says no number, and the most
+MOST = 64  # views
 NUMBERS = 16  # of a camera
 FILES = tuple(f"diffusion_pytorch_model{part}.safetensors" for part in ("", ".fp16"))
 
@@ -150,9 +150,7 @@ class MultiViewModel(UNetModel):
 
     def call(self, x_t, t, text: Parts, *, poses: Tensor):  # type: ignore[override]
         """See :class:`lods.models.latent.LatentModel`."""
-        return self.unet(
-            x_t, t, encoder_hidden_states=text.tokens, class_labels=poses
-        ).sample
+        return self.unet(x_t, t, encoder_hidden_states=text.tokens, class_labels=poses).sample
 
 
 @contextlib.contextmanager

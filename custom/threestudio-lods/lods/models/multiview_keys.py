@@ -1,7 +1,7 @@
 """The published layout of MVDream's UNet, in the names of diffusers' ``UNet2DConditionModel``.
 
-``unet/config.json`` of ``ashawkey/mvdream-sd2.1-diffusers`` (``_class_name`` MultiViewUNetModel) has
-the fields of the UNet of the first Stable Diffusion code, and its weights have the names of that:
+``unet/config.json`` of ``ashawkey/mvdream-sd2.1-diffusers`` (MultiViewUNetModel) has the fields of
+the UNet of the first Stable Diffusion code, and its weights have the names of that:
 
     input_blocks.{n}     n = 0 is the first convolution; then, level by level, ``num_res_blocks`` of
                          .0 a residual block and, where there is attention, .1 a transformer; and
@@ -48,7 +48,10 @@ def fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             "which methods of this library have none of: take mvdream-sd21"
         )
     depth = config.get("transformer_depth", 1)
-    for name, value in [*((name, config.get(name)) for name in WHOLE), ("transformer_depth", depth)]:
+    for name, value in [
+        *((name, config.get(name)) for name in WHOLE),
+        ("transformer_depth", depth),
+    ]:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65_536:
             raise ValueError(_damaged(where, name, value))
     factors = config.get("channel_mult")

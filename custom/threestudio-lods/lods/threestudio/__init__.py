@@ -10,6 +10,7 @@ import threestudio
 log.send_to(threestudio)
 
 from lods.threestudio import (  # noqa: E402
+    background,
     data,
     exporter,
     geometry,
@@ -23,6 +24,7 @@ from lods.threestudio import (  # noqa: E402
 warn = threestudio.warn
 
 __all__ = [
+    "background",
     "data",
     "exporter",
     "geometry",
