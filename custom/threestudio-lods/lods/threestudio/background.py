@@ -1,25 +1,25 @@
 """``lods-shared-environment-map-background``: views that belong together have one background."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 import threestudio
-from threestudio.models.background.neural_environment_map_background import (
-    NeuralEnvironmentMapBackground,
-)
+
+Base: Any = threestudio.find("neural-environment-map-background")
 
 
 @threestudio.register("lods-shared-environment-map-background")
-class SharedEnvironmentMapBackground(NeuralEnvironmentMapBackground):
+class SharedEnvironmentMapBackground(Base):
     """``neural-environment-map-background``, whose ``random_aug`` gives all pictures of a batch the
     same random colour, as MVDream's (arXiv:2308.16512): its model has seen no object before several
     backgrounds."""
 
     @dataclass
-    class Config(NeuralEnvironmentMapBackground.Config):
+    class Config(Base.Config):
         pass
 
     cfg: Config
