@@ -220,6 +220,10 @@ def test_diffusers_own_converter_agrees_on_the_names(published):
 
     there, _ = published
     tensors = load_file(there / "unet" / "diffusion_pytorch_model.safetensors")
+    # the file is made by the same table, which a wrong line would leave without these names
+    block = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3")
+    assert {f"input_blocks.1.0.{each}.weight" for each in block} <= tensors.keys()
+    assert {f"{each}_embed.{n}.bias" for each in ("time", "camera") for n in (0, 2)} <= set(tensors)
     fields = multiview_keys.fields(PUBLISHED, "x")
     ours = multiview_keys.renamed(tensors, fields)
     # which has the classes' embedding where the published one has the camera's
