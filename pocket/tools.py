@@ -20,10 +20,15 @@ from lods.gaussians.kernel_cache import kernel
 from lods.models import load as load_model
 from lods.models import renders
 from lods.models.camera_tokens import CameraTokens
+from lods.models.cards import MULTI_VIEW
+from lods.models.multiview import JointViews, join_views
 
 __all__ = [
+    "MULTI_VIEW",
     "CameraTokens",
     "Cameras",
+    "JointViews",
+    "join_views",
     "kernel",
     "load_model",
     "renders",

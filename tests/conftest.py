@@ -82,6 +82,15 @@ def tiny_flow(tmp_path_factory):
     return lambda family, **options: makers[family](**options)
 
 
+@pytest.fixture(scope="session")
+def tiny_multiview(tmp_path_factory):
+    """``tiny_multiview(views=4, ...) -> folder`` of a random multi-view model, made once per set of
+    arguments."""
+    from tests.tiny_models import make_tiny_multiview
+
+    return made_once(tmp_path_factory, "tiny_multiview", make_tiny_multiview)
+
+
 @pytest.fixture
 def registered():
     """What a test registers is taken back after it."""

@@ -170,6 +170,20 @@ def write_pipeline(
     return folder
 
 
+CAMERA_MLP = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16}
+
+
+def make_tiny_multiview(folder, views: int = 4, **options) -> Path:
+    """A random model that sees ``views`` pictures at once, whose cameras make a difference;
+    ``options`` as for ``write_pipeline``."""
+    folder = write_pipeline(Path(folder), **{"width": 32, "unet": CAMERA_MLP, **options})
+    file = folder / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    config |= {"_class_name": "MultiViewUNet", "num_frames": views}
+    file.write_text(json.dumps(config))
+    return folder
+
+
 def write_camera_encoder(folder, width: int, tokens: int = 2, seed: int = 0) -> Path:
     """A random encoder of cameras in the folder of a model, whose rows are as large as those of a
     text (those of the default initialisation are a tenth of that)."""

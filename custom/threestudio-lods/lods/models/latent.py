@@ -54,7 +54,9 @@ class LatentModel(AddsNoise):
     # side of the squares of the VAE's latents that its network takes as one
     packs: ClassVar[int] = 1
     half: ClassVar[torch.dtype] = torch.float16  # of its weights on CUDA, unless settings say
+    always_told: ClassVar[bool] = False  # of cameras: it makes no prediction without them
     no_null: str = ""
+    views: int = 1
 
     def __init__(
         self,
@@ -131,6 +133,16 @@ class LatentModel(AddsNoise):
         raise NotImplementedError(f"{cls.__name__} does not define network_class")
 
     @classmethod
+    def network_names(cls) -> tuple[str, ...]:
+        """What the network's config may call its class: by default, as diffusers does."""
+        return (cls.network_class().__name__,)
+
+    @classmethod
+    def load_network(cls, model: Location, dtype: torch.dtype) -> Any:
+        """The network with its weights. Raises ``ValueError``, one line."""
+        return load_weights(cls.network_class(), model, cls.part, dtype)
+
+    @classmethod
     def load_schedule(cls, model: Location, name: str) -> Any:
         """What the constructor takes as its third argument, from the folder's ``scheduler``.
         ``name``: what the model was asked for as. Raises ``ValueError``, one line."""
@@ -147,14 +159,19 @@ class LatentModel(AddsNoise):
         raise NotImplementedError(f"{type(self).__name__} does not define text_layout")
 
     def call(
-        self, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, " B"], text: Parts
+        self, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, " B"], text: Parts, **told: Tensor
     ) -> Float[Tensor, "B C h w"]:
-        """The network's output, all in the weights' dtype but ``t``."""
+        """The network's output, all in the weights' dtype but ``t``; ``told`` is what :meth:`told`
+        returned, nothing for most families, which need not take it."""
         raise NotImplementedError(f"{type(self).__name__} does not define call")
 
     def time_embedding(self) -> nn.Module:
         """See :class:`lods.models.base.Model`."""
         raise NotImplementedError(f"{type(self).__name__} does not define time_embedding")
+
+    def told(self, cameras: Cameras | None, count: int) -> dict[str, Tensor]:
+        """What :meth:`call` is given of ``count`` cameras beside rows of text: nothing here."""
+        return {}
 
     def layout_of(self, texts: Float[Tensor, "B T D"]) -> TextLayout:
         """The layout of these embeddings, by default ``text_layout``."""
@@ -210,19 +227,25 @@ class LatentModel(AddsNoise):
         memory.check(settings, torch.device(device))
         dtype = dtype or memory.weights_dtype(settings, torch.device(device), cls.half)
         model = resolve(name_or_path)
-        network_class = cls.network_class()
         kind = load_model_config(model.path, cls.part, model.revision).get("_class_name")
-        if kind != network_class.__name__:
+        if kind not in cls.network_names():
             what = "a Stable-Diffusion-shaped model" if cls.part == "unet" else cls.__name__
             raise ValueError(
                 f"the {cls.part} of {name_or_path!r} is a {kind}; {what} has a "
-                f"{network_class.__name__}"
+                f"{' or a '.join(cls.network_names())}"
             )
-        has_encoder = has_camera_encoder(name_or_path)
-        if settings.cameras != "words" and not has_encoder:
+        encoder = None
+        if cls.always_told:
+            if settings.cameras == "words":
+                raise ValueError(
+                    f"the model {name_or_path!r} sees several views at once and is told their "
+                    "cameras: set cameras=tokens (or both, with words for the view as well)"
+                )
+        elif has_camera_encoder(name_or_path):
+            encoder = CameraTokens.load(model.path)
+        elif settings.cameras != "words":
             raise ValueError(no_camera_encoder(name_or_path, settings.cameras))
-        encoder = CameraTokens.load(model.path) if has_encoder else None
-        network = load_weights(network_class, model, cls.part, dtype)
+        network = cls.load_network(model, dtype)
         additions = Additions.of(settings.model_lora, settings.model_embeddings)
         additions.fuse(network, cls.part)
         if (found := checkpoint.of_folder(model.path)) is not None:
@@ -357,12 +380,14 @@ class LatentModel(AddsNoise):
         method that learns through it divides by that.
         """
         self.prepare()
-        rows = None if self.cameras == "words" else self._camera_rows(cameras, len(x_t))
+        tokens = self.camera_tokens is not None and self.cameras != "words"
+        rows = self._camera_rows(cameras, len(x_t)) if tokens else None
+        told = self.told(cameras, len(x_t))
         text = self.layout_of(texts).unpack(texts).to(self.dtype)
         if rows is not None:
             text = text.followed_by(rows)
         with self._plain():
-            output = self.call(x_t.to(self.dtype), t, text).float()
+            output = self.call(x_t.to(self.dtype), t, text, **told).float()
         if self.grad_scale != 1 and output.requires_grad:
             output.register_hook(lambda grad: grad * self.grad_scale)
         return self.schedule.to_noise(output, x_t.float(), t, self.prediction_type)

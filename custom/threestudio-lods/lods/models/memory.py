@@ -37,8 +37,8 @@ class ModelSettings:
     """How the frozen weights are loaded and run, and what the model is told of cameras. But for
     the first two and ``enable_vae_tiling`` nothing here changes a result beyond rounding."""
 
-    # words for the view in the prompt; tokens, the camera itself as rows beside the text, for a
-    # model with a camera_encoder; or both
+    # words for the view in the prompt; tokens, the camera itself, for a model with a camera_encoder
+    # (as rows beside the text) or a multi-view model (as it was trained); or both
     cameras: Annotated[str, TOLD] = "words"
     # of an ideal denoiser that is told the camera, and of no other model: renders of each object
     # that it looks at, 4 unless set
