@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pocket.tokenizer import save_tokenizer
-from tests.tiny_models import WORDS, tiny_t5, write_camera_encoder
+from tests.tiny_models import WORDS, tiny_t5, tiny_vae, write_camera_encoder
 
 
 def write_sana(
@@ -97,7 +97,6 @@ def write_pixart(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import (
-            AutoencoderKL,
             DPMSolverMultistepScheduler,
             PixArtSigmaPipeline,
             PixArtTransformer2DModel,
@@ -119,16 +118,7 @@ def write_pixart(
             norm_num_groups=4,
             use_additional_conditions=False,
         ).eval()
-        vae = AutoencoderKL(
-            sample_size=2 * sample_size,
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            scaling_factor=0.7,
-        ).eval()
+        vae = tiny_vae(sample_size)
         _louder(transformer, text_encoder)
     pipeline = PixArtSigmaPipeline(
         tokenizer=tokenizer,

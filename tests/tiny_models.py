@@ -78,7 +78,6 @@ def write_pipeline(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import (
-            AutoencoderKL,
             DDPMScheduler,
             StableDiffusionPipeline,
             StableDiffusionXLPipeline,
@@ -121,16 +120,7 @@ def write_pipeline(
             norm_num_groups=8,
             **fields,
         )
-        vae = AutoencoderKL(
-            sample_size=2 * sample_size,
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            scaling_factor=0.7,
-        )
+        vae = tiny_vae(sample_size)
         second = CLIPTextModelWithProjection(text_config(width_2, "gelu")) if width_2 else None
     scheduler = DDPMScheduler(
         beta_start=0.00085,
@@ -295,8 +285,8 @@ def tiny_t5(tokenizer, width: int):
     return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).eval()
 
 
-def tiny_flow_vae(sample_size: int):
-    """A random VAE with a shift, whose latents are ``sample_size`` and pictures twice that."""
+def tiny_vae(sample_size: int, **more):
+    """A random VAE whose latents are ``sample_size`` and pictures twice that."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -308,10 +298,13 @@ def tiny_flow_vae(sample_size: int):
         latent_channels=4,
         norm_num_groups=4,
         scaling_factor=0.7,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+        **more,
     ).eval()
+
+
+def tiny_flow_vae(sample_size: int):
+    """One with a shift."""
+    return tiny_vae(sample_size, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def write_pocket_flow(folder) -> Path:

@@ -1,17 +1,15 @@
 """Every method on a tiny random model of four views: steps, one t, files, a resumed run."""
 
-import copy
+import functools
 
 import lods
 import pytest
 import torch
 
+from tests.few_steps import LEARNING, METHODS, OWN, check_resuming, images, trained
 from tests.models.test_multiview import around
 
-METHODS = [name for name in lods.methods.names() if name.startswith("lods-")]
-LEARNING = ["lods-embedding", "lods-lora", "lods-vsd"]
 RESCALED = ["lods-sds", "lods-embedding", "lods-lora"]
-OWN = {"lods-bridge": {"bridge_start": 0}, "lods-ucm": {"ucm_random_steps": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +19,6 @@ def make(tiny_multiview):
         return lods.load(name, tiny_multiview(), "a red car", device="cpu", **settings)
 
     return build
-
-
-def images(rows=8):
-    return torch.rand(rows, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 def gradient(method, seed=0):
@@ -38,17 +32,8 @@ def gradient(method, seed=0):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_runs_over_the_views(make, name):
-    method, x = make(name), images().requires_grad_()
-    optimizer = torch.optim.Adam([*method.parameters(), x], lr=0.01)
-    for step in range(2):
-        torch.manual_seed(step)
-        method.step(step)
-        optimizer.zero_grad()
-        losses = method(x, around())
-        losses.total.backward()
-        assert losses.total.isfinite() and losses.numbers["grad_norm"] > 0
-        optimizer.step()
-    assert (x.detach() - images()).abs().amax((1, 2, 3)).min() > 1e-3
+    x = trained(make(name), x=images(8), seen=around())
+    assert (x - images(8)).abs().amax((1, 2, 3)).min() > 1e-3
 
 
 def test_all_views_have_one_t_and_each_its_noise(make):
@@ -82,23 +67,8 @@ def test_no_rescaling_is_the_plain_gradient(make, name):
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_two_steps_and_a_resumed_one_are_three_steps(make, name, tmp_path):
-    def run(method, steps):
-        for step in steps:
-            torch.manual_seed(step)
-            method.step(step)
-            method(images(), around())
-        return method.state_dict()
-
-    whole, first, second = (make(name, prior_inner_steps=1) for _ in range(3))
-    start = copy.deepcopy(first.state_dict())
-    whole.load_state_dict(start)
-    wanted = run(whole, range(3))
-    torch.save(run(first, range(2)), tmp_path / "state.pt")
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    got = run(second, [2])
-    assert got.keys() == wanted.keys()
-    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
-    assert any(not torch.equal(wanted[key], start[key]) for key in start)
+    build = functools.partial(make, name, prior_inner_steps=1)
+    check_resuming(build, tmp_path / "state.pt", images(8), around())
 
 
 def test_a_lora_goes_to_a_file_and_back(make, tmp_path):

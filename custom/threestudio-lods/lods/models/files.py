@@ -140,6 +140,20 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def only_errors() -> Iterator[None]:
+    """Nothing less is logged by diffusers, which warns of fields and buffers that its networks do
+    not have."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def load_weights(cls, model: Location, subfolder: str, dtype: torch.dtype):
     """``cls.from_pretrained``, safetensors only, from whichever variant (fp16, bf16 or none)
     exists."""

@@ -1,8 +1,6 @@
 """Models that see several views of an object at once, as MVDream does (arXiv:2308.16512)."""
 
-import contextlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from lods.learned.files import read_safetensors
 from lods.models import multiview_keys
 from lods.models.cards import MULTI_VIEW, VIEWS, Location, first_line
 from lods.models.families import serves
-from lods.models.files import cannot_be_had, load_model_config, load_weights
+from lods.models.files import cannot_be_had, load_model_config, load_weights, only_errors
 from lods.models.text_layout import Parts
 from lods.models.unet import UNetModel
 from torch import Tensor, nn
@@ -120,7 +118,7 @@ class MultiViewModel(UNetModel):
         if config.get("_class_name") == PUBLISHED:
             network = _load_published(cls.network_class(), model, config, dtype)
         else:
-            with _quiet():  # num_frames is no field of diffusers' class
+            with only_errors():  # num_frames is no field of diffusers' class
                 network = load_weights(cls.network_class(), model, cls.part, dtype)
         network.views = views
         return network
@@ -153,23 +151,11 @@ class MultiViewModel(UNetModel):
         return self.unet(x_t, t, encoder_hidden_states=text.tokens, class_labels=poses).sample
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def _load_published(kind: Any, model: Location, config: dict[str, Any], dtype: torch.dtype) -> Any:
     """diffusers' network from the config and the weights of the published layout."""
     fields = multiview_keys.fields(config, model.path)
     try:
-        with torch.device("meta"), _quiet():  # no random numbers are drawn
+        with torch.device("meta"), only_errors():  # no random numbers are drawn
             network = kind.from_config(fields)
     except Exception as error:  # of many kinds, by field
         raise ValueError(

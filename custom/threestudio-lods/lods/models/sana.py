@@ -57,14 +57,19 @@ class SanaModel(FlowModel):
         return transformer.config.caption_channels
 
     @classmethod
-    def load_schedule(cls, model: Location, name: str) -> Any:
-        """The config of diffusers' flow scheduler, or that of its DPM-Solver for flows in the same
-        words. Refuses SANA-Sprint, which was distilled to guided predictions."""
+    def load_network(cls, model: Location, dtype: torch.dtype) -> Any:
+        """Refuses SANA-Sprint, which was distilled to guided predictions."""
         if load_model_config(model.path, cls.part, model.revision).get("guidance_embeds"):
             raise ValueError(
-                f"{name!r} is a SANA-Sprint, which was distilled to give guided predictions, and "
-                "has no null prediction: take sana-1600m"
+                f"{model.path!r} is a SANA-Sprint, which was distilled to give guided predictions, "
+                "and has no null prediction: take sana-1600m"
             )
+        return super().load_network(model, dtype)
+
+    @classmethod
+    def load_schedule(cls, model: Location, name: str) -> Any:
+        """The config of diffusers' flow scheduler, or that of its DPM-Solver for flows in the same
+        words."""
         config = load_scheduler_config(model)
         if config.get("_class_name") != "DPMSolverMultistepScheduler":
             return super().load_schedule(model, name)
