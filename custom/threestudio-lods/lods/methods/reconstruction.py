@@ -1,7 +1,7 @@
 """The rescaling of the guided image, as an option of methods."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from jaxtyping import Float, Int
 from lods import scores
@@ -32,7 +32,8 @@ def rescaled(
 ) -> Float[Tensor, "B c h w"]:
     """``gradient``, which is ``times`` that of :func:`lods.scores.lods`, with the guided image
     rescaled by ``recon_std_rescale``, over all views of an object that the model sees at once."""
-    phi = method.cfg.recon_std_rescale
+    cfg: Any = method.cfg  # of a method with these settings
+    phi = cfg.recon_std_rescale
     if not phi:
         return gradient
     alpha, sigma = method.model.schedule.alpha_sigma(t)
@@ -42,7 +43,7 @@ def rescaled(
         eps_u,
         alpha,
         sigma,
-        method.cfg.guidance_scale,
+        cfg.guidance_scale,
         phi,
         method.weight(t),
         views_of(method.model),

@@ -72,9 +72,10 @@ class MultiviewCameraIterableDataset(RandomCameraIterableDataset):
 
     def collate(self, batch: Any) -> dict[str, Any]:
         """The next batch, with the base's keys."""
-        drawn, n = super().collate(batch), self.cfg.n_view
+        cfg: Any = self.cfg
+        drawn, n = super().collate(batch), cfg.n_view
         fovy, distance = drawn["fovy"], drawn["camera_distances"]
-        if self.cfg.relative_radius:
+        if cfg.relative_radius:
             distance = distance / torch.tan(0.5 * fovy)
         numbers = [drawn["elevation"], drawn["azimuth"], distance, torch.rad2deg(fovy)]
         cameras = torch.stack(numbers, dim=-1).repeat_interleave(n, dim=0)
