@@ -17,6 +17,11 @@ On a CPU the half-size model is not compiled: that takes longer than all else to
 Every way gets the same random numbers, once more before the clock starts, and its losses and
 gradients are compared with the reference's (``loss_difference``, ``gradient_difference``: largest
 relative to the reference's largest element; the run stops above ``--tolerance``).
+
+``--models sd3-medium`` (8 GB of weights in float32) and ``tiny-flow`` are transformers of Stable
+Diffusion 3's kind, into a table of their own: there the reference makes its three calls of
+diffusers' own transformer, takes velocities for what they are, and adds LoRA in layers of its own;
+beside ``ours`` stands ``ours checkpointed``, which computes blocks again for their gradients.
 """
 
 import argparse
@@ -33,7 +38,17 @@ from pathlib import Path
 import diffusers
 import torch
 import torch.nn.functional as F
-from shapes import SD_UNET, SD_VAE, halved
+from flow_reference import SHIFT, FlowReference
+from flow_reference import TOKENS as FLOW_TOKENS
+from shapes import (
+    SD3_TRANSFORMER,
+    SD3_VAE,
+    SD_UNET,
+    SD_VAE,
+    TINY_TRANSFORMER,
+    TINY_VAE,
+    halved,
+)
 from timing import ROOT, fastest, machine, show, write_table
 from torch import nn
 
@@ -46,12 +61,25 @@ WAYS = (
     COMPILED := "ours compiled",
     "ours one call",
 )
+CHECKPOINTED = "ours checkpointed"
+FLOW_WAYS = ("reference", "ours", CHECKPOINTED, COMPILED)
+FLOWS = {"sd3-medium": (SD3_TRANSFORMER, SD3_VAE), "tiny-flow": (TINY_TRANSFORMER, TINY_VAE)}
 SCALE, STRENGTH, RANK, TOKENS = 1000.0, 0.5, 4, 77
 
 
 def build(model: str, pixels: int, device: str, dtype: torch.dtype):
-    """UNet, VAE and schedule of random weights, or those of pocket-shapes."""
-    if model == "pocket-shapes":
+    """Network, VAE and schedule of random weights, or those of pocket-shapes."""
+    if model in FLOWS:
+        network_config, vae_config = FLOWS[model]
+        torch.manual_seed(0)
+        with torch.device(device):
+            unet = diffusers.SD3Transformer2DModel(**network_config | {"sample_size": pixels // 8})
+            vae = diffusers.AutoencoderKL(**vae_config)
+        for weight in unet.parameters():
+            if not weight.any():  # what starts as 0 would hide what is wrong before it
+                torch.nn.init.normal_(weight, std=0.02)
+        schedule = diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    elif model == "pocket-shapes":
         folder = ROOT / "custom/threestudio-lods/lods/models/pocket-shapes"
         unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
         vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae")
@@ -197,8 +225,8 @@ class Prompt:
 
     use_perp_neg = False
 
-    def __init__(self, width: int, device: str):
-        self.both = torch.randn(2, 1, TOKENS, width, device=device)
+    def __init__(self, width: int, device: str, rows: int = TOKENS):
+        self.both = torch.randn(2, 1, rows, width, device=device)
         self.text_embeddings, self.uncond_text_embeddings = self.both
 
     def get_text_embeddings(self, rows, *_):
@@ -210,17 +238,23 @@ class Ours:
 
     def __init__(self, guidance: str, unet, vae, schedule, one_call: bool = False, **options):
         from lods import models
+        from lods.models.sd3 import SD3Model
         from lods.models.text_layout import TextLayout
         from lods.models.unet import UNetModel
 
         import threestudio
 
+        flow = isinstance(unet, diffusers.SD3Transformer2DModel)
+
         self.one_call = one_call
 
         def load(name, device, settings):
-            model = UNetModel(unet, vae, schedule, unet.device, name)
+            model = (SD3Model if flow else UNetModel)(unet, vae, schedule, unet.device, name)
             model.settings = settings
             model.text_layout = TextLayout(TOKENS, model.text_width)
+            if flow:
+                pooled = unet.config.pooled_projection_dim
+                model.text_layout = TextLayout(FLOW_TOKENS, model.text_width, pooled)
             return model
 
         name = f"benchmarked-{id(self)}"
@@ -280,10 +314,14 @@ def contestants(guidance: str, ways, unet, vae, schedule) -> dict:
             guidance, twin(unet), twin(vae), schedule, compile_unet=True, compile_vae=True
         ),
         "ours one call": lambda: Ours(guidance, twin(unet), twin(vae), schedule, one_call=True),
+        CHECKPOINTED: lambda: Ours(
+            guidance, twin(unet), twin(vae), schedule, enable_gradient_checkpointing=True
+        ),
     }
     made = {way: makers[way]() for way in makers if way in ways or way == "ours"}
     first = made["ours"]
-    prompt = Prompt(unet.config.cross_attention_dim, unet.device)
+    model = first.guidance.method.model
+    prompt = Prompt(model.text_width, unet.device, model.text_shape[0])
     with torch.no_grad():
         for name, value in first.learnt.items():
             if name.endswith("lora_B.weight"):  # zero at first, and then nothing to compare
@@ -292,6 +330,11 @@ def contestants(guidance: str, ways, unet, vae, schedule) -> dict:
             one.guidance.initialize(prompt)
             for name, value in first.learnt.items():
                 one.learnt[name].copy_(value)
+    if isinstance(unet, diffusers.SD3Transformer2DModel):
+        made["reference"] = FlowReference(
+            first.guidance, twin(unet), twin(vae), SCALE, STRENGTH, RANK
+        )
+        return {way: made[way] for way in FLOW_WAYS if way in ways or way == "reference"}, prompt
     for way, sdpa in (("reference", False), ("reference sdpa", True)):
         if way in ways or way == "reference":
             pair = sdpa and guidance == "embedding"
@@ -377,7 +420,8 @@ def measure(guidance, model, ways, pixels, batch, args, device, dtype, rate) -> 
     ones, prompt = contestants(guidance, ways, unet, vae, schedule)
     rgb = torch.rand(batch, pixels, pixels, 3, device=device)
     checked = {way: take(one, rgb, prompt, 1, device) for way, one in ones.items()}
-    flops = count_flops(ones["reference"], rgb, prompt)
+    flow = model in FLOWS  # the attention of its reference is a kernel, which hides its products
+    flops = math.nan if flow else count_flops(ones["reference"], rgb, prompt)
     best = dict.fromkeys(ones, math.inf)
     memory = dict.fromkeys(ones, math.inf)
     for seed in range(2, 2 + args.rounds):
@@ -402,10 +446,14 @@ def measure(guidance, model, ways, pixels, batch, args, device, dtype, rate) -> 
                 "gradient_difference": f"{grad:.1e}",
                 "step_mib": round(memory[way]),
                 "first_step_s": round(checked[way]["seconds"], 1),
-                "tflop": round(flops / 1e12, 3),
-                "matmul_share": round(flops / best[way] / rate, 3),
             }
         )
+        if flow:
+            size = sum(p.nbytes for part in (unet, vae) for p in part.parameters())
+            rows[-1]["weights_mib"] = round(size / 2**20)
+        else:
+            rows[-1]["tflop"] = round(flops / 1e12, 3)
+            rows[-1]["matmul_share"] = round(flops / best[way] / rate, 3)
         if not max(loss, grad) <= args.tolerance:
             raise SystemExit(f"{way} is not the reference: {rows[-1]}")
     return rows
@@ -414,24 +462,30 @@ def measure(guidance, model, ways, pixels, batch, args, device, dtype, rate) -> 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--models", nargs="+", choices=("full", "half", "pocket-shapes"))
+    parser.add_argument("--models", nargs="+", choices=("full", "half", "pocket-shapes", *FLOWS))
     parser.add_argument("--pixels", type=int, help="of true-size models: 512, on a CPU 256")
     parser.add_argument("--batch", type=int, nargs="+", help="1 4 8, of half-size models 1")
     parser.add_argument("--guidances", nargs="+", choices=GUIDANCES, default=list(GUIDANCES))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--ways", nargs="+", choices=(*WAYS, CHECKPOINTED))
     parser.add_argument("--rounds", type=int, default=10 if cuda else 5)
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--tolerance", type=float, help="0.001 in float32, else 0.1")
     parser.add_argument("--quick", action="store_true", help="seconds: is it right, not how fast")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/guidance.csv")
+    parser.add_argument("--out", type=Path, help="guidance.csv, of flows guidance_flow.csv")
     args = parser.parse_args()
     device = "cuda" if cuda else "cpu"
     diffusers.utils.logging.set_verbosity_error()  # of casts that are meant
     args.models = args.models or (["full"] if cuda else ["pocket-shapes", "half"])
     if args.quick:
-        args.models, args.rounds, args.batch = ["pocket-shapes"], 1, [2]
-        args.ways = [way for way in args.ways if way != COMPILED]
+        flows = [model for model in args.models if model == "tiny-flow"]
+        args.models, args.rounds, args.batch = flows or ["pocket-shapes"], 1, [2]
+        args.ways = [way for way in args.ways or (*WAYS, CHECKPOINTED) if way != COMPILED]
         args.out = ROOT / "build/guidance-quick.csv"
+    if 0 < len([model for model in args.models if model in FLOWS]) < len(args.models):
+        parser.error("--models: flows have a table of their own, name them in a run of their own")
+    if args.out is None:
+        name = "guidance_flow.csv" if args.models[0] in FLOWS else "guidance.csv"
+        args.out = ROOT / "benchmarks/results" / name
     dtype = getattr(torch, args.dtype or ("float16" if cuda else "float32"))
     args.tolerance = args.tolerance or (1e-3 if dtype == torch.float32 else 0.1)
     sys.path.insert(0, str(ROOT))
@@ -444,10 +498,13 @@ def main():
     rate, rows = matmul_rate(device, dtype), []
     print(f"matrix products: {rate / 1e12:.2f} TFLOP/s", flush=True)
     for model in args.models:
-        pixels = 64 if model == "pocket-shapes" else args.pixels or (512 if cuda else 256)
+        small = model in ("pocket-shapes", "tiny-flow")
+        pixels = 64 if small else args.pixels or (512 if cuda else 256)
+        true_size = model in ("half", "sd3-medium")
         for guidance in args.guidances:
-            for batch in args.batch or ([1] if model == "half" else [1, 4, 8]):
-                ways = [w for w in args.ways if cuda or model == "pocket-shapes" or w != COMPILED]
+            for batch in args.batch or ([1] if true_size else [1, 4, 8]):
+                asked = args.ways or (FLOW_WAYS if model in FLOWS else WAYS)
+                ways = [w for w in asked if cuda or small or w != COMPILED]
                 got = measure(guidance, model, ways, pixels, batch, args, device, dtype, rate)
                 rows += [row | about for row in got]
                 for row in got:

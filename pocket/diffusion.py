@@ -9,7 +9,7 @@ weights saved are an exponential moving average.
 """
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from pocket.autoencoder import LATENT_CHANNELS, load_vae
 from pocket.fast import autocast, fast
 from pocket.folders import finish, save_stable_diffusion
-from pocket.latents import LENGTH, WORDS, Latents, tokenizer, vocabulary
+from pocket.latents import LENGTH, WORDS, Batch, Latents, tokenizer, vocabulary
 from pocket.tokenizer import text_config
 from pocket.tools import CameraTokens
 from pocket.training import Training, build_scheduler, load_state
@@ -39,7 +39,7 @@ def build_text_encoder(tokens, width: int = WIDTH, layers: int = 2):
     return CLIPTextModel(text_config(tokens, LENGTH, width, layers, **PLAIN))
 
 
-def build_unet(channels=CHANNELS, width: int = WIDTH, size: int = 16):
+def build_unet(channels=CHANNELS, width: int = WIDTH, size: int = 16, **more: Any):
     from diffusers import UNet2DConditionModel
 
     levels = len(channels) - 1
@@ -54,17 +54,35 @@ def build_unet(channels=CHANNELS, width: int = WIDTH, size: int = 16):
         cross_attention_dim=width,
         attention_head_dim=4,
         norm_num_groups=8,
+        **more,
     )
 
 
-class Model(nn.Module):
+class Trained(nn.Module):
+    """What :func:`train` asks of a model beside its prediction."""
+
+    def begin(self, work: Path) -> None:
+        """Before the first step of a training."""
+
+    def drawn(self, latents: Latents, seed: int, step: int, count: int) -> Batch:
+        """What a step is trained on."""
+        return latents.draw(seed, step, count)
+
+    def watch(self, latents: Latents, work: Path, name: str, file: str) -> None:
+        """Look at how far the training is."""
+        watch_model(self, latents, work, name, file)
+
+
+class Model(Trained):
     """What is trained together; ``forward`` gives the prediction for noisy latents."""
+
+    more: ClassVar[dict[str, Any]] = {}  # fields of the UNet
 
     def __init__(self, tokens, channels=CHANNELS, width: int = WIDTH, size: int = 16):
         super().__init__()
         self.text_encoder = build_text_encoder(tokens, width)
         self.camera_encoder = CameraTokens(width=width)
-        self.unet = build_unet(channels, width, size)
+        self.unet = build_unet(channels, width, size, **self.more)
         self.scheduler = build_scheduler()
 
     def forward(self, noisy, t, ids, cameras=None):
@@ -144,11 +162,13 @@ def train(
     torch.manual_seed(seed)
     model: Any = kind(tokenizer(work))
     latents = Latents(work, tokenizer(work))
+    if not (work / f"{name}_state.pt").exists():
+        model.begin(work)
     model.to(device)
 
     def loss(step):
-        drawn = latents.draw(seed, step, batch)
-        t = model.times(drawn.rng, batch)
+        drawn = model.drawn(latents, seed, step, batch)
+        t = model.times(drawn.rng, len(drawn.z))
         noisy, target = model.noised(drawn.z, drawn.noise, t)
         noisy = noisy.to(device, memory_format=torch.channels_last)
         cameras = None if drawn.cameras is None else drawn.cameras.to(device)
@@ -158,7 +178,7 @@ def train(
 
     def watch(step):
         with autocast(device):
-            watch_model(model, latents, work, f"{name} at {step}", f"{name}-{step:06d}")
+            model.watch(latents, work, f"{name} at {step}", f"{name}-{step:06d}")
 
     with fast(model.denoiser, device):
         training = Training(

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from pocket.autoencoder import LATENT_CHANNELS, load_vae
-from pocket.diffusion import PLAIN, finish_folder, first_noise, guided, load_averaged
+from pocket.diffusion import PLAIN, Trained, finish_folder, first_noise, guided, load_averaged
 from pocket.latents import LENGTH, tokenizer
 from pocket.tokenizer import text_config
 from pocket.tools import CameraTokens
@@ -118,7 +118,7 @@ class ZeroRows:
         return attn.to_out[1](attn.to_out[0](image)), text
 
 
-class Model(nn.Module):
+class Model(Trained):
     """What is trained together; ``forward`` gives the velocity for noisy latents."""
 
     def __init__(self, tokens, **shape):

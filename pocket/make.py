@@ -4,8 +4,9 @@ Stages, each resumable and kept under --work: render the objects, whose models D
 fetches; write the truth; train the autoencoder; encode the renders; train text encoder, encoder of
 cameras and UNet together; train the decoder on; save a ``StableDiffusionPipeline`` folder; train
 the judge; report what the judge says of the folder; train the flow transformer, and save its
-folder. More steps than a finished UNet, decoder or transformer had train it on from the end of its
-constant rate; new renders are taken in by every stage.
+folder; train the UNet on to see four views at once, and save that folder. More steps than a
+finished UNet, decoder or transformer had train it on from the end of its constant rate; new renders
+are taken in by every stage.
 
 What a stage is made with, and the seconds that it took so far, are noted in the work folder
 (``made_with.json``, ``times.json``). A stage that has begun is refused under another recipe.
@@ -23,6 +24,7 @@ from pocket.tools import say, whole_file
 
 OUT = Path("custom/threestudio-lods/lods/models/pocket")
 FLOW_OUT = OUT.with_name("pocket-flow")
+VIEWS_OUT = OUT.with_name("pocket-views")
 PACKAGE = Path(__file__).parent
 STAGES = tuple(recipes.NEEDS)
 
@@ -74,6 +76,7 @@ def main(arguments=None):
     )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--flow-out", type=Path, default=FLOW_OUT)
+    parser.add_argument("--views-out", type=Path, default=VIEWS_OUT)
     parser.add_argument(
         "--package",
         type=Path,
@@ -93,6 +96,7 @@ def main(arguments=None):
     parser.add_argument("--decoder-steps", type=positive, default=6000)
     parser.add_argument("--judge-steps", type=positive, default=2500)
     parser.add_argument("--flow-steps", type=positive, default=100_000)
+    parser.add_argument("--views-steps", type=positive, default=20_000)
     parser.add_argument(
         "--batch", type=positive, default=48, help="of UNet and transformer; a GPU wants more"
     )
@@ -201,6 +205,20 @@ def _save_flow(args) -> None:
     flow.save_pipeline(args.work, args.flow_out)
 
 
+def _views(args) -> None:
+    from pocket import diffusion, multiview
+
+    same = {"seed": args.seed, "batch": args.batch, "device": args.device}
+    more = {"name": multiview.NAME, "kind": multiview.Model, "peak": multiview.PEAK}
+    diffusion.train(args.work, args.views_steps, **same, **more)
+
+
+def _save_views(args) -> None:
+    from pocket import multiview
+
+    multiview.save_pipeline(args.work, args.views_out)
+
+
 def _judge_of(args) -> Path:
     return args.package / "judge.safetensors"
 
@@ -217,6 +235,8 @@ RUN: dict[str, Callable[[argparse.Namespace], None]] = {
     "report": _report,
     "flow": _flow,
     "save-flow": _save_flow,
+    "views": _views,
+    "save-views": _save_views,
 }
 
 

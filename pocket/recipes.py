@@ -33,6 +33,8 @@ NEEDS = {  # by stage, in their order: those whose files it takes
     "report": ("save", "judge"),
     "flow": ("latents",),
     "save-flow": ("flow", "decoder"),
+    "views": ("unet",),
+    "save-views": ("views", "decoder"),
 }
 FILES = {  # what is in a work folder where a stage has begun
     "render": "renders/*/cameras.npy",
@@ -43,6 +45,7 @@ FILES = {  # what is in a work folder where a stage has begun
     "decoder": "decoder*.pt",
     "judge": "judge*.pt",
     "flow": "flow*.pt",
+    "views": "views*.pt",
 }
 SHORT = 40  # letters of a value that a message shows
 
@@ -51,7 +54,7 @@ Recipe = dict[str, Any]
 
 def recipes(seed: int) -> dict[str, Recipe]:
     """The recipe of each stage, as JSON gives it back."""
-    from pocket import autoencoder, diffusion, flow, judge, truth, world
+    from pocket import autoencoder, diffusion, flow, judge, multiview, truth, world
     from pocket.render import SEED
 
     views = {"words": world.VIEWS, "from where": _digest(_views_around())}
@@ -80,6 +83,7 @@ def recipes(seed: int) -> dict[str, Recipe]:
     }
     shape = [flow.LAYERS_OF_TRANSFORMER, flow.HEADS]
     found["flow"] = {**found["unet"], "channels": shape}
+    found["views"] = {**found["unet"], "at once": multiview.VIEWS}
     return json.loads(json.dumps(found))
 
 

@@ -20,11 +20,16 @@ from lods.gaussians.kernel_cache import kernel
 from lods.models import load as load_model
 from lods.models import renders
 from lods.models.camera_tokens import CameraTokens
+from lods.models.cards import MULTI_VIEW
 from lods.models.memory import multiplies_in_bfloat16, norm_in_float32
+from lods.models.multiview import JointViews, join_views
 
 __all__ = [
+    "MULTI_VIEW",
     "CameraTokens",
     "Cameras",
+    "JointViews",
+    "join_views",
     "kernel",
     "load_model",
     "multiplies_in_bfloat16",

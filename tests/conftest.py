@@ -21,21 +21,26 @@ def lods():
     return load_extension(ROOT / "custom" / "threestudio-lods").lods
 
 
+def made_once(factory, name, make):
+    """A function that makes a model, once per set of arguments."""
+    made = {}
+
+    def once(**kwargs):
+        key = tuple(sorted(kwargs.items()))
+        if key not in made:
+            made[key] = make(factory.mktemp(name), **kwargs)
+        return str(made[key])
+
+    return once
+
+
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory):
     """``tiny_sd(prediction_type="epsilon", width=32, tokens=16) -> folder`` of a random
     StableDiffusionPipeline, made once per set of arguments."""
     from tests.tiny_models import make_tiny_sd
 
-    made = {}
-
-    def make(**kwargs):
-        key = tuple(sorted(kwargs.items()))
-        if key not in made:
-            made[key] = make_tiny_sd(tmp_path_factory.mktemp("tiny_sd"), **kwargs)
-        return str(made[key])
-
-    return make
+    return made_once(tmp_path_factory, "tiny_sd", make_tiny_sd)
 
 
 @pytest.fixture(scope="session")
@@ -44,15 +49,46 @@ def tiny_sd3(tmp_path_factory):
     StableDiffusion3Pipeline, made once per set of arguments."""
     from tests.tiny_models import make_tiny_sd3
 
-    made = {}
+    return made_once(tmp_path_factory, "tiny_sd3", make_tiny_sd3)
 
-    def make(**kwargs):
-        key = tuple(sorted(kwargs.items()))
-        if key not in made:
-            made[key] = make_tiny_sd3(tmp_path_factory.mktemp("tiny_sd3"), **kwargs)
-        return str(made[key])
 
-    return make
+@pytest.fixture(scope="session")
+def tiny_sana(tmp_path_factory):
+    """``tiny_sana(shift=3.0, ...) -> folder`` of a random SanaPipeline, made once per set of
+    arguments."""
+    from tests.tiny_masked import write_sana
+
+    return made_once(tmp_path_factory, "tiny_sana", write_sana)
+
+
+@pytest.fixture(scope="session")
+def tiny_pixart(tmp_path_factory):
+    """``tiny_pixart(...) -> folder`` of a random PixArtSigmaPipeline, made once per set of
+    arguments."""
+    from tests.tiny_masked import write_pixart
+
+    return made_once(tmp_path_factory, "tiny_pixart", write_pixart)
+
+
+@pytest.fixture(scope="session")
+def tiny_flow(tmp_path_factory):
+    """``tiny_flow(family, ...) -> folder`` of a random pipeline of one of ``tests.tiny_flows``'
+    FAMILIES, made once per set of arguments."""
+    from tests.tiny_flows import FAMILIES
+
+    makers = {
+        name: made_once(tmp_path_factory, f"tiny_{name}", write) for name, write in FAMILIES.items()
+    }
+    return lambda family, **options: makers[family](**options)
+
+
+@pytest.fixture(scope="session")
+def tiny_multiview(tmp_path_factory):
+    """``tiny_multiview(views=4, ...) -> folder`` of a random multi-view model, made once per set of
+    arguments."""
+    from tests.tiny_models import make_tiny_multiview
+
+    return made_once(tmp_path_factory, "tiny_multiview", make_tiny_multiview)
 
 
 @pytest.fixture

@@ -78,7 +78,6 @@ def write_pipeline(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import (
-            AutoencoderKL,
             DDPMScheduler,
             StableDiffusionPipeline,
             StableDiffusionXLPipeline,
@@ -121,16 +120,7 @@ def write_pipeline(
             norm_num_groups=8,
             **fields,
         )
-        vae = AutoencoderKL(
-            sample_size=2 * sample_size,
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            scaling_factor=0.7,
-        )
+        vae = tiny_vae(sample_size)
         second = CLIPTextModelWithProjection(text_config(width_2, "gelu")) if width_2 else None
     scheduler = DDPMScheduler(
         beta_start=0.00085,
@@ -167,6 +157,20 @@ def write_pipeline(
     make_portable(folder)
     if camera_tokens:
         write_camera_encoder(folder, width + width_2, camera_tokens, seed)
+    return folder
+
+
+CAMERA_MLP = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16}
+
+
+def make_tiny_multiview(folder, views: int = 4, **options) -> Path:
+    """A random model that sees ``views`` pictures at once, whose cameras make a difference;
+    ``options`` as for ``write_pipeline``."""
+    folder = write_pipeline(Path(folder), **{"width": 32, "unet": CAMERA_MLP, **options})
+    file = folder / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    config |= {"_class_name": "MultiViewUNet", "num_frames": views}
+    file.write_text(json.dumps(config))
     return folder
 
 
@@ -207,45 +211,19 @@ def write_flow_pipeline(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import (
-            AutoencoderKL,
             FlowMatchEulerDiscreteScheduler,
             SD3Transformer2DModel,
             StableDiffusion3Pipeline,
         )
-        from transformers import (
-            CLIPTextConfig,
-            CLIPTextModelWithProjection,
-            T5Config,
-            T5EncoderModel,
-        )
+        from transformers import CLIPTextModelWithProjection
 
     tokenizer = save_tokenizer(folder / "tokenizer", WORDS, tokens)
-    marks = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-
-    def clip(width: int):
-        config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            projection_dim=width,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokens,
-            bos_token_id=tokenizer.bos_token_id,
-            initializer_factor=10.0,
-            **marks,
-        )
-        return CLIPTextModelWithProjection(config).eval()
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoders = clip(widths[0]), clip(widths[1])
-        third = None
-        if t5:
-            config = T5Config(
-                vocab_size=len(tokenizer), d_model=t5, d_kv=8, d_ff=16, num_layers=1, num_heads=2
-            )
-            third = T5EncoderModel(config).eval()
+        encoders = [
+            tiny_clip(CLIPTextModelWithProjection, tokenizer, width, tokens) for width in widths
+        ]
+        third = tiny_t5(tokenizer, t5) if t5 else None
         transformer = SD3Transformer2DModel(
             sample_size=sample_size,
             patch_size=2,
@@ -261,19 +239,7 @@ def write_flow_pipeline(
             dual_attention_layers=(0,) if dual else (),
             qk_norm="rms_norm" if dual else None,
         ).eval()
-        vae = AutoencoderKL(
-            sample_size=2 * sample_size,
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            scaling_factor=0.7,
-            shift_factor=0.1,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ).eval()
+        vae = tiny_flow_vae(sample_size)
     pipeline = StableDiffusion3Pipeline(
         vae=vae,
         text_encoder=encoders[0],
@@ -289,6 +255,56 @@ def write_flow_pipeline(
     if camera_tokens:
         write_camera_encoder(folder, t5 or 48, camera_tokens, seed)
     return folder
+
+
+def tiny_clip(kind, tokenizer, width: int, tokens: int):
+    """A random CLIP text encoder of this class of transformers."""
+    from transformers import CLIPTextConfig
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_factor=10.0,
+    )
+    return kind(config).eval()
+
+
+def tiny_t5(tokenizer, width: int):
+    """A random T5 encoder."""
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).eval()
+
+
+def tiny_vae(sample_size: int, **more):
+    """A random VAE whose latents are ``sample_size`` and pictures twice that."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        sample_size=2 * sample_size,
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.7,
+        **more,
+    ).eval()
+
+
+def tiny_flow_vae(sample_size: int):
+    """One with a shift."""
+    return tiny_vae(sample_size, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def write_pocket_flow(folder) -> Path:

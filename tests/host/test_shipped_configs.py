@@ -36,6 +36,9 @@ SMALL = (
 )
 
 
+FOUR_VIEWS = ("lods-ngp-embedding", "mvdream-sd21")
+
+
 def small(chain):
     """Overrides that make these configs a run of seconds."""
     more = SMALL if "ngp" in chain[0] else [w for w in SMALL if "milestones" not in w]
@@ -82,3 +85,43 @@ def test_every_overlay_that_ships_for_the_embedded_model_is_in_a_chain():
     overlay = cards.all_cards()[cards.EMBEDDED].overlay
     shipped = {file.stem for file in CONFIGS.glob(f"{overlay}*.yaml") if "shapes" not in file.stem}
     assert shipped == {name for chain in CHAINS for name in chain[1:]}
+
+
+@pytest.mark.parametrize("method", ["sds", "embedding", "lora"])
+@pytest.mark.slow
+def test_two_steps_over_four_views(method, tmp_path, monkeypatch, tiny_multiview):
+    """With a tiny model in the place of the published one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    base = "lods-ngp-lora" if method == "lora" else "lods-ngp-embedding"
+    files = [str(CONFIGS / f"{name}.yaml") for name in (base, "mvdream-sd21")]
+    words = [w for w in small(FOUR_VIEWS) if "batch_size" not in w]
+    model = f"system.prompt_processor.pretrained_model_name_or_path={tiny_multiview()}"
+    kind = f"system.guidance_type=lods-{method}-guidance"
+    words += ["data.batch_size=4", "data.n_val_views=1", "trainer.precision=32", model, kind]
+    words += ["system.prompt_processor.negative_prompt=a car"]
+    assert launch(files, words) == 0
+
+
+def test_four_views_are_distilled_as_published():
+    """The settings of MVDream's configuration for Stable Diffusion 2.1."""
+    files = [str(CONFIGS / f"{name}.yaml") for name in FOUR_VIEWS]
+    cfg = load_config(*files, cli_args=["system.prompt_processor.prompt=x"])
+    data, system = cfg.data, cfg.system
+    assert (list(data.batch_size), data.n_view) == ([8, 4], 4)
+    assert list(data.width) == list(data.height) == [64, 256]
+    assert list(data.resolution_milestones) == [5000]
+    assert list(data.camera_distance_range) == [0.8, 1.0]
+    assert (list(data.fovy_range), list(data.elevation_range)) == ([15, 60], [0, 30])
+    guidance = system.guidance
+    assert (guidance.guidance_scale, guidance.recon_std_rescale) == (50.0, 0.5)
+    assert list(guidance.min_step_percent) == [0, 0.98, 0.02, 8000]
+    assert list(guidance.max_step_percent) == [0, 0.98, 0.5, 8000]
+    assert (guidance.weighting_strategy, guidance.cameras) == ("latent", "tokens")
+    assert cfg.trainer.max_steps == 10_000
+    assert [system.loss[f"lambda_{k}"] for k in ("sds", "sparsity", "opaque", "orient")] == [
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+    ]

@@ -1,15 +1,14 @@
 """Every method on a tiny random Stable Diffusion 3: steps, files, a resumed run, exports."""
 
 import copy
+import functools
 
 import lods
 import pytest
 import torch
 from safetensors import safe_open
 
-METHODS = [name for name in lods.methods.names() if name.startswith("lods-")]
-LEARNING = ["lods-embedding", "lods-lora", "lods-vsd"]
-OWN = {"lods-bridge": {"bridge_start": 0}, "lods-ucm": {"ucm_random_steps": 0}}
+from tests.few_steps import LEARNING, METHODS, OWN, cameras, check_resuming, images, trained
 
 
 @pytest.fixture(scope="module")
@@ -23,31 +22,6 @@ def make(tiny_sd3):
     return build
 
 
-def images(rows=2):
-    return torch.rand(rows, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-def cameras(rows=2):
-    eye = torch.eye(4).expand(rows, 4, 4)
-    return lods.Cameras(*torch.zeros(3, rows), c2w=eye, mvp=eye, fovy=torch.full((rows,), 40.0))
-
-
-def trained(method, steps=2, first=0, optimizer=None):
-    """After some steps; returns the pictures, which learn too."""
-    x = images().requires_grad_()
-    if optimizer is None:
-        optimizer = torch.optim.Adam([*method.parameters(), x], lr=0.01)
-    for step in range(first, first + steps):
-        torch.manual_seed(step)
-        method.step(step)
-        optimizer.zero_grad()
-        losses = method(x, cameras())
-        losses.total.backward()
-        assert losses.total.isfinite() and losses.numbers["grad_norm"] > 0
-        optimizer.step()
-    return x.detach()
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_runs_and_moves_the_pictures(make, name):
     method = make(name)
@@ -56,24 +30,8 @@ def test_every_method_runs_and_moves_the_pictures(make, name):
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_two_steps_and_a_resumed_one_are_three_steps(make, name, tmp_path):
-    def run(method, steps):
-        for step in steps:
-            torch.manual_seed(step)
-            method.step(step)
-            method(images(), cameras())
-        return method.state_dict()
-
-    # whose optimizer is part of its state
-    whole, first, second = (make(name, prior_inner_steps=1) for _ in range(3))
-    start = copy.deepcopy(first.state_dict())
-    whole.load_state_dict(start)
-    wanted = run(whole, range(3))
-    torch.save(run(first, range(2)), tmp_path / "state.pt")
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    got = run(second, [2])
-    assert got.keys() == wanted.keys()
-    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
-    assert any(not torch.equal(wanted[key], start[key]) for key in start)
+    build = functools.partial(make, name, prior_inner_steps=1)
+    check_resuming(build, tmp_path / "state.pt", images(), cameras())
 
 
 @pytest.mark.parametrize("name", LEARNING)

@@ -374,6 +374,7 @@ def test_an_autoencoder_that_cannot_be_had_is_told_in_one_line(lods, folder, tin
     [
         ("UNet2DConditionModel", {}, 0.18215, "taesd"),
         ("UNet2DConditionModel", {"addition_embed_type": "text_time"}, 0.13025, "taesdxl"),
+        ("MultiViewUNetModel", {}, 0.18215, "taesd"),
         ("SD3Transformer2DModel", {}, 1.5305, "taesd3"),
         ("FluxTransformer2DModel", {}, 0.3611, "taef1"),
     ],

@@ -15,9 +15,27 @@ def test_what_is_packed_comes_out_again(pooled, masked):
     packed = layout.pack(tokens, vector, mask)
     assert packed.shape == (2, *layout.shape)
     found = layout.unpack(packed)
-    assert torch.equal(found.tokens, tokens)
+    # what is under the mask is not kept
+    kept = torch.ones(2, 6) if mask is None else mask.float()
+    assert torch.equal(found.tokens, tokens * kept[..., None])
     assert (found.pooled is None) if vector is None else torch.equal(found.pooled, vector)
     assert (found.mask is None) if mask is None else torch.equal(found.mask, mask)
+
+
+def test_a_blend_is_of_those_texts_in_which_a_token_counts():
+    layout = TextLayout(3, 4, masked=True)
+    one, two = torch.randn(2, 1, 3, 4)
+    masks = torch.tensor([[True, True, False]]), torch.tensor([[True, False, False]])
+    packed = 0.25 * layout.pack(one, mask=masks[0]) + 0.75 * layout.pack(two, mask=masks[1])
+    found = layout.unpack(packed)
+    assert found.weights.tolist() == [[1, 0.25, 0]] and found.mask.tolist() == [[True, True, False]]
+    torch.testing.assert_close(found.tokens[:, 0], 0.25 * one[:, 0] + 0.75 * two[:, 0])
+    torch.testing.assert_close(found.tokens[:, 1], one[:, 1])
+    bias = found.bias()
+    torch.testing.assert_close(bias.exp(), torch.tensor([[[1, 0.25, 0]]]))
+    assert bias[0, 0, 2] == -10_000
+    more = found.followed_by(torch.ones(1, 2, 4)).bias()
+    assert torch.equal(more, torch.cat([bias, torch.zeros(1, 1, 2)], dim=2))
 
 
 def test_parts_of_other_sizes_are_refused():

@@ -34,8 +34,9 @@ RENDERS = {
     "report",
     "flow",
 }
-RENDERS |= {"save-flow"}
-READERS = {"unet", "save", "report", "flow", "save-flow"}  # of captions
+RENDERS |= {"save-flow", "views", "save-views"}
+# of captions
+READERS = {"unet", "save", "report", "flow", "save-flow", "views", "save-views"}
 
 
 def begin(work, stage):
@@ -111,7 +112,7 @@ def test_another_seed_is_refused_by_its_number(work):
 
 def test_a_stage_that_left_nothing_may_begin_under_another_recipe(work, monkeypatch):
     monkeypatch.setattr(world, "TEMPLATES", ("{}",))
-    for stage in ("unet", "flow"):
+    for stage in ("unet", "flow", "views"):
         for file in work.glob(recipes.FILES[stage]):
             file.unlink()
     assert refusals(work) == {}

@@ -18,8 +18,9 @@ class Cameras:
 
     ``elevation`` and ``azimuth`` are in degrees (azimuth 0 sees the front, 180 the back),
     ``distance`` in world units. ``c2w`` is camera to world with OpenGL axes (x right, y up, z
-    backward), ``mvp`` the product of projection and world to camera; both are read by VSD only.
-    ``fovy``, the vertical field of view in degrees, is read by models with an encoder of cameras.
+    backward), ``mvp`` the product of projection and world to camera; VSD reads both, and a
+    multi-view model the first. ``fovy``, the vertical field of view in degrees, is read by models
+    with an encoder of cameras.
     """
 
     elevation: Float[Tensor, " B"]
@@ -56,6 +57,21 @@ class Cameras:
             )
         return torch.stack([*self.views, self.fovy], dim=-1)
 
+    def poses(self) -> Float[Tensor, "B 16"]:
+        """``c2w`` of each row, flattened, with the place moved to the unit sphere, p / |p|:
+        the rotation and the direction, as multi-view models are told them (MVDream,
+        arXiv:2308.16512). Without ``c2w`` the camera is at its angles and looks at the origin."""
+        c2w = self.c2w
+        if c2w is None:
+            from lods.gaussians.cameras import orbit
+
+            places = zip(*(values.tolist() for values in self.views))
+            found = [orbit(1, distance, up, turn) for up, turn, distance in places]
+            c2w = torch.cat(found).to(self.elevation.device)
+        c2w = c2w.detach().float().clone()
+        c2w[:, :3, 3] = torch.nn.functional.normalize(c2w[:, :3, 3], dim=-1)
+        return c2w.flatten(1)
+
 
 def no_cameras(told: str) -> str:
     """One line for a call without cameras of a model that is told them."""
@@ -63,6 +79,24 @@ def no_cameras(told: str) -> str:
         f"with cameras={told} the model is told the camera of each picture: give cameras="
         "lods.Cameras(elevation, azimuth, distance, fovy=...)"
     )
+
+
+def no_views(views: int) -> str:
+    """One line for a call without cameras."""
+    return (
+        f"the model sees {views} views at once and is told their cameras: give cameras="
+        "lods.Cameras(elevation, azimuth, distance), one a picture"
+    )
+
+
+def refuse_rows(rows: int, views: int) -> None:
+    """Raise ``ValueError``, one line, for pictures that are not ``views`` of each object."""
+    if rows % views:
+        raise ValueError(
+            f"the model sees {views} views of an object at once, and {rows} pictures are no "
+            f"multiple of {views}: set the batch size to one (system of a run: "
+            "data_type=lods-multiview-camera-datamodule)"
+        )
 
 
 def fovy_of(mvp: Float[Tensor, "B 4 4"], c2w: Float[Tensor, "B 4 4"]) -> Float[Tensor, " B"]:

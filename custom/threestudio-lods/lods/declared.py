@@ -14,6 +14,7 @@ _REGISTERED = re.compile(r'^@register\("([^"]+)"\)', re.MULTILINE)
 # the dataclasses, beside the Config of every method, whose fields a guidance has
 _SHARED = {
     "models/memory.py": ("ModelSettings",),
+    "methods/reconstruction.py": ("Rescaling",),
     "threestudio/guidance.py": ("HostSettings", "Accepted"),
 }
 _OF_THE_HOST = ("weights",)  # of threestudio's BaseModule.Config

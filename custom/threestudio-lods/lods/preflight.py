@@ -53,6 +53,8 @@ def preflight(cfg: Any, mode: str) -> None:
             cards.refuse_early(name)
         check_additions(cfg.system)
         check_cameras(cfg.system)
+        if mode == "train":
+            check_views(cfg)
         check_exports(cfg)
     if cfg.get("resume") is None:  # what has been trained stays of use
         check_prompt(cfg)
@@ -132,6 +134,28 @@ def different(texts: str, model: str) -> str:
         f"adds {model or 'nothing'}: give system.guidance the same model_lora and "
         "model_embeddings as system.prompt_processor"
     )
+
+
+def check_views(cfg: Any) -> None:
+    """Raise ``ValueError``, one line, for a model of several views that is not told their cameras,
+    or that would be given a batch that is not so many pictures of each object."""
+    guidance, size = _part(cfg.system, "guidance"), _part(cfg, "data").get("batch_size")
+    sizes = list(size) if hasattr(size, "__iter__") and not isinstance(size, str) else [size]
+    for name in model_names(cfg.system, ("guidance",)):
+        views = cards.views_of(name)
+        if not views or views < 1:
+            continue
+        if guidance.get("cameras", "words") == "words":
+            raise ValueError(
+                f"system.guidance.cameras=words: {name!r} sees {views} views at once, and is told "
+                "their cameras: set system.guidance.cameras=tokens"
+            )
+        if any(isinstance(each, int) and each % views for each in sizes):
+            raise ValueError(
+                f"data.batch_size={size}: {name!r} sees {views} views of an object at once: set "
+                "data_type=lods-multiview-camera-datamodule, and data.batch_size to a multiple of "
+                f"{views}"
+            )
 
 
 def check_prompt(cfg: Any) -> None:

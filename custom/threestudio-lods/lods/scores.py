@@ -116,6 +116,42 @@ def lods(eps_c: Tensor, eps_u: Tensor, eps: Tensor, s: float, w: Tensor) -> Tens
     return rows(w, eps) * (eps_c - inverse * eps + (inverse - 1) * eps_u)
 
 
+def std_rescale(
+    x_t: Tensor,
+    eps_c: Tensor,
+    eps_u: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    s: float,
+    phi: float,
+    w: Tensor,
+    views: int = 1,
+) -> Tensor:
+    """What is added to :func:`lods` (s times as much to :func:`sds`) where the clean image that the
+    guided prediction means is brought back to the spread of an image without guidance (MVDream,
+    arXiv:2308.16512, after arXiv:2305.08891). With z(e) = (x_t - sigma_t e) / alpha_t, z_s that of
+    cfg_s(eps_c, eps_u), and std over the elements of all ``views`` rows of an object together,
+
+    z' = phi z_s std(z(eps_c)) / std(z_s) + (1 - phi) z_s,
+    g = w(t) alpha_t / sigma_t (z - z') / s = lods(...) + w(t) alpha_t / sigma_t (z_s - z') / s.
+
+    With w(t) = sigma_t / alpha_t ("latent") g s is the gradient of 1/2 |z - z'|^2. phi = 0 adds
+    nothing. For s = inf the guided image counts with 1 - phi, and the other term is 0.
+    """
+    inverse = 1 / s
+    alpha, sigma = rows(alpha, x_t), rows(sigma, x_t)
+    # z_s / s, which is finite for s = inf
+    guided = (inverse * x_t - sigma * (eps_c + (inverse - 1) * eps_u)) / alpha
+    plain = (x_t - sigma * eps_c) / alpha
+
+    def spread(z: Tensor) -> Tensor:
+        each = z.unflatten(0, (-1, views)).flatten(1).std(1)
+        return rows(each.repeat_interleave(views), x_t)
+
+    ratio = inverse * spread(plain) / spread(guided).clamp_min(1e-8)
+    return rows(w, x_t) * alpha / sigma * phi * (1 - ratio) * guided
+
+
 def csd(eps_c: Tensor, eps_u: Tensor, w: Tensor) -> Tensor:
     """Classifier score distillation (CSD, arXiv:2310.19415):
 

@@ -20,6 +20,8 @@ from lods.learned.files import read_safetensors, write_safetensors
 from torch import Tensor, nn
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+# of a transformer with weights of their own for picture and text in its attention
+JOINT_TARGETS = (*TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _PARTS = {"A": "down", "B": "up"}  # diffusers' names of the two factors
 
 

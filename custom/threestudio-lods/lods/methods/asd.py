@@ -8,6 +8,7 @@ from jaxtyping import Int
 from lods import scores
 from lods.methods.registry import register
 from lods.methods.sds import SDS
+from lods.models.base import views_of
 from torch import Tensor
 
 
@@ -31,6 +32,8 @@ class ASD(SDS):
 
     cfg: Config
 
+    unread = ("recon_std_rescale",)
+
     def own_gradient(self, latents, t, conditions):
         x_t, eps = self.diffuse(latents, t, conditions)
         later = self.later(t)
@@ -43,5 +46,6 @@ class ASD(SDS):
         """t + d of each row."""
         d = self.cfg.asd_shift * (t - self.min_step).clamp_min(0)
         if self.cfg.asd_random_shift:
-            d = d * torch.rand(len(t), device=t.device)
+            views = views_of(self.model)
+            d = d * torch.rand(len(t) // views, device=t.device).repeat_interleave(views)
         return (t + d.long()).clamp_max(self.model.schedule.steps - 1)

@@ -19,7 +19,7 @@ from lods.methods.inputs import cameras_for, check_images, check_latents, check_
 from lods.methods.losses import Losses
 from lods.methods.sds_first import SDSFirst
 from lods.methods.sight import Sight
-from lods.models.base import Model
+from lods.models.base import Model, views_of
 from lods.models.schedule import DENSITIES
 from torch import Tensor, nn
 
@@ -210,7 +210,8 @@ class Method(nn.Module):
             latents = self.latents_of(images)
         check_latents(latents, self.model.latent_shape)
         assert latents is not None  # one of the two is given
-        cameras = cameras_for(cameras, latents, getattr(self.model, "cameras", "words"))
+        told, views = getattr(self.model, "cameras", "words"), views_of(self.model)
+        cameras = cameras_for(cameras, latents, told, views)
         return self.losses(latents, self.prompts.conditions(cameras, self.other_texts))
 
     def losses(self, latents: Latents, conditions: Conditions) -> Losses:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lods import log
-from lods.cameras import Cameras, no_cameras
+from lods.cameras import Cameras, no_cameras, no_views, refuse_rows
 from torch import Tensor
 
 OPTIONAL = ("c2w", "mvp", "fovy")  # fields of Cameras
@@ -54,13 +54,18 @@ def _check_filled(given: Tensor) -> None:
 
 
 def cameras_for(
-    cameras: Cameras | None, latents: Float[Tensor, "B c h w"], told: str = "words"
+    cameras: Cameras | None, latents: Float[Tensor, "B c h w"], told: str = "words", views: int = 1
 ) -> Cameras:
     """``cameras`` if there is one for each row; for None all see the front, unless the model is
     told more than words (``told``, see :data:`lods.cameras.TOLD`). Raises ``ValueError`` for
-    another number of them, for what are no tensors of one number (or matrix) a row, and where the
-    model needs cameras or their field of view and has none."""
+    another number of them, for what are no tensors of one number (or matrix) a row, where the
+    model needs cameras or their field of view and has none, and for pictures that are not the
+    ``views`` of each object that the model sees at once."""
     rows = len(latents)
+    if views > 1:
+        refuse_rows(rows, views)
+        if cameras is None:
+            raise ValueError(no_views(views))
     if cameras is None and told != "words":
         raise ValueError(no_cameras(told))
     if cameras is None:
@@ -79,7 +84,7 @@ def cameras_for(
                 f"{name} of the cameras has the shape {tuple(value.shape)}, which for {rows} "
                 f"image{'s' * (rows > 1)} must be {wanted}"
             )
-    if told != "words":
+    if told != "words" and views == 1:
         cameras.numbers()
     return cameras
 

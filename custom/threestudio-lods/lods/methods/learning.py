@@ -13,7 +13,7 @@ from lods.learned.inner import InnerAdam
 from lods.methods import timesteps
 from lods.methods.base import Method
 from lods.methods.conditions import Conditions
-from lods.models.base import Model
+from lods.models.base import Model, views_of
 from lods.models.cards import FORMER, noted
 from torch import Tensor
 
@@ -102,7 +102,8 @@ class LearningMethod(Method):
         """mean (a_hat - a)^2 over ``lora_n_timestamp_samples`` draws of (t, eps) per image, with a
         what the model's own training had the mean square of (the schedule's ``space``): of noise,
         eps_hat - eps, for a diffusion; of velocities, (eps_hat - eps) / alpha_t, for a flow. t is
-        drawn from 0..T-1 by ``learned_density``; image i is row i, i + B, i + 2B, ...
+        drawn from 0..T-1 by ``learned_density``, one for all views that the model sees at once;
+        image i is row i, i + B, i + 2B, ...
 
         These predictions have a call of their own. As rows of the gradient's call they would save
         one, but the backward pass would go through all 3B rows: 6 forward passes' worth of B rows
@@ -112,7 +113,8 @@ class LearningMethod(Method):
         schedule, density = self.model.schedule, self.cfg.learned_density
         z = latents.detach().repeat(self.cfg.lora_n_timestamp_samples, 1, 1, 1)
         last, chosen = schedule.steps - 1, None if density == "trained" else density
-        t = schedule.draw(len(z), 0, last, z.device, chosen)
+        views = views_of(self.model)  # which have one t
+        t = schedule.draw(len(z) // views, 0, last, z.device, chosen).repeat_interleave(views)
         eps = torch.randn_like(z)
         eps_hat = predict(self.model.add_noise(z, eps, t), t)
         if schedule.space == "noise":

@@ -7,6 +7,7 @@ import torch
 from lods import scores
 from lods.learned import embedding
 from lods.methods.learning import LearningMethod
+from lods.methods.reconstruction import Rescaling, rescaled
 from lods.methods.registry import register
 from lods.models.base import text_layout
 from lods.models.text_layout import LEARNABLE
@@ -26,7 +27,7 @@ class LODSEmbedding(LearningMethod):
     """
 
     @dataclass
-    class Config(LearningMethod.Config):
+    class Config(Rescaling, LearningMethod.Config):
         # r of cfg_r(eps(x_t; y), eps(x_t; n)), which takes the place of eps(x_t; y) as in VSD: the
         # renders then tend to samples with that guidance scale. 1: as published
         prompt_scale: Annotated[float, "(0, 1e6]"] = 1.0
@@ -109,7 +110,8 @@ class LODSEmbedding(LearningMethod):
         else:
             eps_c, eps_n, eps_u = self.predict(x_t, t, conditions, y, n, learned)
             eps_c = scores.cfg(eps_c, eps_n, self.cfg.prompt_scale)
-        return scores.lods(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))
+        found = scores.lods(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))
+        return rescaled(self, found, x_t, t, eps_c, eps_u)
 
     def write_learned(self, path, metadata):
         return embedding.save(path, self.embedding, metadata)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from lods import scores
 from lods.methods.learned_lora import LoraMethod
+from lods.methods.reconstruction import Rescaling, rescaled
 from lods.methods.registry import register
 
 
@@ -17,7 +18,7 @@ class LODSLora(LoraMethod):
     """
 
     @dataclass
-    class Config(LoraMethod.Config):
+    class Config(Rescaling, LoraMethod.Config):
         # r of cfg_r(eps(x_t; y), eps(x_t; n)), which takes the place of eps(x_t; y) as in VSD: the
         # renders then tend to samples with that guidance scale. 1: as published
         prompt_scale: Annotated[float, "(0, 1e6]"] = 1.0
@@ -40,4 +41,5 @@ class LODSLora(LoraMethod):
         else:
             eps_c, eps_n, eps_u = self.predict_with_lora(x_t, t, conditions, [y, n], n)
             eps_c = scores.cfg(eps_c, eps_n, self.cfg.prompt_scale)
-        return scores.lods(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))
+        found = scores.lods(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))
+        return rescaled(self, found, x_t, t, eps_c, eps_u)

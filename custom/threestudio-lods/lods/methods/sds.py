@@ -5,6 +5,7 @@ from typing import Annotated
 
 from lods import scores
 from lods.methods.base import Method
+from lods.methods.reconstruction import Rescaling, rescaled
 from lods.methods.registry import register
 
 
@@ -14,11 +15,11 @@ class SDS(Method):
 
     Nothing is learned. This is s times the gradient that the LODS methods have for the same
     ``guidance_scale``: with Adam that hardly matters, but a ``grad_clip`` and the weights of other
-    losses mean something else.
+    losses mean something else. ``recon_std_rescale``: see :func:`lods.scores.std_rescale`.
     """
 
     @dataclass
-    class Config(Method.Config):
+    class Config(Rescaling, Method.Config):
         guidance_scale: Annotated[float, "(0, inf)"] = 7.5
 
     cfg: Config
@@ -27,4 +28,6 @@ class SDS(Method):
 
     def gradient(self, x_t, t, eps, conditions):
         eps_c, eps_u = self.predict(x_t, t, conditions, conditions.prompt, conditions.null)
-        return scores.sds(eps_c, eps_u, eps, self.cfg.guidance_scale, self.weight(t))
+        s = self.cfg.guidance_scale
+        found = scores.sds(eps_c, eps_u, eps, s, self.weight(t))
+        return rescaled(self, found, x_t, t, eps_c, eps_u, times=s)

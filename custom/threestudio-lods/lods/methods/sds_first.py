@@ -7,6 +7,7 @@ from jaxtyping import Float
 from lods import scores
 from lods.methods import predictions, timesteps
 from lods.methods.conditions import Conditions
+from lods.models.base import views_of
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -31,14 +32,17 @@ class SDSFirst:
     ) -> Float[Tensor, "B c h w"]:
         (method,) = self.method
         bounds = method.min_step, method.max_step
+        # a model that sees several views was trained with one t for them, and MVDream distils with
+        # one for the batch
+        views = views_of(method.model)
         t = timesteps.draw(
             method.cfg,
             bounds,
             method.now,
-            len(latents),
+            len(latents) if views == 1 else 1,
             latents.device,
             method.model.schedule,
-        )
+        ).expand(len(latents))
         if method.now >= self.steps:
             return method.own_gradient(latents, t, conditions)
         # with the frozen model's own two predictions, and new noise

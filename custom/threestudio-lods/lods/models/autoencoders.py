@@ -5,7 +5,14 @@ import os
 from typing import Any
 
 import torch
-from lods.models.cards import Location, find_folder, is_hub_id, missing, out_of_reach
+from lods.models.cards import (
+    MULTI_VIEW,
+    Location,
+    find_folder,
+    is_hub_id,
+    missing,
+    out_of_reach,
+)
 from lods.models.files import load_model_config, load_weights, read_config
 
 TINY = "taesd"
@@ -16,7 +23,11 @@ TAESD = {
     "sd3": ("madebyollin/taesd3", 1.5305),
     "flux": ("madebyollin/taef1", 0.3611),
 }
-_NETWORKS = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
+_NETWORKS = {
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+    **dict.fromkeys(MULTI_VIEW, "sd"),
+}
 KINDS = ("AutoencoderTiny", "AutoencoderKL")
 
 

@@ -66,6 +66,9 @@ class Model(Protocol):
     # Gradients that go back through `predict` come out multiplied by this (1 unless the weights
     # are float16): a method that learns through it divides by it.
     grad_scale: float
+    # Pictures of one object that it sees at once, consecutive rows of a call (1: each for itself);
+    # models from elsewhere need not say it, see :func:`views_of`
+    views: int
     # What it is told of a camera, one of :data:`lods.cameras.TOLD`: by "words" in the texts alone;
     # with "tokens" and "both" `predict` needs cameras with a field of view.
     cameras: str
@@ -118,6 +121,11 @@ class Model(Protocol):
         """Apply the settings for memory and speed, once, when all learned parts are in place.
         ``context``: see :func:`lods.models.memory.checkpoint_blocks`."""
         ...
+
+
+def views_of(model: Any) -> int:
+    """``model.views``; 1 for a model that does not say."""
+    return getattr(model, "views", 1)
 
 
 def text_layout(model: Any) -> TextLayout:

@@ -5,6 +5,7 @@ It is read before torch is imported, and imports nothing heavy.
 
 import difflib
 import functools
+import json
 import os
 import re
 import socket
@@ -38,6 +39,9 @@ MARKS = ("model_index.json", *(f"{n}/config.json" for n in NETWORKS), "text_enco
 MARKS += ("config.json",)  # of an autoencoder alone
 RENDERS = "renders.json"  # in the folder of an ideal denoiser, see lods.models.ideal
 CAMERA_ENCODER = "camera_encoder"  # its folder in that of a model, if it has one
+# what the config of a UNet that sees several views calls its class: ours, and MVDream's
+MULTI_VIEW = ("MultiViewUNet", "MultiViewUNetModel")
+VIEWS = 4  # of one whose config says no number
 CONNECT_SECONDS = 1.0  # to find out that there is no network
 ASK_SECONDS = 5.0  # for each repository, where there is one
 
@@ -63,6 +67,7 @@ class Card:
     licence: str | None = None
     gated: bool = False
     instead: str | None = None
+    views: int = 1
 
     @property
     def no_null(self) -> str:
@@ -170,12 +175,29 @@ def local_folder(name_or_path: str) -> str | None:
 
 def has_camera_encoder(name_or_path: str) -> bool:
     """Whether the model's folder has an encoder of cameras
-    (:class:`lods.models.camera_tokens.CameraTokens`), or renders with theirs
-    (:mod:`lods.models.ideal`); false for a repository of the hub, in which it is not looked for."""
+    (:class:`lods.models.camera_tokens.CameraTokens`), renders with theirs
+    (:mod:`lods.models.ideal`), or a network that sees several views
+    (:mod:`lods.models.multiview`); of a repository of the hub only a card says so."""
     folder = local_folder(name_or_path)
-    return folder is not None and (
+    here = folder is not None and (
         os.path.isdir(os.path.join(folder, CAMERA_ENCODER)) or has_renders(folder)
     )
+    return here or views_of(name_or_path) is not None
+
+
+def views_of(name_or_path: str) -> int | None:
+    """Of a model that sees several pictures of an object at once: how many; None for another, and
+    for a repository of the hub without a card. What is wrong with a folder is not said here."""
+    card, folder = find_card(name_or_path), local_folder(name_or_path)
+    if folder is None:
+        return card.views if card is not None and card.views > 1 else None
+    try:
+        with open(os.path.join(folder, "unet", "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+        several = config.get("_class_name") in MULTI_VIEW
+        return int(config.get("num_frames", VIEWS)) if several else None
+    except (OSError, ValueError, AttributeError, RecursionError, TypeError):
+        return None
 
 
 def has_renders(folder: str) -> bool:

@@ -1,8 +1,6 @@
 """Weights of a model in one file, converted by diffusers to its own names."""
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from lods import log
 from lods.models import checkpoint
 from lods.models.checkpoint import Checkpoint
 from lods.models.checkpoint_layout import OPEN_CLIP, UNET, VAE, XL_OPEN_CLIP, Text
+from lods.models.files import only_errors
 from torch import Tensor, nn
 
 PREFIXES = {"unet": UNET, "vae": VAE}
@@ -27,7 +26,7 @@ def load_part(cls: Any, found: Checkpoint, part: str, dtype: torch.dtype | None 
     try:
         if text is None:
             tensors = _tensors(found.path, PREFIXES[part])
-            with _only_errors():
+            with only_errors():  # and no warnings of the original code's buffers
                 network = cls.from_single_file(
                     tensors,
                     config=found.folder,
@@ -62,7 +61,7 @@ def _load_text(cls: Any, found: Checkpoint, text: Text, dtype: torch.dtype) -> n
         blocks = f"{text.prefix}transformer.resblocks."
         unused = {f"{blocks}{i}." for i in range(text.layers, text.layers + 2)}
         tensors = {k: v for k, v in tensors.items() if not k.startswith(tuple(unused))}
-    with _only_errors():
+    with only_errors():
         return create_diffusers_clip_model_from_ldm(
             cls,
             tensors,
@@ -82,19 +81,6 @@ def _tensors(path: str, prefix: str) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path!r} cannot be read as safetensors: {error}") from None
-
-
-@contextlib.contextmanager
-def _only_errors() -> Iterator[None]:
-    """diffusers warns of buffers of the original code that its networks do not have."""
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def settle(found: Checkpoint, unet: Any, asked: str = "auto") -> None:

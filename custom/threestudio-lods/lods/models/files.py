@@ -55,10 +55,49 @@ def load_model_config(
     return found
 
 
+def load_index(model: Location, says: str) -> dict[str, Any]:
+    """``model_index.json`` of a diffusers folder or hub repository, as a dictionary. Raises
+    ``ValueError``, one line, with what it ``says``."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        index: Any = DiffusionPipeline.load_config(model.path, revision=model.revision)
+    except Exception as error:  # of many kinds, by library and by version
+        raise ValueError(
+            f"model_index.json of {model.path!r} cannot be read ({first_line(error)}): it says "
+            f"{says}"
+        ) from None
+    return dict(index)
+
+
+def load_scheduler_config(model: Location) -> dict[str, Any]:
+    """The config of the scheduler of a folder or hub repository, of whatever class. Raises
+    ``ValueError``, one line."""
+    from diffusers import DDPMScheduler
+
+    try:
+        config: Any = DDPMScheduler.load_config(
+            model.path, subfolder="scheduler", revision=model.revision
+        )
+    except Exception as error:  # of many kinds, by library and by version
+        raise ValueError(cannot_be_had(model.path, "scheduler", error)) from None
+    if not isinstance(config, dict):
+        raise ValueError(f"the scheduler's config in {model.path} is no object: it is damaged")
+    return config
+
+
 def cannot_be_had(name_or_path: str, part: str, error: BaseException) -> str:
     """One line for a part of a model that was not found, with what to do."""
     what = f"{part} of {name_or_path} is"
     return missing(name_or_path, what, first_line(error), name_or_path)
+
+
+# of the files of weights, in the order in which they are looked for
+VARIANTS = {
+    torch.float32: (None, "fp16"),
+    torch.float16: ("fp16", None),
+    torch.bfloat16: ("bf16", "fp16", None),
+}
 
 
 class Incomplete(ValueError):
@@ -101,12 +140,27 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def only_errors() -> Iterator[None]:
+    """Nothing less is logged by diffusers, which warns of fields and buffers that its networks do
+    not have."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def load_weights(cls, model: Location, subfolder: str, dtype: torch.dtype):
-    """``cls.from_pretrained``, safetensors only, from whichever variant (fp16 or none) exists."""
+    """``cls.from_pretrained``, safetensors only, from whichever variant (fp16, bf16 or none)
+    exists."""
     if checkpoint.of_folder(model.path) is not None:  # one file, in one dtype
         return load_complete(cls, model.path, subfolder, torch_dtype=dtype)
     errors = []
-    for variant in (None, "fp16") if dtype == torch.float32 else ("fp16", None):
+    for variant in VARIANTS.get(dtype, (None,)):
         try:
             return load_complete(
                 cls,

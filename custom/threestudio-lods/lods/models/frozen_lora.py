@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lods.learned.files import read_safetensors
 from lods.models.additions import Lora
+from lods.models.cards import MULTI_VIEW
 from torch import Tensor, nn
 
 # in names of what is no LoRA, and which diffusers does not read, or reads as something else
@@ -125,12 +126,13 @@ def _converted(tensors: dict[str, Tensor], network: str, config: Any, path: str)
 
     from diffusers.loaders import lora_pipeline
 
+    network = "UNet2DConditionModel" if network in MULTI_VIEW else network
     loader = getattr(lora_pipeline, LOADERS.get(network, ""), None)
     if loader is None:
         return tensors
     more = {}
     if network == "UNet2DConditionModel":
-        more["unet_config"] = SimpleNamespace(layers_per_block=config["layers_per_block"])
+        more["unet_config"] = SimpleNamespace(layers_per_block=config.get("layers_per_block", 2))
     try:
         found = loader.lora_state_dict(dict(tensors), **more)
     except Exception as error:  # of many kinds

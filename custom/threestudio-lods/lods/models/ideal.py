@@ -105,7 +105,7 @@ class IdealModel(AddsNoise):
     a point of the unit ball moves in the picture. Equally near are taken in the folder's order.
     """
 
-    grad_scale, no_null = 1.0, ""
+    grad_scale, no_null, views = 1.0, "", 1
 
     def __init__(
         self,

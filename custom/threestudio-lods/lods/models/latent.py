@@ -51,7 +51,12 @@ class LatentModel(AddsNoise):
 
     part: ClassVar[str] = "unet"  # the subfolder of its network
     lora_sites: ClassVar[Sites] = Sites()
+    # side of the squares of the VAE's latents that its network takes as one
+    packs: ClassVar[int] = 1
+    half: ClassVar[torch.dtype] = torch.float16  # of its weights on CUDA, unless settings say
+    always_told: ClassVar[bool] = False  # of cameras: it makes no prediction without them
     no_null: str = ""
+    views: int = 1
 
     def __init__(
         self,
@@ -83,31 +88,59 @@ class LatentModel(AddsNoise):
                 f"the model predicts {self.prediction_type!r}; known are {scores.PREDICTION_TYPES}"
             )
         self.schedule = schedule.to(self.device)
-        self.latent_channels: int = network.config.in_channels
-        self.latent_size: int = network.config.sample_size
-        named = "UNet" if self.part == "unet" else self.part
-        if not isinstance(self.latent_size, int) or not 1 <= self.latent_size <= MAX_LATENT_SIZE:
+        self.text_width = text_width
+        self.latent_channels, self.latent_size, self.image_size = self.sizes(network, vae)
+        self.scaling_factor: float = vae.config.get("scaling_factor", None) or 1.0
+        self.shift: float = vae.config.get("shift_factor", None) or 0.0
+
+    @classmethod
+    def sizes(cls, network: Any, vae: Any) -> tuple[int, int, int]:
+        """(channels of the latents, pixels of their side, pixels of a picture's side). Raises
+        ``ValueError``, one line, for a network and a VAE that do not fit together."""
+        whose, size = cls.side_of(network, vae)
+        if not isinstance(size, int) or not 1 <= size <= MAX_LATENT_SIZE:
             raise ValueError(
-                f"the {named}'s sample_size is {str(self.latent_size)[:30]}, not 1 to "
+                f"the {whose}'s sample_size is {str(size)[:30]}, not 1 to "
                 f"{MAX_LATENT_SIZE}: the model folder is damaged, or of another kind"
             )
-        self.text_width = text_width
-        # The VAE halves the image between its levels, that is once less than it has levels.
-        self.image_size: int = self.latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
-        self.scaling_factor: float = vae.config.scaling_factor
-        self.shift: float = vae.config.get("shift_factor", None) or 0.0
-        if vae.config.latent_channels != self.latent_channels:
+        named = "UNet" if cls.part == "unet" else cls.part
+        channels, takes = vae.config.latent_channels, network.config.in_channels
+        if channels * cls.packs**2 != takes:
+            each = f", and {cls.packs} x {cls.packs} of them are one" if cls.packs > 1 else ""
             raise ValueError(
-                f"the {named} takes {self.latent_channels} channels but the VAE's latents have "
-                f"{vae.config.latent_channels}: only plain text-to-image models serve"
+                f"the {named} takes {takes} channels but the VAE's latents have "
+                f"{channels}{each}: only plain text-to-image models serve"
             )
+        return channels, size, size * halved(vae)
 
     # -- of a family -----------------------------------------------------------------------------
+
+    @classmethod
+    def side_of(cls, network: Any, vae: Any) -> tuple[str, Any]:
+        """(the part whose config says it, the pixels of a latent's side, still unchecked)."""
+        return "UNet" if cls.part == "unet" else cls.part, network.config.sample_size
+
+    @classmethod
+    def vae_class(cls) -> Any:
+        """The class of diffusers that loads the VAE."""
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL
 
     @classmethod
     def network_class(cls) -> Any:
         """The class of diffusers that loads the network."""
         raise NotImplementedError(f"{cls.__name__} does not define network_class")
+
+    @classmethod
+    def network_names(cls) -> tuple[str, ...]:
+        """What the network's config may call its class: by default, as diffusers does."""
+        return (cls.network_class().__name__,)
+
+    @classmethod
+    def load_network(cls, model: Location, dtype: torch.dtype) -> Any:
+        """The network with its weights. Raises ``ValueError``, one line."""
+        return load_weights(cls.network_class(), model, cls.part, dtype)
 
     @classmethod
     def load_schedule(cls, model: Location, name: str) -> Any:
@@ -126,14 +159,19 @@ class LatentModel(AddsNoise):
         raise NotImplementedError(f"{type(self).__name__} does not define text_layout")
 
     def call(
-        self, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, " B"], text: Parts
+        self, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, " B"], text: Parts, **told: Tensor
     ) -> Float[Tensor, "B C h w"]:
-        """The network's output, all in the weights' dtype but ``t``."""
+        """The network's output, all in the weights' dtype but ``t``; ``told`` is what :meth:`told`
+        returned, nothing for most families, which need not take it."""
         raise NotImplementedError(f"{type(self).__name__} does not define call")
 
     def time_embedding(self) -> nn.Module:
         """See :class:`lods.models.base.Model`."""
         raise NotImplementedError(f"{type(self).__name__} does not define time_embedding")
+
+    def told(self, cameras: Cameras | None, count: int) -> dict[str, Tensor]:
+        """What :meth:`call` is given of ``count`` cameras beside rows of text: nothing here."""
+        return {}
 
     def layout_of(self, texts: Float[Tensor, "B T D"]) -> TextLayout:
         """The layout of these embeddings, by default ``text_layout``."""
@@ -187,21 +225,27 @@ class LatentModel(AddsNoise):
         """
         settings = settings or ModelSettings()
         memory.check(settings, torch.device(device))
-        dtype = dtype or memory.weights_dtype(settings, torch.device(device))
+        dtype = dtype or memory.weights_dtype(settings, torch.device(device), cls.half)
         model = resolve(name_or_path)
-        network_class = cls.network_class()
         kind = load_model_config(model.path, cls.part, model.revision).get("_class_name")
-        if kind != network_class.__name__:
+        if kind not in cls.network_names():
             what = "a Stable-Diffusion-shaped model" if cls.part == "unet" else cls.__name__
             raise ValueError(
                 f"the {cls.part} of {name_or_path!r} is a {kind}; {what} has a "
-                f"{network_class.__name__}"
+                f"{' or a '.join(cls.network_names())}"
             )
-        has_encoder = has_camera_encoder(name_or_path)
-        if settings.cameras != "words" and not has_encoder:
+        encoder = None
+        if cls.always_told:
+            if settings.cameras == "words":
+                raise ValueError(
+                    f"the model {name_or_path!r} sees several views at once and is told their "
+                    "cameras: set cameras=tokens (or both, with words for the view as well)"
+                )
+        elif has_camera_encoder(name_or_path):
+            encoder = CameraTokens.load(model.path)
+        elif settings.cameras != "words":
             raise ValueError(no_camera_encoder(name_or_path, settings.cameras))
-        encoder = CameraTokens.load(model.path) if has_encoder else None
-        network = load_weights(network_class, model, cls.part, dtype)
+        network = cls.load_network(model, dtype)
         additions = Additions.of(settings.model_lora, settings.model_embeddings)
         additions.fuse(network, cls.part)
         if (found := checkpoint.of_folder(model.path)) is not None:
@@ -222,7 +266,7 @@ class LatentModel(AddsNoise):
                     "model, which predicts a velocity: leave it out"
                 )
             loaded.prediction_type = settings.model_prediction
-        loaded.no_null = model.card.no_null if model.card else ""
+        loaded.no_null = (model.card.no_null if model.card else "") or loaded.no_null
         if encoder is not None:
             loaded._take_camera_tokens(encoder)
         loaded._compare_with_card(model)
@@ -230,11 +274,13 @@ class LatentModel(AddsNoise):
 
     @classmethod
     def _load_vae(cls, model: Location, settings: ModelSettings, dtype: torch.dtype) -> Any:
-        from diffusers import AutoencoderKL
-
-        if settings.model_vae is not None:
-            return load_vae(settings.model_vae, model, cls.part, dtype)
-        return load_weights(AutoencoderKL, model, "vae", dtype)
+        if settings.model_vae is None:
+            return load_weights(cls.vae_class(), model, "vae", dtype)
+        vae = load_vae(settings.model_vae, model, cls.part, dtype)
+        own = load_model_config(model.path, "vae", model.revision)
+        if "sample_size" in own:  # which a tiny one does not have
+            vae.register_to_config(sample_size=own["sample_size"])
+        return vae
 
     def _take_camera_tokens(self, encoder: CameraTokens) -> None:
         width = encoder.config.width
@@ -300,14 +346,22 @@ class LatentModel(AddsNoise):
         self.prepare()
         with self._plain():
             found = self.vae.encode((rgb * 2 - 1).to(self.vae_dtype))
-            # a tiny autoencoder has one answer
-            z = found.latent_dist.sample() if hasattr(found, "latent_dist") else found.latents
-            return (z.float() - self.shift) * self.scaling_factor
+            # a tiny autoencoder, or a deep-compression one, has one answer
+            z = found.latent_dist.sample() if hasattr(found, "latent_dist") else found[0]
+            return self.from_vae(z.float())
+
+    def from_vae(self, z: Float[Tensor, "B c H W"]) -> Float[Tensor, "B C h w"]:
+        """Latents of what the VAE makes, shifted and scaled."""
+        return (z - self.shift) * self.scaling_factor
+
+    def to_vae(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B c H W"]:
+        """The way back."""
+        return latents / self.scaling_factor + self.shift
 
     def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """Images in 0..1 of latents."""
         with self._plain():
-            scaled = (latents / self.scaling_factor + self.shift).to(self.vae_dtype)
+            scaled = self.to_vae(latents).to(self.vae_dtype)
             return (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def predict(
@@ -326,15 +380,14 @@ class LatentModel(AddsNoise):
         method that learns through it divides by that.
         """
         self.prepare()
-        rows = None if self.cameras == "words" else self._camera_rows(cameras, len(x_t))
-        text = self.layout_of(texts).unpack(texts.to(self.dtype))
+        tokens = self.camera_tokens is not None and self.cameras != "words"
+        rows = self._camera_rows(cameras, len(x_t)) if tokens else None
+        told = self.told(cameras, len(x_t))
+        text = self.layout_of(texts).unpack(texts).to(self.dtype)
         if rows is not None:
-            mask = text.mask
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(rows.shape[:2])], dim=1)
-            text = Parts(torch.cat([text.tokens, rows], dim=1), text.pooled, mask)
+            text = text.followed_by(rows)
         with self._plain():
-            output = self.call(x_t.to(self.dtype), t, text).float()
+            output = self.call(x_t.to(self.dtype), t, text, **told).float()
         if self.grad_scale != 1 and output.requires_grad:
             output.register_hook(lambda grad: grad * self.grad_scale)
         return self.schedule.to_noise(output, x_t.float(), t, self.prediction_type)
@@ -353,3 +406,10 @@ class LatentModel(AddsNoise):
             for line in self.camera_tokens.unseen(numbers):
                 log.warn(f"model: {line}")
         return self.camera_tokens(numbers).to(self.dtype)
+
+
+def halved(vae: Any) -> int:
+    """Pixels of a picture for one of the VAE's latents: it halves the picture between its levels,
+    that is once less than it has levels."""
+    levels = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
+    return 2 ** (len(levels) - 1)

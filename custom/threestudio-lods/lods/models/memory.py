@@ -21,7 +21,13 @@ BFLOAT16 = {"amx_bf16", "avx512_bf16"}  # flags of a CPU
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # The parts of a UNet or VAE whose inputs are kept, with all inside computed again. Transformers say
 # themselves which blocks they are made of.
-CHECKPOINTED = ("ResnetBlock2D", "Transformer2DModel", "AutoencoderTinyBlock")
+CHECKPOINTED = (
+    "ResnetBlock2D",
+    "Transformer2DModel",
+    "AutoencoderTinyBlock",
+    "ResBlock",  # these two of a deep-compression autoencoder
+    "EfficientViTBlock",
+)
 CHANGES = ("model_lora", "model_embeddings", "model_vae", "model_prediction", "quantized_weights")
 NOT_BLOCKS = ("PatchEmbed", "SanaModulatedNorm")  # what they name beside these
 # attention as diffusers computed it before torch had a kernel
@@ -34,8 +40,8 @@ class ModelSettings:
     """How the frozen weights are loaded and run, and what the model is told of cameras. But for
     the first two and ``enable_vae_tiling`` nothing here changes a result beyond rounding."""
 
-    # words for the view in the prompt; tokens, the camera itself as rows beside the text, for a
-    # model with a camera_encoder; or both
+    # words for the view in the prompt; tokens, the camera itself, for a model with a camera_encoder
+    # (as rows beside the text) or a multi-view model (as it was trained); or both
     cameras: Annotated[str, TOLD] = "words"
     # of an ideal denoiser that is told the camera, and of no other model: renders of each object
     # that it looks at, 4 unless set
@@ -52,8 +58,8 @@ class ModelSettings:
     # the network shows
     model_prediction: Annotated[str, ("auto", "epsilon", "v_prediction")] = "auto"
 
-    # of UNet and VAE: auto is float16 on CUDA with half_precision_weights, else float32; fastest is
-    # bfloat16 on a CPU that multiplies in it, else as auto
+    # of UNet and VAE: auto is float16 (of SANA bfloat16) on CUDA with half_precision_weights, else
+    # float32; fastest is bfloat16 on a CPU that multiplies in it, else as auto
     weights_dtype: Annotated[str, ("auto", "fastest", *DTYPES)] = "auto"
     half_precision_weights: bool = True
     # the network's linear layers in fewer bits, by bitsandbytes on CUDA: 8bit, 4bit (nf4)
@@ -129,8 +135,10 @@ def multiplies_in_bfloat16(device: torch.device | str = "cpu") -> bool:
     return any(BFLOAT16 & set(line.split()) for line in info.splitlines() if line[:5] == "flags")
 
 
-def weights_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen weights; ``auto`` is float16 on CUDA with
+def weights_dtype(
+    settings: ModelSettings, device: torch.device, shorter: torch.dtype = torch.float16
+) -> torch.dtype:
+    """The dtype of the frozen weights; ``auto`` is ``shorter`` on CUDA with
     ``half_precision_weights``, else float32; ``fastest`` is bfloat16 on a CPU with
     :func:`multiplies_in_bfloat16`, else as ``auto``. The learned part and the 3D side stay
     float32."""
@@ -143,7 +151,7 @@ def weights_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
         return DTYPES[settings.weights_dtype]
     if half and device.type != "cuda":
         log.debug("model: half_precision_weights applies on CUDA, float32 here")
-    return torch.float16 if half and device.type == "cuda" else torch.float32
+    return shorter if half and device.type == "cuda" else torch.float32
 
 
 def apply(
@@ -226,12 +234,13 @@ def checkpoint_blocks(model, context: Context) -> None:
 
     What is in force at the first run (the rows' strengths of a LoRA) has ended by then:
     ``context()``, asked at the first run, returns a function that makes a context manager, and
-    both runs are within one.
+    both runs are within one. A block within a block is part of that one.
     """
-    kinds = blocks_of(model)
+    kinds, within = blocks_of(model), set()
     for module in model.modules():
         # by hand, because the switch of older diffusers applies to models in training mode only
-        if type(module).__name__ in kinds:
+        if type(module).__name__ in kinds and id(module) not in within:
+            within.update(id(part) for part in module.modules())
             module.forward = _again(module.forward, context)
 
 
@@ -277,6 +286,11 @@ def tile(vae, image_size: int) -> None:
 
     Norms and attention then see a tile and not the image: an approximation.
     """
+    if hasattr(vae, "spatial_compression_ratio"):  # a deep-compression autoencoder
+        tile, each = image_size // 2, vae.spatial_compression_ratio
+        step = max(tile * 3 // 4 // each, 1) * each  # whole latents
+        vae.enable_tiling(tile, tile, step, step)
+        return
     vae.use_tiling = True
     vae.tile_sample_min_size = image_size // 2
     vae.tile_latent_min_size = (image_size // 2) >> (len(vae.config.block_out_channels) - 1)

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lods.learned import lora
-from lods.models.cards import Location, first_line, resolve
+from lods.models.cards import Location, resolve
 from lods.models.families import serves
-from lods.models.files import cannot_be_had, load_model_config
-from lods.models.latent import LatentModel
-from lods.models.schedule import flow_schedule
-from lods.models.text import Loader, TextPlan, run_clip
+from lods.models.files import load_index, load_model_config
+from lods.models.flow import FlowModel
+from lods.models.text import Loader, TextPlan, run_clip, run_t5
 from lods.models.text_layout import Parts, TextLayout
 from torch import Tensor, nn
 
@@ -24,11 +23,10 @@ CLIP = (
 )
 T5 = ("tokenizer_3", "text_encoder_3")
 T5_TOKENS = 256  # to which the pipeline fills a text up, or cuts it
-TARGETS = (*lora.TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 @serves("SD3Transformer2DModel")
-class SD3Model(LatentModel):
+class SD3Model(FlowModel):
     """The frozen transformer, VAE and schedule of Stable Diffusion 3 or 3.5 (arXiv:2403.03206).
 
     Its network predicts v = eps - z, so that ``predict`` returns eps = x_t + alpha_t v. A text is
@@ -38,23 +36,13 @@ class SD3Model(LatentModel):
     diffusers.
     """
 
-    part = "transformer"
-    lora_sites = lora.Sites(TARGETS, "transformer")
+    lora_sites = lora.Sites(lora.JOINT_TARGETS, "transformer")
 
-    def __init__(self, transformer, vae, scheduler, device="cpu", name: str = "", shares_vae=False):
-        config = transformer.config
-        tokens = 0  # of a picture, where there is any
-        if isinstance(config.sample_size, int) and config.patch_size:
-            tokens = (config.sample_size // config.patch_size) ** 2
-        try:
-            schedule = flow_schedule(getattr(scheduler, "config", scheduler), tokens)
-        except ValueError as error:
-            raise ValueError(
-                f"the scheduler of {name!r} does not serve: {error}; the model folder is damaged, "
-                "or of another kind"
-            ) from None
-        width: int = config.joint_attention_dim
-        super().__init__(transformer, vae, schedule, "flow", width, device, name, shares_vae)
+    @classmethod
+    def image_tokens(cls, transformer, vae):
+        """Of squares of the transformer's ``patch_size``."""
+        side, patch = transformer.config.sample_size, transformer.config.patch_size
+        return (side // patch) ** 2 if isinstance(side, int) and patch else 0
 
     @classmethod
     def network_class(cls):
@@ -62,25 +50,6 @@ class SD3Model(LatentModel):
         from diffusers import SD3Transformer2DModel
 
         return SD3Transformer2DModel
-
-    @classmethod
-    def load_schedule(cls, model: Location, name: str) -> Any:
-        """The config of diffusers' flow scheduler."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        try:
-            config: Any = FlowMatchEulerDiscreteScheduler.load_config(
-                model.path, subfolder="scheduler", revision=model.revision
-            )
-        except Exception as error:  # of many kinds, by library and by version
-            raise ValueError(cannot_be_had(model.path, "scheduler", error)) from None
-        kind = config.get("_class_name") if isinstance(config, dict) else None
-        if kind != FlowMatchEulerDiscreteScheduler.__name__:
-            raise ValueError(
-                f"the scheduler of {name!r} is a {str(kind)[:60]}; a flow has a "
-                f"{FlowMatchEulerDiscreteScheduler.__name__}"
-            )
-        return config
 
     @classmethod
     def text_plan(cls, model: Location) -> TextPlan:
@@ -132,15 +101,7 @@ class SD3Model(LatentModel):
 def has_t5(model: Location) -> bool:
     """Whether the pipeline has a third text encoder. Raises ``ValueError``, one line, where it is
     named and is not there."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        index: Any = DiffusionPipeline.load_config(model.path, revision=model.revision)
-    except Exception as error:  # of many kinds, by library and by version
-        raise ValueError(
-            f"model_index.json of {model.path!r} cannot be read ({first_line(error)}): it says "
-            "whether the model has a T5 text encoder"
-        ) from None
+    index = load_index(model, "whether the model has a T5 text encoder")
     named = bool((index.get(T5[1]) or [None])[0])
     if named and os.path.isdir(model.path):
         lost = [part for part in T5 if not os.path.isdir(os.path.join(model.path, part))]
@@ -171,26 +132,9 @@ def encode(
         )
     rows = F.pad(rows, (0, width - rows.shape[-1]))
     if with_t5:
-        more, counts, limit = *_run_t5(texts, load, device), T5_TOKENS
+        more, counts, limit = *run_t5(texts, load, T5, T5_TOKENS, device), T5_TOKENS
     else:
         more, limit = rows.new_zeros(len(texts), T5_TOKENS, width), limit or 0
     layout = TextLayout(rows.shape[1] + T5_TOKENS, width, vector.shape[-1])
     packed = layout.pack(torch.cat([rows, more.to(rows)], dim=1), vector)
     return packed, [count + layout.shape[0] - limit for count in counts]
-
-
-def _run_t5(
-    texts: list[str], load: Loader, device: torch.device | str
-) -> tuple[Float[Tensor, "N 256 D"], list[int]]:
-    import transformers
-
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    tokenizer = load(transformers.AutoTokenizer, T5[0], trust_remote_code=False)
-    encoder = load(transformers.T5EncoderModel, T5[1], use_safetensors=True, torch_dtype=dtype)
-    encoder = encoder.to(device, dtype).eval()
-    ids = tokenizer(
-        texts, padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
-    counts = [len(each) for each in tokenizer(texts, verbose=False).input_ids]
-    with torch.no_grad():
-        return encoder(ids.to(device))[0], counts

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from lods.models.additions import Additions
 from lods.models.cards import NETWORKS, Location, first_line, resolve
-from lods.models.files import load_complete, load_model_config, refuse_code
+from lods.models.files import load_complete, load_index, load_model_config, refuse_code
 from torch import Tensor
 
 # (tokenizer, text encoder) and the class of the encoder in transformers
@@ -35,15 +35,7 @@ def has_two_encoders(location: Location) -> bool:
 def zeros_for_empty(location: Location) -> bool:
     """Whether SDXL's embedding of an empty text is all zeros: what ``model_index.json`` says; true,
     diffusers' default, where it says nothing."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        config: Any = DiffusionPipeline.load_config(location.path, revision=location.revision)
-    except Exception as error:  # of many kinds, by library and by version
-        raise ValueError(
-            f"model_index.json of {location.path!r} cannot be read ({first_line(error)}): it says "
-            "how an empty prompt is embedded"
-        ) from None
+    config = load_index(location, "how an empty prompt is embedded")
     return bool(config.get("force_zeros_for_empty_prompt", True))
 
 
@@ -108,6 +100,30 @@ def run_clip(
     ).input_ids
     with torch.no_grad():
         return encoder(ids.to(device), output_hidden_states=hidden_states), counts, length
+
+
+def run_t5(
+    texts: list[str],
+    load: Loader,
+    parts: tuple[str, str],
+    length: int,
+    device: torch.device | str,
+) -> tuple[Float[Tensor, "N length D"], list[int]]:
+    """(last hidden states of a T5 encoder for texts that are cut to ``length`` tokens or filled up
+    to them, the number of tokens of each before). ``parts``: the subfolders of tokenizer and
+    encoder. It is in bfloat16 on a GPU, in float32 on a CPU."""
+    import transformers
+
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    tokenizer = load(transformers.AutoTokenizer, parts[0], trust_remote_code=False)
+    encoder = load(transformers.T5EncoderModel, parts[1], use_safetensors=True, torch_dtype=dtype)
+    encoder = encoder.to(device, dtype).eval()
+    ids = tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    counts = [len(each) for each in tokenizer(texts, verbose=False).input_ids]
+    with torch.no_grad():
+        return encoder(ids.to(device))[0], counts
 
 
 @dataclass(frozen=True)

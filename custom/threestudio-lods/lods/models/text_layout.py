@@ -16,7 +16,30 @@ class Parts:
 
     tokens: Float[Tensor, "B N D"]
     pooled: Float[Tensor, "B P"] | None = None
-    mask: Bool[Tensor, "B N"] | None = None
+    mask: Bool[Tensor, "B N"] | None = None  # which tokens count
+    weights: Float[Tensor, "B N"] | None = None  # how much each does: 1, or a blend's part of it
+
+    def to(self, dtype: torch.dtype) -> "Parts":
+        """The same in another dtype."""
+        pooled = None if self.pooled is None else self.pooled.to(dtype)
+        return Parts(self.tokens.to(dtype), pooled, self.mask, self.weights)
+
+    def followed_by(self, rows: Float[Tensor, "B M D"]) -> "Parts":
+        """With tokens more, all of which count."""
+        tokens, ones = torch.cat([self.tokens, rows], dim=1), rows.new_ones(rows.shape[:2])
+        if self.mask is None or self.weights is None:
+            return Parts(tokens, self.pooled)
+        mask = torch.cat([self.mask, ones.bool()], dim=1)
+        weights = torch.cat([self.weights, ones.to(self.weights)], dim=1)
+        return Parts(tokens, self.pooled, mask, weights)
+
+    def bias(self) -> Float[Tensor, "B 1 N"]:
+        """What the mask adds to the scores of an attention over the tokens, in their dtype: the
+        logarithm of their weights, 0 for those that count and -10000 (diffusers' own) for those
+        that do not. Raises ``ValueError`` where there is no mask."""
+        if self.weights is None:
+            raise ValueError("the embeddings have no mask")
+        return self.weights.log().clamp(min=-10_000.0)[:, None].to(self.tokens.dtype)
 
 
 @dataclass(frozen=True)
@@ -26,7 +49,17 @@ class TextLayout:
 
     - ``tokens`` rows, one for each token, ``width`` = D numbers wide;
     - with ``pooled`` > 0 a vector of so many numbers, in as many rows as it fills, zeros after it;
-    - with ``masked`` which tokens count, 1 or 0 for each, in as many rows as they fill.
+    - with ``masked`` which tokens count, 1 or 0 for each, in as many rows as they fill; the rows
+      of tokens that do not count are zeros.
+
+    Embeddings are blended linearly (Perp-Neg does so with those of two views), and what is blended
+    may have masks that differ. With zeros in those rows a blend sum_i r_i e_i, of parts r_i that
+    sum to 1, holds all that is needed: in place of its mask a token has the weight m = sum of the
+    r_i of those texts in which it counts, and its row over m is the mean over those texts alone.
+    ``unpack`` returns that row, and m in ``weights``; its logarithm in an attention
+    (:meth:`Parts.bias`) counts the token with weight m, so that the network's prediction goes from
+    that of one text to that of the other without a jump. ``mask`` is then the union of those of all
+    texts with a part in the blend.
 
     ``pack`` and ``unpack`` are all that a model family needs of it.
     """
@@ -69,18 +102,24 @@ class TextLayout:
             found = given[part] and tuple(given[part])
             if found != size:
                 raise ValueError(f"{part} of a text: {found or 'none'}, not {size or 'none'}")
+        if mask is not None:
+            tokens = tokens.masked_fill(~mask[..., None], 0)
         parts = [tokens, self._rows(pooled), self._rows(None if mask is None else mask.to(tokens))]
         return torch.cat([part for part in parts if part is not None], dim=1)
 
     def unpack(self, texts: Float[Tensor, "B T D"]) -> Parts:
         """The parts of embeddings; differentiable, but for the mask."""
         ends = self.tokens, self.tokens + self.pooled_rows
-        pooled = mask = None
+        pooled = None
         if self.pooled:
             pooled = texts[:, ends[0] : ends[1]].flatten(1)[:, : self.pooled]
-        if self.masked:
-            mask = texts[:, ends[1] :].flatten(1)[:, : self.tokens] > 0.5
-        return Parts(texts[:, : ends[0]], pooled, mask)
+        if not self.masked:
+            return Parts(texts[:, : ends[0]], pooled)
+        weights = texts[:, ends[1] :].flatten(1)[:, : self.tokens].detach().float()
+        mask = weights > 0
+        weights = weights.clamp(min=0)
+        share = torch.where(mask, weights, 1.0).to(texts)
+        return Parts(texts[:, : ends[0]] / share[..., None], pooled, mask, weights)
 
     def learnable(self, what: str = "all") -> Bool[Tensor, "T D"]:
         """Which numbers of an embedding a method may learn: ``what`` of LEARNABLE, the mask never.

@@ -4,12 +4,12 @@ import functools
 from typing import Any
 
 import torch
-from lods.models.base import Schedule
-from lods.models.cards import Location, first_line, resolve
+from lods.models.cards import Location, resolve
+from lods.models.ddpm import load_ddpm
 from lods.models.families import serves
-from lods.models.files import cannot_be_had, load_model_config
+from lods.models.files import load_model_config
 from lods.models.latent import LatentModel
-from lods.models.schedule import MAX_TIMESTEPS
+from lods.models.schedule import Schedule
 from lods.models.text import TextPlan, clip_plan
 from lods.models.text_layout import Parts, TextLayout
 from torch import nn
@@ -55,27 +55,7 @@ class UNetModel(LatentModel):
     @classmethod
     def load_schedule(cls, model: Location, name: str) -> Any:
         """diffusers' DDPM scheduler."""
-        from diffusers import DDPMScheduler
-
-        try:
-            config: Any = DDPMScheduler.load_config(
-                model.path, subfolder="scheduler", revision=model.revision
-            )
-        except Exception as error:  # of many kinds, by library and by version
-            raise ValueError(cannot_be_had(model.path, "scheduler", error)) from None
-        steps = config.get("num_train_timesteps", 1000) if isinstance(config, dict) else None
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_TIMESTEPS:
-            raise ValueError(
-                f"the scheduler of {name!r} has num_train_timesteps={str(steps)[:30]}, not "
-                f"1 to {MAX_TIMESTEPS}: the model folder is damaged"
-            )
-        try:
-            return DDPMScheduler.from_config(config)
-        except Exception as error:  # as above
-            raise ValueError(
-                f"the scheduler of {name!r} cannot be made ({first_line(error)}): the model folder "
-                "is damaged"
-            ) from None
+        return load_ddpm(model, name)
 
     @classmethod
     def text_plan(cls, model: Location) -> TextPlan:

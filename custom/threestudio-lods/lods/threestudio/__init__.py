@@ -9,8 +9,29 @@ import threestudio
 
 log.send_to(threestudio)
 
-from lods.threestudio import data, exporter, geometry, guidance, prompt, renderer, systems  # noqa: E402
+from lods.threestudio import (  # noqa: E402
+    background,
+    data,
+    exporter,
+    geometry,
+    guidance,
+    multiview,
+    prompt,
+    renderer,
+    systems,
+)
 
 warn = threestudio.warn
 
-__all__ = ["data", "exporter", "geometry", "guidance", "prompt", "renderer", "systems", "warn"]
+__all__ = [
+    "background",
+    "data",
+    "exporter",
+    "geometry",
+    "guidance",
+    "multiview",
+    "prompt",
+    "renderer",
+    "systems",
+    "warn",
+]

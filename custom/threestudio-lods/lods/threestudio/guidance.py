@@ -17,6 +17,7 @@ from lods.methods.inputs import resized
 from lods.methods.options import tell
 from lods.models import memory
 from lods.models.additions import Additions
+from lods.models.base import views_of
 from lods.models.cards import DEFAULT_MODEL, find_card
 from lods.models.families import load_family
 from lods.models.memory import ModelSettings
@@ -219,7 +220,8 @@ class MethodGuidance(BaseModule):
         latents = self.encode(rgb, rgb_as_latents)
         matrices = kwargs.get("c2w"), kwargs.get("mvp_mtx")
         fovy = None
-        if self.cfg.cameras != "words":
+        # a model of several views is told no field of view
+        if self.cfg.cameras != "words" and views_of(self.method.model) == 1:
             fovy = field_of_view(kwargs.get("fovy"), *matrices, len(latents))
             if fovy is None:
                 raise ValueError(

@@ -1,0 +1,117 @@
+"""Random pipelines of the newer flow models, as small as those of :mod:`tests.tiny_models`: their
+pictures have 16 x 16 pixels. Nothing of a network is zero at first."""
+
+import copy
+from pathlib import Path
+
+import torch
+
+from pocket.tokenizer import save_tokenizer
+from tests.tiny_models import (
+    WORDS,
+    tiny_clip,
+    tiny_flow_vae,
+    tiny_t5,
+    write_camera_encoder,
+)
+
+TOKENS = 16  # of CLIP's
+
+
+def write_flux(folder: Path, guided: bool = False, camera_tokens: int = 0, seed: int = 0) -> Path:
+    """A ``FluxPipeline``; ``guided``: its transformer is told a guidance scale."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    tokenizer = save_tokenizer(folder / "tokenizer", WORDS, TOKENS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            pooled_projection_dim=32,
+            guidance_embeds=guided,
+            axes_dims_rope=(2, 2, 4),
+        )
+        pipeline = FluxPipeline(
+            vae=tiny_flow_vae(8),
+            text_encoder=tiny_clip(CLIPTextModel, tokenizer, 32, TOKENS),
+            tokenizer=tokenizer,
+            text_encoder_2=tiny_t5(tokenizer, 24),
+            tokenizer_2=copy.deepcopy(tokenizer),
+            transformer=transformer.eval(),
+            # a picture of 16 tokens lies between the two sizes that the shift is known of
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
+            ),
+        )
+    pipeline.save_pretrained(folder)
+    if camera_tokens:
+        write_camera_encoder(folder, 24, camera_tokens, seed)
+    return folder
+
+
+def write_flux2(folder: Path, guided: bool = False, distilled: bool = False, seed: int = 0) -> Path:
+    """A ``Flux2KleinPipeline``; ``guided``: its transformer is told a guidance scale;
+    ``distilled``: it says that it is."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = save_tokenizer(folder / "tokenizer", WORDS, TOKENS)
+    tokenizer.chat_template = "{% for each in messages %}{{ each.content }}{% endfor %} a car"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=28,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            initializer_range=0.5,
+        )
+        transformer = Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(2, 2, 2, 2),
+            guidance_embeds=guided,
+        )
+        vae = AutoencoderKLFlux2(
+            sample_size=16,
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+        )
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2.0)
+        pipeline = Flux2KleinPipeline(
+            vae=vae.eval(),
+            text_encoder=Qwen3ForCausalLM(config).eval(),
+            tokenizer=tokenizer,
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            is_distilled=distilled,
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+FAMILIES = {"flux": write_flux, "flux2": write_flux2}
