@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.browser import chromium
+from tests.browser import chromium, patience
 from tests.glb_files import read_glb
-from tests.studio.toy import PROGRAM, until
+from tests.studio.toy import PROGRAM
 
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 pytest.importorskip("aiohttp")
@@ -80,7 +80,7 @@ def page(browser, request):
     """A page that nothing goes wrong in."""
     said = []
     page = browser.new_page(viewport={"width": 1280, "height": 860})
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(patience.PAGE)
     page.on("console", lambda line: said.append(line.text) if line.type == "error" else None)
     page.on("pageerror", lambda error: said.append(str(error)))
     yield page
@@ -99,6 +99,15 @@ def picture(locator):
     return chromium.seen(locator.screenshot())
 
 
+def rests(page, count=1):
+    """Wait until so many objects are drawn in full."""
+    patience.frames(page)
+    page.wait_for_function(
+        "n => document.querySelectorAll('.stage canvas[data-state=resting]').length === n",
+        arg=count,
+    )
+
+
 def downloaded(page, selector):
     with page.expect_download() as waiting:
         page.click(selector)
@@ -115,7 +124,8 @@ def test_from_an_empty_page_to_a_downloaded_glb(page, tmp_path):
         assert page.input_value("#prompt") == "a red hamburger"
         page.click("#make")
         page.wait_for_selector(".work >> text=a red hamburger")
-        page.wait_for_selector(".card", timeout=240_000)
+        card = page.locator(".card")
+        patience.until(card.count, lambda: patience.written(tmp_path / "runs"))
         keep(page, "card")
         page.click(".card a")
         page.wait_for_selector(".stage canvas")
@@ -176,7 +186,7 @@ def test_gaussians_are_drawn_where_and_in_the_colours_that_they_are(page, tmp_pa
     with studio(tmp_path) as address:
         page.goto(f"{address}#/run/one")
         page.wait_for_selector(".note:has-text('Drag')")
-        page.wait_for_timeout(300)
+        rests(page)
         red, green, blue = middles(picture(page.locator(".stage canvas")))
         # the camera is a little to the right of the front, and above
         assert red[0] > blue[0] + 0.15 and green[1] < blue[1] - 0.15
@@ -187,7 +197,7 @@ def test_gaussians_are_drawn_where_and_in_the_colours_that_they_are(page, tmp_pa
         page.mouse.down()
         page.mouse.move(x + np.pi / 0.008, y, steps=5)  # half a turn
         page.mouse.up()
-        page.wait_for_timeout(300)
+        rests(page)
         red, green, blue = middles(picture(page.locator(".stage canvas")))
         assert red[0] < blue[0] - 0.15 and green[1] < blue[1] - 0.15
 
@@ -203,7 +213,7 @@ def test_two_runs_are_seen_by_one_camera(page, tmp_path):
             page.check(f".card >> nth={k} >> input")
         page.click("#compare")
         page.wait_for_selector(".two canvas >> nth=1")
-        page.wait_for_timeout(1500)
+        rests(page, 2)
         canvases = [page.locator(".two canvas").nth(k) for k in range(2)]
         before = [picture(canvas) for canvas in canvases]
         box = canvases[0].bounding_box()
@@ -211,7 +221,7 @@ def test_two_runs_are_seen_by_one_camera(page, tmp_path):
         page.mouse.down()
         page.mouse.move(box["x"] + 180, box["y"] + 140, steps=5)
         page.mouse.up()
-        page.wait_for_timeout(500)
+        rests(page, 2)
         after = [middles(picture(canvas)) for canvas in canvases]
         assert np.abs(np.array(after[0]) - np.array(middles(before[0]))).max() > 0.05
         np.testing.assert_allclose(after[0], after[1], atol=0.01)
@@ -235,7 +245,9 @@ def test_a_run_is_cancelled_and_gone_on_with(page, tmp_path):
         page.goto(address)
         page.fill("#prompt", "a red car")
         page.press("#prompt", "Enter")
-        page.wait_for_selector("text=training 20 of 40")
+        losses = "runs/a-red-car/run/*/csv_logs/*/metrics.csv"
+        patience.until(lambda: [*tmp_path.glob(losses)])
+        page.wait_for_selector(".work >> text=training 20 of 40")  # there until it is told to end
         keep(page, "work")
         page.click(".work >> text=cancel")
         page.wait_for_selector(".other >> text=stopped")
@@ -244,7 +256,7 @@ def test_a_run_is_cancelled_and_gone_on_with(page, tmp_path):
         [run] = (tmp_path / "runs").glob("a-red-car")
         (run / "end").write_text("0")
         page.wait_for_selector(".card >> text=a red car")
-        until((run / "job.json").exists)
+        assert json.loads((run / "job.json").read_text())["state"] == "done"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -256,7 +268,7 @@ def test_nothing_is_wider_than_the_window(browser, tmp_path, width, scheme):
         for name, place in (("gallery", ""), ("run", "#/run/one"), ("two", "#/compare/one/one")):
             page.goto(f"{address}{place}")
             page.wait_for_selector(".card, .stage", state="attached")
-            page.wait_for_timeout(300)
+            patience.frames(page)
             keep(page, f"{name}-{scheme}-{width}")
             wide = page.evaluate("document.documentElement.scrollWidth")
             assert wide <= width, name
