@@ -83,7 +83,7 @@ class Run:
     def text(self):
         return self.log.read_text(errors="replace")
 
-    def until(self, condition, every=0.1, worth=120.0, sign=None):
+    def until(self, condition, every=0.1, worth=400.0, sign=None):
         """Wait for `condition` while the run goes on; what it gives then. The run has `worth`
         seconds of the processor for it, anew whenever `sign` changes: on a busy machine they take
         longer. What a run that waits does not do is given up after a long silence."""
@@ -98,7 +98,7 @@ class Run:
             assert self.worked() - begun[1] < worth, f"not there yet:\n{self.text()[-3000:]}"
             return None
 
-        signs = lambda: (len(self.text()), begun[0])  # noqa: E731
+        signs = lambda: (len(self.text()), begun[0], int(self.worked() / 5))  # noqa: E731
         return patience.until(found_or_over, signs, every=every)
 
     def worked(self):
