@@ -315,6 +315,15 @@ def test_the_file_that_says_where_the_view_is_is_for_its_owner_only(public, tmp_
     assert not path.exists()
 
 
+def test_the_file_of_another_process_is_left_where_it_is(public, tmp_path):
+    """Such as that of a run in the same folder that has begun meanwhile."""
+    path = servers.announce(tmp_path, public)
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"pid": os.getpid() + 1}))
+    servers.withdraw(path)
+    assert path.exists()
+
+
 @pytest.mark.parametrize(
     "content",
     [
