@@ -140,7 +140,7 @@ def test_from_an_empty_page_to_a_downloaded_glb(page, tmp_path):
         assert name.endswith(".splat") and path.stat().st_size == 32 * 300
 
 
-def made(folder, name, **changes):
+def made(folder, name, seconds=5, **changes):
     """A finished run as folders of ``lods make`` are: three Gaussians, red to the right of the
     camera in front, green above, blue in the middle, and the mesh of a cube."""
     import trimesh
@@ -154,7 +154,7 @@ def made(folder, name, **changes):
     request = QUICK.plain() | changes
     (run / "request.json").write_text(json.dumps(request))
     key = type(QUICK).of(request).key
-    job = {"key": key, "state": "done", "error": "", "seconds": 5}
+    job = {"key": key, "state": "done", "error": "", "seconds": seconds}
     (run / "job.json").write_text(json.dumps(job))
     full = 0.5 / 0.28209479177387814
     write_ply(
@@ -227,6 +227,33 @@ def test_two_runs_are_seen_by_one_camera(page, tmp_path):
         np.testing.assert_allclose(after[0], after[1], atol=0.01)
 
 
+def test_steps_are_told_and_how_long_they_take_as_soon_as_a_run_has_shown_it(page, tmp_path):
+    with studio(tmp_path) as address:
+        page.goto(address)
+        page.wait_for_selector(".takes >> text='3 steps'")
+        made(tmp_path, "one", seconds=200, model="pocket", quality="good")
+        run = tmp_path / "runs" / "one"
+        wish = {"created": 1.0, "turn": 1.0, "attempt": 1, "wish": "run", "quality": "good"}
+        (run / "studio.json").write_text(json.dumps(wish | {"error": ""}))
+        page.wait_for_selector(".takes >> text='3 steps, about 3 min'")
+        page.click("#representations label:has-text('Radiance field')")  # nothing is known of it
+        page.wait_for_selector(".takes >> text='3 steps'")
+
+
+def test_a_colour_for_an_object_of_its_own_colours_is_commented_on(page, tmp_path):
+    with studio(tmp_path) as address:
+        page.goto(address)
+        page.wait_for_selector(".chip >> text=cactus")
+        for prompt, said in (
+            ("a red cactus", "“cactus” in its own colours only: “red” may change little"),
+            ("a cactus", ""),
+            ("a red backpack", ""),
+        ):
+            page.fill("#prompt", prompt)
+            text = page.text_content("#advice")
+            assert said in text if said else text == ""
+
+
 def test_texts_of_users_are_texts(page, tmp_path):
     evil = '<img src=x onerror="document.title=1">car</script><script>document.title=2</script>'
     made(tmp_path, "one", prompt=evil)
@@ -245,6 +272,7 @@ def test_a_run_is_cancelled_and_gone_on_with(page, tmp_path):
         page.goto(address)
         page.fill("#prompt", "a red car")
         page.press("#prompt", "Enter")
+        page.wait_for_selector(".work >> text=a red car")
         losses = "runs/a-red-car/run/*/csv_logs/*/metrics.csv"
         patience.until(lambda: [*tmp_path.glob(losses)])
         page.wait_for_selector(".work >> text=training 20 of 40")  # there until it is told to end
@@ -257,6 +285,21 @@ def test_a_run_is_cancelled_and_gone_on_with(page, tmp_path):
         (run / "end").write_text("0")
         page.wait_for_selector(".card >> text=a red car")
         assert json.loads((run / "job.json").read_text())["state"] == "done"
+
+
+def test_who_presses_enter_before_the_page_knows_what_there_is_is_heard(page, tmp_path):
+    held = []
+    page.route("**/api/choices", held.append)
+    with studio(tmp_path, PROGRAM) as address:
+        page.goto(address)
+        page.fill("#prompt", "a red car")
+        page.press("#prompt", "Enter")
+        patience.until(lambda: page.evaluate("1") and held)
+        held[0].continue_()
+        page.wait_for_selector(".work >> text=a red car")
+        [run] = (tmp_path / "runs").glob("a-red-car")
+        (run / "end").write_text("0")
+        page.wait_for_selector(".card >> text=a red car")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -424,6 +425,23 @@ def test_the_command_of_a_request_asks_for_it_again(argv):
     words = shlex.split(request.command)
     assert words[:2] == ["lods", "make"]
     assert make.requests(make.parse_args(words[2:], "lods make")) == [request]
+
+
+def test_what_a_run_was_paused_for_is_no_time_of_the_object(trained):
+    assert cli.main(["make", "a red armchair"]) == 0
+    [request] = make.requests(make.parse_args(["a red armchair"], "lods make"))
+    [run] = (FOLDER / "run").iterdir()
+    now = datetime.now().replace(microsecond=0)
+    entry = {"started": now.isoformat(), "seconds": 9, "paused": 70.5}
+    for trainings, since, paused in (
+        ([entry], now.timestamp(), 70.5),
+        ([entry], now.timestamp() + 60, 0),  # of an earlier attempt
+        ([entry, {"started": now.isoformat()}], now.timestamp(), 0),
+        ([{**entry, "paused": "x"}], now.timestamp(), 0),
+        ([], now.timestamp(), 0),
+    ):
+        (run / "run.json").write_text(json.dumps({"trainings": trainings}))
+        assert job.paused_in(request, FOLDER, since) == paused
 
 
 def test_what_is_made_is_not_made_again(trained):

@@ -24,6 +24,7 @@ FORMATS = {"gaussians": "[ply,glb]", "nerf": "glb"}
 LORA = ("lods-lora", "lods-vsd")
 QUALITIES = ("draft", "good", "best")  # good is the overlay itself
 RESULTS = ("picture.png", "video.mp4")  # and the exported files
+RECORD = "run.json"  # of the host: when it was trained, and for how long
 PAGE = "report.html"  # of the run, unless its config says report: false
 LAST = Path("ckpts", "last.ckpt")
 
@@ -189,9 +190,10 @@ def paused_in(request: Request, folder: Path, since: float) -> float:
     """The seconds for which the training of a request was paused that has begun after ``since``,
     in seconds since 1970; 0 where none was."""
     run = run_of(request, folder)
-    trainings = [] if run is None else host.module("threestudio.run.record").read_record(run)
-    with suppress(IndexError, KeyError, TypeError, ValueError):
-        last = trainings[-1]
+    if run is None:
+        return 0.0
+    with suppress(OSError, IndexError, KeyError, TypeError, ValueError):
+        last = json.loads((run / RECORD).read_bytes())["trainings"][-1]
         if datetime.fromisoformat(last["started"]).timestamp() >= since - 1:  # whole seconds
             return max(0.0, float(last["paused"]))
     return 0.0
