@@ -27,9 +27,13 @@ test: $(VENV)/.ready-dev
 	$(BIN)/pyright
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-# What make test leaves out, to stay below ten minutes.
+# What make test leaves out, to stay below ten minutes. The tests in a browser come after the others and
+# one at a time: Chromium draws in software beside the run that it shows, which takes two cores.
 test-slow: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
+	@trap 'exit 130' INT; failed=0; export OMP_NUM_THREADS=1; set -x; \
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not browser" || failed=1; \
+	$(BIN)/python -m pytest -m browser || failed=1; \
+	exit $$failed
 
 # The extension with the packages that upstream threestudio 0.2.3 pins, in an environment of its own.
 # PYTHON must be 3.11: its tokenizers has no builds for later ones.

@@ -40,11 +40,13 @@ WORDS = tuple(
 
 
 def vocabulary() -> dict[str, list[str]]:
-    """What a model knows, for ``vocabulary.json``: the names of objects, colours and views, and
-    all other words of its captions."""
+    """What a model knows, for ``vocabulary.json``: the names of objects, colours and views, the
+    objects that come in these colours, and all other words of its captions."""
     named = {"objects": [*NAMES.values()], "colors": [*COLOURS], "views": [*VIEWS]}
     said = {word for names in named.values() for name in names for word in name.split()}
-    return {**named, "other words": [w for w in WORDS if w not in said and w.isalnum()]}
+    painted = [thing.name for thing in OBJECTS if thing.colours]
+    others = [w for w in WORDS if w not in said and w.isalnum()]
+    return {**named, "colored objects": painted, "other words": others}
 
 
 def key_of(series: Series) -> str:

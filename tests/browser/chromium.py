@@ -64,7 +64,7 @@ def missing() -> str:
     return ""
 
 
-def show(page: str, model: bytes, timeout: float = 180.0, **job) -> dict[str, bytes]:
+def show(page: str, model: bytes, timeout: float = 600.0, **job) -> dict[str, bytes]:
     """What ``page`` sends: ``{name: content}``. It finds ``model`` at /model.glb and ``job`` at
     /job.json. Raises RuntimeError where the page says that something failed, or says nothing."""
     results, finished = {}, threading.Event()

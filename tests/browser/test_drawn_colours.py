@@ -8,6 +8,7 @@ from lods.gaussians.cameras import intrinsics, orbit, world_to_camera
 from lods.gaussians.ply import write_ply
 from lods.gaussians.rasterize import rasterization
 
+from tests.browser import patience
 from tests.browser.test_run_page import browser, pixels, pytestmark, show  # noqa: F401
 from tests.browser.test_studio import made, studio
 from tests.run_folders import run_folder
@@ -104,8 +105,8 @@ def test_the_studio_has_the_colours_of_renders(browser, tmp_path):  # noqa: F811
         page.goto(f"{address}#/run/one")
         page.get_by_role("button", name="Background").click()  # white
         page.evaluate("document.querySelectorAll('.note, .on-stage').forEach(e => e.hidden = true)")
-        page.wait_for_selector("canvas[data-state=resting]", timeout=60_000)
-        page.wait_for_timeout(200)
+        page.wait_for_selector("canvas[data-state=resting]", timeout=patience.PAGE)
+        patience.frames(page)
         seen = pixels(page, "studio cloud")
         width, height = size_of(page)
     page.close()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.browser import chromium
+from tests.browser import chromium, patience
 from tests.host.test_run_page import EVIL, write_mesh
 from tests.run_folders import gaussians, run_folder, write_gaussians
 from threestudio.run.page import write_page
@@ -47,7 +47,7 @@ def show(browser):
         )
         page.goto(uri)
         if drawn:
-            page.wait_for_selector(".stage.drawn", timeout=60_000)
+            page.wait_for_selector(".stage.drawn", timeout=patience.PAGE)
         return page
 
     yield show
@@ -58,9 +58,9 @@ def show(browser):
 
 def pixels(page, name, number=0, rest=True):
     """The canvas as it is seen, 0..255."""
-    page.wait_for_timeout(100)
+    patience.frames(page)
     if rest:  # until nothing moves, and it is drawn in full
-        page.wait_for_function(RESTS, arg=number, timeout=60_000)
+        page.wait_for_function(RESTS, arg=number, timeout=patience.PAGE)
     data = page.locator(".stage").nth(number).screenshot()
     return chromium.seen(data, name)
 
@@ -194,10 +194,9 @@ def test_it_turns_by_itself_until_it_is_touched(show, tmp_path):
     two_balls(run)
     page = show(write_page([run]), reduced_motion="no-preference")
     first = where(pixels(page, "turning", rest=False), 0)[0]
-    page.wait_for_timeout(700)
-    if page.get_by_role("button", name="Turn").is_visible():
-        pytest.skip("this browser draws too slowly: the page has stopped turning by itself")
-    assert abs(where(pixels(page, "turned", rest=False), 0)[0] - first) > 0.005
+    while abs(where(pixels(page, "turned", rest=False), 0)[0] - first) <= 0.005:
+        if page.get_by_role("button", name="Turn").is_visible():
+            pytest.skip("this browser draws too slowly: the page has stopped turning by itself")
     drag(page, 3, 0)
     assert page.get_by_role("button", name="Turn").is_visible()
     still = pixels(page, "still")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.browser import chromium
+from tests.browser import chromium, patience
 from tests.glb_files import read_glb
-from tests.studio.toy import PROGRAM, until
+from tests.studio.toy import PROGRAM
 
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 pytest.importorskip("aiohttp")
@@ -80,7 +80,7 @@ def page(browser, request):
     """A page that nothing goes wrong in."""
     said = []
     page = browser.new_page(viewport={"width": 1280, "height": 860})
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(patience.PAGE)
     page.on("console", lambda line: said.append(line.text) if line.type == "error" else None)
     page.on("pageerror", lambda error: said.append(str(error)))
     yield page
@@ -99,6 +99,15 @@ def picture(locator):
     return chromium.seen(locator.screenshot())
 
 
+def rests(page, count=1):
+    """Wait until so many objects are drawn in full."""
+    patience.frames(page)
+    page.wait_for_function(
+        "n => document.querySelectorAll('.stage canvas[data-state=resting]').length === n",
+        arg=count,
+    )
+
+
 def downloaded(page, selector):
     with page.expect_download() as waiting:
         page.click(selector)
@@ -115,7 +124,8 @@ def test_from_an_empty_page_to_a_downloaded_glb(page, tmp_path):
         assert page.input_value("#prompt") == "a red hamburger"
         page.click("#make")
         page.wait_for_selector(".work >> text=a red hamburger")
-        page.wait_for_selector(".card", timeout=240_000)
+        card = page.locator(".card")
+        patience.until(card.count, lambda: patience.written(tmp_path / "runs"))
         keep(page, "card")
         page.click(".card a")
         page.wait_for_selector(".stage canvas")
@@ -130,7 +140,7 @@ def test_from_an_empty_page_to_a_downloaded_glb(page, tmp_path):
         assert name.endswith(".splat") and path.stat().st_size == 32 * 300
 
 
-def made(folder, name, **changes):
+def made(folder, name, seconds=5, **changes):
     """A finished run as folders of ``lods make`` are: three Gaussians, red to the right of the
     camera in front, green above, blue in the middle, and the mesh of a cube."""
     import trimesh
@@ -144,7 +154,7 @@ def made(folder, name, **changes):
     request = QUICK.plain() | changes
     (run / "request.json").write_text(json.dumps(request))
     key = type(QUICK).of(request).key
-    job = {"key": key, "state": "done", "error": "", "seconds": 5}
+    job = {"key": key, "state": "done", "error": "", "seconds": seconds}
     (run / "job.json").write_text(json.dumps(job))
     full = 0.5 / 0.28209479177387814
     write_ply(
@@ -176,7 +186,7 @@ def test_gaussians_are_drawn_where_and_in_the_colours_that_they_are(page, tmp_pa
     with studio(tmp_path) as address:
         page.goto(f"{address}#/run/one")
         page.wait_for_selector(".note:has-text('Drag')")
-        page.wait_for_timeout(300)
+        rests(page)
         red, green, blue = middles(picture(page.locator(".stage canvas")))
         # the camera is a little to the right of the front, and above
         assert red[0] > blue[0] + 0.15 and green[1] < blue[1] - 0.15
@@ -187,7 +197,7 @@ def test_gaussians_are_drawn_where_and_in_the_colours_that_they_are(page, tmp_pa
         page.mouse.down()
         page.mouse.move(x + np.pi / 0.008, y, steps=5)  # half a turn
         page.mouse.up()
-        page.wait_for_timeout(300)
+        rests(page)
         red, green, blue = middles(picture(page.locator(".stage canvas")))
         assert red[0] < blue[0] - 0.15 and green[1] < blue[1] - 0.15
 
@@ -203,7 +213,7 @@ def test_two_runs_are_seen_by_one_camera(page, tmp_path):
             page.check(f".card >> nth={k} >> input")
         page.click("#compare")
         page.wait_for_selector(".two canvas >> nth=1")
-        page.wait_for_timeout(1500)
+        rests(page, 2)
         canvases = [page.locator(".two canvas").nth(k) for k in range(2)]
         before = [picture(canvas) for canvas in canvases]
         box = canvases[0].bounding_box()
@@ -211,10 +221,37 @@ def test_two_runs_are_seen_by_one_camera(page, tmp_path):
         page.mouse.down()
         page.mouse.move(box["x"] + 180, box["y"] + 140, steps=5)
         page.mouse.up()
-        page.wait_for_timeout(500)
+        rests(page, 2)
         after = [middles(picture(canvas)) for canvas in canvases]
         assert np.abs(np.array(after[0]) - np.array(middles(before[0]))).max() > 0.05
         np.testing.assert_allclose(after[0], after[1], atol=0.01)
+
+
+def test_steps_are_told_and_how_long_they_take_as_soon_as_a_run_has_shown_it(page, tmp_path):
+    with studio(tmp_path) as address:
+        page.goto(address)
+        page.wait_for_selector(".takes >> text='3 steps'")
+        made(tmp_path, "one", seconds=200, model="pocket", quality="good")
+        run = tmp_path / "runs" / "one"
+        wish = {"created": 1.0, "turn": 1.0, "attempt": 1, "wish": "run", "quality": "good"}
+        (run / "studio.json").write_text(json.dumps(wish | {"error": ""}))
+        page.wait_for_selector(".takes >> text='3 steps, about 3 min'")
+        page.click("#representations label:has-text('Radiance field')")  # nothing is known of it
+        page.wait_for_selector(".takes >> text='3 steps'")
+
+
+def test_a_colour_for_an_object_of_its_own_colours_is_commented_on(page, tmp_path):
+    with studio(tmp_path) as address:
+        page.goto(address)
+        page.wait_for_selector(".chip >> text=cactus")
+        for prompt, said in (
+            ("a red cactus", "“cactus” in its own colours only: “red” may change little"),
+            ("a cactus", ""),
+            ("a red backpack", ""),
+        ):
+            page.fill("#prompt", prompt)
+            text = page.text_content("#advice")
+            assert said in text if said else text == ""
 
 
 def test_texts_of_users_are_texts(page, tmp_path):
@@ -235,7 +272,10 @@ def test_a_run_is_cancelled_and_gone_on_with(page, tmp_path):
         page.goto(address)
         page.fill("#prompt", "a red car")
         page.press("#prompt", "Enter")
-        page.wait_for_selector("text=training 20 of 40")
+        page.wait_for_selector(".work >> text=a red car")
+        losses = "runs/a-red-car/run/*/csv_logs/*/metrics.csv"
+        patience.until(lambda: [*tmp_path.glob(losses)])
+        page.wait_for_selector(".work >> text=training 20 of 40")  # there until it is told to end
         keep(page, "work")
         page.click(".work >> text=cancel")
         page.wait_for_selector(".other >> text=stopped")
@@ -244,7 +284,22 @@ def test_a_run_is_cancelled_and_gone_on_with(page, tmp_path):
         [run] = (tmp_path / "runs").glob("a-red-car")
         (run / "end").write_text("0")
         page.wait_for_selector(".card >> text=a red car")
-        until((run / "job.json").exists)
+        assert json.loads((run / "job.json").read_text())["state"] == "done"
+
+
+def test_who_presses_enter_before_the_page_knows_what_there_is_is_heard(page, tmp_path):
+    held = []
+    page.route("**/api/choices", held.append)
+    with studio(tmp_path, PROGRAM) as address:
+        page.goto(address)
+        page.fill("#prompt", "a red car")
+        page.press("#prompt", "Enter")
+        patience.until(lambda: page.evaluate("1") and held)
+        held[0].continue_()
+        page.wait_for_selector(".work >> text=a red car")
+        [run] = (tmp_path / "runs").glob("a-red-car")
+        (run / "end").write_text("0")
+        page.wait_for_selector(".card >> text=a red car")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -256,7 +311,7 @@ def test_nothing_is_wider_than_the_window(browser, tmp_path, width, scheme):
         for name, place in (("gallery", ""), ("run", "#/run/one"), ("two", "#/compare/one/one")):
             page.goto(f"{address}{place}")
             page.wait_for_selector(".card, .stage", state="attached")
-            page.wait_for_timeout(300)
+            patience.frames(page)
             keep(page, f"{name}-{scheme}-{width}")
             wide = page.evaluate("document.documentElement.scrollWidth")
             assert wide <= width, name

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -368,10 +369,11 @@ def test_make_tells_a_model_by_a_former_name_from_the_one_that_had_it():
 @pytest.fixture
 def trained(monkeypatch):
     """Runs that are made by writing files; ``statuses`` are what the next ones end with."""
-    statuses, started = [], []
+    statuses, started, asked_for = [], [], []
 
-    def start(words):
+    def start(words, asked=""):
         started.append(words)
+        asked_for.append(asked)
         status = statuses.pop(0) if statuses else 0
         given = dict(word.split("=", 1) for word in words if "=" in word)
         if "resume" in given:
@@ -387,7 +389,7 @@ def trained(monkeypatch):
         return status
 
     monkeypatch.setattr(job, "start", start)
-    started_and = type("Trained", (), {"words": started, "statuses": statuses})
+    started_and = type("Trained", (), {"words": started, "statuses": statuses, "asked": asked_for})
     return started_and
 
 
@@ -403,6 +405,43 @@ def test_make_trains_exports_and_shows_the_files(trained, capsys):
         *(f"  {FOLDER / name}" for name in ("picture.png", "video.mp4", "gaussians.ply")),
     ]
     assert (FOLDER / "video.mp4").read_text() == "it4-test.mp4"
+
+
+def test_a_run_is_told_the_command_that_was_typed(trained):
+    assert cli.main(["make", "a red armchair", "--steps", "9"]) == 0
+    assert trained.asked == ["lods make 'a red armchair' --steps 9", ""]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["a red armchair", "--model", "pocket"],
+        ["it's a car", "--on", "nerf", "--method", "sds", "--model", "pocket", "--seed", "3"],
+        ["a car", "--model", "pocket", "--quality", "draft", "--steps", "9", "data.batch_size=2"],
+    ],
+)
+def test_the_command_of_a_request_asks_for_it_again(argv):
+    [request] = make.requests(make.parse_args(argv, "lods make"))
+    words = shlex.split(request.command)
+    assert words[:2] == ["lods", "make"]
+    assert make.requests(make.parse_args(words[2:], "lods make")) == [request]
+
+
+def test_what_a_run_was_paused_for_is_no_time_of_the_object(trained):
+    assert cli.main(["make", "a red armchair"]) == 0
+    [request] = make.requests(make.parse_args(["a red armchair"], "lods make"))
+    [run] = (FOLDER / "run").iterdir()
+    now = datetime.now().replace(microsecond=0)
+    entry = {"started": now.isoformat(), "seconds": 9, "paused": 70.5}
+    for trainings, since, paused in (
+        ([entry], now.timestamp(), 70.5),
+        ([entry], now.timestamp() + 60, 0),  # of an earlier attempt
+        ([entry, {"started": now.isoformat()}], now.timestamp(), 0),
+        ([{**entry, "paused": "x"}], now.timestamp(), 0),
+        ([], now.timestamp(), 0),
+    ):
+        (run / "run.json").write_text(json.dumps({"trainings": trainings}))
+        assert job.paused_in(request, FOLDER, since) == paused
 
 
 def test_what_is_made_is_not_made_again(trained):

@@ -160,6 +160,23 @@ def test_a_validation_is_not_taken_for_a_slow_step(screen, tmp_path):
     bar.on_train_end(trainer, module)
 
 
+def test_a_pause_is_not_taken_for_a_slow_step(screen):
+    bar, trainer, view = screen.bar(), Trainer(every=float("inf")), types.SimpleNamespace()
+    trainer.callbacks, view.paused_seconds = [bar, view], 0.0
+    bar.on_train_start(trainer, None)
+    steps(bar, trainer, screen.clock, [9.0, 1.0, 1.0])
+    bar._bar.start_t = began = bar._bar.start_t - 600.0  # its own clock does not stand still
+    bar.note_pause(True)
+    assert "paused in the live view" in last_line(screen)
+    view.paused_seconds = 500.0
+    bar.note_pause(False)
+    steps(bar, trainer, screen.clock, [501.0, 1.0])
+    assert "paused" not in last_line(screen)
+    assert f"{clock(95)} left, 1 s/step" in last_line(screen)
+    assert bar._bar.start_t == began + 500.0  # nor does what has elapsed count it
+    bar.on_train_end(trainer, None)
+
+
 def test_a_run_without_an_end_has_a_rate_only(screen):
     bar, trainer = screen.bar(), Trainer(steps=-1)
     bar.on_train_start(trainer, None)

@@ -534,6 +534,18 @@ def test_a_run_ends_with_its_page(cli):  # noqa: F811
     assert f"torch {version('torch')}" in page.text
 
 
+def test_a_page_shows_the_command_that_was_typed_and_how_long_it_was_paused(tmp_path):
+    run = run_folder(tmp_path / "r")
+    record = json.loads((run / "run.json").read_text())
+    record["trainings"][0] |= {"asked": "lods make 'a <b>car</b>'", "seconds": 60, "paused": 300}
+    (run / "run.json").write_text(json.dumps(record))
+    page = Page(write_page([run]))
+    commands = [text for _, _, text in page.all("pre", **{"class": "command"})]
+    assert commands[0] == "lods make 'a <b>car</b>'"
+    assert commands[1] == (run / "cmd.txt").read_text().partition("\n")[0]
+    assert page.rows()["training"] == "60 s, and 5 min paused"
+
+
 def test_the_command_that_repeats_a_run_repeats_it(cli):  # noqa: F811
     assert train(cli, "trainer.max_steps=3", "seed=5")[0] == 0
     page = Page(Path("outputs/toy/p/report.html"))

@@ -1,6 +1,7 @@
 """The live view of a run without a browser: it does not disturb the training, and keeps time."""
 
 import contextlib
+import gzip
 import math
 import os
 import random
@@ -30,7 +31,8 @@ from tests.view_client import Client
 from threestudio.data.cameras import camera_batch
 from threestudio.run.interrupt import InterruptGuard
 from threestudio.run.interventions import PROMPT, Change, Interventions
-from threestudio.run.viewer import options, server
+from threestudio.run.record import RunRecord, read_record
+from threestudio.run.viewer import options, phone, server
 from threestudio.run.viewer.budget import FRAME, FRESH_EVERY, SHARP, Budget, Cost
 from threestudio.run.viewer.callback import ViewerCallback
 from threestudio.run.viewer.curves import MOST, Curves
@@ -77,6 +79,16 @@ class At(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step <= len(self.done) and self.done[trainer.global_step - 1]:
             self.done[trainer.global_step - 1]()
+
+
+class Heard(Callback):
+    """Keeps what it is told of pauses."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def note_pause(self, paused):
+        self.said.append(paused)
 
 
 def state(system, trainer):
@@ -198,7 +210,7 @@ def test_a_visitor_wants_at_most_one_picture_the_one_of_now(monkeypatch):
     now[0] = 101.0
     visitor.look(views[0])
     assert visitor.wants(1, 101.1) == "moving" and visitor.wants(1, 101.9) == "sharp"
-    visitor.drawn = Drawn(views[0], 1, 20, False, moving=True)
+    visitor.drawn = Drawn(views[0], 1, 20, False, rough=True)
     assert visitor.wants(1, 101.1) == "" and visitor.wants(1, 101.9) == "sharp"
     assert visitor.wants(2, 101.9) == "sharp"
     visitor.drawn = Drawn(views[0], 1, 20, False)  # a small one of an object that grows
@@ -231,20 +243,37 @@ def test_over_a_training_the_view_takes_its_share_and_no_more(share):
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.4])
 def test_an_object_that_grows_is_drawn_every_few_seconds(share):
-    """However slow the machine: pictures take what they may take. They do not wait for what was
-    spent on a camera that has moved before."""
+    """However slow the machine: pictures take what they may take. They do not wait until all is
+    paid back that was spent on a camera that has moved before."""
     budget, now = Budget(share), 100.0
     for _ in range(50):
-        budget.spend(SHARP, now, asked=True)
+        budget.spend(SHARP, now, asked=True, owed=True)
         now += SHARP
     due = now
     for _ in range(5):
         while not budget.allows(False, now):
             now += 0.01
-        assert now - due < max(FRESH_EVERY, FRAME / share) + SHARP
+        assert now - due < max(FRESH_EVERY, 2 * FRAME / share) + SHARP
         due = now
         now += budget.seconds("fresh")
         budget.spend(budget.seconds("fresh"), now)
+
+
+@pytest.mark.parametrize("sharp", [0.1, 0.7, SHARP])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.4])
+def test_the_first_whole_picture_is_part_of_the_share_of_a_visitor_at_rest(share, sharp):
+    """Each time that something is due: all seconds so far, of those since the camera has rested."""
+    budget, now, spent, parts = Budget(share), sharp, sharp, []
+    budget.spend(sharp, now, asked=True, owed=True)
+    while now < 20 * SHARP / share:
+        now += 0.01
+        if budget.allows(False, now):
+            parts.append((now, spent / now))
+            seconds = budget.seconds("fresh")
+            now, spent = now + seconds, spent + seconds
+            budget.spend(seconds, now)
+    late = [part for at, part in parts if at > 3 * sharp / share]
+    assert 0.7 * share < min(late) and max(late) <= share
 
 
 def test_a_visitor_who_never_rests_takes_half_of_the_time_at_most():
@@ -365,9 +394,15 @@ def test_a_paused_run_waits_and_a_request_to_stop_ends_the_pause(small):
         threading.Timer(0.5, ask).start()
 
     begun = time.monotonic()
-    _, trainer = fit(*small("embedding"), max_steps=2, callbacks=[At(pause), view])
-    assert guard.requested and waited and time.monotonic() - begun > 0.5
+    said: list[bool] = []
+    callbacks = [At(pause), Heard(said), RunRecord("run"), view]
+    _, trainer = fit(*small("embedding"), max_steps=2, callbacks=callbacks)
+    whole = time.monotonic() - begun
+    assert guard.requested and waited and whole > 0.5
     assert trainer.global_step == 2  # here nobody raises: LastCheckpoint does in a run
+    assert said == [True, False]  # such as a progress bar
+    [training] = read_record("run")  # the pause is no time of the training
+    assert training["paused"] >= 0.5 and training["seconds"] + training["paused"] < whole + 0.1
 
 
 def test_buttons_pause_resume_and_save_what_is_seen(small):
@@ -401,6 +436,27 @@ def test_buttons_pause_resume_and_save_what_is_seen(small):
     sent = [message["filename"] for message in notes["client"].of("FileTransferStartDownload")]
     assert sent == ["it1-view1.png", "gaussians-points.ply", "gaussians.ply"]
     notes["client"].close()
+
+
+def test_the_first_picture_which_may_be_small_is_followed_by_a_whole_one(small):
+    """What a picture costs is not known before the first."""
+    view, seen = viewer(), []
+
+    def come():
+        client = Client(view.server.port)
+        client.look(image_width=320, image_height=240)
+        until(lambda: len(view.live.visitors) == 1)
+        seen.append(client)
+
+    def look():
+        [visitor] = view.live.visitors.all()
+        seen.append(visitor.drawn)
+        time.sleep(0.1)
+
+    fit(*small("embedding"), max_steps=8, callbacks=[view, At(come, *[look] * 7)])
+    seen.pop(0).close()
+    heights = [drawn.height for drawn in seen if drawn is not None]
+    assert heights[0] < 240 and heights[-1] == 240 and seen[-1].full
 
 
 def test_what_the_model_sees_comes_at_once_when_it_is_asked_for(small):
@@ -535,6 +591,46 @@ def test_what_fails_in_the_view_costs_the_view_and_not_the_run(small, monkeypatc
         callbacks=[view, At(*[None] * 4, lambda: closed.append(view.server is None))],
     )
     assert trainer.global_step == 6 and closed == [True]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_viser_leaves_room_for_the_object_on_a_phone(packed):
+    """The sheet of controls is found by the sizes that this viser gives it."""
+    from viser.infra import _infra
+    from websockets.datastructures import Headers
+
+    page = (Path(_infra.__file__).parents[1] / "client/build/index.html").read_bytes()
+    sheet = Path(_infra.__file__).parents[1] / "client/src/ControlPanel/BottomPanel.tsx"
+    assert sheet.read_text().count('width: "20em"') == 2
+    assert 'maxHeight: "60%"' in sheet.read_text()
+    body = gzip.compress(page) if packed else page
+    headers = Headers({"Content-Type": "text/html; charset=utf-8", "Content-Length": "1"})
+    headers["Content-Encoding"] = "gzip" if packed else "identity"
+    answer = SimpleNamespace(headers=headers, body=body)
+    found = phone.leaving_room(lambda connection, request: answer)(None, None)
+    told = gzip.decompress(found.body) if packed else found.body
+    assert told == page.replace(b"</head>", phone.STYLE.encode() + b"</head>", 1) != page
+    assert headers.get_all("Content-Length") == [str(len(found.body))]
+
+
+@pytest.mark.parametrize(("width", "height", "away"), [(80, 40, 1), (40, 80, 2), (8, 800, 4)])
+def test_in_a_high_window_the_first_view_is_from_further_away(small, width, height, away):
+    """A browser begins somewhere, and goes to the first view when it has been told of it."""
+    view, seen = viewer(), []
+
+    def come():
+        client = Client(view.server.port)
+        first = [*map(float, view.server.viser.initial_camera.position)]
+        for position in ([3.0, 3.0, 3.0], first):
+            client.look(image_width=width, image_height=height, position=position)
+        until(lambda: len(view.live.visitors) == 1)
+        [visitor] = view.live.visitors.all()
+        until(lambda: visitor.view.position[1] == 0)
+        seen.extend([np.linalg.norm(visitor.view.position) / np.linalg.norm(first), client])
+
+    fit(*small("embedding"), max_steps=1, callbacks=[view, At(come)])
+    seen[1].close()
+    assert seen[0] == pytest.approx(away, rel=1e-3)
 
 
 def test_a_prompt_is_text_and_neither_markup_nor_code():

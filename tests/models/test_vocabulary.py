@@ -129,6 +129,32 @@ def test_a_part_of_a_name_is_told_what_it_is_a_part_of(shapes):
     assert shapes.warning(["a teddy bear cone"], "a teddy bear cone") == ""
 
 
+def test_a_color_is_said_to_change_little_where_the_model_has_not_seen_it(module):
+    known = module.Vocabulary.read(EXTENSION / "lods" / "models" / "pocket")
+    line = known.warning(["a red cactus"], "a red cactus")
+    assert line.startswith(
+        "the model has seen 'cactus' in its own colours only: 'red' may change little. "
+        "Those that it has seen in colours: "
+    )
+    assert "backpack" in line and "cactus" not in line.partition("Those")[2]
+    for prompt in ("a cactus", "a red backpack", "a cactus, a red backpack", "red"):
+        assert known.warning([prompt], prompt) == ""
+    both = known.warning(["a pink red cactus"], "a pink red cactus")
+    assert "'pink'" in both and "'red' may change little" in both
+
+
+def test_a_model_that_has_seen_all_objects_in_all_colors_says_nothing_of_them(shapes):
+    assert "colored objects" not in shapes.groups
+    assert shapes.warning(["a red penguin"], "a red penguin") == ""
+
+
+def test_the_embedded_model_says_what_it_was_trained_with():
+    from pocket.latents import vocabulary
+
+    file = EXTENSION / "lods" / "models" / "pocket" / "vocabulary.json"
+    assert json.loads(file.read_text()) == vocabulary()
+
+
 def test_a_long_list_is_cut(module):
     objects = tuple(f"thing{i}" for i in range(100))
     line = module.Vocabulary({"objects": objects}).refusal("a boat")

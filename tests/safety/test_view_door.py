@@ -1,5 +1,6 @@
 """Who may connect to the live view, and what of their messages is heard."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -7,6 +8,7 @@ import random
 import socket
 import stat
 import time
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -16,6 +18,7 @@ viser = pytest.importorskip("viser", reason="viser is not installed (the extra '
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 
 from tests.view_client import VIEW, Client  # noqa: E402
+from threestudio.run.viewer import door  # noqa: E402
 from threestudio.run.viewer import server as servers  # noqa: E402
 from threestudio.run.viewer.door import Door  # noqa: E402
 from threestudio.run.viewer.options import ViewerOptions  # noqa: E402
@@ -133,6 +136,7 @@ def test_the_page_passes_the_token_on_in_a_cookie_of_its_own(public):
     own = cookie.partition(";")[0]
     assert refused(public.port, Cookie=f"other=1; {own}") is None
     assert refused(public.port, Cookie=own + "x") == 403
+    assert refused(public.port, Cookie=f"other={public.token}") == 403
     assert "Set-Cookie" not in get(public.port, Cookie=own)[1]
     origin = "http://evil.example"
     assert refused(public.port, Cookie=own, Origin=origin) == 403
@@ -165,6 +169,7 @@ def test_only_cameras_and_new_values_of_controls_are_heard():
         {**value, "updates": {"value": "x" * 3000}},
         {**value, "updates": {"value": float("nan")}},
         {**value, "extra": 1},
+        {**value, "uuid": "u" * 70_000},
         {**VIEW, "position": [1, 2]},
         {**VIEW, "position": [1, 2, float("inf")]},
         {**VIEW, "wxyz": [0, 0, 0, 0]},
@@ -176,6 +181,28 @@ def test_only_cameras_and_new_values_of_controls_are_heard():
     ):
         assert not Door.hears(encode(bad)), bad
     assert not Door.hears("text") and not Door.hears(b"") and not Door.hears(b"\xc1")
+
+
+def test_a_visitor_who_sends_too_much_is_read_more_slowly(monkeypatch):
+    now, frame = [0.0], msgspec.msgpack.encode(VIEW)
+
+    async def receive():
+        return frame
+
+    async def sleep(seconds):
+        now[0] += seconds
+
+    async def hear(count):
+        heard = Door(None)._receive_of(receive)
+        for _ in range(count):
+            await heard()
+
+    monkeypatch.setattr(door, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(door, "asyncio", SimpleNamespace(sleep=sleep))
+    asyncio.run(hear(int(door.BURST)))
+    assert now[0] == 0
+    asyncio.run(hear(int(door.BURST + 3 * door.RATE)))
+    assert now[0] == pytest.approx(3)
 
 
 def test_no_visitor_can_open_a_public_tunnel_to_the_run(local, monkeypatch):
@@ -313,6 +340,15 @@ def test_the_file_that_says_where_the_view_is_is_for_its_owner_only(public, tmp_
     assert servers.running(tmp_path) == servers.read(tmp_path)
     servers.withdraw(path)
     assert not path.exists()
+
+
+def test_the_file_of_another_process_is_left_where_it_is(public, tmp_path):
+    """Such as that of a run in the same folder that has begun meanwhile."""
+    path = servers.announce(tmp_path, public)
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"pid": os.getpid() + 1}))
+    servers.withdraw(path)
+    assert path.exists()
 
 
 @pytest.mark.parametrize(

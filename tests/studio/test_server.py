@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import os
 import random
 import shutil
 import string
@@ -391,6 +392,30 @@ def test_a_note_of_a_view_that_leads_elsewhere_is_not_followed(studio, content, 
     note.unlink()
 
 
+def test_a_note_that_is_a_link_or_old_or_of_a_run_that_is_over_is_not_followed(studio):
+    from dataclasses import replace
+
+    from lods.studio.live import view_of
+
+    done = studio[1].shelf.find("done")
+    entry = replace(done, state="running")
+    note, real = entry.run / "viewer.json", entry.run / "real.json"
+    text = '{"port": 9999, "token": null, "pid": 1}'
+    try:
+        note.write_text(text)
+        assert view_of(entry) == (9999, "") and view_of(done) is None
+        before = entry.process["began"] - 60
+        os.utime(note, (before, before))  # of an earlier attempt
+        assert view_of(entry) is None
+        real.write_text(text)
+        note.unlink()
+        note.symlink_to(real)
+        assert view_of(entry) is None
+    finally:
+        note.unlink(missing_ok=True)
+        real.unlink(missing_ok=True)
+
+
 def test_the_page_of_a_run_is_downloaded_and_never_shown_at_the_studios_address(studio):
     port, queue = studio
     page = queue.shelf.root / "done" / "report.html"
@@ -424,6 +449,7 @@ def test_a_run_that_is_paused_is_told_to_be_without_a_time_left(studio):
 
 
 def test_the_prompt_that_a_run_was_steered_to_is_told(studio):
+    from lods.studio.server import Studio
     from lods.studio.shelf import steered_to
 
     queue = studio[1]
@@ -441,5 +467,6 @@ def test_the_prompt_that_a_run_was_steered_to_is_told(studio):
         ):
             log.write_text(text)
             assert steered_to(queue.shelf.find("done")) == wanted
+            assert Studio(queue)._about(queue.shelf.find("done"))["steered"] == wanted
     finally:
         log.unlink()

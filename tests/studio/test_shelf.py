@@ -126,6 +126,29 @@ def test_a_line_that_was_drawn_again_and_again_is_shown_once(tmp_path):
 # --- folders of somebody else ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("content", "seconds"),
+    [
+        ('{"trainings": [{"seconds": 1}, {"seconds": 90.5}]}', 90.5),
+        ('{"trainings": []}', 0),
+        ('{"trainings": [{"seconds": "x"}]}', 0),
+        ('{"trainings": [{"seconds": NaN}]}', 0),
+        ('{"trainings": [{"seconds": -3}]}', 0),
+        ("[" * 99999, 0),
+        ("", 0),
+    ],
+)
+def test_how_long_a_run_was_trained_is_in_its_record(tmp_path, content, seconds):
+    from lods.studio.shelf import Entry, trained_for
+
+    run = tmp_path / "run" / REQUEST.key
+    run.mkdir(parents=True)
+    entry = Entry("a", tmp_path, "make", "done", REQUEST)
+    assert trained_for(entry) == 0
+    (run / "run.json").write_text(content)
+    assert trained_for(entry) == seconds
+
+
 @pytest.mark.parametrize("seconds", ["NaN", "Infinity", "-1", "1" + "0" * 400])
 def test_a_job_of_senseless_length_hides_no_run(shelf, seconds):
     good, bad = shelf.create(REQUEST, ""), shelf.create(REQUEST, "")

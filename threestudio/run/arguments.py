@@ -43,12 +43,14 @@ class Program:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a program: its words as they were typed, and what they mean."""
+    """One call of a program: its words as they were typed, and what they mean. ``asked``: the
+    command of another program that has made this call; "" where there is none."""
 
     program: Program
     argv: list[str]
     args: argparse.Namespace
     overrides: list[str]
+    asked: str = ""
 
     @property
     def mode(self) -> str:
@@ -61,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help shows the options)\n")
 
 
-def parse_args(argv: Sequence[str], program: Program = Program()) -> Call:
+def parse_args(argv: Sequence[str], program: Program = Program(), asked: str = "") -> Call:
     """The command line `argv` of `program`. A mistake in it ends the program with status 2 and one
     line; the configs are not looked for yet (see :func:`find_config`)."""
     parser = _make_parser(program)
@@ -82,7 +84,7 @@ def parse_args(argv: Sequence[str], program: Program = Program()) -> Call:
             parser.error("--replay is for --train")
     if args.typecheck:  # jaxtyping's hook checks dataclasses too, and schedules break them
         parser.error("--typecheck is not supported: leave it out")
-    return Call(program, list(argv), args, overrides)
+    return Call(program, list(argv), args, overrides, asked)
 
 
 def _make_parser(program: Program) -> _Parser:

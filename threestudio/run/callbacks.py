@@ -110,7 +110,7 @@ def _of_training(
         ConfigSnapshotCallback(
             call.args.config, cfg, os.path.join(cfg.trial_dir, "configs"), use_version=False
         ),
-        RunRecord(cfg.trial_dir),
+        RunRecord(cfg.trial_dir, call.asked),
     ]
     if viewer is not None:
         from threestudio.run.viewer.callback import ViewerCallback

@@ -21,7 +21,10 @@ from threestudio.run.streams import print_anything, steady_streams
 
 
 def main(
-    argv: Sequence[str] | None = None, prog: str = "launch.py", home: str | Path = HOME
+    argv: Sequence[str] | None = None,
+    prog: str = "launch.py",
+    home: str | Path = HOME,
+    asked: str = "",
 ) -> int:
     """Run the command line `argv`; returns the exit status: 2 after a mistake or a full disk, 130
     after Ctrl-C and 143 after SIGTERM (128 + the signal's number, as shells and schedulers know
@@ -29,11 +32,12 @@ def main(
 
     `prog`: what is typed to call the program, the name of a Python file or the words of an
     installed command; messages that tell how to go on use it. `home`: the folder in which
-    ``custom/`` and ``configs/`` are.
+    ``custom/`` and ``configs/`` are. `asked`: the command that a user has typed, if it was another
+    one that calls this program; the page of a run shows it.
     """
     print_anything()
     argv = list(sys.argv[1:] if argv is None else argv)
-    call = parse_args(argv, Program(prog, Path(home).resolve()))
+    call = parse_args(argv, Program(prog, Path(home).resolve()), asked)
     with steady_streams():
         return _guarded(call)
 

@@ -2,6 +2,7 @@
 
 from collections import deque
 from statistics import median
+from typing import Any
 
 RECENT = 50  # steps of which the median is the pace
 SLOW = 3.0  # so many medians: a step that did something else too
@@ -48,6 +49,11 @@ class Pace:
         each = self.typical + self._extra / self._count
         check = median(self._validations) if self._validations else 0.0
         return steps * each + validations * check
+
+
+def paused_seconds(trainer: Any) -> float:
+    """How long callbacks have kept the training waiting so far, because somebody has paused it."""
+    return sum(getattr(each, "paused_seconds", 0.0) for each in getattr(trainer, "callbacks", ()))
 
 
 def clock(seconds: float) -> str:

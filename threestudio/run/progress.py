@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 from threestudio.run import terminal
-from threestudio.run.pace import Pace, clock, rate
+from threestudio.run.pace import Pace, clock, paused_seconds, rate
 from threestudio.utils.files import whole_file
 
 TRAINING = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {said}{postfix}]"
@@ -21,6 +21,7 @@ ENDLESS = "{desc}: {n_fmt} [{elapsed}, {said}{postfix}]"
 FIRST = "first step, which is slower"
 COMPILING = "first step: compiling kernels, which are kept for later runs"
 WATCH_EVERY = 0.5  # seconds
+PAUSED = "paused in the live view"
 LONG = 5.0  # seconds of a first step that are worth a word
 
 
@@ -83,6 +84,7 @@ class CustomProgressBar(ProgressBar):
         self._pace = Pace()
         self._step_end = self._validated_at = 0.0
         self._validated_for = 0.0  # seconds, since the last step
+        self._paused_for = 0.0  # seconds, since the training began
         self._validated_since = 0.0  # time.time()
         self._first_step: _FirstStep | None = None
 
@@ -142,6 +144,7 @@ class CustomProgressBar(ProgressBar):
         self._pace = Pace()
         self._open("training", trainer.max_steps, trainer.global_step, paced=True)
         self._step_end, self._validated_for = time.monotonic(), 0.0
+        self._paused_for = paused_seconds(trainer)
         if self._enabled:
             self._say(FIRST)
             self._first_step = _FirstStep(self._tell_first)
@@ -158,8 +161,11 @@ class CustomProgressBar(ProgressBar):
             self._say(text)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        now = time.monotonic()
-        self._pace.step(max(0.0, now - self._step_end - self._validated_for))
+        now, paused = time.monotonic(), paused_seconds(trainer) - self._paused_for
+        self._pace.step(max(0.0, now - self._step_end - self._validated_for - paused))
+        if paused and self._bar is not None:
+            self._bar.start_t += paused  # what it shows as elapsed
+        self._paused_for += paused
         self._step_end, self._validated_for = now, 0.0
         if self._first_step is not None:
             self._first_step.end()
@@ -183,6 +189,10 @@ class CustomProgressBar(ProgressBar):
             return rate(typical)
         left = self._pace.left(steps, validations_left(trainer))
         return f"{clock(left or 0.0)} left, {rate(typical)}"
+
+    def note_pause(self, paused: bool) -> None:
+        """Say that the training waits for a visitor of the live view, or goes on."""
+        self._say(PAUSED if paused else "goes on")
 
     def on_train_end(self, trainer, pl_module) -> None:
         self._close()

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import threestudio
 from threestudio.run.machine import cpu_name
+from threestudio.run.pace import paused_seconds
 from threestudio.run.snapshot import PlainFiles
 from threestudio.utils import extensions
 from threestudio.utils.files import whole_file
@@ -27,11 +28,14 @@ PACKAGES = ("torch", "numpy", "pytorch-lightning", "diffusers", "transformers", 
 
 
 class RunRecord(Callback):
-    """Adds an entry to ``run.json`` in the folder `path` when a training begins, and writes into it
-    when it ends or is stopped how far it got. What the disk refuses is a warning."""
+    """``asked``: the command that was typed, where it was that of another program.
 
-    def __init__(self, path) -> None:
-        self.folder = Path(path)
+    Adds an entry to ``run.json`` in the folder `path` when a training begins, and writes into it
+    when it ends or is stopped how far it got: after how many ``seconds``, without those for which
+    it was ``paused``. What the disk refuses is a warning."""
+
+    def __init__(self, path, asked: str = "") -> None:
+        self.folder, self.asked = Path(path), asked
         self._before: list[Mapping[str, Any]] = []
         self._entry: dict[str, Any] = {}
         self._began = 0.0
@@ -45,6 +49,8 @@ class RunRecord(Callback):
             "from_step": trainer.global_step,
             **surroundings(pl_module.device),
         }
+        if self.asked:
+            self._entry["asked"] = self.asked
         self._write(trainer)
 
     def on_train_end(self, trainer, pl_module) -> None:
@@ -58,7 +64,10 @@ class RunRecord(Callback):
     def _write(self, trainer) -> None:
         entry = self._entry
         entry["to_step"] = trainer.global_step
-        entry["seconds"] = round(time.monotonic() - self._began, 2)
+        paused = paused_seconds(trainer)
+        entry["seconds"] = round(time.monotonic() - self._began - paused, 2)
+        if paused:
+            entry["paused"] = round(paused, 2)
         try:
             with whole_file(self.folder / NAME) as tmp:
                 tmp.write_text(json.dumps({"trainings": [*self._before, entry][-KEPT:]}, indent=1))

@@ -132,9 +132,9 @@ class Facts:
             rows.append(("steps", f"{trained:,}" if isinstance(trained, int) else _text(trained)))
         if self.found is not None:
             rows.append(("object", self.found.what))
-        seconds = [t.get("seconds") for t in self.trainings]
-        if seconds and all(isinstance(s, (int, float)) for s in seconds):
-            rows.append(("training", duration(sum(seconds))))
+        if took := _total(self.trainings, "seconds"):
+            waited = _total([t for t in self.trainings if "paused" in t], "paused")
+            rows.append(("training", took + (f", and {waited} paused" if waited else "")))
         if self.trainings:
             last = self.trainings[-1]
             machine = _text(last.get("machine")) or _text(last.get("device"))
@@ -176,6 +176,13 @@ def _plain_name(what: str, text: str) -> str:
             os.path.basename(text.rstrip("/")) if os.sep in text and text.count("/") > 1 else text
         )
     return text.removesuffix("-guidance") if what == "method" else text
+
+
+def _total(trainings: Sequence[Mapping[str, Any]], key: str) -> str:
+    """The sum of seconds as text; "" where there is none, or one of them is no number."""
+    seconds = [training.get(key) for training in trainings]
+    numbers = [each for each in seconds if isinstance(each, (int, float))]
+    return duration(sum(numbers)) if numbers and len(numbers) == len(seconds) else ""
 
 
 def duration(seconds: float) -> str:

@@ -15,6 +15,7 @@ from threestudio.run.page.settings import text_of
 
 Parts = list[Html]
 MAX_CHANGES = 500  # that are listed
+MAX_COMMAND = 4000  # characters
 
 
 def picture(found: Picture, alt: str, class_: str | None = None) -> Html:
@@ -215,7 +216,11 @@ def again(facts: Facts) -> Parts:
     """The commands."""
     if facts.command is None:
         return []
-    made = [tag("p", "It was made by"), tag("pre", facts.command, class_="command")]
+    made: Parts = [tag("p", "It was made by")]
+    asked = facts.trainings[0].get("asked") if facts.trainings else None
+    if isinstance(asked, str) and asked:
+        made += [tag("pre", asked[:MAX_COMMAND], class_="command"), tag("p", "which has called")]
+    made.append(tag("pre", facts.command, class_="command"))
     if facts.settings:
         home, steered = str(facts.folder.path), facts.folder.has(settings.CHANGES)
         text = settings.repeating(facts.command, facts.settings, home, steered)

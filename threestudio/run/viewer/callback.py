@@ -44,6 +44,7 @@ class ViewerCallback(Callback):
         self.live: Live | None = None
         self._told: Path | None = None
         self._failures = 0
+        self._paused_before = 0.0  # of a view that has been closed
 
     def _open(self, trainer: Any, system: Any, **options: Any) -> Live:
         self.server = servers.Server(self.options, self.listening, label="Live view")
@@ -69,9 +70,17 @@ class ViewerCallback(Callback):
                 self.close()
         return self.live is not None
 
-    def _note_pause(self, paused: bool) -> None:
-        """Other programs, such as a studio, show that the run waits. A full disk costs them that,
-        and the run nothing."""
+    @property
+    def paused_seconds(self) -> float:
+        """How long the training has waited so far, because a visitor has paused it."""
+        return self._paused_before + (self.live.paused_seconds if self.live is not None else 0.0)
+
+    def _note_pause(self, trainer: Any, paused: bool) -> None:
+        """Other programs, such as a studio, show that the run waits, and so does a progress bar. A
+        full disk costs them that, and the run nothing."""
+        for each in trainer.callbacks:
+            if callable(note := getattr(each, "note_pause", None)):
+                note(paused)
         if self.server is not None and self._told is not None:
             with contextlib.suppress(OSError):
                 servers.announce(self.folder, self.server, paused)
@@ -80,6 +89,7 @@ class ViewerCallback(Callback):
         """Stop serving, and remove ``viewer.json``; a second call changes nothing."""
         if self.live is not None:
             self.live.end()
+            self._paused_before = self.paused_seconds
             self.live = None
         if self._told is not None:
             servers.withdraw(self._told)
@@ -97,7 +107,7 @@ class ViewerCallback(Callback):
             interventions=self.interventions,
             stop=self.guard.request,
             must_end=lambda: self.guard.requested,
-            note_pause=self._note_pause,
+            note_pause=lambda paused: self._note_pause(trainer, paused),
         )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:

@@ -29,13 +29,14 @@ LEAVES_IN = 0.3  # seconds in which the last of what was sent leaves
 MAX_SPLATS = 50_000
 MAX_FAILURES = 3
 SHOWN_CHANGES = 6
+MOST_AWAY = 4.0  # how many times as far a first view is in a high window
 VIEWS = 4  # of a batch, as the model sees it
 
 
 class Live:
     """``between`` is to be called between steps, and draws whatever visitors wait for; it returns
     at once where nobody is there. ``stop()``: called where a visitor wants the training to end.
-    ``note_pause(paused)``: called where one pauses the run or lets it go on.
+    ``note_pause(paused)``: called when the run begins to wait for a visitor, and when it goes on.
     ``interventions`` None: nothing is trained, and ``between`` is called again and again."""
 
     def __init__(
@@ -58,6 +59,7 @@ class Live:
         self.training_cameras = TrainingCameras(system.renderer, lambda: self.painter.drawing)
         self.note_pause = note_pause
         self.paused = False
+        self.paused_seconds = 0.0  # so far
         self._jobs: queue.Queue = queue.Queue(maxsize=8)
         self._wake = threading.Event()
         self._failures = 0
@@ -96,15 +98,34 @@ class Live:
 
     async def _welcome(self, client: Any) -> None:
         visitor = self.visitors.add(client)
+        stepped_back = self._step_back(client.camera)
         visitor.look(View.of(client.camera))
         self._told.clear()
 
         @client.camera.on_update
         async def _(camera: Any) -> None:
+            nonlocal stepped_back  # a browser may begin elsewhere, and then go to the first view
+            stepped_back = stepped_back or self._step_back(camera)
             visitor.look(View.of(camera))
             self._wake.set()
 
         self._wake.set()
+
+    def _step_back(self, camera: Any) -> bool:
+        """In a window that is higher than wide, the first view is from so far away that the object
+        is in it as it would be in a square one; whether the camera was at that view."""
+        first = self.server.viser.initial_camera
+        height, width = camera.image_height, camera.image_width
+        if not np.allclose(camera.position, first.position, atol=1e-2):
+            return False
+        if height > width > 0:
+            look_at = np.array(first.look_at)
+            away = min(height / width, MOST_AWAY)
+            position = look_at + away * (np.array(first.position) - look_at)
+            with camera.client.atomic():
+                camera.position = position
+                camera.look_at = look_at
+        return True
 
     async def _forget(self, client: Any) -> None:
         self.visitors.remove(client.client_id)
@@ -162,12 +183,23 @@ class Live:
             self.progress.note()
         try:
             self._serve()
+            if self.paused and not self.must_end():
+                self._wait()
+        finally:
+            self.progress.begin_step(time.monotonic())
+
+    def _wait(self) -> None:
+        """Serve until the run is resumed, or has to end."""
+        begun = time.monotonic()
+        self.note_pause(True)
+        try:
             while self.paused and not self.must_end():
                 self._wake.wait(0.05)
                 self._wake.clear()
                 self._serve()
         finally:
-            self.progress.begin_step(time.monotonic())
+            self.paused_seconds += time.monotonic() - begun
+            self.note_pause(False)
 
     def idle(self) -> None:
         """Serve once, where nothing is trained, and wait a moment."""
@@ -215,7 +247,6 @@ class Live:
 
     def _draw_asked(self, visitor: Visitor) -> None:
         """What a visitor waits for: the picture of a camera that moves, or has come to rest."""
-        # the first picture that a visitor gets may be small: what one costs is not known yet
         for _ in range(3):
             now = time.monotonic()
             kind = visitor.wants(self.step, now)
@@ -262,6 +293,7 @@ class Live:
         assert view is not None
         begun = time.monotonic()
         tallest = int(min(max(float(self.panel.tallest.value), 64), 2160))
+        known = self.cost.is_known
         width, height = view.size(self.cost.pixels(self._seconds(kind)), tallest)
         try:
             with undisturbed(self.system, self.trainer):
@@ -276,9 +308,9 @@ class Live:
         visitor.client.flush()
         whole = height >= min(view.height, tallest) or drawn > SHARP / 3
         full = kind != "moving" and whole
-        visitor.drawn = Drawn(view, self.step, height, full, kind == "moving")
+        visitor.drawn = Drawn(view, self.step, height, full, kind == "moving" or not known)
         visitor.frames += 1
-        self._spend(begun, kind != "fresh")
+        self._spend(begun, kind != "fresh", kind == "sharp")
         return True
 
     def _seconds(self, kind: str) -> float:
@@ -291,9 +323,9 @@ class Live:
         if self._failures == MAX_FAILURES:
             threestudio.warn("nothing more is drawn for visitors; the training goes on")
 
-    def _spend(self, begun: float, asked: bool = False) -> None:
+    def _spend(self, begun: float, asked: bool = False, owed: bool = False) -> None:
         now = time.monotonic()
-        self.budget.spend(now - begun, now, asked)
+        self.budget.spend(now - begun, now, asked, owed)
 
     @property
     def _sends_splats(self) -> bool:
@@ -402,7 +434,6 @@ class Live:
         if name == "pause" and self.interventions is not None:
             self.paused = not self.paused
             self._told.pop("status", None)
-            self.note_pause(self.paused)
         elif name == "stop" and self.interventions is not None:
             threestudio.info("a visitor of the view has asked to stop")
             self.stop()

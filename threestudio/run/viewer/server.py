@@ -15,6 +15,7 @@ from typing import Any
 from threestudio.run.snapshot import PlainFiles
 from threestudio.run.viewer.door import MAX_MESSAGE, Door
 from threestudio.run.viewer.options import FIRST_PORT, TRIED_PORTS, ViewerOptions
+from threestudio.run.viewer.phone import leaving_room
 from threestudio.utils.errors import UserError
 from threestudio.utils.files import whole_file
 
@@ -119,7 +120,8 @@ def _behind(door: Door, listening: socket.socket):
 
     def serve(handler: Any, host: Any, port: Any, **kwargs: Any) -> Any:
         used.append(True)
-        kwargs["process_request"] = door.process_request(kwargs.get("process_request"))
+        files = leaving_room(kwargs.get("process_request"))
+        kwargs["process_request"] = door.process_request(files)
         kwargs["max_size"] = 2 * MAX_MESSAGE
         kwargs["create_connection"] = door.counted(real.ServerConnection)
         kwargs["logger"] = _quiet_logger()

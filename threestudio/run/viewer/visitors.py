@@ -19,7 +19,8 @@ class Drawn:
     step: int
     height: int  # pixels
     full: bool  # as large as it gets
-    moving: bool = False  # drawn while the camera moved
+    # drawn while the camera moved, or before it was known what a picture costs: another one follows
+    rough: bool = False
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Visitor:
             return "moving"
         if self.is_moving(now):
             return ""
-        if not self.drawn.full and (self.drawn.moving or self.drawn.step == step):
+        if not self.drawn.full and (self.drawn.rough or self.drawn.step == step):
             return "sharp"
         return "fresh" if self.drawn.step != step else ""
 

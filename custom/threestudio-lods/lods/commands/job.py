@@ -4,9 +4,12 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ FORMATS = {"gaussians": "[ply,glb]", "nerf": "glb"}
 LORA = ("lods-lora", "lods-vsd")
 QUALITIES = ("draft", "good", "best")  # good is the overlay itself
 RESULTS = ("picture.png", "video.mp4")  # and the exported files
+RECORD = "run.json"  # of the host: when it was trained, and for how long
 PAGE = "report.html"  # of the run, unless its config says report: false
 LAST = Path("ckpts", "last.ckpt")
 
@@ -67,8 +71,6 @@ class Request:
 
     def words(self, folder: Path) -> list[str]:
         """The command line of the training, as ``lods train`` takes it."""
-        learned = "lora" if self.method in LORA else "embedding"
-        configs = [f"lods-{BASE[self.on]}-{learned}", *(self.overlays() if self.small else [])]
         prompt = "system.prompt_processor"
         # a model that understands cameras is told them; no other can be
         told = "tokens" if cards.has_camera_encoder(self.model) else "words"
@@ -89,7 +91,23 @@ class Request:
         if self.steps is not None:
             settings["trainer.max_steps"] = self.steps
         words = [f"{key}={value}" for key, value in settings.items()]
-        return ["--config", *configs, "--train", *words, *self.overrides, *self._gpu()]
+        return ["--config", *self.configs(), "--train", *words, *self.overrides, *self._gpu()]
+
+    @property
+    def command(self) -> str:
+        """The command ``lods make`` that asks for this."""
+        options = {"--on": self.on, "--method": self.method.removeprefix("lods-")}
+        options |= {"--model": self.model, "--quality": self.quality, "--seed": str(self.seed)}
+        options |= {} if self.steps is None else {"--steps": str(self.steps)}
+        usual = {"--on": "gaussians", "--quality": "good", "--seed": "0"}
+        told = [pair for pair in options.items() if pair not in usual.items()]
+        words = [word for pair in told for word in pair]
+        return shlex.join(["lods", "make", self.prompt, *words, *self.overrides, *self._gpu()])
+
+    def configs(self) -> list[str]:
+        """The names of its configs, of which each goes over the ones before it."""
+        learned = "lora" if self.method in LORA else "embedding"
+        return [f"lods-{BASE[self.on]}-{learned}", *(self.overlays() if self.small else [])]
 
     def again(self, run: Path) -> list[str]:
         """The first words of a command line that goes on with the run."""
@@ -135,12 +153,15 @@ def as_typed(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text.lstrip()[:1] in ("'", '"') else text
 
 
-def make(request: Request, folder: Path, options: Sequence[str] = ()) -> int:
+def make(
+    request: Request, folder: Path, options: Sequence[str] = (), asked: str | None = None
+) -> int:
     """Do what is left of the request in ``folder``; returns the exit status of a run. ``options``
-    of the launcher go to the training only."""
+    of the launcher go to the training only. ``asked``: the command that was typed; None for the one
+    that asks for the same."""
     run = run_of(request, folder)
     words = request.words(folder) if run is None else [*request.again(run), "--train"]
-    status = start([*words, *options])
+    status = start([*words, *options], request.command if asked is None else asked)
     run = run_of(request, folder)
     if status or run is None:
         return status or 1
@@ -163,6 +184,19 @@ def export(request: Request, run: Path, folder: Path) -> int:
     if not status:
         publish(run, folder)
     return status
+
+
+def paused_in(request: Request, folder: Path, since: float) -> float:
+    """The seconds for which the training of a request was paused that has begun after ``since``,
+    in seconds since 1970; 0 where none was."""
+    run = run_of(request, folder)
+    if run is None:
+        return 0.0
+    with suppress(OSError, IndexError, KeyError, TypeError, ValueError):
+        last = json.loads((run / RECORD).read_bytes())["trainings"][-1]
+        if datetime.fromisoformat(last["started"]).timestamp() >= since - 1:  # whole seconds
+            return max(0.0, float(last["paused"]))
+    return 0.0
 
 
 def run_of(request: Request, folder: Path) -> Path | None:

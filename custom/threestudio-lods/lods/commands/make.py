@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from lods import host
-from lods.commands.job import BASE, PAGE, QUALITIES, RESULTS, Request, fields_of_model, make
+from lods.commands.job import (
+    BASE,
+    PAGE,
+    QUALITIES,
+    RESULTS,
+    Request,
+    fields_of_model,
+    make,
+    paused_in,
+)
 from lods.commands.parser import (
     Parser,
     add_viewer,
@@ -258,7 +267,8 @@ def main(argv: list[str], command: str) -> int:
         note(request, folder)
     if len(wanted) == 1 and args.workers is None and args.ray is None:
         ((folder, request),) = wanted.items()
-        status = _here(batch, request, folder, viewer)
+        asked = shlex.join([*command.split(), *argv])
+        status = _here(batch, request, folder, viewer, asked)
     else:
         status = _batch(batch, wanted, args)
     if status >= 128:
@@ -266,7 +276,7 @@ def main(argv: list[str], command: str) -> int:
     return status
 
 
-def _here(batch: Any, request: Request, folder: Path, viewer: list[str]) -> int:
+def _here(batch: Any, request: Request, folder: Path, viewer: list[str], asked: str) -> int:
     """One object in this process, where its progress is seen."""
     job = make_job(request, folder)
     book = batch.Folders([job], retry=True)
@@ -274,13 +284,14 @@ def _here(batch: Any, request: Request, folder: Path, viewer: list[str]) -> int:
         started = book.start(job)
         if started is None:
             raise ValueError(f"another process is at work in {folder}: wait until it has ended")
-        begun, status = time.monotonic(), 1
+        begun, status = time.time(), 1
         try:
-            status = make(request, folder, viewer)
+            status = make(request, folder, viewer, asked)
         finally:
             error = "" if status == 0 else f"the run ended with status {status}"
             if status < 128:  # what was stopped is neither done nor failed
-                book.record(job, batch.Outcome(error=error, seconds=time.monotonic() - begun))
+                seconds = time.time() - begun - paused_in(request, folder, begun)
+                book.record(job, batch.Outcome(error=error, seconds=max(0.0, seconds)))
             started[1].release()
         if status:
             return status

@@ -122,10 +122,11 @@ def main(argv: list[str], command: str) -> int:
     return status
 
 
-def start(words: list[str]) -> int:
-    """Run these words of ``lods train``, which messages about going on then name."""
-    command = "lods train"
-    return host.module("threestudio.run.cli").main(words, prog=command, home=host.home())
+def start(words: list[str], asked: str = "") -> int:
+    """Run these words of ``lods train``, which messages about going on then name; the page of the
+    run shows the command that was ``asked`` for, too."""
+    main = host.module("threestudio.run.cli").main
+    return main(words, prog="lods train", home=host.home(), asked=asked)
 
 
 def exported(folder: Path) -> dict[Path, int]:

@@ -22,6 +22,7 @@ FILE = "vocabulary.json"
 FORCE = "system.prompt_processor.allow_unknown_words=true"
 MAX_BYTES = 1_000_000
 LISTED = 60  # entries of a group that a message lists
+PAINTED = "colored objects"  # the group of those that the model has seen in the colors
 NEAR = 0.76  # similarity of a suggestion: "hamburgr" and "cars" have one, "pink" is not "pine"
 _ENDINGS = re.compile(r"['\u2019](s|t|re|ve|m|ll|d)\b")  # CLIP's tokenizer cuts them off
 
@@ -46,7 +47,9 @@ def words_of(text: str) -> list[str]:
 @dataclass(frozen=True)
 class Vocabulary:
     """``groups``: names in lower case, of one word or more, by what they are for: "objects", and
-    whatever else the file has ("colors", "views"). ``only_names``: other words are of no harm."""
+    whatever else the file has ("colors", "views"). Those of "colored objects" are the objects that
+    the model has seen in these colors; where there is no such group, it has seen all of them so.
+    ``only_names``: other words are of no harm."""
 
     groups: dict[str, tuple[str, ...]]
     only_names: bool = False
@@ -110,6 +113,21 @@ class Vocabulary:
         near = difflib.get_close_matches(word, spelt, n=1, cutoff=NEAR)
         return spelt[near[0]] if near else ""
 
+    def uncolored(self, prompt: str) -> str:
+        """What to say of a color in a prompt for an object that the model has seen in its own
+        colors only; "" where there is no such color."""
+        painted, objects = self.groups.get(PAINTED), self.objects_in(prompt)
+        if painted is None or not objects or any(name in painted for name in objects):
+            return ""
+        words = words_of(prompt)
+        colors = [c for c in self.groups.get("colors", ()) if c in words and c not in objects]
+        if not colors:
+            return ""
+        return (
+            f"the model has seen {objects[0]!r} in its own colours only: {_several(colors)} may "
+            "change little"
+        )
+
     def listing(self, *keys: str) -> str:
         """``objects hamburger, car; colors red, blue`` of these groups."""
         parts = []
@@ -132,8 +150,9 @@ class Vocabulary:
         )
 
     def warning(self, texts: Iterable[str], prompt: str = "") -> str:
-        """One line on the words of these texts that the model does not know, and on a ``prompt``
-        that names a part of an object only; "" if there is nothing to say."""
+        """One line on the words of these texts that the model does not know, on a ``prompt`` that
+        names a part of an object only, and on a color that its object has not; "" if there is
+        nothing to say."""
         unknown = [] if self.only_names else self.unknown(texts)
         lines = []
         if unknown:
@@ -145,9 +164,13 @@ class Vocabulary:
         if part and not self.objects_in(prompt):
             whole = [name for name in self.objects if part[0] in name.split()]
             lines.append(f"{part[0]!r} alone is no object that it knows: write {_several(whole)}")
+        uncolored = self.uncolored(prompt)
         if not lines:
-            return ""
-        every = self.listing("objects", *(key for key in self.groups if key != "objects"))
+            painted = ", ".join(self.groups.get(PAINTED, ())[:LISTED])
+            return uncolored and f"{uncolored}. Those that it has seen in colours: {painted}"
+        lines += [uncolored] if uncolored else []
+        others = (key for key in self.groups if key not in ("objects", PAINTED))
+        every = self.listing("objects", *others)
         return f"{'; '.join(lines)}. It knows the {every}"
 
     def _hints(self, unknown: list[str]) -> str:

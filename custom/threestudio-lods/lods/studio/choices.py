@@ -1,10 +1,12 @@
 """What the form of the studio offers, and the requests that it may send."""
 
+import functools
 import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lods import host
 from lods.commands.job import BASE, OVERLAY_ENDS, QUALITIES, Request, fields_of_model, has_config
 from lods.commands.make import DEFAULT_METHOD, has_gpu, refuse_unknown_words
 from lods.models import cards
@@ -15,6 +17,7 @@ PRESETS = Path(__file__).resolve().parent / "presets.yaml"
 MAX_PROMPT = 300  # characters
 MAX_SEED = 2**32
 DEFAULT_QUALITY = "good"
+STEPS = "trainer.max_steps"
 ANY_WORDS = "system.prompt_processor.allow_unknown_words=true"
 REPRESENTATIONS = {
     "gaussians": ("Gaussians", "soft splats: the quickest, with fine colours"),
@@ -75,6 +78,10 @@ def _embedded_first() -> list[cards.Card]:
 def _model(card: cards.Card) -> dict[str, Any]:
     about: dict[str, Any] = {"name": card.name, "words": None}
     about["qualities"] = {on: qualities(card.name, on) for on in BASE}
+    about["steps"] = {}
+    if card.overlay is not None:
+        offered = about["qualities"].items()
+        about["steps"] = {on: {q: steps(card.name, on, q) for q in names} for on, names in offered}
     if card.folder is None:
         here = cards.is_here(card.name)
         about["says"] = f"{card.image_size} pixels, for a GPU of {card.memory_gb} GB or more"
@@ -115,6 +122,25 @@ def qualities(model: str, on: str) -> list[str]:
 def has_overlay(card: cards.Card, on: str, quality: str) -> bool:
     """Whether there is a config that makes the usual settings of a card this quality."""
     return has_config(f"{card.overlay}{OVERLAY_ENDS[on]}-{quality}")
+
+
+def steps(model: str, on: str, quality: str) -> int:
+    """How many steps a run of this quality takes, with a model that has an overlay."""
+    request = Request("", on, DEFAULT_METHOD, model, True, **quality_fields(quality, on, model))
+    found = 0
+    for name in request.configs():
+        found = _steps_in(name) or found
+    for word in request.overrides:
+        key, _, value = word.partition("=")
+        found = int(value) if key == STEPS else found
+    return found
+
+
+@functools.cache
+def _steps_in(config: str) -> int:
+    """Of a config that ships; 0 where it says nothing of them."""
+    content = OmegaConf.load(host.home() / "configs" / f"{config}.yaml")
+    return int(OmegaConf.select(content, STEPS, default=0))
 
 
 def quality_fields(quality: Any, on: str, model: str) -> dict[str, Any]:

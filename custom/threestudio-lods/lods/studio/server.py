@@ -19,7 +19,17 @@ from lods.studio import choices, live
 from lods.studio.connections import Connections
 from lods.studio.guard import MAX_BODY, Guard
 from lods.studio.queue import OVER, Queue, Refused
-from lods.studio.shelf import KINDS, WAITING, Entry, changed, created, log_end, progress, steered_to
+from lods.studio.shelf import (
+    KINDS,
+    WAITING,
+    Entry,
+    changed,
+    created,
+    log_end,
+    progress,
+    steered_to,
+    trained_for,
+)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 TYPES = {
@@ -151,6 +161,7 @@ class Studio:
         about |= {"error": entry.error, "seconds": round(entry.seconds), "live": False}
         about["created"] = created(entry)
         about["quality"] = entry.wish.quality if entry.wish else ""
+        about["attempt"] = entry.wish.attempt if entry.wish else 1
         if entry.request is not None:
             for name in ("prompt", "on", "method", "model", "seed"):
                 about[name] = getattr(entry.request, name)
@@ -158,6 +169,7 @@ class Studio:
         files = self.shelf.files(entry)
         about["files"] = {kind: changed(path) // 1000 for kind, path in files.items()}
         about["steered"] = steered_to(entry)
+        about["trained"] = trained_for(entry) if state == "done" else 0
         if state in ("running", "stopping"):
             about["progress"] = self._progress(entry)
             about["live"] = live.view_of(entry) is not None

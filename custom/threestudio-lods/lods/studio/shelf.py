@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lods import host
-from lods.commands.job import Request, run_of
+from lods.commands.job import RECORD, Request, run_of
 from lods.commands.make import REQUEST
 from lods.commands.runs import PARSED
 from lods.files import whole_file
@@ -451,6 +451,17 @@ def steered_to(entry: Entry) -> str:
                 asked = entry.request.prompt if entry.request is not None else ""
                 return change["new"][:MAX_STEERED] if change["new"] != asked else ""
     return ""
+
+
+def trained_for(entry: Entry) -> float:
+    """The seconds of the last training of a run, from its ``run.json``, of the host; 0 where it
+    does not tell them."""
+    path = entry.run / RECORD if entry.run is not None else None
+    if path is None or not _is_plain(path):
+        return 0.0
+    with suppress(OSError, ValueError, TypeError, KeyError, IndexError, RecursionError):
+        return _seconds(_json(path)["trainings"][-1]["seconds"])
+    return 0.0
 
 
 def step_of(path: Path) -> int:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from lods import host
-from lods.commands.job import Request, make
+from lods.commands.job import Request, make, paused_in
 from lods.commands.make import REQUEST, make_job
 from lods.files import whole_file
 from lods.studio.processes import identity
@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
     finally:
         if status < 128:  # what was stopped is neither done nor failed
             error = "" if status == 0 else f"the run ended with status {status}"
-            book.record(job, batch.Outcome(error=error, seconds=time.time() - begun))
+            seconds = time.time() - begun - paused_in(request, folder, begun)
+            book.record(job, batch.Outcome(error=error, seconds=seconds))
         started[1].release()
     return status
 

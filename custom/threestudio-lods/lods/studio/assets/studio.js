@@ -13,7 +13,7 @@ const form = { on: "gaussians", quality: "good" };
 function segments(box, options, key, after) {
   for (const option of options) {
     const input = h("input", { type: "radio", name: key, value: option.name, onchange: () => { form[key] = option.name; after?.(); } });
-    box.append(h("label", { title: option.says }, input, h("span", {}, h("b", {}, option.title), h("small", {}, option.says))));
+    box.append(h("label", { title: option.says }, input, h("span", {}, h("b", {}, option.title), h("small", {}, option.says), h("small", { class: "takes" }))));
   }
 }
 
@@ -38,12 +38,16 @@ function offer() {
   $("form").addEventListener("input", () => complain("")); // it was about what has now changed
   $("any-words").addEventListener("change", advise);
   $("dice").addEventListener("click", () => { $("seed").value = Math.floor(Math.random() * 1e6); });
-  $("prompt").addEventListener("keydown", (e) => {
-    if (e.key === "Enter") { e.preventDefault(); $("form").requestSubmit(); }
-  });
-  $("form").addEventListener("submit", (e) => { e.preventDefault(); make(); });
   fill(offered.defaults);
 }
+
+// Who is quicker than the studio has said what it offers is heard, too.
+$("prompt").addEventListener("keydown", (e) => {
+  if (e.key === "Enter") { e.preventDefault(); $("form").requestSubmit(); }
+});
+$("form").addEventListener("submit", (e) => { e.preventDefault(); make(); });
+let isOffered;
+const ready = new Promise((done) => { isOffered = done; });
 
 // Put the choices of a run, or of none, into the form.
 export function fill(values) {
@@ -69,8 +73,36 @@ function suit() {
     input.parentElement.hidden = input.disabled;
   }
   if (!can.includes(form.quality)) pick("quality", can.includes("good") ? "good" : can[0]);
+  expect();
   hint(now);
   advise();
+}
+
+// How many steps each quality takes, and how long: as runs here took.
+function expect() {
+  const now = model(), steps = now.steps[form.on] || {};
+  for (const input of document.querySelectorAll("input[name=quality]")) {
+    const count = steps[input.value], box = input.parentElement.querySelector(".takes");
+    const seconds = count && lasts({ model: now.name, on: form.on, method: $("method").value, quality: input.value, count }, steps);
+    box.textContent = [count ? `${count} steps` : "", seconds ? `about ${roughly(seconds)}` : ""].filter(Boolean).join(", ");
+  }
+}
+
+// Of the finished runs with this model and representation, those most like it: the median of their
+// seconds; where they took another number of steps, as long as that many take. Null without any.
+function lasts(wanted, steps) {
+  const done = runs.filter((run) => run.state === "done" && run.kind === "studio" && run.seconds && run.attempt === 1
+    && run.model === wanted.model && run.on === wanted.on && steps[run.quality]);
+  const like = (...keys) => done.filter((run) => keys.every((key) => run[key] === wanted[key]));
+  const nearest = [like("quality", "method"), like("quality"), like("method"), done].find((some) => some.length);
+  if (!nearest) return null;
+  const times = nearest.map((run) => run.seconds + (run.trained || run.seconds) * (wanted.count / steps[run.quality] - 1)).sort((a, b) => a - b);
+  return times[Math.floor((times.length - 1) / 2)];
+}
+
+function roughly(seconds) {
+  if (seconds < 90) return `${Math.max(10, 10 * Math.round(seconds / 10))} s`;
+  return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
 }
 
 let hinted;
@@ -133,13 +165,27 @@ function advise() {
   const words = text.toLowerCase().replace(/['\u2019](s|t|re|ve|m|ll|d)\b/g, " ").match(/[\p{L}\p{N}\p{M}]+/gu) || [];
   const unknown = [...new Set(words)].filter((w) => !now.known.includes(w));
   const parts = new Set(now.words.objects.flatMap((name) => name.split(" ")));
+  const said = [];
   if (!words.some((w) => parts.has(w))) {
-    box.textContent = $("any-words").checked ? "No object of this model is in it." : "Name one of the objects below: the model knows no other.";
-    box.classList.add("warn");
-  } else if (unknown.length) {
-    box.textContent = `The model does not know ${unknown.slice(0, 4).map((w) => `“${w}”`).join(", ")}; it will do without.`;
-    box.classList.add("warn");
+    said.push($("any-words").checked ? "No object of this model is in it." : "Name one of the objects below: the model knows no other.");
+  } else {
+    if (unknown.length) said.push(`The model does not know ${quoted(unknown.slice(0, 4))}; it will do without.`);
+    said.push(...uncolored(now.words, words));
   }
+  box.textContent = said.join(" ");
+  box.classList.toggle("warn", said.length > 0);
+}
+
+const quoted = (words) => words.map((w) => `“${w}”`).join(", ");
+
+// A color for an object that the model has seen in its own colours only.
+function uncolored(known, words) {
+  const painted = known["colored objects"], spaced = ` ${words.join(" ")} `;
+  const objects = known.objects.filter((name) => spaced.includes(` ${name} `));
+  if (!painted || !objects.length || objects.some((name) => painted.includes(name))) return [];
+  const colors = (known.colors || []).filter((c) => words.includes(c) && !objects.includes(c));
+  if (!colors.length) return [];
+  return [`The model has seen “${objects[0]}” in its own colours only: ${quoted(colors)} may change little.`];
 }
 
 function complain(text) {
@@ -157,6 +203,9 @@ export function tell(text) {
 
 async function make() {
   complain("");
+  $("make").disabled = true;
+  await ready;
+  $("make").disabled = false;
   const seed = Number($("seed").value);
   const wanted = {
     prompt: $("prompt").value, on: form.on, quality: form.quality, method: $("method").value,
@@ -345,6 +394,7 @@ export async function look() {
   try {
     ({ runs, queue } = await ask("api/runs"));
     $("offline").hidden = true;
+    expect();
     drawGallery();
     route();
   } catch (error) {
@@ -366,6 +416,7 @@ async function begin() {
     return void setTimeout(begin, 3000);
   }
   offer();
+  isOffered();
   await look();
 }
 
