@@ -76,8 +76,8 @@ def test_broken_models_are_one_clear_line(make, tiny_sd, tmp_path):
     assert "\n" not in str(error.value)
     other = tmp_path / "other"
     (other / "unet").mkdir(parents=True)
-    (other / "unet" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-    with pytest.raises(ValueError, match="is a FluxTransformer2DModel"):
+    (other / "unet" / "config.json").write_text('{"_class_name": "UNet3DConditionModel"}')
+    with pytest.raises(ValueError, match="is a UNet3DConditionModel"):
         make(SDS, pretrained_model_name_or_path=str(other))
 
 
