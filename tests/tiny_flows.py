@@ -55,6 +55,29 @@ def write_flux(folder: Path, guided: bool = False, camera_tokens: int = 0, seed:
     return folder
 
 
+def chat_tokenizer(folder: Path):
+    """One with a chat format: the message, and the beginning of an answer."""
+    tokenizer = save_tokenizer(folder / "tokenizer", WORDS, TOKENS)
+    tokenizer.chat_template = "{% for each in messages %}{{ each.content }}{% endfor %} a car"
+    return tokenizer
+
+
+def qwen3_config(tokenizer, width: int, layers: int):
+    """Of a language model whose states differ by word."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        initializer_range=0.5,
+    )
+
+
 def write_flux2(folder: Path, guided: bool = False, distilled: bool = False, seed: int = 0) -> Path:
     """A ``Flux2KleinPipeline``; ``guided``: its transformer is told a guidance scale;
     ``distilled``: it says that it is."""
@@ -64,22 +87,11 @@ def write_flux2(folder: Path, guided: bool = False, distilled: bool = False, see
         Flux2KleinPipeline,
         Flux2Transformer2DModel,
     )
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
-    tokenizer = save_tokenizer(folder / "tokenizer", WORDS, TOKENS)
-    tokenizer.chat_template = "{% for each in messages %}{{ each.content }}{% endfor %} a car"
+    tokenizer = chat_tokenizer(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=28,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=4,
-            initializer_range=0.5,
-        )
         transformer = Flux2Transformer2DModel(
             in_channels=16,
             num_layers=1,
@@ -104,7 +116,7 @@ def write_flux2(folder: Path, guided: bool = False, distilled: bool = False, see
         vae.bn.running_var.uniform_(0.5, 2.0)
         pipeline = Flux2KleinPipeline(
             vae=vae.eval(),
-            text_encoder=Qwen3ForCausalLM(config).eval(),
+            text_encoder=Qwen3ForCausalLM(qwen3_config(tokenizer, 8, 28)).eval(),
             tokenizer=tokenizer,
             transformer=transformer.eval(),
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
@@ -114,4 +126,42 @@ def write_flux2(folder: Path, guided: bool = False, distilled: bool = False, see
     return folder
 
 
-FAMILIES = {"flux": write_flux, "flux2": write_flux2}
+def write_zimage(folder: Path, shift: float = 3.0, camera_tokens: int = 0, seed: int = 0) -> Path:
+    """A ``ZImagePipeline``."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        ZImagePipeline,
+        ZImageTransformer2DModel,
+    )
+    from transformers import Qwen3Model
+
+    tokenizer = chat_tokenizer(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = ZImageTransformer2DModel(
+            in_channels=4,
+            dim=16,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=24,
+            axes_dims=[4, 2, 2],
+            axes_lens=[1024, 16, 16],
+        )
+        torch.nn.init.normal_(transformer.x_pad_token)
+        torch.nn.init.normal_(transformer.cap_pad_token)
+        pipeline = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+            vae=tiny_flow_vae(8),
+            text_encoder=Qwen3Model(qwen3_config(tokenizer, 24, 3)).eval(),
+            tokenizer=tokenizer,
+            transformer=transformer.eval(),
+        )
+    pipeline.save_pretrained(folder)
+    if camera_tokens:
+        write_camera_encoder(folder, 24, camera_tokens, seed)
+    return folder
+
+
+FAMILIES = {"flux": write_flux, "flux2": write_flux2, "zimage": write_zimage}
