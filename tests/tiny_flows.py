@@ -2,6 +2,7 @@
 pictures have 16 x 16 pixels. Nothing of a network is zero at first."""
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -164,4 +165,65 @@ def write_zimage(folder: Path, shift: float = 3.0, camera_tokens: int = 0, seed:
     return folder
 
 
-FAMILIES = {"flux": write_flux, "flux2": write_flux2, "zimage": write_zimage}
+def write_qwen(folder: Path, sample_size: int = 8, seed: int = 0) -> Path:
+    """A ``QwenImagePipeline``; its VAE halves pictures once."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = save_tokenizer(folder / "tokenizer", WORDS, TOKENS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 24,
+            "intermediate_size": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "initializer_range": 0.5,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]},
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+        sight = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
+        sight |= {"out_hidden_size": 24, "fullatt_block_indexes": [0]}
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=sight)
+        transformer = QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 2, 2),
+        )
+        vae = AutoencoderKLQwenImage(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[0.5, 1.5, 2.0, 1.0],
+        )
+        pipeline = QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
+            ),
+            vae=vae.eval(),
+            text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+            tokenizer=tokenizer,
+            transformer=transformer.eval(),
+        )
+    pipeline.save_pretrained(folder)
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": sample_size}))
+    return folder
+
+
+FAMILIES = {"flux": write_flux, "flux2": write_flux2, "zimage": write_zimage, "qwen": write_qwen}
