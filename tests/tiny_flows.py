@@ -57,9 +57,10 @@ def write_flux(folder: Path, guided: bool = False, camera_tokens: int = 0, seed:
 
 
 def chat_tokenizer(folder: Path):
-    """One with a chat format: the message, and the beginning of an answer."""
+    """One with a chat format: the message, and the beginning of an answer with thoughts or not."""
     tokenizer = save_tokenizer(folder / "tokenizer", WORDS, TOKENS)
-    tokenizer.chat_template = "{% for each in messages %}{{ each.content }}{% endfor %} a car"
+    answer = "{% if enable_thinking %} a car{% else %} a house{% endif %}"
+    tokenizer.chat_template = "{% for each in messages %}{{ each.content }}{% endfor %}" + answer
     return tokenizer
 
 
