@@ -1,18 +1,12 @@
 """Models shaped like Qwen-Image are told what diffusers tells them."""
 
-import json
-import shutil
-
-import lods
 import pytest
 import torch
 from lods.models.qwen_image import QwenImageModel
 
+from tests.stock_flows import edited, load, noisy, pipeline_of
+
 TEXTS = ["a red car", "a blue house and a {red} car " * 3]
-
-
-def load(folder, **settings):
-    return lods.models.load(str(folder), "cpu", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +17,7 @@ def model(tiny_flow):
 @pytest.fixture(scope="module")
 def stock(tiny_flow):
     """The pipeline of diffusers, with a scheduler that takes a sigma as it is."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
-
-    pipeline = QwenImagePipeline.from_pretrained(
-        tiny_flow("qwen"), scheduler=FlowMatchEulerDiscreteScheduler()
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def noisy(model, rows=2):
-    return torch.randn(rows, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    return pipeline_of("qwen", tiny_flow("qwen"))
 
 
 @pytest.mark.parametrize("t", [60, 900])
@@ -103,14 +87,6 @@ def test_tiles_of_the_video_vae_have_gradients(tiny_flow):
     images = torch.rand(1, 3, 16, 16, requires_grad=True)
     model.encode(images).square().sum().backward()
     assert model.vae.use_tiling and images.grad.abs().sum() > 0
-
-
-def edited(folder, tmp_path, file, **fields):
-    target = tmp_path / "model"
-    shutil.copytree(folder, target)
-    path = target / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    return target
 
 
 def test_pictures_have_1024_pixels_unless_the_config_says(model):

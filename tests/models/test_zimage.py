@@ -1,18 +1,13 @@
 """Models shaped like Z-Image are told what diffusers tells them."""
 
-import json
-import shutil
-
 import lods
 import pytest
 import torch
 from lods.models.zimage import ZImageModel
 
+from tests.stock_flows import edited, load, noisy, pipeline_of, token_counts
+
 TEXTS = ["a red car", "a blue house and a red car " * 6]
-
-
-def load(folder, **settings):
-    return lods.models.load(str(folder), "cpu", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +18,7 @@ def model(tiny_flow):
 @pytest.fixture(scope="module")
 def stock(tiny_flow):
     """The pipeline of diffusers, with a scheduler that takes a sigma as it is."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
-
-    pipeline = ZImagePipeline.from_pretrained(
-        tiny_flow("zimage"), scheduler=FlowMatchEulerDiscreteScheduler()
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def noisy(model, rows=2):
-    return torch.randn(rows, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    return pipeline_of("zimage", tiny_flow("zimage"))
 
 
 @pytest.mark.parametrize("t", [60, 900])
@@ -100,37 +85,24 @@ def test_cameras_are_rows_after_those_of_the_text(tiny_flow):
 
 
 def test_a_text_that_is_cut_off_is_counted_as_too_long(model):
-    from lods.models.cards import Location
-    from lods.models.files import load_complete
-
-    def loader(cls, part, **options):
-        if issubclass(cls, torch.nn.Module):
-            return load_complete(cls, model.name, part, **options)
-        return cls.from_pretrained(model.name, subfolder=part, **options)
-
-    plan = model.text_plan(Location(model.name))
-    counts = plan.encode(["car " * 507, "car " * 520, "a car"], loader, "cpu")[1]
+    counts = token_counts(model, ["car " * 507, "car " * 520, "a car"])
     rows = model.text_shape[0]
     assert counts[0] <= rows < counts[1] and counts[2] < rows
 
 
-def copied(folder, tmp_path, part, **fields):
-    target = tmp_path / "model"
-    shutil.copytree(folder, target)
-    path = target / part / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    return target
-
-
 @pytest.mark.parametrize(
-    "part, fields, said",
+    "file, fields, said",
     [
-        ("vae", {"sample_size": 18}, "sample_size is 18, not a multiple of 4 up to"),
-        ("text_encoder", {"model_type": "llama"}, "is a llama, and Z-Image has a qwen3"),
+        ("vae/config.json", {"sample_size": 18}, "sample_size is 18, not a multiple of 4 up to"),
+        (
+            "text_encoder/config.json",
+            {"model_type": "llama"},
+            "is a llama, and Z-Image has a",
+        ),
     ],
 )
-def test_a_damaged_folder_is_refused_in_one_line(tiny_flow, tmp_path, part, fields, said):
-    folder = copied(tiny_flow("zimage"), tmp_path, part, **fields)
+def test_a_damaged_folder_is_refused_in_one_line(tiny_flow, tmp_path, file, fields, said):
+    folder = edited(tiny_flow("zimage"), tmp_path, file, **fields)
     with pytest.raises(ValueError, match=said) as error:
         load(folder).text(["a car"])
     assert "\n" not in str(error.value)
