@@ -264,7 +264,8 @@ class Ours:
         if self.one_call:
             sds, prior = self.losses_of_one_call(rgb, prompt)
         else:
-            out = self.guidance(rgb, prompt, rgb, None, None)
+            seen = rgb.new_zeros(3, len(rgb))  # of prompts without words for the view
+            out = self.guidance(rgb, prompt, *seen)
             sds, prior = (v for k, v in out.items() if k.startswith("loss_"))
         (sds + prior).backward()
         return sds.detach(), prior.detach()
