@@ -8,6 +8,17 @@ from torch import nn
 TOKENS, SHIFT = 77 + 256, 3.0  # CLIP's and T5's; the shift of the schedule
 
 
+def backward(z, grad, prior, dtype, learnt: dict):
+    """The two losses of a step of which ``grad`` is the distillation's, after their gradients.
+    float16 needs a loss scale, as the original's trainer has."""
+    sds = 0.5 * F.mse_loss(z, (z - grad).detach(), reduction="sum") / len(z)
+    scale = 1024.0 if dtype == torch.float16 else 1.0
+    (sds + scale * prior).backward()
+    for value in learnt.values():
+        value.grad /= scale
+    return sds.detach(), prior.detach()
+
+
 class Adapted(nn.Module):
     """A linear layer and a LoRA, which acts with ``now["strength"]``."""
 
@@ -85,9 +96,4 @@ class FlowReference:
             v_l = self.velocity(x, s, learnt, self.strength)
             difference = v_p - v / big + (1 - big) / big * v_l
             grad = (rows.square() * (1 - rows) * difference).nan_to_num()
-        sds = 0.5 * F.mse_loss(z, (z - grad).detach(), reduction="sum") / len(z)
-        scale = 1024.0 if self.dtype == torch.float16 else 1.0
-        (sds + scale * prior).backward()
-        for value in self.learnt.values():
-            value.grad /= scale
-        return sds.detach(), prior.detach()
+        return backward(z, grad, prior, self.dtype, self.learnt)

@@ -38,7 +38,7 @@ from pathlib import Path
 import diffusers
 import torch
 import torch.nn.functional as F
-from flow_reference import SHIFT, FlowReference
+from flow_reference import SHIFT, FlowReference, backward
 from flow_reference import TOKENS as FLOW_TOKENS
 from shapes import (
     SD3_TRANSFORMER,
@@ -211,13 +211,7 @@ class Reference:
                 eps_u = self.predict(x, t, learnt, STRENGTH)
             w = self.schedule.weight(t).view(-1, 1, 1, 1)
             grad = (w * (eps_c - eps / SCALE + (1 - SCALE) / SCALE * eps_u)).nan_to_num()
-        sds = 0.5 * F.mse_loss(z, (z - grad).detach(), reduction="sum") / len(z)
-        # float16 needs a loss scale, as the original's trainer has
-        scale = 1024.0 if self.dtype == torch.float16 else 1.0
-        (sds + scale * prior).backward()
-        for value in self.learnt.values():
-            value.grad /= scale
-        return sds.detach(), prior.detach()
+        return backward(z, grad, prior, self.dtype, self.learnt)
 
 
 class Prompt:
@@ -270,7 +264,8 @@ class Ours:
         if self.one_call:
             sds, prior = self.losses_of_one_call(rgb, prompt)
         else:
-            out = self.guidance(rgb, prompt, rgb, None, None)
+            seen = rgb.new_zeros(3, len(rgb))  # of prompts without words for the view
+            out = self.guidance(rgb, prompt, *seen)
             sds, prior = (v for k, v in out.items() if k.startswith("loss_"))
         (sds + prior).backward()
         return sds.detach(), prior.detach()

@@ -55,4 +55,8 @@ TINY_TRANSFORMER = SD3_TRANSFORMER | {  # 1.3 million weights, to see that it ru
     "out_channels": 4,
     "pos_embed_max_size": 64,
 }
-TINY_VAE = SD3_VAE | {"latent_channels": 4, "block_out_channels": (16, 16, 32, 32)}
+TINY_VAE = SD3_VAE | {
+    "latent_channels": 4,
+    "block_out_channels": (16, 16, 32, 32),
+    "norm_num_groups": 16,
+}

@@ -53,6 +53,8 @@ FAMILIES = {
     "sd3": Family("SD3", tiny_models.make_tiny_sd3, "StableDiffusion3Pipeline", {"t5": 0}, NO_T5),
     "flux": Family("FLUX.1", tiny_flows.write_flux, "FluxPipeline"),
     "flux2": Family("FLUX.2 [klein] base", tiny_flows.write_flux2, "Flux2KleinPipeline"),
+    "zimage": Family("Z-Image", tiny_flows.write_zimage, "ZImagePipeline"),
+    "qwen": Family("Qwen-Image", tiny_flows.write_qwen, "QwenImagePipeline"),
     "sana": Family("SANA", tiny_masked.write_sana, "SanaPipeline"),
     "pixart": Family("PixArt-Sigma", tiny_masked.write_pixart, "PixArtSigmaPipeline"),
 }

@@ -2,6 +2,7 @@
 pictures have 16 x 16 pixels. Nothing of a network is zero at first."""
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -55,6 +56,30 @@ def write_flux(folder: Path, guided: bool = False, camera_tokens: int = 0, seed:
     return folder
 
 
+def chat_tokenizer(folder: Path):
+    """One with a chat format: the message, and the beginning of an answer with thoughts or not."""
+    tokenizer = save_tokenizer(folder / "tokenizer", WORDS, TOKENS)
+    answer = "{% if enable_thinking %} a car{% else %} a house{% endif %}"
+    tokenizer.chat_template = "{% for each in messages %}{{ each.content }}{% endfor %}" + answer
+    return tokenizer
+
+
+def qwen3_config(tokenizer, width: int, layers: int):
+    """Of a language model whose states differ by word."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        initializer_range=0.5,
+    )
+
+
 def write_flux2(folder: Path, guided: bool = False, distilled: bool = False, seed: int = 0) -> Path:
     """A ``Flux2KleinPipeline``; ``guided``: its transformer is told a guidance scale;
     ``distilled``: it says that it is."""
@@ -64,22 +89,11 @@ def write_flux2(folder: Path, guided: bool = False, distilled: bool = False, see
         Flux2KleinPipeline,
         Flux2Transformer2DModel,
     )
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
-    tokenizer = save_tokenizer(folder / "tokenizer", WORDS, TOKENS)
-    tokenizer.chat_template = "{% for each in messages %}{{ each.content }}{% endfor %} a car"
+    tokenizer = chat_tokenizer(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=28,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=4,
-            initializer_range=0.5,
-        )
         transformer = Flux2Transformer2DModel(
             in_channels=16,
             num_layers=1,
@@ -104,7 +118,7 @@ def write_flux2(folder: Path, guided: bool = False, distilled: bool = False, see
         vae.bn.running_var.uniform_(0.5, 2.0)
         pipeline = Flux2KleinPipeline(
             vae=vae.eval(),
-            text_encoder=Qwen3ForCausalLM(config).eval(),
+            text_encoder=Qwen3ForCausalLM(qwen3_config(tokenizer, 8, 28)).eval(),
             tokenizer=tokenizer,
             transformer=transformer.eval(),
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
@@ -114,4 +128,103 @@ def write_flux2(folder: Path, guided: bool = False, distilled: bool = False, see
     return folder
 
 
-FAMILIES = {"flux": write_flux, "flux2": write_flux2}
+def write_zimage(folder: Path, shift: float = 3.0, camera_tokens: int = 0, seed: int = 0) -> Path:
+    """A ``ZImagePipeline``."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        ZImagePipeline,
+        ZImageTransformer2DModel,
+    )
+    from transformers import Qwen3Model
+
+    tokenizer = chat_tokenizer(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = ZImageTransformer2DModel(
+            in_channels=4,
+            dim=16,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=24,
+            axes_dims=[4, 2, 2],
+            axes_lens=[1024, 16, 16],
+        )
+        torch.nn.init.normal_(transformer.x_pad_token)
+        torch.nn.init.normal_(transformer.cap_pad_token)
+        pipeline = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+            vae=tiny_flow_vae(8),
+            text_encoder=Qwen3Model(qwen3_config(tokenizer, 24, 3)).eval(),
+            tokenizer=tokenizer,
+            transformer=transformer.eval(),
+        )
+    pipeline.save_pretrained(folder)
+    if camera_tokens:
+        write_camera_encoder(folder, 24, camera_tokens, seed)
+    return folder
+
+
+def write_qwen(folder: Path, sample_size: int = 8, seed: int = 0) -> Path:
+    """A ``QwenImagePipeline``; its VAE halves pictures once."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = save_tokenizer(folder / "tokenizer", WORDS, TOKENS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 24,
+            "intermediate_size": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "initializer_range": 0.5,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]},
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+        sight = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
+        sight |= {"out_hidden_size": 24, "fullatt_block_indexes": [0]}
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=sight)
+        transformer = QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 2, 2),
+        )
+        vae = AutoencoderKLQwenImage(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[0.5, 1.5, 2.0, 1.0],
+        )
+        pipeline = QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
+            ),
+            vae=vae.eval(),
+            text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+            tokenizer=tokenizer,
+            transformer=transformer.eval(),
+        )
+    pipeline.save_pretrained(folder)
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": sample_size}))
+    return folder
+
+
+FAMILIES = {"flux": write_flux, "flux2": write_flux2, "zimage": write_zimage, "qwen": write_qwen}

@@ -64,6 +64,7 @@ def test_the_cards_are_whole(cards):
     flows = ["sd3-medium", "sd35-medium", "sd35-large", "sd35-large-turbo"]
     flows += ["openflux1", "flux1-dev", "flux1-schnell"]
     flows += ["flux2-klein-base-4b", "flux2-klein-base-9b", "flux2-klein-4b"]
+    flows += ["z-image", "z-image-turbo", "qwen-image"]
     flows += ["sana-1600m", "sana-1600m-512", "sana-600m-512"]
     diffusions = ["sd15", "sd21-base", "sd21", "sdxl", "pocket-shapes", "pocket", "mvdream-sd21"]
     assert list(known) == [*diffusions, *flows, "pixart-sigma"]
@@ -73,7 +74,7 @@ def test_the_cards_are_whole(cards):
         assert all(repo.count("/") == 1 for repo in card.ids + card.aliases)
         assert not card.memory_measured and card.memory_gb > 0
     ids = [repo for card in known.values() for repo in card.ids + card.aliases]
-    assert len(ids) == len(set(ids)) == 22
+    assert len(ids) == len(set(ids)) == 25
     for card in known.values():
         assert card.instead is None or known[card.instead].instead is None
     assert cards.find_card(cards.DEFAULT_MODEL) is known["sd21-base"]

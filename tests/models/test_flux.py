@@ -1,36 +1,19 @@
 """Models shaped like FLUX.1 are told what diffusers tells them."""
 
-import json
-import shutil
-
 import lods
 import pytest
 import torch
 from lods.models.flow import pack, unpack
 from lods.models.flux import GUIDANCE, FluxModel
 
+from tests.stock_flows import edited, latents_and_plain, load, noisy, pipeline_of, token_counts
+
 TEXTS = ["a red car", "a blue house"]
-
-
-def load(folder, **settings):
-    return lods.models.load(folder, "cpu", **settings)
 
 
 @pytest.fixture(scope="module")
 def model(tiny_flow):
     return load(tiny_flow("flux"))
-
-
-def stock(folder):
-    from diffusers import FluxPipeline
-
-    pipeline = FluxPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def noisy(model, rows=2):
-    return torch.randn(rows, *model.latent_shape, generator=torch.Generator().manual_seed(0))
 
 
 def step_of_pipeline(pipeline, model, x_t, t, **how):
@@ -59,7 +42,7 @@ def test_a_step_of_the_stock_pipeline_is_what_the_noise_means(model, t):
     assert isinstance(model, FluxModel) and not model.no_null
     x_t, embedded = noisy(model), model.text([*TEXTS, ""])
     want = step_of_pipeline(
-        stock(model.name),
+        pipeline_of("flux", model.name, unshifted=False),
         model,
         x_t,
         t,
@@ -81,7 +64,7 @@ def test_a_model_that_is_told_a_guidance_scale_has_no_null(tiny_flow):
         lods.methods.find("sds")(model)
     x_t = noisy(model)
     how = {"prompt": TEXTS, "guidance_scale": GUIDANCE}
-    want = step_of_pipeline(stock(folder), model, x_t, 500, **how)
+    want = step_of_pipeline(pipeline_of("flux", folder, unshifted=False), model, x_t, 500, **how)
     got = denoised(model, x_t, 500, velocity(model, x_t, 500, model.text(TEXTS)))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
@@ -102,16 +85,8 @@ def test_packed_latents_are_those_of_diffusers():
 
 
 def test_pictures_go_through_the_vae_with_its_shift(model):
-    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.manual_seed(0)
-        got = model.encode(images)
-        torch.manual_seed(0)
-        plain = model.vae.encode(images * 2 - 1).latent_dist.sample()
-        assert got.shape == (2, *model.latent_shape)
-        torch.testing.assert_close(got, (plain - 0.1) * 0.7)
-        want = (model.vae.decode(plain).sample / 2 + 0.5).clamp(0, 1)
-        torch.testing.assert_close(model.decode(got), want, rtol=1e-4, atol=1e-5)
+    got, plain = latents_and_plain(model)
+    torch.testing.assert_close(got, (plain - 0.1) * 0.7)
 
 
 def test_a_tiny_autoencoder_has_the_size_of_the_models_own(tiny_flow, tmp_path):
@@ -133,16 +108,7 @@ def test_a_tiny_autoencoder_has_the_size_of_the_models_own(tiny_flow, tmp_path):
 
 
 def test_a_text_that_t5_cuts_off_is_counted_as_too_long(model):
-    from lods.models.cards import Location
-    from lods.models.files import load_complete
-
-    def loader(cls, part, **options):
-        if issubclass(cls, torch.nn.Module):
-            return load_complete(cls, model.name, part, **options)
-        return cls.from_pretrained(model.name, subfolder=part, **options)
-
-    plan = model.text_plan(Location(model.name))
-    counts = plan.encode(["car " * 510, "car " * 511, "a car"], loader, "cpu")[1]
+    counts = token_counts(model, ["car " * 510, "car " * 511, "a car"])
     rows = model.text_shape[0]
     assert counts[0] == rows and counts[1] == rows + 1 and counts[2] < rows
 
@@ -169,10 +135,7 @@ def test_cameras_are_rows_after_those_of_the_text(tiny_flow):
 
 @pytest.mark.parametrize("size", [[16, 16], 18, 10**6, 0])
 def test_a_vae_of_a_size_that_cannot_be_is_refused(tiny_flow, tmp_path, size):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_flow("flux"), folder)
-    path = folder / "vae" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": size}))
+    folder = edited(tiny_flow("flux"), tmp_path, "vae/config.json", sample_size=size)
     with pytest.raises(ValueError, match=r"sample_size is .*, not a multiple of 4 up to") as e:
-        load(str(folder))
+        load(folder)
     assert "\n" not in str(e.value)

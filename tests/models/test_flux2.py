@@ -1,18 +1,13 @@
 """Models shaped like FLUX.2 [klein] base are told what diffusers tells them."""
 
-import json
-import shutil
-
 import lods
 import pytest
 import torch
 from lods.models.flux2 import Flux2Model, shift_of
 
+from tests.stock_flows import edited, latents_and_plain, load, noisy, pipeline_of
+
 TEXTS = ["a red car", "a blue house"]
-
-
-def load(folder, **settings):
-    return lods.models.load(str(folder), "cpu", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +18,7 @@ def model(tiny_flow):
 @pytest.fixture(scope="module")
 def stock(tiny_flow):
     """The pipeline of diffusers, with a scheduler that takes a sigma as it is."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
-
-    pipeline = Flux2KleinPipeline.from_pretrained(
-        tiny_flow("flux2"), scheduler=FlowMatchEulerDiscreteScheduler()
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def noisy(model, rows=2):
-    return torch.randn(rows, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    return pipeline_of("flux2", tiny_flow("flux2"))
 
 
 @pytest.mark.parametrize("t", [60, 900])
@@ -75,23 +60,15 @@ def test_the_schedule_has_that_shift(model):
 
 
 def test_latents_are_the_vaes_over_its_statistics_and_back(model):
-    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.manual_seed(0)
-        got = model.encode(images)
-        torch.manual_seed(0)
-        plain = model.vae.encode(images * 2 - 1).latent_dist.sample()
-        c, y, x = 3, 1, 2  # one number of all, by hand
-        for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            channel = 4 * c + 2 * dy + dx
-            mean, variance = (
-                s[channel] for s in (model.vae.bn.running_mean, model.vae.bn.running_var)
-            )
-            one = (plain[1, c, 2 * y + dy, 2 * x + dx] - mean) / (variance + 1e-4).sqrt()
-            torch.testing.assert_close(got[1, channel, y, x], one, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(model.to_vae(got), plain, rtol=1e-4, atol=1e-5)
-        want = (model.vae.decode(plain).sample / 2 + 0.5).clamp(0, 1)
-        torch.testing.assert_close(model.decode(got), want, rtol=1e-4, atol=1e-4)
+    got, plain = latents_and_plain(model)
+    statistics = model.vae.bn.running_mean, model.vae.bn.running_var
+    c, y, x = 3, 1, 2  # one number of all, by hand
+    for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        channel = 4 * c + 2 * dy + dx
+        mean, variance = (each[channel] for each in statistics)
+        one = (plain[1, c, 2 * y + dy, 2 * x + dx] - mean) / (variance + 1e-4).sqrt()
+        torch.testing.assert_close(got[1, channel, y, x], one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.to_vae(got), plain, rtol=1e-4, atol=1e-5)
 
 
 def test_a_distilled_folder_is_refused_with_what_to_take(tiny_flow):
@@ -107,12 +84,9 @@ def test_a_transformer_that_is_told_a_guidance_scale_is_refused(tiny_flow):
 
 @pytest.mark.parametrize("field, value", [("model_type", "mistral3"), ("num_hidden_layers", 20)])
 def test_another_language_model_is_refused(tiny_flow, tmp_path, field, value):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_flow("flux2"), folder)
-    path = folder / "text_encoder" / "config.json"
-    config = json.loads(path.read_text()) | {field: value}
-    config["layer_types"] = config.get("layer_types", [])[: config["num_hidden_layers"]]
-    path.write_text(json.dumps(config))
+    layers = value if field == "num_hidden_layers" else 28
+    more = {field: value, "layer_types": ["full_attention"] * layers}
+    folder = edited(tiny_flow("flux2"), tmp_path, "text_encoder/config.json", **more)
     with pytest.raises(ValueError, match=r"is a mistral3, and FLUX|has 20 layers") as error:
         load(folder).text(["a car"])
     assert "\n" not in str(error.value)

@@ -52,3 +52,18 @@ def test_what_may_be_learned():
     assert rows == {"all": [4, 4, 3, 0], "tokens": [4, 4, 0, 0], "pooled": [0, 0, 3, 0]}
     with pytest.raises(ValueError, match="takes no pooled vector"):
         TextLayout(2, 4).learnable("pooled")
+
+
+def test_compact_parts_have_the_tokens_that_count_first_and_no_more_rows_than_needed():
+    mask = torch.tensor([[True, False, True, True], [False, True, False, False]])
+    tokens = torch.randn(2, 4, 3)
+    parts = TextLayout(4, 3, masked=True).unpack(
+        TextLayout(4, 3, masked=True).pack(tokens, mask=mask)
+    )
+    found = parts.compact()
+    assert found.mask.tolist() == [[True, True, True], [True, False, False]]
+    assert torch.equal(found.tokens[0], tokens[0, [0, 2, 3]])
+    assert torch.equal(found.tokens[1, 0], tokens[1, 1])
+    assert torch.equal(found.weights, found.mask.float())
+    whole = TextLayout(4, 3).unpack(tokens)
+    assert whole.compact() is whole

@@ -1,7 +1,6 @@
 """An embedding that conditions a network on the camera: a part of what VSD learns."""
 
 import contextlib
-from typing import cast
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -19,7 +18,9 @@ class CameraEmbedding(nn.Module):
     def __init__(self, model: Model):
         super().__init__()
         embedding, device = model.time_embedding(), model.device
-        width = cast(nn.Linear, embedding.linear_2).out_features
+        width = [each for each in embedding.modules() if isinstance(each, nn.Linear)][
+            -1
+        ].out_features
         self.linear_1 = nn.Linear(16, width, device=device)
         self.linear_2 = nn.Linear(width, width, device=device)
         nn.init.zeros_(self.linear_2.weight)

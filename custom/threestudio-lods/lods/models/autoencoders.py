@@ -26,6 +26,7 @@ TAESD = {
 _NETWORKS = {
     "SD3Transformer2DModel": "sd3",
     "FluxTransformer2DModel": "flux",
+    "ZImageTransformer2DModel": "flux",
     **dict.fromkeys(MULTI_VIEW, "sd"),
 }
 KINDS = ("AutoencoderTiny", "AutoencoderKL")

@@ -110,7 +110,8 @@ class Model(Protocol):
         ...
 
     def time_embedding(self) -> nn.Module:
-        """The module whose output (rows, E), as wide as its ``linear_2``, tells the network t."""
+        """The module whose output (rows, E), as wide as that of its last ``nn.Linear``, tells the
+        network t."""
         ...
 
     def sibling(self, name: str) -> "Model":

@@ -38,9 +38,9 @@ class FlowModel(LatentModel):
     @classmethod
     def image_tokens(cls, transformer: Any, vae: Any) -> int:
         """The tokens that a picture of the model's own size is to the transformer, of squares of
-        ``packs`` latent pixels."""
+        ``packs`` latent pixels; 0 for a size that :meth:`sizes` refuses."""
         _, side = cls.side_of(transformer, vae)
-        return (side // cls.packs) ** 2
+        return (side // cls.packs) ** 2 if isinstance(side, int) else 0
 
     @classmethod
     def schedule_config(cls, config: dict[str, Any], tokens: int) -> dict[str, Any]:

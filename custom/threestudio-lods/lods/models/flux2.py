@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lods.learned import lora
+from lods.models import chat_text
 from lods.models.cards import Location, resolve
 from lods.models.families import serves
 from lods.models.files import load_index, load_model_config
@@ -100,18 +101,13 @@ class Flux2Model(FlowModel):
     @classmethod
     def text_plan(cls, model: Location) -> TextPlan:
         """Three layers of Qwen3. Raises ``ValueError``, one line, for another language model."""
-        kind = load_model_config(model.path, "text_encoder", model.revision).get("model_type")
-        if kind != "qwen3":
-            raise ValueError(
-                f"the text_encoder of {model.path!r} is a {str(kind)[:60]}, and FLUX.2 [klein] "
-                f"has a qwen3: take {UNDISTILLED}"
-            )
+        chat_text.check_kind(model, "qwen3", "FLUX.2 [klein]", UNDISTILLED)
         width = load_model_config(model.path, cls.part, model.revision).get("joint_attention_dim")
 
         def run(texts: Sequence[str], load: Loader, device: Any):
             return encode(texts, load, int(width or 0), device)
 
-        return TextPlan(("tokenizer", "text_encoder"), run, f"flux2-{TOKENS}-{LAYERS}")
+        return TextPlan(chat_text.PARTS, run, f"flux2-{TOKENS}-{LAYERS}")
 
     @functools.cached_property
     def text_layout(self) -> TextLayout:  # type: ignore[override]
@@ -165,39 +161,13 @@ def encode(
     texts: Sequence[str], load: Loader, width: int, device: torch.device | str
 ) -> tuple[Float[Tensor, "N T D"], list[int]]:
     """Embeddings (N, T, D) of texts (:class:`Flux2Model`), and the number of tokens of each before
-    it is cut off. The language model is in bfloat16 on a GPU, in float32 on a CPU."""
-    import transformers
-
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    tokenizer = load(transformers.AutoTokenizer, "tokenizer", trust_remote_code=False)
-    model = load(
-        transformers.Qwen3ForCausalLM, "text_encoder", use_safetensors=True, torch_dtype=dtype
-    ).model  # without the way from its states to words
-    found = model.config.hidden_size * len(LAYERS)
-    if found != width or model.config.num_hidden_layers < max(LAYERS):
+    it is cut off."""
+    reader = chat_text.Reader(load, device, thinking=False)
+    found = reader.width * len(LAYERS)
+    if found != width or reader.layers < max(LAYERS):
         raise ValueError(
-            f"the text_encoder has {model.config.num_hidden_layers} layers and makes rows of "
-            f"{found}, and the transformer takes {width} of layers {LAYERS}: the model folder is "
-            "damaged"
+            f"the text_encoder has {reader.layers} layers and makes rows of {found}, and the "
+            f"transformer takes {width} of layers {LAYERS}: the model folder is damaged"
         )
-    model, rows, counts = model.to(device, dtype).eval(), [], []
-    for text in texts:
-        told = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
-        counts.append(len(tokenizer(told, verbose=False).input_ids))
-        given = tokenizer(
-            told, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-        ).to(device)
-        with torch.no_grad():
-            states = model(
-                input_ids=given.input_ids,
-                attention_mask=given.attention_mask,
-                output_hidden_states=True,
-                use_cache=False,
-            ).hidden_states
-        rows.append(torch.cat([states[layer] for layer in LAYERS], dim=-1).float())
-    return torch.cat(rows), counts
+    read = [reader(text, TOKENS, LAYERS) for text in texts]
+    return torch.stack([rows for rows, _, _ in read]), [count for _, _, count in read]

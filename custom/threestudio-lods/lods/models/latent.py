@@ -104,7 +104,9 @@ class LatentModel(AddsNoise):
                 f"{MAX_LATENT_SIZE}: the model folder is damaged, or of another kind"
             )
         named = "UNet" if cls.part == "unet" else cls.part
-        channels, takes = vae.config.latent_channels, network.config.in_channels
+        # a video autoencoder calls them z_dim
+        channels = vae.config.get("latent_channels") or vae.config["z_dim"]
+        takes = network.config.in_channels
         if channels * cls.packs**2 != takes:
             each = f", and {cls.packs} x {cls.packs} of them are one" if cls.packs > 1 else ""
             raise ValueError(
@@ -345,10 +347,17 @@ class LatentModel(AddsNoise):
         """
         self.prepare()
         with self._plain():
-            found = self.vae.encode((rgb * 2 - 1).to(self.vae_dtype))
-            # a tiny autoencoder, or a deep-compression one, has one answer
-            z = found.latent_dist.sample() if hasattr(found, "latent_dist") else found[0]
-            return self.from_vae(z.float())
+            return self.from_vae(self.encode_pictures((rgb * 2 - 1).to(self.vae_dtype)).float())
+
+    def encode_pictures(self, images: Tensor) -> Tensor:
+        """What the VAE makes of pictures in -1..1, in its dtype: a sample of its posterior."""
+        found = self.vae.encode(images)
+        # a tiny autoencoder, or a deep-compression one, has one answer
+        return found.latent_dist.sample() if hasattr(found, "latent_dist") else found[0]
+
+    def decode_pictures(self, z: Tensor) -> Tensor:
+        """Pictures in -1..1 of the VAE's latents."""
+        return self.vae.decode(z).sample
 
     def from_vae(self, z: Float[Tensor, "B c H W"]) -> Float[Tensor, "B C h w"]:
         """Latents of what the VAE makes, shifted and scaled."""
@@ -362,7 +371,7 @@ class LatentModel(AddsNoise):
         """Images in 0..1 of latents."""
         with self._plain():
             scaled = self.to_vae(latents).to(self.vae_dtype)
-            return (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
+            return (self.decode_pictures(scaled).float() / 2 + 0.5).clamp(0, 1)
 
     def predict(
         self,
@@ -411,5 +420,6 @@ class LatentModel(AddsNoise):
 def halved(vae: Any) -> int:
     """Pixels of a picture for one of the VAE's latents: it halves the picture between its levels,
     that is once less than it has levels."""
-    levels = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
-    return 2 ** (len(levels) - 1)
+    if isinstance(ratio := getattr(vae, "spatial_compression_ratio", None), int):
+        return ratio  # one of films, or a deep-compression one, whose config tells it otherwise
+    return 2 ** (len(vae.config.block_out_channels) - 1)

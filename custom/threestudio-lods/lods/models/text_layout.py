@@ -33,6 +33,17 @@ class Parts:
         weights = torch.cat([self.weights, ones.to(self.weights)], dim=1)
         return Parts(tokens, self.pooled, mask, weights)
 
+    def compact(self) -> "Parts":
+        """With the tokens that count at the beginning, in their order, and not more rows than some
+        text fills."""
+        if self.mask is None or self.weights is None:
+            return self
+        most = max(int(self.mask.sum(1).max()), 1)
+        order = self.mask.long().argsort(dim=1, descending=True, stable=True)[:, :most]
+        tokens = self.tokens.gather(1, order[..., None].expand(-1, -1, self.tokens.shape[-1]))
+        mask, weights = (each.gather(1, order) for each in (self.mask, self.weights))
+        return Parts(tokens, self.pooled, mask, weights)
+
     def bias(self) -> Float[Tensor, "B 1 N"]:
         """What the mask adds to the scores of an attention over the tokens, in their dtype: the
         logarithm of their weights, 0 for those that count and -10000 (diffusers' own) for those
