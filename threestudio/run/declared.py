@@ -101,7 +101,7 @@ class Sources:
         if isinstance(node, ast.ImportFrom):
             alias = next(each for each in node.names if (each.asname or each.name) == name)
             return self._named(_module(file, node), alias.name)
-        if isinstance(node, ast.Assign):
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
             return self._resolve(file, node.value)
         raise _Doubt
 
