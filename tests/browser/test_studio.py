@@ -289,7 +289,7 @@ def test_a_run_is_cancelled_and_gone_on_with(page, tmp_path):
 
 def test_who_presses_enter_before_the_page_knows_what_there_is_is_heard(page, tmp_path):
     held = []
-    page.route("**/api/choices", held.append)
+    page.route("**/api/choices", lambda route: held.append(route))
     with studio(tmp_path, PROGRAM) as address:
         page.goto(address)
         page.fill("#prompt", "a red car")

@@ -133,8 +133,8 @@ def started(tmp_path):
         yield start
 
 
-def open_page(browser, run):
-    page = browser.new_page(viewport=SIZE)
+def open_page(browser, run, size=SIZE):
+    page = browser.new_page(viewport=size)
     page.set_default_timeout(patience.PAGE)
     page.on("console", lambda message: print("console:", message.text))  # pytest shows it
     page.on("pageerror", lambda error: print("page:", error))
@@ -299,6 +299,23 @@ def test_stop_and_save_ends_the_run_with_a_checkpoint(browser, started):
     page.get_by_role("button", name="Stop and save").last.click()
     assert run.ended() == 130 and "resume with:" in run.text()
     assert (run.folder / "ckpts" / "last.ckpt").exists()
+    page.close()
+
+
+def test_a_phone_shows_the_whole_object_above_the_controls(browser, started):
+    run = started("gaussians", "trainer.max_steps=3000")
+    page = open_page(browser, run, {"width": 390, "height": 844})
+    sheet = page.locator('[style*="max-height: 60%"]').bounding_box()
+    assert sheet["y"] > 0.6 * 844 and sheet["width"] == 390
+    above = {"x": 0, "y": 140, "width": 390, "height": int(sheet["y"]) - 150}
+
+    def fits():
+        image = chromium.seen(page.screenshot(clip=above))
+        sides = np.abs(np.diff(np.concatenate([image[:, :12], image[:, -12:]], axis=1), axis=0))
+        return image.std() > 5 and sides.mean() < 0.5
+
+    run.until(fits, every=0.5)
+    chromium.keep("phone", page.screenshot())
     page.close()
 
 
