@@ -175,6 +175,7 @@ def test_a_mesh_of_gaussians(small, capsys):
     assert f"mesh: {path}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_for_the_viewers_of_others(small, capsys):
     """Every other file of Gaussians, a glb with a texture, and the views without background."""
     assert launch(*small("embedding+pocket", *BIG_BALL)) == 0
