@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from lods.assets.mesh import Mesh
 from lods.gaussians.kernel_cache import kernel
+from lods.gaussians.mesh import Mesh as Surface
 from torch import Tensor
 
 PADDING = 4  # texels between charts
@@ -34,6 +35,15 @@ def simplified(
     used, triangles = np.unique(triangles, return_inverse=True)
     found = torch.from_numpy(points[used]).float()
     return found, torch.from_numpy(triangles.reshape(-1, 3).astype(np.int64))
+
+
+def nearest_normals(surface: Surface) -> Callable[[Tensor], Tensor]:
+    """A function from points (N, 3) to the normals (N, 3) of ``surface`` at its vertices nearest to
+    them: those of a fine surface are smoother than those of what it is simplified to."""
+    from scipy.spatial import cKDTree  # type: ignore[attr-defined]
+
+    tree, normals = cKDTree(surface.vertices.detach().cpu().numpy()), surface.normals().cpu()
+    return lambda points: normals[torch.from_numpy(np.asarray(tree.query(points.numpy())[1]))]
 
 
 def unwrapped(

@@ -53,7 +53,8 @@ def write(
                 name = _name_of(placement.rotation)
             # which the writer turns back, so that the file says its axes
             asset = Placement(1.0, axes_rotation(*PLY_AXES[name]), np.zeros(3)).apply(asset)
-        write_gaussians(path, asset.export(), name)
+        tensors: dict[str, torch.Tensor] = asset.export()  # type: ignore[union-attr]
+        write_gaussians(path, tensors, name)
         return
     if placement is None:
         placement = Placement(1.0, axes_rotation(*PLY_AXES[name]), np.zeros(3))
@@ -80,8 +81,12 @@ def _write_mesh(path: Path, mesh: Mesh, suffix: str) -> None:
         import trimesh
 
         byte = (255 * mesh.shown_colours()).round().byte().numpy()
-        colours = {"vertex_colors": byte} if suffix == ".ply" else {}
-        plain = trimesh.Trimesh(mesh.vertices.numpy(), mesh.faces.numpy(), process=False, **colours)
+        plain = trimesh.Trimesh(
+            mesh.vertices.numpy(),
+            mesh.faces.numpy(),
+            vertex_colors=byte if suffix == ".ply" else None,
+            process=False,
+        )
         with whole_file(path) as partial:
             plain.export(partial, file_type=suffix[1:])
 
