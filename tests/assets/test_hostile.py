@@ -227,6 +227,21 @@ def test_a_picture_that_cannot_be_decoded_leaves_a_grey_mesh(tmp_path, monkeypat
     torch.testing.assert_close(found.colours, torch.full((4, 3), 0.5), atol=1e-4, rtol=0)
 
 
+def test_many_pictures_that_cannot_be_decoded_take_no_time(tmp_path, monkeypatch):
+    said: list = []
+    monkeypatch.setattr("lods.log.warn", said.append)
+    broken = RED_BLUE[:60] + bytes(len(RED_BLUE) - 60)
+    parts = [(SQUARE + [i, 0, 0], UV, None, ((1, 1, 1), broken, {})) for i in range(40)]
+    found = assets.read(gltf(tmp_path / "a.glb", parts))
+    assert found.texture is None and len(found.faces) == 80 and 0 < len(said) < 10
+    torch.testing.assert_close(found.colours, torch.full((160, 3), 0.5), atol=1e-4, rtol=0)
+
+
+def test_a_file_without_triangles_is_one_line(tmp_path):
+    (tmp_path / "a.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\n")
+    assert "no triangles" in refused_or_whole(tmp_path / "a.obj")
+
+
 def test_an_svg_or_a_page_is_no_picture(tmp_path):
     gltf(tmp_path / "a.glb", [(SQUARE, UV, None, ((1, 1, 1), b"<svg onload='x()'/>", {}))])
     assert "of no known format" in refused_or_whole(tmp_path / "a.glb")

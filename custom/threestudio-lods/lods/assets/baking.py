@@ -54,9 +54,12 @@ def unwrapped(
     tells which of ``vertices`` it is. ``uv`` is as in :class:`lods.assets.Mesh`, v upward."""
     import xatlas
 
+    # of unit size: xatlas has thresholds of its own
+    points = vertices.detach().cpu().double().numpy()
+    points = (points - points.min(axis=0)) / max(float(np.ptp(points, axis=0).max()), 1e-300)
     atlas = xatlas.Atlas()
     atlas.add_mesh(
-        np.ascontiguousarray(vertices.detach().cpu().float().numpy()),
+        np.ascontiguousarray(points.astype(np.float32)),
         np.ascontiguousarray(faces.cpu().numpy().astype(np.uint32)),
     )
     charts, packing = xatlas.ChartOptions(), xatlas.PackOptions()
