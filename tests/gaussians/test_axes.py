@@ -114,5 +114,5 @@ def test_gaussians_of_other_axes_can_be_turned_upright(made, tmp_path):
 
 
 def test_unknown_axes_are_named():
-    with pytest.raises(ValueError, match="axes must be one of z-up, y-down, not 'up'"):
+    with pytest.raises(ValueError, match="axes must be one of z-up, y-down, y-up, not 'up'"):
         export(random_gaussians(k=3), None, axes="up")

@@ -333,15 +333,17 @@ def test_rows_of_a_ply_that_are_not_finite_are_left_out_and_counted(start, tmp_p
     assert ["2 of 5" in said[2], "length 0" in said[3], "beyond float32" in said[4]] == [True] * 3
 
 
-def test_a_compressed_ply_is_named(tmp_path):
+def test_a_compressed_ply_whose_chunks_do_not_fit_is_named(tmp_path):
     names = ["packed_position", "packed_rotation", "packed_scale", "packed_color"]
-    vertex = np.zeros(256, dtype=[(name, "u4") for name in names])
+    vertex = np.zeros(257, dtype=[(name, "u4") for name in names])
     chunk = np.zeros(1, dtype=[(f"{end}_{axis}", "f4") for end in ("min", "max") for axis in "xyz"])
     elements = [PlyElement.describe(chunk, "chunk"), PlyElement.describe(vertex, "vertex")]
-    PlyData(elements).write(str(tmp_path / "a.ply"))
-    with pytest.raises(ValueError, match=r"a\.ply' is a compressed ply.* uncompressed") as caught:
-        ply.read_ply(tmp_path / "a.ply")
-    assert "\n" not in str(caught.value)
+    for count, said in ((257, "it has 1 chunks for 257 Gaussians"), (256, "min_scale_x")):
+        elements[1].data = vertex[:count]
+        PlyData(elements).write(str(tmp_path / "a.ply"))
+        with pytest.raises(ValueError, match=f"not a readable compressed ply: .*{said}") as caught:
+            ply.read_ply(tmp_path / "a.ply")
+        assert "\n" not in str(caught.value)
 
 
 # --- files that ask for too much ----------------------------------------------------------------

@@ -137,6 +137,18 @@ def test_train_is_the_launcher_and_trains_without_a_mode(called):
         (["resume", "{run}", "trainer.max_steps=9"], ["--train", "trainer.max_steps=9"]),
         (["test", "{run}", "--gpu", "1"], ["--test", "--gpu", "1"]),
         (["export", "{run}", "--format", "glb"], ["--export", "system.exporter.fmt=glb"]),
+        (
+            ["export", "{run}", "--format", "[ply, splat]"],
+            ["--export", "system.exporter.fmt=[ply,splat]"],
+        ),
+        (
+            ["export", "{run}", "--format", "webp"],
+            ["--export", "system.turntable=webp", "system.export_object=false"],
+        ),
+        (
+            ["export", "{run}", "--format", "frames,spz,webp"],
+            ["--export", "system.turntable=both", "system.exporter.fmt=spz"],
+        ),
     ],
 )
 def test_a_run_goes_on_with_its_own_settings(called, away, argv, words):
@@ -235,6 +247,28 @@ def test_exported_files_are_copied_where_they_are_asked_for(away, monkeypatch):
     monkeypatch.setattr(runs, "start", lambda words: new.write_text("new") and 0)
     assert cli.main(["export", "a_car", "--format", "glb", "--out", "there"]) == 0
     assert [path.name for path in Path("there").iterdir()] == ["new.glb"]
+
+
+def test_exported_frames_are_copied_into_a_folder_of_their_own(away, monkeypatch):
+    run = make_run(away / "outputs" / "gs" / "a_car")
+    folder = run / "save" / "it4-export" / "frames"
+
+    def export(words):
+        folder.mkdir(parents=True)
+        for i in range(3):
+            (folder / f"{i}.png").write_text("png")
+        (folder.parent / "turntable.webp").write_text("webp")
+        return 0
+
+    monkeypatch.setattr(runs, "start", export)
+    assert cli.main(["export", "a_car", "--format", "frames,webp", "--out", "there"]) == 0
+    assert sorted(path.name for path in Path("there").iterdir()) == ["frames", "turntable.webp"]
+    assert len(list(Path("there/frames").iterdir())) == 3
+
+
+def test_an_empty_format_is_refused(capsys, away):
+    make_run(away / "outputs" / "gs" / "a_car")
+    assert "--format is empty" in refused(capsys, "export", "a_car", "--format", "[]")
 
 
 # --- make: what is asked for ----------------------------------------------------------------------
@@ -550,6 +584,7 @@ def tiny(steps):
     own = ("prompt=", "pretrained_model", "use_timestamp", "tag=", "trainer.max_steps")
     settings = [word for word in small_run("") if not any(name in word for name in own)]
     more = ["system.geometry.ball.n_points=50", "system.exporter.mesh_resolution=8"]
+    more.append("system.exporter.texture_size=64")
     return [*settings, *more, "--steps", str(steps)]
 
 

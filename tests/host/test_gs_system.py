@@ -11,6 +11,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import trimesh
+from lods.gaussians import Gaussians
+from lods.threestudio.systems import turntable
 from omegaconf import OmegaConf
 from PIL import Image
 from plyfile import PlyData
@@ -161,7 +163,8 @@ def test_shipped_configurations_run(small, config, capsys):
 
 
 def test_a_mesh_of_gaussians(small, capsys):
-    options = "system.exporter.fmt=glb", "system.exporter.mesh_resolution=32"
+    options = ["system.exporter.fmt=glb", "system.exporter.mesh_resolution=32"]
+    options.append("system.exporter.glb_colors=vertices")
     assert launch(*small("embedding+pocket", *options, *BIG_BALL)) == 0
     [path] = (trial("embedding+pocket") / "save" / "it2-export").glob("*.glb")
     mesh = trimesh.load(path, force="mesh", process=False)
@@ -170,6 +173,50 @@ def test_a_mesh_of_gaussians(small, capsys):
     _, attributes, _ = read_glb(path)
     assert {"POSITION", "NORMAL", "COLOR_0"} <= attributes.keys()
     assert f"mesh: {path}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_is_exported_for_the_viewers_of_others(small, capsys):
+    """Every other file of Gaussians, a glb with a texture, and the views without background."""
+    assert launch(*small("embedding+pocket", *BIG_BALL)) == 0
+    folder = trial("embedding+pocket")
+    export = folder / "save" / "it2-export"
+    before = {path.name for path in export.iterdir()}
+    options = [
+        f"resume={folder}/ckpts/last.ckpt",
+        "system.exporter.fmt=[splat,compressed-ply,spz,glb]",
+        "system.exporter.texture_size=64",
+        "system.turntable=both",
+    ]
+    assert launch([str(folder / "configs" / "parsed.yaml")], options, "--export") == 0
+    ends = (".splat", ".compressed.ply", ".spz", ".glb")
+    wanted = {f"gaussians{end}" for end in ends} | {"turntable.webp", "frames"}
+    assert {path.name for path in export.iterdir()} - before == wanted
+    _, attributes, _ = read_glb(export / "gaussians.glb")
+    assert set(attributes) == {"POSITION", "NORMAL", "TEXCOORD_0"}
+    for end in ends[:3]:
+        assert Gaussians.file(export / f"gaussians{end}").count == 120
+    views = len(list((folder / "save" / "it2-test").glob("*.png")))
+    frames = sorted((export / "frames").iterdir())
+    assert len(frames) == views > 1
+    with Image.open(frames[0]) as frame, Image.open(export / "turntable.webp") as animation:
+        pixels = np.asarray(frame)
+        assert frame.mode == "RGBA" and animation.n_frames == views
+        assert pixels[0, 0, 3] == 0 and pixels[12, 12, 3] > 200
+        shown = np.asarray(animation.convert("RGBA")).astype(float)
+    assert np.abs(shown - pixels)[pixels[..., 3] > 250].mean() < 12
+    assert f"animation: {export / 'turntable.webp'}" in capsys.readouterr().out
+
+
+def test_frames_show_what_renders_show_in_front_of_any_background():
+    g = torch.Generator().manual_seed(0)
+    color, alpha = torch.rand(9, 9, 3, generator=g), torch.rand(9, 9, 1, generator=g)
+    alpha[0] = 0
+    picture = turntable.straight(color * alpha, alpha).astype(float) / 255
+    for background in (0.0, 0.4, 1.0):
+        rendered = (color * alpha + (1 - alpha) * background).numpy()
+        shown = picture[..., :3] * picture[..., 3:] + (1 - picture[..., 3:]) * background
+        assert np.abs(shown - rendered).max() < 1.5 / 255
 
 
 def test_test_and_export_reproduce(small):
@@ -370,6 +417,7 @@ def test_only_what_is_listed_is_trained(small):
         ("system.geometry.init_type=none", "there are no Gaussians to train"),
         ("system.geometry.bal.n_points=3", "bal"),
         ("system.exporter.fmt=[obj]", "the formats are ply, points, glb"),
+        ("system.turntable=gif", "turntable must be one of none, webp, frames, both, not 'gif'"),
     ],
 )
 def test_mistakes_are_one_line(small, capsys, override, message):

@@ -140,7 +140,7 @@ def test_vertex_coloured_files_are_the_mesh(system, fmt):
 def test_a_glb_is_what_gltf_prescribes(system):
     """y up and the front, +x in threestudio, on +z; colours in linear light, normals, and a
     material, because that of a file without one is metal."""
-    folder, mesh = system(fmt="glb")
+    folder, mesh = system(fmt="glb", glb_colors="vertices")
     assert [p.name for p in folder.iterdir()] == ["model.glb"]
     tree, attributes, faces = read_glb(folder / "model.glb")
     turn = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
@@ -152,6 +152,33 @@ def test_a_glb_is_what_gltf_prescribes(system):
     pbr = material_of(tree)["pbrMetallicRoughness"]
     assert (pbr["metallicFactor"], pbr["roughnessFactor"]) == (0, 1)
     assert pbr.get("baseColorFactor", [1, 1, 1, 1]) == [1, 1, 1, 1]
+
+
+def test_a_glb_has_a_texture_of_what_the_material_exports(system):
+    """In one file, on a surface of fewer triangles, with y up, as a PNG of shown colours."""
+    size = 128
+    folder, mesh = system(fmt="glb", texture_size=size, texture_faces=700)
+    assert [p.name for p in folder.iterdir()] == ["model.glb"]
+    tree, attributes, faces = read_glb(folder / "model.glb")
+    assert set(attributes) == {"POSITION", "NORMAL", "TEXCOORD_0"}
+    assert 300 < len(faces) <= 720 < len(mesh.t_pos_idx)
+    pbr = material_of(tree)["pbrMetallicRoughness"]
+    assert (pbr["metallicFactor"], pbr["roughnessFactor"]) == (0, 1)
+    assert tree["images"][0]["mimeType"] == "image/png"
+    assert tree["samplers"][0]["wrapS"] == 33071  # nothing of the other edge is mixed in
+    loaded = load_glb(folder / "model.glb")
+    image = np.asarray(loaded.visual.material.baseColorTexture.convert("RGB")) / 255
+    assert image.shape == (size, size, 3)
+    points, uv = on_surface(loaded)
+    texel = 0.45 * texel_length(loaded, size)
+    error = np.abs(sample(image, uv) - albedo(points[:, [2, 0, 1]]))
+    assert error.max() < 2 * texel + 1 / 255 and error.mean() < 0.1 * texel + 0.5 / 255
+    outward = attributes["POSITION"] - [-0.2, 0.3, 0.1]
+    assert (attributes["NORMAL"] * outward).sum(1).min() > 0.4
+
+
+def load_glb(path):
+    return trimesh.load(path, force="mesh", process=False)
 
 
 @pytest.mark.parametrize("fmt", ["obj", "ply", "obj-mtl"])

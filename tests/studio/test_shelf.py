@@ -79,6 +79,13 @@ def test_files_that_links_lead_to_are_not_handed_out(shelf, tmp_path):
     assert set(shelf.files(shelf.find(name))) == {"glb"}
 
 
+def test_of_several_plys_the_gaussians_that_can_be_drawn_are_handed_out(shelf):
+    name = shelf.create(REQUEST, "")
+    for ply in ("gaussians.ply", "gaussians-points.ply", "gaussians.compressed.ply"):
+        (shelf.root / name / ply).write_text("ply")
+    assert shelf.files(shelf.find(name))["ply"].name == "gaussians.ply"
+
+
 def test_the_newest_preview_is_the_first_view_of_the_last_step(shelf):
     name = shelf.create(REQUEST, "")
     save = shelf.root / name / "run" / REQUEST.key / "save"

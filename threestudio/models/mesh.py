@@ -79,6 +79,28 @@ class Mesh:
             mesh.set_vertex_color(self._v_rgb[vertices])
         return mesh
 
+    def simplified(self, most: int) -> "Mesh":
+        """The mesh with about ``most`` triangles or fewer, by the quadric error metric of
+        ``fast_simplification``, without colours and texture coordinates, and with the normals of
+        this one at its nearest vertices; itself where it has no more, or where ``most`` is 0."""
+        if not 0 < most < len(self.t_pos_idx):
+            return self
+        import fast_simplification
+        from scipy.spatial import cKDTree
+
+        arrays = self.v_pos.detach().cpu().float().numpy(), self.t_pos_idx.cpu().numpy()
+        points, faces = fast_simplification.simplify(*arrays, target_count=most)[:2]
+        # corners that fell together leave triangles without an area, and vertices without a normal
+        a, b, c = points[faces].astype(np.float64).transpose(1, 0, 2)
+        area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
+        solid = area > 1e-9 * np.ptp(points, axis=0).max() ** 2
+        used, faces = np.unique(faces[solid], return_inverse=True)
+        positions = torch.from_numpy(points[used]).to(self.v_pos)
+        mesh = Mesh(positions, torch.from_numpy(faces.reshape(-1, 3)).to(self.t_pos_idx))
+        _, nearest = cKDTree(arrays[0]).query(points[used])
+        mesh._v_nrm = self.v_nrm[torch.from_numpy(nearest).to(self.v_nrm.device)]
+        return mesh
+
     # -- normals and tangents --------------------------------------------------------------------
 
     def _corners(self, values: Tensor, indices: Tensor) -> Tuple[Tensor, Tensor, Tensor]:

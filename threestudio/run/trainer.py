@@ -39,7 +39,9 @@ def make_trainer(
         "enable_checkpointing": call.args.train,
     }
     rendering = config_to_primitive(cfg.system).get("exporter", {}).get("save_video")
-    if not rendering and type(system).predict_step is BaseLift3DSystem.predict_step:
+    if type(system).predict_step is not BaseLift3DSystem.predict_step:
+        rendering = rendering or getattr(system, "renders_to_export", True)
+    if not rendering:
         defaults["limit_predict_batches"] = 1  # an export renders no views: do not make them all
     if call.args.gradio or call.args.view:  # what is only looked at goes on to nowhere
         # else Lightning draws a bar of its own

@@ -332,15 +332,19 @@ class SaverMixin:
         t_tex_idx: Any = None,
         v_nrm: Any = None,
         v_rgb: Any = None,
+        texture: Any = None,
     ) -> str:
         """Vertices (Nv, 3), triangles (Nf, 3) and, if given, vertex normals (Nv, 3) and vertex
         colours (Nv, 3), 0..1 as they are shown, in the format of the suffix, axes as they are.
-        Texture coordinates are accepted and not written: use ``save_obj`` for them.
+        Texture coordinates are written into a ``.glb`` with a ``texture`` (H, W, 3) of shown
+        colours, which then takes the place of vertex colours; use ``save_obj`` for them elsewhere.
 
-        A ``.glb`` always has normals, a matt material, and colours in linear light, as glTF wants
-        them: under the same light from everywhere viewers show the colours that were given."""
+        A ``.glb`` always has normals, a matt material, and colours as glTF wants them, in linear
+        light at vertices and as they are shown in a texture: under the same light from everywhere
+        viewers show the colours that were given."""
         path = self.get_save_path(filename)
-        arrays = [self.convert_data(a) for a in (v_pos, t_pos_idx, v_nrm, v_rgb)]
+        given = (v_pos, t_pos_idx, v_nrm, v_rgb, v_tex, t_tex_idx, texture)
+        arrays = [self.convert_data(a) for a in given]
         with whole_file(path, keep_suffix=True) as tmp:
             saving_mesh.write(tmp, *arrays)
         return path

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lods import cameras, gaussians, learned, methods, models, scores
+    from lods import assets, cameras, gaussians, learned, methods, models, scores
     from lods.cameras import Cameras
     from lods.methods.base import Method
     from lods.methods.losses import Losses
@@ -26,6 +26,7 @@ __all__ = [
     "Losses",
     "Method",
     "__version__",
+    "assets",
     "cameras",
     "gaussians",
     "learned",
@@ -36,7 +37,7 @@ __all__ = [
     "save_images",
     "scores",
 ]
-_PACKAGES = ("cameras", "gaussians", "learned", "methods", "models", "scores")
+_PACKAGES = ("assets", "cameras", "gaussians", "learned", "methods", "models", "scores")
 _WHERE = {
     "Cameras": "lods.cameras",
     "Losses": "lods.methods.losses",

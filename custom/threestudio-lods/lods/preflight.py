@@ -25,7 +25,7 @@ OVERLAY = {True: "pocket.yaml", False: "pocket-ngp.yaml"}
 # host's own, which can be given a model of this extension
 PROCESSORS = ("lods-prompt-processor", "stable-diffusion-prompt-processor")
 EXPORTER = "lods-gaussian-exporter"
-EXPORTS = ("ply", "points", "glb")  # what it writes
+EXPORTS = ("ply", "points", "glb", "splat", "compressed-ply", "spz")  # what it writes
 LEARNING = ("lods-embedding-guidance", "lods-lora-guidance", "lods-vsd-guidance")
 PERP_NEG = (
     "use_perp_neg needs prompts with words for the view (system.guidance.view_dependent_prompting="

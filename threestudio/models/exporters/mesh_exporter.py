@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -17,6 +18,7 @@ from threestudio.utils.ops import chunk_batch
 from threestudio.utils.typing import *
 
 FORMATS = ("obj-mtl", "obj", "glb", "ply")
+GLB_COLORS = ("texture", "vertices")
 AXES = {"z-up": [0, 1, 2], "y-up": [1, 2, 0]}  # an even order: a rotation
 _CHUNK = 2**18  # points whose colours are computed at a time
 _MAPS = {  # what materials export -> (entry of the .mtl, channels)
@@ -33,14 +35,16 @@ class MeshExporter(Exporter):
     **geometry.export(points))``.
 
     - ``obj-mtl``: Wavefront with texture images, unwrapped by xatlas
-    - ``obj``, ``ply``, ``glb``: the material's ``albedo`` at the vertices
+    - ``glb``: one file with the material's ``albedo`` as a texture, on a surface with fewer
+      triangles, or with ``glb_colors`` 'vertices' at the vertices
+    - ``obj``, ``ply``: the ``albedo`` at the vertices
 
     The material's colours are taken as they are rendered, that is as they are shown (sRGB).
-    Textures, ``obj`` and ``ply`` have them so; in a ``glb``, where vertex colours are light, they
-    are converted, and there are always normals and a material without gloss, so that viewers show
-    what was rendered. Axes are threestudio's: z up, azimuth 0 on +x; with ``axes`` 'y-up' those
-    of most other programs: y up, the front on +z, so (x, y, z) becomes (y, z, x). A ``glb`` is
-    always so, as glTF prescribes.
+    Textures, ``obj`` and ``ply`` have them so; at the vertices of a ``glb``, where colours are
+    light, they are converted, and there are always normals and a material without gloss, so that
+    viewers show what was rendered. Axes are threestudio's: z up, azimuth 0 on +x; with ``axes``
+    'y-up' those of most other programs: y up, the front on +z, so (x, y, z) becomes (y, z, x). A
+    ``glb`` is always so, as glTF prescribes.
 
     Everything runs on any device, without a rasteriser of the GPU.
     """
@@ -54,9 +58,13 @@ class MeshExporter(Exporter):
         save_uv: bool = True  # obj-mtl and obj
         save_texture: bool = True  # images for obj-mtl, vertex colours for the others
         texture_size: Annotated[int, "[1, 16384]"] = 1024
+        glb_colors: Annotated[str, GLB_COLORS] = "texture"  # or vertices
+        # of a glb with a texture: the most triangles, since many take many minutes to be unwrapped;
+        # 0: those of the isosurface
+        texture_faces: Annotated[int, "[0, 1e9]"] = 12000
         texture_format: str = "jpg"
         xatlas_chart_options: Annotated[dict, ChartOptions] = field(default_factory=dict)
-        # for obj-mtl, padding is 2 and resolution is texture_size unless they are given here
+        # with a texture, padding is 2 and resolution is texture_size unless they are given here
         xatlas_pack_options: Annotated[dict, PackOptions] = field(default_factory=dict)
         context_type: str = "gl"  # of upstream's rasteriser; accepted and without effect
 
@@ -88,6 +96,8 @@ class MeshExporter(Exporter):
         mesh: Mesh = self.geometry.isosurface()
         if self.cfg.fmt == "obj-mtl":
             return [self._textured_obj(mesh)]
+        if self.cfg.fmt == "glb" and self.cfg.save_texture and self.cfg.glb_colors == "texture":
+            return [self._textured_glb(mesh)]
         if self.cfg.save_texture:
             threestudio.info("Colouring the vertices ...")
             colors = self._colors(mesh.v_pos)
@@ -114,20 +124,38 @@ class MeshExporter(Exporter):
             )
         return colors
 
+    def _unwrap(self, mesh: Mesh) -> None:
+        packing = {"padding": 2, "resolution": self.cfg.texture_size}
+        mesh.unwrap_uv(self.cfg.xatlas_chart_options, {**packing, **self.cfg.xatlas_pack_options})
+
+    def _maps(self, mesh: Mesh) -> Dict[str, Float[np.ndarray, "S S C"]]:
+        """The images of what the material exports, by the entries of an .mtl."""
+        size, maps = self.cfg.texture_size, {}
+        threestudio.info(f"Painting the texture, {size} x {size} ...")
+        arrays = (mesh.v_pos, mesh.t_pos_idx, mesh.v_tex, mesh.t_tex_idx)
+        texels, points = surface_points(*[a.cpu().numpy() for a in arrays], size)
+        colors = self._colors(torch.from_numpy(points).to(mesh.v_pos))
+        for key, value in colors.items():
+            entry, channels = _MAPS[key]
+            value = value.reshape(len(value), -1)[:, :channels].cpu().numpy()
+            maps[entry] = fill_image(value, texels, size)
+        return maps
+
+    def _textured_glb(self, mesh: Mesh) -> ExporterOutput:
+        cfg = self.cfg
+        mesh = mesh.simplified(cfg.texture_faces)
+        self._unwrap(mesh)
+        params = file_arrays(mesh, "glb")
+        params |= {"v_tex": mesh.v_tex, "t_tex_idx": mesh.t_tex_idx}
+        params["texture"] = self._maps(mesh).get("map_Kd")
+        return ExporterOutput(f"{cfg.save_name}.glb", "mesh", params)
+
     def _textured_obj(self, mesh: Mesh) -> ExporterOutput:
         cfg, maps = self.cfg, {}
         if cfg.save_uv:
-            packing = {"padding": 2, "resolution": cfg.texture_size, **cfg.xatlas_pack_options}
-            mesh.unwrap_uv(cfg.xatlas_chart_options, packing)
+            self._unwrap(mesh)
         if cfg.save_texture:
-            threestudio.info(f"Painting the texture, {cfg.texture_size} x {cfg.texture_size} ...")
-            arrays = (mesh.v_pos, mesh.t_pos_idx, mesh.v_tex, mesh.t_tex_idx)
-            texels, points = surface_points(*[a.cpu().numpy() for a in arrays], cfg.texture_size)
-            colors = self._colors(torch.from_numpy(points).to(mesh.v_pos))
-            for key, value in colors.items():
-                entry, channels = _MAPS[key]
-                value = value.reshape(len(value), -1)[:, :channels].cpu().numpy()
-                maps[entry] = fill_image(value, texels, cfg.texture_size)
+            maps = self._maps(mesh)
         params = {
             "mesh": turned(mesh, cfg.axes),
             "save_mat": True,
@@ -163,7 +191,8 @@ def turned(mesh: Mesh, axes: str) -> Mesh:
         return mesh
     other = copy.copy(mesh)
     other.v_pos = mesh.v_pos[:, AXES[axes]]
-    other._v_nrm = other._v_tng = None
+    other._v_nrm = None if mesh._v_nrm is None else mesh._v_nrm[:, AXES[axes]]
+    other._v_tng = None
     return other
 
 

@@ -5,6 +5,7 @@ z is up and the front on +x, as in the run.
 """
 
 import base64
+import io
 import json
 import math
 import re
@@ -17,6 +18,7 @@ import numpy as np
 
 MAX_FILE = 1 << 29  # bytes of an object that is read
 MAX_HEADER = 1 << 16
+MAX_SIDE = 8192  # of a texture
 SH_C0 = 0.28209479177387814  # of the harmonic of degree 0
 SPLAT_BYTES = 17
 LEAST_OPACITY = 1 / 255
@@ -231,7 +233,8 @@ def _read_with_trimesh(path: Path) -> Triangles:
 
 
 def _read_glb(path: Path) -> Triangles:
-    """One mesh of one primitive; colours at the corners are light there (linear)."""
+    """One mesh of one primitive; colours at the corners are light there (linear), or those of a
+    texture, as they are shown."""
     data = path.read_bytes()
     try:
         length = int.from_bytes(data[12:16], "little")
@@ -242,7 +245,7 @@ def _read_glb(path: Path) -> Triangles:
             accessor = tree["accessors"][index]
             view = tree["bufferViews"][accessor["bufferView"]]
             kind = {5121: "u1", 5123: "<u2", 5125: "<u4", 5126: "<f4"}[accessor["componentType"]]
-            width = {"SCALAR": 1, "VEC3": 3, "VEC4": 4}[accessor["type"]]
+            width = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}[accessor["type"]]
             start = view.get("byteOffset", 0) + accessor.get("byteOffset", 0)
             found = np.frombuffer(blob, kind, accessor["count"] * width, start)
             found = found.reshape(-1, width)
@@ -254,9 +257,38 @@ def _read_glb(path: Path) -> Triangles:
         if "COLOR_0" in primitive["attributes"]:
             light = values(primitive["attributes"]["COLOR_0"])[:, :3].astype(np.float64)
             rgb = _shown(light.clip(0, 1))
-    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        elif "TEXCOORD_0" in primitive["attributes"]:
+            look = tree["materials"][primitive["material"]]["pbrMetallicRoughness"]
+            texture = tree["textures"][look["baseColorTexture"]["index"]]
+            view = tree["bufferViews"][tree["images"][texture["source"]]["bufferView"]]
+            start = view.get("byteOffset", 0)
+            picture = blob[start : start + view["byteLength"]]
+            rgb = _at(picture, values(primitive["attributes"]["TEXCOORD_0"]))
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        OSError,  # of a picture
+        SyntaxError,
+    ):
         raise ValueError(f"{path.name} is not a glb as runs export it") from None
     return Triangles(points[:, [2, 0, 1]], rgb, faces)  # of y up and the front on +z
+
+
+def _at(picture: bytes, uv: np.ndarray) -> np.ndarray:
+    """The colours of a picture's pixels at places in it, of which (0, 0) is the upper left."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(picture), formats=["PNG"]) as image:
+        if max(image.size) > MAX_SIDE:
+            raise ValueError("its texture is too large")
+        pixels = np.asarray(image.convert("RGB"))
+    size = np.array([pixels.shape[1], pixels.shape[0]])
+    column, row = (np.nan_to_num(uv) * size).clip(0, size - 1).astype(np.int64).T
+    return pixels[row, column] / 255
 
 
 def _shown(light: np.ndarray) -> np.ndarray:

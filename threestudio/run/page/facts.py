@@ -242,6 +242,7 @@ def _read_object(facts: Facts) -> None:
     reasons = []
     for step, export in _exports(facts.folder):
         names = [n for n in facts.folder.names(export) if Path(n).suffix in OBJECTS]
+        names = [n for n in names if not n.endswith(".compressed.ply")]  # of Gaussians, packed
         names.sort(key=lambda n: (OBJECTS.index(Path(n).suffix), n.endswith("-points.ply"), n))
         for name in names:
             try:

@@ -12,10 +12,14 @@ from lods.settings import nearest
 ABOUT = {
     "resume": "Go on with the training of a run, from its last checkpoint.",
     "test": "Render the views and the video of a run again.",
-    "export": "Write the object of a run: Gaussians as ply (the layout of 3DGS), points or glb, a "
-    "radiance field as glb, obj, obj-mtl or ply.",
+    "export": "Write the object of a run: Gaussians as ply (the layout of 3DGS), compressed-ply, "
+    "splat, spz, points or glb, a radiance field as glb, obj, obj-mtl or ply. A glb has a texture "
+    "(system.exporter.glb_colors=vertices: colours at its vertices). Or its views, without "
+    "background: webp, an animation, or frames, PNG files.",
 }
 MODES = {"resume": "--train", "test": "--test", "export": "--export"}
+PICTURES = ("webp", "frames")  # formats of the views, see lods.threestudio.systems.turntable
+FRAMES = "frames"  # their folder
 PARSED = Path("configs", "parsed.yaml")  # the settings that a run keeps
 # how deep below a folder runs are looked for: outputs/<name>/<tag> of a run of its own, and
 # outputs/make/<prompt>/run/<settings> of lods make
@@ -95,7 +99,9 @@ def main(argv: list[str], command: str) -> int:
     )
     parser.add_argument("--gpu", help="GPUs to use, such as 0 or 0,1")
     if verb == "export":
-        parser.add_argument("--format", required=True, help="glb, ply, ...")
+        parser.add_argument(
+            "--format", required=True, help="glb, ply, splat, webp, ..., or several: glb,webp"
+        )
         parser.add_argument("--out", type=Path, help="folder that also gets the files")
     if verb == "resume":
         add_viewer(parser)
@@ -112,14 +118,37 @@ def main(argv: list[str], command: str) -> int:
         return start(words)
     if args.out is not None:
         made_folder("--out", args.out)
+    formats = formats_of(args.format)
     before = exported(run.folder)
-    status = start([*words, f"system.exporter.fmt={args.format}"])
+    status = start([*words, *formats])
     if status == 0 and args.out is not None:
         changed = [file for file, time in exported(run.folder).items() if before.get(file) != time]
         for file in changed:
-            copy(file, args.out / file.name)
-            print(f"  copied to: {args.out / file.name}")
+            inner = file.parent.name if file.parent.name == FRAMES else ""
+            copy(file, args.out / inner / file.name)
+            if not inner:
+                print(f"  copied to: {args.out / file.name}")
+        if any(file.parent.name == FRAMES for file in changed):
+            print(f"  copied to: {args.out / FRAMES}")
     return status
+
+
+def formats_of(word: str) -> list[str]:
+    """The settings of a ``--format``: one, or several with commas, in brackets or without."""
+    several = word.strip()
+    if several.startswith("[") and several.endswith("]"):
+        several = several[1:-1]
+    named = list(dict.fromkeys(each.strip() for each in several.split(",") if each.strip()))
+    if not named:
+        raise ValueError("--format is empty: name a format, such as glb")
+    pictures = [each for each in named if each in PICTURES]
+    objects = [each for each in named if each not in PICTURES]
+    turntable = "both" if len(pictures) > 1 else "".join(pictures)
+    words = [f"system.turntable={turntable}"] if pictures else []
+    if not objects:
+        return [*words, "system.export_object=false"]
+    fmt = objects[0] if len(objects) == 1 else f"[{','.join(objects)}]"
+    return [*words, f"system.exporter.fmt={fmt}"]
 
 
 def start(words: list[str], asked: str = "") -> int:
@@ -131,7 +160,8 @@ def start(words: list[str], asked: str = "") -> int:
 
 def exported(folder: Path) -> dict[Path, int]:
     """The files that the exports of a run have written, and when."""
-    files = (path for path in folder.glob("save/it*-export/*") if path.is_file())
+    kinds = ("save/it*-export/*", f"save/it*-export/{FRAMES}/*.png")
+    files = (path for kind in kinds for path in folder.glob(kind) if path.is_file())
     return {path: path.stat().st_mtime_ns for path in files}
 
 

@@ -18,6 +18,7 @@ AXES = {
 PLY_AXES = {
     "z-up": ("+x", "+z"),  # threestudio's own
     "y-down": ("-z", "-y"),  # of pictures, x right and z into them: 3DGS and its viewers
+    "y-up": ("+z", "+y"),  # of glTF and spz, x right and z out of the picture
 }
 
 

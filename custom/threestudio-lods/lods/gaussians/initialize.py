@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from lods import log
 from lods.gaussians.axes import AXES, axes_rotation, rotate_gaussians
+from lods.gaussians.files import is_of_gaussians, read_gaussians
 from lods.gaussians.harmonics import SH_C0
 from lods.gaussians.mesh_file import read_mesh
 from lods.gaussians.neighbours import neighbour_scale
-from lods.gaussians.ply import read_ply
 from lods.settings import make
 from scipy.spatial import cKDTree  # type: ignore[attr-defined]
 from torch import Tensor
@@ -94,14 +94,15 @@ class BallInit:
 
 @dataclass
 class FileInit:
-    """A mesh (obj, ply, glb, gltf, off or stl), a coloured point cloud, or a 3DGS ply."""
+    """A mesh (obj, ply, glb, gltf, off or stl), a coloured point cloud, or Gaussians (a 3DGS or
+    compressed ply, splat or spz)."""
 
     path: str = ""
     n_points: Annotated[int, "[4, 1e8]"] = 20000  # points drawn on the surface of a mesh
     # above 0: centre the file and scale it to this bounding radius
     radius: Annotated[float, "[0, 1e6]"] = 0.0
-    # the file's axes that shall face azimuth 0 and point up; auto: +z and +y for glTF, as its
-    # specification says, what a ply of ours says of itself, else +x and +z
+    # the file's axes that shall face azimuth 0 and point up; auto: +z and +y for glTF and spz, as
+    # their specifications say, what a ply of ours says of itself, else +x and +z
     front: Annotated[str, ("auto", *AXES)] = "auto"
     up: Annotated[str, ("auto", *AXES)] = "auto"
 
@@ -112,13 +113,14 @@ class FileInit:
         return front if self.front == "auto" else self.front, up if self.up == "auto" else self.up
 
     def load(self, rng: np.random.Generator) -> Points | dict[str, Tensor]:
-        """The points, or the Gaussians of a 3DGS ply."""
+        """The points, or the Gaussians of a file that has them."""
         if not self.path:
-            raise ValueError("init_type=file needs system.geometry.file.path=<mesh or ply>")
+            raise ValueError("init_type=file needs system.geometry.file.path=<mesh or Gaussians>")
         path = Path(self.path).expanduser()
         if not path.is_file():
             raise ValueError(f"system.geometry.file.path: no file '{path}'")
-        content = read_ply(path) if path.suffix.lower() == ".ply" else {}
+        of_points = path.suffix.lower() == ".ply" or is_of_gaussians(path)
+        content = read_gaussians(path) if of_points else {}
         rotation = axes_rotation(*self.axes(path, content.pop("axes", None)))
         if "means" in content:
             if self.radius:

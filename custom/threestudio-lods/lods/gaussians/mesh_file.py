@@ -15,6 +15,8 @@ from torch import Tensor
 FORMATS = ("obj", "ply", "glb", "gltf", "off", "stl")  # not archives, which can grow when unpacked
 MAX_VALUES = 50_000_000  # vertices and triangles of all instances together
 MAX_BYTES = 1 << 32  # of a file
+# LINEAR, LINEAR_MIPMAP_LINEAR, CLAMP_TO_EDGE
+SMOOTH = {"magFilter": 9729, "minFilter": 9987, "wrapS": 33071, "wrapT": 33071}
 MAX_OBJ_STEPS = 4_000_000_000  # materials times vertices: some ten seconds
 
 
@@ -154,40 +156,58 @@ def write_mesh(
     path: str | Path,
     v_pos: Float[Tensor, "V 3"],
     t_pos_idx: Int[Tensor, "F 3"],
-    v_rgb: Float[Tensor, "V 3"],
+    v_rgb: Float[Tensor, "V 3"] | None = None,
     v_nrm: Float[Tensor, "V 3"] | None = None,
+    uv: Float[Tensor, "V 2"] | None = None,
+    texture: Float[Tensor, "H W 3"] | None = None,
 ) -> None:
-    """Write a glb whose vertices have shown colours (0..1) and normals, if none are given the
-    faces' means; axes as they are. The file is replaced only when it is complete.
+    """Write a glb whose vertices have shown colours (0..1), or a ``texture`` of them (row 0 at the
+    top) at ``uv`` (v upward), and normals, if none are given the faces' means; axes as they are.
+    The file is replaced only when it is complete.
 
-    ``COLOR_0`` is linear, as glTF wants it, and in floats: bytes would leave steps of up to 13
-    among dark shown ones. The material is not metal, fully rough and without highlights: under the
-    same light from everywhere it shows the colours themselves.
+    A texture is a PNG, whose colours are shown ones, as glTF wants it. ``COLOR_0`` is linear, as
+    glTF wants that, and in floats: bytes would leave steps of up to 13 among dark shown ones. The
+    material is not metal, fully rough and without highlights: under the same light from everywhere
+    it shows the colours themselves.
     """
     import trimesh
+    from PIL import Image
     from trimesh.visual import TextureVisuals
     from trimesh.visual.material import PBRMaterial
 
-    shown = v_rgb.detach().cpu().double().numpy()
+    look: dict[str, Any] = {"metallicFactor": 0.0, "roughnessFactor": 1.0}
+    visual: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
+    if texture is not None and uv is not None:
+        shown = texture.detach().cpu().float().clamp(0, 1).numpy()
+        look["baseColorTexture"] = Image.fromarray((255 * shown).round().astype(np.uint8))
+        visual["uv"] = uv.detach().cpu().double().numpy()
+    elif v_rgb is not None:
+        shown = v_rgb.detach().cpu().double().numpy()
+        attributes["COLOR"] = linear_from_shown(shown).astype(np.float32)
     mesh = trimesh.Trimesh(
         v_pos.detach().cpu().numpy(),
         t_pos_idx.cpu().numpy(),
         vertex_normals=None if v_nrm is None else v_nrm.detach().cpu().numpy(),
-        vertex_attributes={"COLOR": linear_from_shown(shown).astype(np.float32)},
-        visual=TextureVisuals(material=PBRMaterial(metallicFactor=0.0, roughnessFactor=1.0)),
+        vertex_attributes=attributes,
+        visual=TextureVisuals(material=PBRMaterial(**look), **visual),
         process=False,
     )
 
     def finish(tree: dict[str, Any]) -> None:
         """trimesh writes bytes only as COLOR_0, other attributes with an underscore, and no
-        extensions."""
+        extensions; and its textures repeat, so that filters mix opposite edges."""
         for written in tree["meshes"]:
             for primitive in written["primitives"]:
                 attributes = primitive["attributes"]
-                attributes["COLOR_0"] = attributes.pop("_COLOR")
+                if "_COLOR" in attributes:
+                    attributes["COLOR_0"] = attributes.pop("_COLOR")
         for material in tree["materials"]:
             material["extensions"] = {"KHR_materials_specular": {"specularFactor": 0.0}}
         tree["extensionsUsed"] = ["KHR_materials_specular"]
+        for sampled in tree.get("textures", []):
+            tree["samplers"] = [SMOOTH]
+            sampled["sampler"] = 0
 
     with whole_file(path) as partial:
         mesh.export(partial, file_type="glb", include_normals=True, tree_postprocessor=finish)

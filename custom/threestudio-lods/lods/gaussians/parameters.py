@@ -165,6 +165,8 @@ class Gaussians(GaussianParameters):
     gaussians.write_ply("ball.ply")
     """
 
+    placement: Any = None  # of those of lods.assets.read: where they were in their file
+
     def __init__(self, tensors: dict[str, Tensor], device: Any = None) -> None:
         """``tensors``: those of :class:`GaussianParameters` by name, which are copied. Raises
         ``ValueError`` where some are missing or do not agree in number."""
@@ -223,9 +225,9 @@ class Gaussians(GaussianParameters):
         opacity: float = 0.1,
         device: Any = "cpu",
     ) -> "Gaussians":
-        """Those of a 3DGS ply; or of a point cloud (ply), or of ``n_points`` points on the surface
-        of a mesh (obj, ply, glb, gltf, off, stl), with its colours and textures, centred and scaled
-        to ``radius`` if that is above 0."""
+        """Those of a 3DGS or compressed ply, splat or spz; or of a point cloud (ply), or of
+        ``n_points`` points on the surface of a mesh (obj, ply, glb, gltf, off, stl), with its
+        colours and textures, centred and scaled to ``radius`` if that is above 0."""
         from lods.gaussians.initialize import FileInit, Points
 
         source = FileInit(str(path), n_points, radius).load(np.random.default_rng(seed))

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from lods import log
 from lods.files import whole_file
 from lods.gaussians.axes import PLY_AXES, axes_rotation, rotate_gaussians
+from lods.gaussians.compressed_ply import unpacked
 from lods.gaussians.mesh_parts import unit_colors
 from torch import Tensor
 
@@ -34,18 +35,21 @@ def gaussian_properties(n_rest: int) -> list[str]:
 def _write(path: str | Path, columns: dict[str, tuple[str, np.ndarray]], axes: str) -> None:
     """Write one 'vertex' element, replacing the file only when it is complete. Axes that are not
     threestudio's stand in a comment of the header, which :func:`read_ply` knows."""
-    from plyfile import PlyData, PlyElement
-
     n = len(next(iter(columns.values()))[1])
     vertex = np.empty(n, dtype=[(name, kind) for name, (kind, _) in columns.items()])
     for name, (_, values) in columns.items():
         vertex[name] = values
+    write_elements(path, {"vertex": vertex}, axes)
+
+
+def write_elements(path: str | Path, elements: dict[str, np.ndarray], axes: str) -> None:
+    """Write tables with named columns as the elements of a binary ply, in their order."""
+    from plyfile import PlyData, PlyElement
+
+    described = [PlyElement.describe(table, name) for name, table in elements.items()]
+    comments = [] if axes == "z-up" else ["front {} up {}".format(*PLY_AXES[axes])]
     with whole_file(path) as partial:
-        PlyData(
-            [PlyElement.describe(vertex, "vertex")],
-            byte_order="<",
-            comments=[] if axes == "z-up" else ["front {} up {}".format(*PLY_AXES[axes])],
-        ).write(str(partial))
+        PlyData(described, byte_order="<", comments=comments).write(str(partial))
 
 
 def write_ply(
@@ -65,21 +69,29 @@ def write_ply(
     The Gaussians are given in threestudio's axes, and turned to the file's ``axes``, one of
     PLY_AXES.
     """
-    turned = {"means": means, "quats": quats} | ({} if shN is None else {"shN": shN})
-    turned = rotate_gaussians(turned, axes_rotation(*PLY_AXES[axes]).T)
-    means, quats, shN = turned["means"], turned["quats"], turned.get("shN")
-    n = len(means)
+    gaussians = {"means": means, "scales": scales, "quats": quats, "opacities": opacities}
+    gaussians |= {"sh0": sh0} | ({} if shN is None else {"shN": shN})
+    values = gaussian_rows(gaussians, axes)
+    normals = np.zeros_like(values[:, :3])
+    values = np.concatenate([values[:, :3], normals, values[:, 3:]], axis=1)
+    names = gaussian_properties(values.shape[1] - 17)
+    _write(path, {name: ("<f4", values[:, i]) for i, name in enumerate(names)}, axes)
+    return len(values)
+
+
+def gaussian_rows(gaussians: dict[str, Tensor], axes: str) -> Float[np.ndarray, "N K"]:
+    """Gaussians in threestudio's axes as rows in a file's ``axes``, one of PLY_AXES, with the
+    properties of :func:`gaussian_properties` in their order, but without normals. Rows with a value
+    that is not finite are left out with a warning: viewers refuse them."""
+    turned = rotate_gaussians(gaussians, axes_rotation(*PLY_AXES[axes]).T)
+    sh0, shN, n = turned["sh0"], turned.get("shN"), len(turned["means"])
     rest = sh0.new_zeros(n, 0) if shN is None else shN.transpose(1, 2).reshape(n, -1)
-    rows = torch.cat(
-        [means, torch.zeros_like(means), sh0[:, 0], rest, opacities[:, None], scales, quats], dim=1
-    )
+    parts = [turned["means"], sh0[:, 0], rest, turned["opacities"][:, None]]
+    rows = torch.cat([*parts, turned["scales"], turned["quats"]], dim=1)
     finite = torch.isfinite(rows).all(dim=1)
     if not finite.all():
         log.warn(f"{int((~finite).sum())} of {n} Gaussians are not finite and left out")
-    values = rows[finite].detach().cpu().float().numpy()
-    names = gaussian_properties(rest.shape[1])
-    _write(path, {name: ("<f4", values[:, i]) for i, name in enumerate(names)}, axes)
-    return len(values)
+    return rows[finite].detach().cpu().float().numpy()
 
 
 def write_points(
@@ -149,8 +161,9 @@ def _axes_of(comments: Iterable[str]) -> tuple[str, str] | None:
 def read_ply(path: str | Path) -> dict[str, Any]:
     """Read a ply file.
 
-    With the 3DGS properties: the Gaussians as float32 tensors, ``means``, ``scales``, ``quats``,
-    ``opacities``, ``sh0`` and, if the file has ``f_rest_*``, ``shN`` (N, K, 3). Otherwise ``xyz``
+    With the 3DGS properties, or those of a compressed ply: the Gaussians as float32 tensors,
+    ``means``, ``scales``, ``quats``, ``opacities``, ``sh0`` and, if the file has ``f_rest_*``,
+    ``shN`` (N, K, 3). Otherwise ``xyz``
     (N, 3) and ``rgb`` (N, 3) in 0..1 (mid grey without colours) as float64 arrays, and ``faces``
     (their number) when it is a mesh. ``axes``, where the file names them: those that hold the
     front and up.
@@ -159,8 +172,8 @@ def read_ply(path: str | Path) -> dict[str, Any]:
     with a warning, unless triangles refer to them.
 
     Raises:
-        ValueError: not a ply file, shorter than it says, compressed, no points, or none that is
-            finite, properties that are missing or of a wrong type.
+        ValueError: not a ply file, shorter than it says, no points, or none that is finite,
+            properties that are missing or of a wrong type.
     """
     try:
         data = _parse(Path(path))
@@ -179,10 +192,10 @@ def read_ply(path: str | Path) -> dict[str, Any]:
     if n == 0:
         raise ValueError(f"'{path}' holds no points")
     if "packed_position" in columns:
-        raise ValueError(
-            f"'{path}' is a compressed ply of Gaussians, as SuperSplat writes them, which is not "
-            "read: save it there as an uncompressed ply"
-        )
+        try:
+            columns = unpacked(data)
+        except (KeyError, ValueError, IndexError) as error:
+            raise ValueError(f"'{path}' is not a readable compressed ply: {error}") from error
 
     def stack(wanted: list[str], kinds: str = "iuf") -> np.ndarray:
         missing = [name for name in wanted if name not in columns]
@@ -194,48 +207,61 @@ def read_ply(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"'{path}' has {what} as {', '.join(wrong)}")
         return np.stack([columns[name] for name in wanted], axis=1)
 
-    def fits(values: np.ndarray) -> np.ndarray:  # NaN does not
-        return np.all(np.abs(values.astype(np.float64)) <= FLOAT32_MAX, axis=1)
-
-    def say(good: np.ndarray, what: str) -> None:
-        """A warning for rows that are not ``good``. Raises ValueError if no row is."""
-        bad = int((~good).sum())
-        if bad == n:
-            raise ValueError(f"'{path}': {n} of {n} points {what}")
-        if bad:
-            log.warn(f"'{path}': {bad} of {n} points {what}, and are left out")
-
     said = {} if axes is None else {"axes": axes}
     if "f_dc_0" not in columns:
         xyz = stack(["x", "y", "z"])
-        good, rgb = fits(xyz), np.full((n, 3), 0.5)
+        good, rgb = _fits(xyz), np.full((n, 3), 0.5)
         if {"red", "green", "blue"} <= columns.keys():
             rgb = stack(["red", "green", "blue"])
-            good &= fits(rgb)
-            rgb = unit_colors(np.where(fits(rgb)[:, None], rgb, 0))
+            good &= _fits(rgb)
+            rgb = unit_colors(np.where(_fits(rgb)[:, None], rgb, 0))
         if "face" in data and data["face"].count > 0:
             return {"xyz": xyz.astype(np.float64), "rgb": rgb, "faces": data["face"].count, **said}
-        say(good, "are not finite in float32")
+        _say(path, good, "are not finite in float32")
         return {"xyz": xyz[good].astype(np.float64), "rgb": rgb[good], **said}
 
-    n_rest = sum(name.startswith("f_rest_") for name in names)
+    n_rest = sum(name.startswith("f_rest_") for name in columns)
     if n_rest // 3 + 1 not in (1, 4, 9, 16) or n_rest % 3:
         raise ValueError(
             f"'{path}' has {n_rest} f_rest properties: not those of harmonics of degree 0 to 3"
         )
     layout = gaussian_properties(n_rest)
     # normals carry nothing here, and some writers leave them out
-    values = stack(layout[:3] + layout[6:], "f")
-    good = fits(values)
+    return checked_gaussians(path, stack(layout[:3] + layout[6:], "f")) | said
+
+
+def _fits(values: np.ndarray) -> np.ndarray:  # NaN does not
+    with np.errstate(invalid="ignore"):
+        return np.all(np.abs(values.astype(np.float64)) <= FLOAT32_MAX, axis=1)
+
+
+def _say(path: str | Path, good: np.ndarray, what: str) -> None:
+    """A warning for rows that are not ``good``. Raises ValueError if no row is."""
+    n, bad = len(good), int((~good).sum())
+    if bad == n:
+        raise ValueError(f"'{path}': {n} of {n} points {what}")
+    if bad:
+        log.warn(f"'{path}': {bad} of {n} points {what}, and are left out")
+
+
+def checked_gaussians(path: str | Path, values: Float[np.ndarray, "N K"]) -> dict[str, Tensor]:
+    """The Gaussians of rows with the properties of :func:`gaussian_properties` in their order, but
+    without normals. Rows that cannot be drawn are left out with a warning.
+
+    Raises:
+        ValueError: no row can be drawn.
+    """
+    n, n_rest = len(values), values.shape[1] - 14
+    good = _fits(values)
     # rows that do not fit are made harmless, so that each is said once
     table = torch.from_numpy(np.where(good[:, None], values, 1).astype(np.float32))
     means, sh0, rest, opacity, scales, quats = table.split([3, 3, n_rest, 1, 3, 4], dim=1)
     length = quats.norm(dim=1)
     usable = length.isfinite() & scales.exp().isfinite().all(dim=1)
     drawn = good & (length > 0).numpy() & usable.numpy()
-    say(good, "are not finite in float32")
-    say((length > 0).numpy(), "have quaternions of length 0")
-    say(usable.numpy(), "have quaternions or sizes beyond float32")
+    _say(path, good, "are not finite in float32")
+    _say(path, (length > 0).numpy(), "have quaternions of length 0")
+    _say(path, usable.numpy(), "have quaternions or sizes beyond float32")
     if not drawn.any():
         raise ValueError(f"'{path}': none of {n} Gaussians can be drawn")
     gaussians = {"means": means, "scales": scales, "quats": quats, "opacities": opacity[:, 0]}
@@ -243,4 +269,4 @@ def read_ply(path: str | Path) -> dict[str, Any]:
     if n_rest:
         gaussians["shN"] = rest.reshape(n, 3, -1).transpose(1, 2)
     rows = torch.from_numpy(drawn)
-    return {name: value[rows].contiguous() for name, value in gaussians.items()} | said
+    return {name: value[rows].contiguous() for name, value in gaussians.items()}

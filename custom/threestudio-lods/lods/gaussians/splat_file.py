@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from lods.files import whole_file
+from lods.gaussians.compressed_ply import logit_of_byte
 from lods.gaussians.harmonics import SH_C0
 from torch import Tensor
+
+ROW = np.dtype([("place", "<f4", 6), ("rgba", "u1", 4), ("turned", "u1", 4)])
 
 
 def splat_bytes(
@@ -32,12 +35,41 @@ def splat_bytes(
     order = torch.argsort(solid * scales.sum(dim=1).exp(), descending=True)
     rgba = torch.cat([0.5 + SH_C0 * sh0[:, 0], solid[:, None]], dim=1)
     turned = torch.nn.functional.normalize(quats, dim=1)
-    row = np.dtype([("place", "<f4", 6), ("rgba", "u1", 4), ("turned", "u1", 4)])
-    rows = np.empty(len(means), row)
+    rows = np.empty(len(means), ROW)
     rows["place"] = torch.cat([means, scales.exp()], dim=1)[order].numpy()
     rows["rgba"] = (255 * rgba.clamp(0, 1)).round().byte()[order].numpy()
     rows["turned"] = (128 + 128 * turned).round().clamp(0, 255).byte()[order].numpy()
     return rows.tobytes()
+
+
+def read_splat(path: str | Path) -> dict[str, Tensor]:
+    """The Gaussians of a file, in its own axes, which it does not say; see
+    :class:`lods.gaussians.parameters.GaussianParameters` for the names.
+
+    Raises:
+        ValueError: an empty file, one of another length than whole rows, or one in which no
+            Gaussian can be drawn.
+    """
+    from lods.gaussians.ply import checked_gaussians
+
+    size = Path(path).stat().st_size
+    if size == 0 or size % ROW.itemsize:
+        raise ValueError(
+            f"'{path}' is not a .splat file: it has {size} bytes, which are no rows of "
+            f"{ROW.itemsize}"
+        )
+    rows = np.fromfile(path, ROW)
+    place = rows["place"]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scales = np.log(np.maximum(place[:, 3:], np.finfo(np.float32).tiny))
+    values = [
+        place[:, :3],
+        (rows["rgba"][:, :3] / 255 - 0.5) / SH_C0,
+        logit_of_byte(rows["rgba"][:, 3])[:, None],
+        scales,
+        (rows["turned"].astype(np.float64) - 128) / 128,
+    ]
+    return checked_gaussians(path, np.concatenate(values, axis=1))
 
 
 def convert(source: Path, target: Path) -> int:

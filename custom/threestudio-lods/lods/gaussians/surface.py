@@ -7,6 +7,8 @@ second fits Gaussians that are nearly opaque, and leaves soft ones in pieces. Th
 scikit-image's marching cubes.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ from torch import Tensor
 FAINT = 0.01  # Gaussians of less opacity are left out
 DIRECTIONS = 20  # from which light comes, and their opposites
 COARSE = 48  # points along each axis of the grid that finds where the object is
-PICTURE = 256  # pixels along each side of the renders that the colours are of
+PICTURE = 256  # pixels along each side of the renders that colours at vertices are of
 CRUMB = 0.01  # of the faces of the largest part: smaller ones are left out
 FAR = 20.0  # radii of the object from which it is drawn: the rays are then nearly parallel
 
@@ -97,6 +99,9 @@ def marching_cubes(level: Float[Tensor, "R R R"], bbox: Float[Tensor, "2 3"]) ->
     return Mesh(torch.lerp(bbox[0], bbox[1], unit), torch.from_numpy(faces.astype(np.int64)))
 
 
+ColoursAt = Callable[[Tensor, Tensor], Tensor]  # points (N, 3), unit normals there -> (N, 3)
+
+
 @torch.no_grad()
 def surface(
     geometry: GaussianParameters,
@@ -108,6 +113,21 @@ def surface(
     comes, or, if ``density`` is given, where their density is that, on a grid of ``resolution``
     points along each axis. Pieces of less than a hundredth of the faces of the largest are left
     out. Raises ValueError if there is no surface."""
+    mesh, colours_at = shape(geometry, resolution, opacity, density)
+    mesh.rgb = colours_at(mesh.vertices, mesh.normals())
+    return mesh
+
+
+@torch.no_grad()
+def shape(
+    geometry: GaussianParameters,
+    resolution: int,
+    opacity: float = 0.15,
+    density: float | None = None,
+    pixels: int = PICTURE,
+) -> tuple[Mesh, ColoursAt]:
+    """The mesh of :func:`surface` without its colours, and what tells them at any points on it or
+    near it: of renders of ``pixels`` x ``pixels``, where the light decides."""
     kept = geometry.opacities.detach().sigmoid() > FAINT
     for parameter in (geometry.means, geometry.scales, geometry.quats):
         kept &= torch.isfinite(parameter.detach()).all(-1)
@@ -117,13 +137,14 @@ def surface(
     reach = REACH * spreads_of(gaussians["scales"], gaussians["quats"])
     low, high = (gaussians["means"] - reach).amin(0), (gaussians["means"] + reach).amax(0)
     if density is None:
-        return _where_light_stops(gaussians, torch.stack([low, high]).cpu(), resolution, opacity)
+        bbox = torch.stack([low, high]).cpu()
+        return _where_light_stops(gaussians, bbox, resolution, opacity, pixels)
     margin = (high - low) / resolution  # more than a cell, so that the surface is closed
     bbox = torch.stack([low - margin, high + margin]).cpu()
     return _where_density_is(gaussians, bbox, resolution, density)
 
 
-def _where_density_is(gaussians, bbox, resolution: int, threshold: float) -> Mesh:
+def _where_density_is(gaussians, bbox, resolution: int, threshold: float) -> tuple[Mesh, ColoursAt]:
     means, scales, quats = (gaussians[name] for name in ("means", "scales", "quats"))
     colors, opacities = view_colors(gaussians["sh0"]), gaussians["opacities"].sigmoid()
     grid = density_grid(means, scales, quats, opacities, colors, bbox, resolution)
@@ -133,17 +154,21 @@ def _where_density_is(gaussians, bbox, resolution: int, threshold: float) -> Mes
             f"there is no surface at density {threshold:.4g}: the Gaussians' lies between 0 and "
             f"{grid[..., 0].max():.4g}; set system.exporter.mesh_threshold in that range"
         )
-    mesh = marching_cubes(level, bbox).without_crumbs(CRUMB)
-    where = 2 * (mesh.vertices - bbox[0]) / (bbox[1] - bbox[0]) - 1
-    # grid_sample reads x as the last axis of the grid
-    sampled = F.grid_sample(
-        grid.permute(3, 2, 1, 0)[None], where[None, :, None, None], align_corners=True
-    )[0, :, :, 0, 0].T
-    mesh.rgb = (sampled[:, 1:] / sampled[:, :1].clamp_min(1e-8)).clamp(0, 1)
-    return mesh
+
+    def colours_at(points: Tensor, normals: Tensor) -> Tensor:
+        where = 2 * (points - bbox[0]) / (bbox[1] - bbox[0]) - 1
+        # grid_sample reads x as the last axis of the grid
+        sampled = F.grid_sample(
+            grid.permute(3, 2, 1, 0)[None], where[None, :, None, None], align_corners=True
+        )[0, :, :, 0, 0].T
+        return (sampled[:, 1:] / sampled[:, :1].clamp_min(1e-8)).clamp(0, 1)
+
+    return marching_cubes(level, bbox).without_crumbs(CRUMB), colours_at
 
 
-def _where_light_stops(gaussians, bbox, resolution: int, opacity: float) -> Mesh:
+def _where_light_stops(
+    gaussians, bbox, resolution: int, opacity: float, pixels: int
+) -> tuple[Mesh, ColoursAt]:
     covs = covariances(gaussians["quats"], gaussians["scales"].exp())
     blobs = gaussians["means"], covs, gaussians["opacities"].sigmoid()
     # light along few directions stops less far out: the object is within what these find
@@ -168,22 +193,29 @@ def _where_light_stops(gaussians, bbox, resolution: int, opacity: float) -> Mesh
             f"there is no surface: at most {grid.max():.4g} of the light is stopped on all sides; "
             f"set system.exporter.mesh_opacity below that (it is {opacity:.4g})"
         )
-    mesh = marching_cubes(opacity - grid, bbox).without_crumbs(CRUMB)
-    mesh.rgb = _rendered_colors(gaussians, blobs, mesh, bbox, opacity)
-    return mesh
+
+    def colours_at(points: Tensor, normals: Tensor) -> Tensor:
+        return _rendered_colors(gaussians, blobs, points, normals, bbox, opacity, pixels)
+
+    return marching_cubes(opacity - grid, bbox).without_crumbs(CRUMB), colours_at
 
 
-def _rendered_colors(gaussians, blobs, mesh: Mesh, bbox, opacity: float) -> Float[Tensor, "V 3"]:
-    """What renders show at the vertices: the mean over the directions from which they are seen,
-    weighted by how much a vertex faces one and by how little light is stopped before it."""
+@torch.no_grad()
+def _rendered_colors(
+    gaussians, blobs, points, normals, bbox, opacity: float, pixels: int
+) -> Float[Tensor, "V 3"]:
+    """What renders show at points of the surface: the mean over the directions from which they are
+    seen, weighted by how much the surface faces one and by how little light is stopped before
+    it."""
     center, radius = ball_of(bbox)
-    total, normals = torch.zeros(len(mesh.vertices), 4), mesh.normals()
+    total = torch.zeros(len(points), 4)
     along = directions(DIRECTIONS)
-    light = stopped_light(blobs, mesh.vertices.double(), along, center, radius, COARSE * 2)
+    light = stopped_light(blobs, points.double(), along, center, radius, COARSE * 2)
     for direction, stopped in zip(along, light):
         for sign, before in zip((1.0, -1.0), stopped):
-            rgb, alpha = _picture(gaussians, mesh.vertices, sign * direction, center, radius)
-            facing = (normals @ torch.from_numpy(-sign * direction).float()).clamp_min(0)
+            view = sign * direction
+            rgb, alpha = _picture(gaussians, points, view, center, radius, pixels)
+            facing = (normals @ torch.from_numpy(-view).float()).clamp_min(0)
             seen = ((1 - before) / (1 - opacity)).clamp(0, 1) ** 2
             weight = (facing**2 * seen * (alpha > opacity))[:, None]
             total += weight * torch.cat(
@@ -191,16 +223,16 @@ def _rendered_colors(gaussians, blobs, mesh: Mesh, bbox, opacity: float) -> Floa
             )
     colored = total[:, 3] > 1e-3
     if not colored.any():
-        return torch.full_like(mesh.vertices, 0.5)
+        return torch.full_like(points, 0.5)
     colors = total[:, :3] / total[:, 3:].clamp_min(1e-3)
     # in deep folds that nothing sees, the colour of the nearest point that is seen
-    _, nearest = cKDTree(mesh.vertices[colored].numpy()).query(mesh.vertices[~colored].numpy())
+    _, nearest = cKDTree(points[colored].numpy()).query(points[~colored].numpy())
     colors[~colored] = colors[colored][torch.from_numpy(np.asarray(nearest))]
     return colors.clamp(0, 1)
 
 
 def _picture(
-    gaussians, points: Float[Tensor, "V 3"], direction, center, radius: float
+    gaussians, points: Float[Tensor, "V 3"], direction, center, radius: float, pixels: int
 ) -> tuple[Float[Tensor, "V 3"], Float[Tensor, " V"]]:
     """Colour, weighted with alpha, and alpha that a render along ``direction`` has at points."""
     c2w = torch.eye(4)[None]
@@ -210,7 +242,7 @@ def _picture(
     )
     c2w[0, :3, 3] = torch.from_numpy(center - FAR * radius * direction)
     fovy = torch.tensor([2 * np.arctan(1.0 / (FAR - 1))])
-    K, view = intrinsics(fovy, PICTURE, PICTURE), world_to_camera(c2w)
+    K, view = intrinsics(fovy, pixels, pixels), world_to_camera(c2w)
     device = gaussians["means"].device
     near = (gaussians["means"] - torch.from_numpy(center).to(device)).norm(dim=1) < radius
     g = {name: value[near] for name, value in gaussians.items()}
@@ -222,12 +254,12 @@ def _picture(
         view_colors(g["sh0"], g.get("shN"), g["means"], c2w[:, :3, 3].to(device)),
         view.to(device),
         K.to(device),
-        PICTURE,
-        PICTURE,
+        pixels,
+        pixels,
         packed=False,
     )
     seen = points @ view[0, :3, :3].T + view[0, :3, 3]
-    pixel = seen[:, :2] / seen[:, 2:] * K[0, 0, 0] / (PICTURE / 2)
+    pixel = seen[:, :2] / seen[:, 2:] * K[0, 0, 0] / (pixels / 2)
     image = torch.cat([rgb, alpha], dim=-1).permute(0, 3, 1, 2).float().cpu()
     sampled = F.grid_sample(image, pixel[None, None].float(), align_corners=False)[0, :, 0].T
     return sampled[:, :3], sampled[:, 3]

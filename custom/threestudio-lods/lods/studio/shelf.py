@@ -226,7 +226,8 @@ class Shelf:
             found["video"] += place.glob("*.mp4")
             for kind in ("splat", "glb", "learned"):
                 found[kind] += sorted(place.glob(f"*{KINDS[kind][0]}"))
-            found["ply"] += [p for p in place.glob("*.ply") if not p.stem.endswith("-points")]
+            others = ("-points.ply", ".compressed.ply")
+            found["ply"] += [p for p in place.glob("*.ply") if not p.name.endswith(others)]
         newest = {kind: [p for p in paths if self._is_inside(p)] for kind, paths in found.items()}
         return {kind: paths[-1] for kind, paths in newest.items() if paths}
 

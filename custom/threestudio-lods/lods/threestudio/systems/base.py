@@ -1,5 +1,6 @@
 """What the systems of all representations share: their parts, and their files."""
 
+import shutil
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -8,6 +9,13 @@ from lods.preflight import named_models
 from lods.threestudio.systems.coverage import Coverage
 from lods.threestudio.systems.losses import Losses
 from lods.threestudio.systems.pictures import Pictures
+from lods.threestudio.systems.turntable import (
+    TURNTABLES,
+    frames_in,
+    straight,
+    write_frame,
+    write_webp,
+)
 
 import threestudio
 from threestudio.systems.base import BaseLift3DSystem
@@ -40,6 +48,10 @@ class LODSSystem(Losses, Pictures):
         sheet_views: Annotated[int, "[0, 10000]"] = 12
         sheet_columns: Annotated[int, "[1, 1000]"] = 4
         video_fps: Annotated[int, "[1, 1000]"] = 30
+        # of --export: the test views without background, as webp (an animation), frames (PNG files)
+        # or both; and whether the exporter writes the object
+        turntable: Annotated[str, TURNTABLES] = "none"
+        export_object: bool = True
         loss: Annotated[dict, dict[str, Annotated[float, "scheduled (-inf, inf)"]]] = field(
             default_factory=dict
         )
@@ -55,6 +67,10 @@ class LODSSystem(Losses, Pictures):
                 f"1 or more, not {self.cfg.sheet_views} and {self.cfg.sheet_columns}"
             )
         self._check_mesh_format()
+        if self.cfg.turntable not in TURNTABLES:  # upstream does not look at it
+            raise ValueError(
+                f"system.turntable={self.cfg.turntable!r} must be one of {', '.join(TURNTABLES)}"
+            )
         self._results: dict[str, str] = {}
         self.begin_pictures()
         super().configure()  # where the first picture may be drawn
@@ -107,13 +123,53 @@ class LODSSystem(Losses, Pictures):
 
     # -- files ---------------------------------------------------------------------------------
 
+    @property
+    def renders_to_export(self) -> bool:
+        """For the host, which makes the views only where they are rendered."""
+        return self.exporter.cfg.save_video or self.cfg.turntable != "none"
+
+    @property
+    def _turntable(self) -> str:
+        return f"it{self.true_global_step}-export/frames"
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        super().predict_step(batch, batch_idx)
+        if self.cfg.turntable == "none":
+            return
+        out = self(batch)
+        for i, index in enumerate(batch["index"].tolist()):
+            picture = straight(out["comp_rgb_fg"][i], out["opacity"][i])
+            write_frame(self.get_save_path(f"{self._turntable}/{index}.png"), picture)
+
+    def _write_turntable(self) -> None:
+        """The animation of the frames, which stay only where they are asked for."""
+        folder = self.get_save_path(self._turntable)
+        if self.views:
+            self._remove_frames_from(self.views, self._turntable)
+        frames = frames_in(folder)
+        if self.cfg.turntable != "frames":
+            path = self.get_save_path(f"it{self.true_global_step}-export/turntable.webp")
+            write_webp(path, frames, self.cfg.video_fps)
+            self._results["animation"] = path
+        if self.cfg.turntable != "webp":
+            self._results["frames"] = folder
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def on_predict_epoch_end(self) -> None:
-        """``--export``: the learned part, and the exporter's files. They are the same
-        on all processes, and the first one writes them."""
+        """``--export``: the learned part, the pictures, and the exporter's files. They are the
+        same on all processes, and the first one writes them."""
         if self.exporter.cfg.save_video:
             self.on_test_epoch_end()
             self.exporter.cfg.save_video = False
+        turns = self.cfg.turntable != "none" and self.trainer.predicting
+        if turns:
+            self.trainer.strategy.barrier()  # the frames of all processes are there
         if self.global_rank != 0:
+            return
+        if turns:
+            self._write_turntable()
+        if not self.cfg.export_object:
             return
         if hasattr(self.guidance, "save_learned"):
             name = f"it{self.true_global_step}-export/prior.safetensors"

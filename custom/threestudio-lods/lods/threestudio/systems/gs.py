@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import torch
 from jaxtyping import Float
 from lods.gaussians.densify import STRATEGIES, Densifier
+from lods.gaussians.files import write_gaussians
 from lods.gaussians.mesh_file import write_mesh
 from lods.gaussians.ply import write_ply, write_points
 from lods.preflight import refuse_densification
@@ -200,9 +201,23 @@ class LODSGaussianSplatting(LODSSystem):
         write_points(path, xyz, rgb, axes)
         return path
 
-    def save_gaussian_mesh(self, filename: str, mesh: Mesh) -> str:
-        """``save_type`` 'gaussian_mesh' of an exporter: a glb with vertex colours, y upward as
-        glTF wants it."""
+    def save_gaussian_file(self, filename: str, axes: str = "z-up", **gaussians: Tensor) -> str:
+        """``save_type`` 'gaussian_file' of an exporter: Gaussians in the format of the name's
+        ending, see :func:`lods.gaussians.files.write_gaussians`."""
+        path = self.get_save_path(filename)
+        n = write_gaussians(path, gaussians, axes)
+        self._results[filename.rpartition("/")[2]] = f"{path} ({n})"
+        return path
+
+    def save_gaussian_mesh(
+        self,
+        filename: str,
+        mesh: Mesh,
+        uv: Tensor | None = None,
+        texture: Tensor | None = None,
+    ) -> str:
+        """``save_type`` 'gaussian_mesh' of an exporter: a glb with a texture, or with vertex
+        colours, y upward as glTF wants it."""
         path = self.get_save_path(filename)
         write_mesh(
             path,
@@ -210,6 +225,8 @@ class LODSGaussianSplatting(LODSSystem):
             mesh.t_pos_idx,
             mesh.v_rgb,
             mesh.v_nrm[:, [1, 2, 0]],
+            uv,
+            texture,
         )
         self._results["mesh"] = path
         return path
