@@ -1,0 +1,1 @@
+"""Textured meshes on a CPU or a GPU, without a host."""
