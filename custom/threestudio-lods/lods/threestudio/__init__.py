@@ -1,4 +1,4 @@
-"""The adapters for a threestudio host: importing this registers guidances, Gaussians, systems.
+"""The adapters for a threestudio host: importing this registers guidances, geometries, systems.
 
 They take from threestudio the names that upstream has, so that they work there unchanged.
 """
@@ -9,8 +9,27 @@ import threestudio
 
 log.send_to(threestudio)
 
-from lods.threestudio import data, exporter, geometry, guidance, prompt, renderer, systems  # noqa: E402
+from lods.threestudio import (  # noqa: E402
+    data,
+    exporter,
+    geometry,
+    guidance,
+    mesh,
+    prompt,
+    renderer,
+    systems,
+)
 
 warn = threestudio.warn
 
-__all__ = ["data", "exporter", "geometry", "guidance", "prompt", "renderer", "systems", "warn"]
+__all__ = [
+    "data",
+    "exporter",
+    "geometry",
+    "guidance",
+    "mesh",
+    "prompt",
+    "renderer",
+    "systems",
+    "warn",
+]
