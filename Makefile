@@ -97,6 +97,7 @@ report: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/rasterize.py
 	$(BIN)/python benchmarks/hashgrid.py
+	$(BIN)/python benchmarks/mesh.py
 	$(BIN)/python benchmarks/raymarch.py
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/guidance.py

@@ -31,17 +31,22 @@ GRADIENTS = {
     "rfds": lambda z, y, n, source, bad: z - n + S * (n - y),
     "rfds-rev": lambda z, y, n, source, bad: z - n + S * (n - y),  # whatever the noise
     "ucm": lambda z, y, n, source, bad: z - n + S * (n - y),
+    "refine": lambda z, y, n, source, bad: z - n + S * (n - y),  # z less what z becomes
     "embedding": lambda z, y, n, source, bad: (z - n) / S + n - y,  # still the null prompt
     "lora": lambda z, y, n, source, bad: (z - n) / S + n - y,
 }
 # that read guidance_scale
-SCALED = ("embedding", "lora", "vsd", "sds", "nfsd", "sdi", "ism", "asd", "rfds", "rfds-rev", "ucm")
+SCALED = (
+    *("embedding", "lora", "vsd", "sds", "nfsd", "sdi", "ism", "asd", "rfds", "rfds-rev", "ucm"),
+    "refine",
+)
 # settings with which a method has that gradient from the first step on
 FIELDS = {
     "bridge": {"bridge_start": 0},
     "rfds": {"weighting_strategy": "sds"},
     "rfds-rev": {"weighting_strategy": "sds"},
     "ucm": {"weighting_strategy": "sds", "ucm_random_steps": 0},
+    "refine": {"weighting_strategy": "sds"},
 }
 
 

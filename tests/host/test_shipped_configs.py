@@ -8,14 +8,15 @@ from tests.runs import ROOT, launch
 from threestudio.utils.config import load_config
 
 CONFIGS = ROOT / "configs"
-BASES = {"lods-gs-embedding": "pocket", "lods-ngp-embedding": "pocket-ngp"}
+MAKE = {"lods-gs-embedding": "pocket", "lods-ngp-embedding": "pocket-ngp"}  # of `lods make`
+BASES = MAKE | {"lods-mesh-embedding": "pocket-mesh"}
 LORA = {"lods-gs-lora": "pocket", "lods-ngp-lora": "pocket-ngp"}
 CHAINS = [
     *([base, overlay] for base, overlay in BASES.items()),
     *([base, overlay, "pocket-lora"] for base, overlay in LORA.items()),
     *(
         [base, overlay, f"{overlay}-{q}"]
-        for base, overlay in BASES.items()
+        for base, overlay in MAKE.items()
         for q in ("draft", "best")
     ),
 ]
@@ -42,7 +43,9 @@ FOUR_VIEWS = ("lods-ngp-embedding", "mvdream-sd21")
 def small(chain):
     """Overrides that make these configs a run of seconds."""
     more = SMALL if "ngp" in chain[0] else [w for w in SMALL if "milestones" not in w]
-    balls = [] if "ngp" in chain[0] else ["system.geometry.ball.n_points=60"]
+    balls = ["system.geometry.ball.n_points=60"] if "-gs-" in chain[0] else []
+    if "mesh" in chain[0]:
+        balls = ["system.geometry.ball.subdivisions=1", "system.geometry.texture_size=32"]
     rays = ["system.renderer.num_samples_per_ray=8"] if "ngp" in chain[0] else []
     return [*more, *balls, *rays]
 
@@ -74,6 +77,8 @@ def test_schedules_end_within_the_steps(overlay):
     steps = cfg.trainer.max_steps
     assert cfg.system.guidance.bridge_start == steps / 2
     assert cfg.system.guidance.max_step_percent[3] == steps
+    if "mesh" in chain[0]:
+        assert cfg.system.lr_schedule["geometry.texture"][3] == steps
     if "strategy" in cfg.system:
         assert cfg.system.strategy.mcmc.refine_stop_iter < steps
         assert cfg.system.loss.lambda_opaque[3] < steps

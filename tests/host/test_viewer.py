@@ -24,7 +24,7 @@ pytest.importorskip("viser", reason="viser is not installed (the extra 'viewer')
 from lods import cli
 from pytorch_lightning.callbacks import Callback
 
-from tests.host import test_gs_system, test_ngp_system
+from tests.host import test_gs_system, test_mesh_system, test_ngp_system
 from tests.host.test_cli import make_run
 from tests.runs import fit, launch, same
 from tests.view_client import Client
@@ -44,6 +44,7 @@ from threestudio.utils.errors import UserError
 from threestudio.utils.misc import capture_rng_state
 
 small, small_field = test_gs_system.small, test_ngp_system.small  # fixtures
+small_mesh = test_mesh_system.small
 
 
 def viewer(folder="run", guard=None, interventions=None, host=options.LOCAL):
@@ -106,13 +107,15 @@ def state(system, trainer):
         pytest.param("gaussians", "lora", marks=pytest.mark.slow),
         pytest.param("radiance field", "embedding", marks=pytest.mark.slow),
         pytest.param("radiance field", "lora", marks=pytest.mark.slow),
+        pytest.param("mesh", "embedding", marks=pytest.mark.slow),
     ],
 )
 def test_a_visitor_who_looks_on_changes_no_bit_of_the_training(
-    small, small_field, representation, method
+    small, small_field, small_mesh, representation, method
 ):
     """Pictures are drawn, cameras and what the model sees are shown, and all is as without."""
-    make, boxes = (small, 3) if representation == "gaussians" else (small_field, 2)
+    kinds = {"gaussians": (small, 3), "radiance field": (small_field, 2), "mesh": (small_mesh, 2)}
+    make, boxes = kinds[representation]
     run = make(method, "system.background.random_aug=true")
     alone = state(*fit(*run, max_steps=14))
     view, clients = viewer(), []

@@ -282,6 +282,11 @@ def test_a_prompt_that_yaml_reads_as_something_else_is_one_line(ask, prompt):
         ("lods-gs-system", "renderer", {"num_samples_per_ray": 96}, "pocket.yaml"),
         ("lods-ngp-system", "geometry", {"init_type": "ball"}, "pocket-ngp.yaml"),
         ("lods-ngp-system", "strategy", {"name": "none"}, "pocket-ngp.yaml"),
+        ("lods-ngp-system", "geometry", {"free_vertices": True}, "pocket-ngp.yaml"),
+        ("lods-mesh-system", "strategy", {"name": "none"}, "pocket-mesh.yaml"),
+        ("lods-mesh-system", "geometry", {"ball": {"n_points": 60}}, "pocket-mesh.yaml"),
+        ("lods-mesh-system", "renderer", {"num_samples_per_ray": 96}, "pocket-mesh.yaml"),
+        ("lods-gs-system", "geometry", {"texture_size": 64}, "pocket.yaml"),
     ],
 )
 def test_an_overlay_of_the_other_kind_is_one_line(ask, system_type, key, value, overlay):

@@ -6,21 +6,46 @@ torch is imported; upstream's does not know it, and finds out when the models ar
 """
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from lods.models import cards
 from lods.models.additions import Additions
 from lods.models.vocabulary import FORCE, Vocabulary
 
-SYSTEMS = ("lods-gs-system", "lods-ngp-system")  # both load their models in every mode
-# by whether the system makes Gaussians: the geometries that it is meant for, the options that none
-# of the other kind has, and the overlay for the embedded model
-GEOMETRY = {True: ("lods-gaussians",), False: ("implicit-volume", "volume-grid")}
-OPTIONS = {
-    True: ("strategy", "lr_schedule", "geometry.init_type", "geometry.ball", "geometry.sh_degree"),
-    False: ("geometry.pos_encoding_config", "renderer.num_samples_per_ray"),
+
+class Kind(NamedTuple):
+    """What a system makes, in words; the geometries that it is meant for, the first its default;
+    options that no other kind has; and the overlay for the embedded model."""
+
+    words: str
+    geometries: tuple[str, ...]
+    options: tuple[str, ...]
+    overlay: str
+
+
+GAUSSIANS = "lods-gs-system"
+SYSTEMS = {  # which load their models in every mode
+    GAUSSIANS: Kind(
+        "Gaussians",
+        ("lods-gaussians",),
+        ("strategy", "geometry.sh_degree", "geometry.ball.n_points", "geometry.init_opacity"),
+        "pocket.yaml",
+    ),
+    "lods-ngp-system": Kind(
+        "a radiance field",
+        ("implicit-volume", "volume-grid"),
+        ("geometry.pos_encoding_config", "renderer.num_samples_per_ray"),
+        "pocket-ngp.yaml",
+    ),
+    "lods-mesh-system": Kind(
+        "a textured mesh",
+        ("lods-mesh",),
+        ("geometry.texture_size", "geometry.free_vertices", "geometry.ball.subdivisions"),
+        "pocket-mesh.yaml",
+    ),
 }
-OVERLAY = {True: "pocket.yaml", False: "pocket-ngp.yaml"}
+# which Gaussians and meshes have, and radiance fields have not
+EXPLICIT = ("lr_schedule", "geometry.init_type", "geometry.ball")
 # the processors whose prompt is checked: the first is these systems' default, the second is the
 # host's own, which can be given a model of this extension
 PROCESSORS = ("lods-prompt-processor", "stable-diffusion-prompt-processor")
@@ -61,25 +86,28 @@ def preflight(cfg: Any, mode: str) -> None:
 
 
 def check_kind(cfg: Any) -> None:
-    """Raise ``ValueError``, one line, for options of Gaussians in the config of a radiance field,
-    and the reverse: an overlay of the other kind."""
-    gaussians = cfg.system_type == SYSTEMS[0]
-    own, other = ("Gaussians", "a radiance field")[:: 1 if gaussians else -1]
-    if cfg.system.get("geometry_type", GEOMETRY[gaussians][0]) not in GEOMETRY[gaussians]:
+    """Raise ``ValueError``, one line, for options of one kind of system in the config of another:
+    an overlay of the other kind."""
+    own = SYSTEMS[cfg.system_type]
+    if cfg.system.get("geometry_type", own.geometries[0]) not in own.geometries:
         return  # of another extension, whose options are its own
-    for key in OPTIONS[not gaussians]:
+    foreign = [
+        (key, other) for other in SYSTEMS.values() if other is not own for key in other.options
+    ]
+    if own.geometries[0] == "implicit-volume":
+        foreign += [(key, SYSTEMS[GAUSSIANS]) for key in EXPLICIT]
+    for key, other in foreign:
         section, _, name = key.rpartition(".")
-        options = _part(cfg.system, section) if section else cfg.system
-        if name in options:
+        if name in _section(cfg.system, section):
             raise ValueError(
-                f"system.{key} is of {other}, and {cfg.system_type} makes {own}: take the overlay "
-                f"configs/{OVERLAY[gaussians]}, or leave the key out"
+                f"system.{key} is of {other.words}, and {cfg.system_type} makes {own.words}: take "
+                f"the overlay configs/{own.overlay}, or leave the key out"
             )
 
 
 def check_exports(cfg: Any) -> None:
     """Raise ``ValueError``, one line, for a format that the exporter of Gaussians does not have."""
-    default = EXPORTER if cfg.system_type == SYSTEMS[0] else None
+    default = EXPORTER if cfg.system_type == GAUSSIANS else None
     if cfg.system.get("exporter_type", default) == EXPORTER:
         wrong = unknown_export(_part(cfg.system, "exporter").get("fmt"))
         if wrong:
@@ -206,7 +234,7 @@ def refuse_training(cfg: Any) -> None:
     default = "default" if system.get("radius") is not None else "none"
     strategy = _part(system, "strategy").get("name", default)
     several = processes(cfg) > 1
-    if cfg.system_type == SYSTEMS[0] and strategy != "none":
+    if cfg.system_type == GAUSSIANS and strategy != "none":
         refuse_densification(several, trainer.get("accumulate_grad_batches", 1))
     inner = _part(system, "guidance").get("prior_inner_steps")
     if several and inner and system.get("guidance_type") in LEARNING:
@@ -231,6 +259,13 @@ def _part(config: Any, name: str) -> Any:
     """A section of a config; an empty one for what is none, of which the run complains."""
     found = config.get(name)
     return found if hasattr(found, "get") else {}
+
+
+def _section(config: Any, path: str) -> Any:
+    """The section at this path of names and dots, or an empty one."""
+    for name in path.split(".") if path else ():
+        config = _part(config, name)
+    return config
 
 
 def processes(cfg: Any) -> int:

@@ -62,6 +62,7 @@ def examine() -> list[Finding]:
         "machine": _machine,
         "packages": _packages,
         "Gaussians": _rasterisers,
+        "meshes": _meshes,
         "radiance fields": _radiance,
         "tools": _tools,
         "models": _models,
@@ -137,6 +138,17 @@ def _rasterisers() -> Iterator[tuple[str, str]]:
         if name != "auto":
             missing = neighbours.missing(name) if name in neighbours.CUDA_BACKENDS else ""
             yield f"neighbours {name}", _state(missing)
+
+
+def _meshes() -> Iterator[tuple[str, str]]:
+    from lods.meshes import backends
+
+    for name in backends.BACKENDS:
+        if name != "auto":
+            missing = getattr(backends.get(name), "missing", str)()
+            yield f"triangle rasteriser {name}", _state(missing)
+    unwraps = importlib.util.find_spec("xatlas")
+    yield "texture coordinates xatlas", _state("" if unwraps else "pip install xatlas")
 
 
 def _radiance() -> Iterator[tuple[str, str]]:

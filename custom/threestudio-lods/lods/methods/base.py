@@ -225,14 +225,17 @@ class Method(nn.Module):
                 f"as the latents, not {tuple(raw.shape) if isinstance(raw, Tensor) else raw!r}"
             )
         grad = self.clean(raw)
-        target = (latents - grad).detach()
-        loss = 0.5 * F.mse_loss(latents, target, reduction="sum") / len(latents)
+        loss = self.pull(latents, (latents - grad).detach())
         numbers = {
             "grad_norm": grad.norm(),
             "min_step": self.min_step,
             "max_step": self.max_step,
         }
         return Losses({"loss_sds": loss, **learning}, numbers)
+
+    def pull(self, latents: Latents, target: Latents) -> Float[Tensor, ""]:
+        """``loss_sds`` of latents that are led to ``target``, z - g: 1/2 sum (z - target)^2 / B."""
+        return 0.5 * F.mse_loss(latents, target, reduction="sum") / len(latents)
 
     def own_gradient(
         self, latents: Latents, t: Int[Tensor, " B"], conditions: Conditions

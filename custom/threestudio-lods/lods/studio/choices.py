@@ -38,6 +38,7 @@ METHODS = {
     "lods-rfds": ("RFDS", "SDS as published for flow models"),
     "lods-rfds-rev": ("RFDS-Rev", "RFDS with noise that is found from the object"),
     "lods-ucm": ("UCM", "FlowDreamer's: follows the model's own way to noise"),
+    "lods-refine": ("Refine", "sharpens what is there: image to image, then fitted"),
 }
 _FIELDS = ("prompt", "on", "method", "model", "quality", "seed", "any_words", "after")
 

@@ -1,4 +1,4 @@
-"""The adapters for a threestudio host: importing this registers guidances, Gaussians, systems.
+"""The adapters for a threestudio host: importing this registers guidances, geometries, systems.
 
 They take from threestudio the names that upstream has, so that they work there unchanged.
 """
@@ -15,6 +15,7 @@ from lods.threestudio import (  # noqa: E402
     exporter,
     geometry,
     guidance,
+    mesh,
     multiview,
     prompt,
     renderer,
@@ -29,6 +30,7 @@ __all__ = [
     "exporter",
     "geometry",
     "guidance",
+    "mesh",
     "multiview",
     "prompt",
     "renderer",

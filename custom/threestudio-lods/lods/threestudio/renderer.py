@@ -15,6 +15,37 @@ from threestudio.models.renderers.base import Rasterizer
 from threestudio.utils.ops import get_ray_directions, get_rays
 
 
+def drawn(
+    background: Any,
+    foreground: Float[Tensor, "B H W 3"],
+    alpha: Float[Tensor, "B H W 1"],
+    depth: Float[Tensor, "B H W 1"],
+    info: dict[str, Any],
+    c2w: Float[Tensor, "B 4 4"],
+    fovy: Float[Tensor, " B"],
+    rays_d: Float[Tensor, "B H W 3"] | None,
+) -> dict[str, Any]:
+    """What a rasteriser of this extension returns: see :meth:`GaussianRasterizer.forward`. The
+    background module paints what is behind, along ``rays_d`` or, without them, the cameras' rays.
+    """
+    height, width = alpha.shape[1:3]
+    if rays_d is None:
+        focal = 0.5 * height / torch.tan(0.5 * fovy)
+        directions = get_ray_directions(height, width, focal=1.0).to(c2w)
+        directions = directions.repeat(len(c2w), 1, 1, 1)
+        directions[..., :2] /= focal[:, None, None, None]
+        _, rays_d = get_rays(directions, c2w, keepdim=True)
+    behind = background(dirs=rays_d)
+    return {
+        "comp_rgb": foreground + (1 - alpha) * behind,
+        "comp_rgb_fg": foreground,
+        "comp_rgb_bg": behind,
+        "opacity": alpha,
+        "depth": depth,
+        "info": info,
+    }
+
+
 @threestudio.register("lods-gaussian-rasterizer")
 class GaussianRasterizer(Rasterizer):
     """Rasterises a ``lods-gaussians`` geometry; the background module paints what is behind."""
@@ -88,18 +119,4 @@ class GaussianRasterizer(Rasterizer):
                 backend=self.cfg.backend,
             )
         foreground, depth = rendered[..., :3], rendered[..., 3:]
-        if rays_d is None:
-            focal = 0.5 * height / torch.tan(0.5 * fovy)
-            directions = get_ray_directions(height, width, focal=1.0).to(c2w)
-            directions = directions.repeat(len(c2w), 1, 1, 1)
-            directions[..., :2] /= focal[:, None, None, None]
-            _, rays_d = get_rays(directions, c2w, keepdim=True)
-        background = self.background(dirs=rays_d)
-        return {
-            "comp_rgb": foreground + (1 - alpha) * background,
-            "comp_rgb_fg": foreground,
-            "comp_rgb_bg": background,
-            "opacity": alpha,
-            "depth": depth,
-            "info": info,
-        }
+        return drawn(self.background, foreground, alpha, depth, info, c2w, fovy, rays_d)

@@ -87,6 +87,11 @@ def uncompiled() -> Iterator[None]:
         _compiles.reset(token)
 
 
+def may_compile() -> bool:
+    """Whether kernels may be compiled now: not within :func:`uncompiled`."""
+    return _compiles.get()
+
+
 def is_known(name: Any) -> bool:
     """Whether there is a backend of this name (``auto`` included). Loads nothing."""
     if not isinstance(name, str):
@@ -105,7 +110,7 @@ def get(name: str) -> Any:
     name, and for an entry point that cannot be loaded."""
     if name in BUILT_IN:
         module = importlib.import_module(f"{__name__}.{BUILT_IN[name]}")
-        if name == "cpu" and not _compiles.get() and not module.is_compiled():
+        if name == "cpu" and not may_compile() and not module.is_compiled():
             return importlib.import_module(f"{__name__}.tiles")
         return module
     if name not in _registered:

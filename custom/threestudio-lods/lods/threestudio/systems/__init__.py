@@ -1,5 +1,5 @@
 """Systems: a representation that is optimised with a guidance."""
 
-from lods.threestudio.systems import gs, ngp
+from lods.threestudio.systems import gs, mesh, ngp
 
-__all__ = ["gs", "ngp"]
+__all__ = ["gs", "mesh", "ngp"]

@@ -4,7 +4,6 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import torch
 from jaxtyping import Float
 from lods.gaussians.densify import STRATEGIES, Densifier
 from lods.gaussians.files import write_gaussians
@@ -14,13 +13,13 @@ from lods.preflight import refuse_densification
 from lods.threestudio.systems.base import LODSSystem
 from lods.threestudio.systems.original import complete
 from lods.threestudio.systems.pictures import grey_cell
-from lods.threestudio.systems.strategy_options import DefaultOptions, McmcOptions, Rates
+from lods.threestudio.systems.rates import ScheduledRates
+from lods.threestudio.systems.strategy_options import DefaultOptions, McmcOptions
 from torch import Tensor
 
 import threestudio
 from threestudio.models.mesh import Mesh
 from threestudio.utils.config import parse_structured
-from threestudio.utils.misc import C
 
 
 @dataclass
@@ -48,7 +47,7 @@ class StrategyConfig:
 
 
 @threestudio.register("lods-gs-system")
-class LODSGaussianSplatting(LODSSystem):
+class LODSGaussianSplatting(ScheduledRates):
     """3D Gaussians; see :class:`LODSSystem` for the losses.
 
     Its own regularisers, ``gaussian_opacity`` and ``gaussian_scale``, are the mean opacity and the
@@ -59,7 +58,7 @@ class LODSGaussianSplatting(LODSSystem):
     REGULARISERS = (*LODSSystem.REGULARISERS, "gaussian_opacity", "gaussian_scale")
 
     @dataclass
-    class Config(LODSSystem.Config):
+    class Config(ScheduledRates.Config):
         geometry_type: str = "lods-gaussians"
         material_type: str = "no-material"  # Gaussians carry their colours themselves
         material: dict = field(default_factory=lambda: {"n_output_dims": 0})
@@ -69,20 +68,6 @@ class LODSGaussianSplatting(LODSSystem):
         strategy: Annotated[dict, StrategyConfig] = field(default_factory=dict)
         # world units; of the original's YAML, whose unsaid constants it brings: see original.py
         radius: Annotated[float | None, "(0, 1e6]"] = None
-        # name of an optimizer group -> schedule of its learning rate, interpolated geometrically
-        # (log-linear); groups that are not listed keep their 'lr'
-        lr_schedule: Annotated[dict, Rates] = field(default_factory=dict)
-
-        def contradictions(self):
-            """Fields that do not go together: (field, what is wrong)."""
-            for name, rates in self.lr_schedule.items():
-                if isinstance(rates, (int, float)):
-                    continue
-                if any(C(rates, 0, step) <= 0 for step in rates if isinstance(step, int)):
-                    yield (
-                        f"lr_schedule.{name}",
-                        "goes to 0, which a geometric schedule never reaches: end it above 0",
-                    )
 
     cfg: Config
 
@@ -108,20 +93,9 @@ class LODSGaussianSplatting(LODSSystem):
                 "there are no Gaussians to train: set system.geometry.init_type to ball, file or "
                 "shap-e, or resume a run"
             )
-        names = [group.get("name") for group in self._optimizer.param_groups]
-        for name in self.cfg.lr_schedule:
-            if name not in names:
-                raise ValueError(
-                    f"system.lr_schedule names '{name}', which is not in system.optimizer.params "
-                    f"({', '.join(str(n) for n in names)})"
-                )
         if self.densifier.strategy is not None:
             refuse_densification(self.trainer.world_size > 1, self.trainer.accumulate_grad_batches)
         self.densifier.begin(self.geometry.count, self.trainer.max_steps, self.resumed)
-
-    @property
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return self.optimizers(use_pl_optimizer=False)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         out = self.renderer(**batch, absgrad=self.densifier.absgrad)
@@ -146,20 +120,12 @@ class LODSGaussianSplatting(LODSSystem):
         return losses
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
-        """Set the scheduled learning rates, step, densify.
+        """Step, with the scheduled learning rates, and densify.
 
         Densification follows here and not in ``on_train_batch_end``, because Lightning lets its
         callbacks write checkpoints before it calls that hook: a checkpoint would hold Gaussians
         of before and random states of after.
         """
-        for group in optimizer.param_groups:
-            if group.get("name") in self.cfg.lr_schedule:
-                group["lr"] = C(
-                    self.cfg.lr_schedule[group["name"]],
-                    self.true_current_epoch,
-                    self.true_global_step,
-                    interpolation="exp",
-                )
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.geometry.limit_scales()
         if self._rendered is not None:
