@@ -8,8 +8,10 @@ import torch
 from safetensors import safe_open
 
 METHODS = [name for name in lods.methods.names() if name.startswith("lods-")]
+EDITS = [name for name in METHODS if lods.methods.find(name).edits]
 LEARNING = ["lods-embedding", "lods-lora", "lods-vsd"]
 OWN = {"lods-bridge": {"bridge_start": 0}, "lods-ucm": {"ucm_random_steps": 0}}
+OWN |= {name: {"source_prompt": "a blue car"} for name in EDITS}
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +25,8 @@ def make(tiny_sd3):
     return build
 
 
-def images(rows=2):
-    return torch.rand(rows, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+def images(rows=2, seed=1):
+    return torch.rand(rows, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
 def cameras(rows=2):
@@ -41,7 +43,8 @@ def trained(method, steps=2, first=0, optimizer=None):
         torch.manual_seed(step)
         method.step(step)
         optimizer.zero_grad()
-        losses = method(x, cameras())
+        source = {"source": images(seed=2)} if method.edits else {}
+        losses = method(x, cameras(), **source)
         losses.total.backward()
         assert losses.total.isfinite() and losses.numbers["grad_norm"] > 0
         optimizer.step()

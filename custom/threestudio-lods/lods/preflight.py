@@ -27,6 +27,13 @@ PROCESSORS = ("lods-prompt-processor", "stable-diffusion-prompt-processor")
 EXPORTER = "lods-gaussian-exporter"
 EXPORTS = ("ply", "points", "glb")  # what it writes
 LEARNING = ("lods-embedding-guidance", "lods-lora-guidance", "lods-vsd-guidance")
+# methods that change what is there
+EDITING = tuple(f"lods-{name}-guidance" for name in ("dds", "drf", "edit", "pds", "ssd"))
+EDIT = (
+    "system.guidance_type={} edits Gaussians that are there: lods edit FILE.ply --from TEXT --to "
+    "TEXT, or {} with system.geometry.init_type=file"
+)
+NO_SOURCE_PROMPT = "an edit needs a text of what is there before: give source_prompt='a cat'"
 PERP_NEG = (
     "use_perp_neg needs prompts with words for the view (system.guidance.view_dependent_prompting="
     "true, and cameras words or both), or set system.prompt_processor.use_perp_neg=false"
@@ -47,6 +54,7 @@ def preflight(cfg: Any, mode: str) -> None:
     """
     if cfg.system_type in SYSTEMS:
         check_kind(cfg)
+        check_edit(cfg)
         if mode == "train":
             refuse_training(cfg)
         for name in model_names(cfg.system):
@@ -73,6 +81,19 @@ def check_kind(cfg: Any) -> None:
                 f"system.{key} is of {other}, and {cfg.system_type} makes {own}: take the overlay "
                 f"configs/{OVERLAY[gaussians]}, or leave the key out"
             )
+
+
+def check_edit(cfg: Any) -> None:
+    """Raise ``ValueError``, one line, for a guidance that edits where there is nothing to edit, or
+    no text of what is there."""
+    system = cfg.system
+    if (kind := system.get("guidance_type")) not in EDITING:
+        return
+    start = _part(system, "geometry").get("init_type")
+    if cfg.system_type != SYSTEMS[0] or start != "file":
+        raise ValueError(EDIT.format(kind, SYSTEMS[0]))
+    if _part(system, "prompt_processor").get("source_prompt") is None:
+        raise ValueError(f"{NO_SOURCE_PROMPT} (system.prompt_processor.source_prompt)")
 
 
 def check_exports(cfg: Any) -> None:
