@@ -171,7 +171,7 @@ def test_pds_of_neighbouring_timesteps_does_not_pull_back():
         psi, chi = scores.pds_weights(*levels)
         assert (psi.abs() < 1e-6 * chi).all()
         levels[2] = schedule.alpha_sigma((t - 2).clamp_min(0))
-        assert (scores.pds_weights(*levels)[0][1:] > 0.05 * chi[1:]).all()
+        assert (scores.pds_weights(*levels)[0][1:] > 0.01 * chi[1:]).all()
 
 
 def test_pds_has_an_earlier_timestep_for_the_smallest():
@@ -198,7 +198,7 @@ def test_delta_flow_is_the_difference_of_velocities():
 
 
 def test_delta_flow_is_dds_with_the_weight_of_velocities():
-    drf = gradient(made("drf", FLOW, drf_source_scale=6.0, **ALIKE))
+    drf = gradient(made("drf", FLOW, **ALIKE))
     dds = gradient(made("dds", FLOW, weighting_strategy="velocity", **ALIKE))
     torch.testing.assert_close(drf, dds, rtol=1e-5, atol=1e-5)
 
@@ -216,7 +216,7 @@ def test_the_same_pictures_as_a_flow_and_as_a_diffusion(name):
 
 def test_delta_flow_equals_dds_on_the_same_pictures_as_a_diffusion():
     """1 / alpha of the flow is the weight, of noise, on the diffusion too."""
-    flow = made("drf", FLOW, drf_source_scale=6.0, **ALIKE)
+    flow = made("drf", FLOW, **ALIKE)
     noise = gradient(made("dds", as_diffusion(FLOW), **ALIKE))
     seen = Drawn(flow)
     torch.testing.assert_close(gradient(flow), noise / seen.alpha, rtol=2e-3, atol=2e-3)

@@ -15,7 +15,8 @@ from lods.models.vocabulary import FORCE, Vocabulary
 SYSTEMS = ("lods-gs-system", "lods-ngp-system")  # both load their models in every mode
 # by whether the system makes Gaussians: the geometries that it is meant for, the options that none
 # of the other kind has, and the overlay for the embedded model
-GEOMETRY = {True: ("lods-gaussians",), False: ("implicit-volume", "volume-grid")}
+EDITED = "lods-edited-gaussians"
+GEOMETRY = {True: ("lods-gaussians", EDITED), False: ("implicit-volume", "volume-grid")}
 OPTIONS = {
     True: ("strategy", "lr_schedule", "geometry.init_type", "geometry.ball", "geometry.sh_degree"),
     False: ("geometry.pos_encoding_config", "renderer.num_samples_per_ray"),
@@ -31,7 +32,7 @@ LEARNING = ("lods-embedding-guidance", "lods-lora-guidance", "lods-vsd-guidance"
 EDITING = tuple(f"lods-{name}-guidance" for name in ("dds", "drf", "edit", "pds", "ssd"))
 EDIT = (
     "system.guidance_type={} edits Gaussians that are there: lods edit FILE.ply --from TEXT --to "
-    "TEXT, or {} with system.geometry.init_type=file"
+    "TEXT makes such a run (lods-gs-system with geometry_type={} and geometry.init_type=file)"
 )
 NO_SOURCE_PROMPT = "an edit needs a text of what is there before: give source_prompt='a cat'"
 PERP_NEG = (
@@ -90,8 +91,9 @@ def check_edit(cfg: Any) -> None:
     if (kind := system.get("guidance_type")) not in EDITING:
         return
     start = _part(system, "geometry").get("init_type")
-    if cfg.system_type != SYSTEMS[0] or start != "file":
-        raise ValueError(EDIT.format(kind, SYSTEMS[0]))
+    edited = system.get("geometry_type") == EDITED and start in ("file", "none")
+    if cfg.system_type != SYSTEMS[0] or not edited:
+        raise ValueError(EDIT.format(kind, EDITED))
     if _part(system, "prompt_processor").get("source_prompt") is None:
         raise ValueError(f"{NO_SOURCE_PROMPT} (system.prompt_processor.source_prompt)")
 

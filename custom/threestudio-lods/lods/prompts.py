@@ -26,6 +26,7 @@ BAD_PICTURES = (
     "low-resolution, gloomy"
 )
 
+
 @dataclass
 class TextSettings:
     """Which texts stand beside the prompt."""

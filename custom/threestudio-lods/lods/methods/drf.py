@@ -23,16 +23,17 @@ class DeltaFlow(EditMethod):
 
     which serves diffusions too; with eta = 0 and s' = s it is DDS with another weight.
 
-    Published, for SD3: s = 16.5, s' = 6, t falls from 1 over 50 steps, eta from 0 to 1
-    (``drf_shift=[0, 0, 1, 50]``), SGD with the rate 0.02. Nothing is learned.
+    Published, for SD3: s = 16.5, s' = 6, t falls from 1 over 50 steps, eta rises from 0 to 1
+    (``drf_shift=[0, 0.0, 1.0, 50]``), SGD with the rate 0.02. Here s' is s, unless set, so that
+    nothing changes where nothing is to. Nothing is learned.
     """
 
     @dataclass
     class Config(EditMethod.Config):
         guidance_scale: Annotated[float, "(0, inf)"] = 16.5
         weighting_strategy: Annotated[str, WEIGHTINGS] = "velocity"
-        # s' of the source's own guidance
-        drf_source_scale: Annotated[float, "(0, inf)"] = 6.0
+        # s' of the source's own guidance; null: guidance_scale
+        drf_source_scale: Annotated[float | None, "(0, inf)"] = None
         # eta; schedules allowed
         drf_shift: Annotated[Any, "scheduled [0, 1]"] = 0.0
 
@@ -50,6 +51,7 @@ class DeltaFlow(EditMethod):
         x_t = self.model.add_noise(latents, eps + shift, t)
         x_source = self.noised_source(t, eps, conditions)
         here, there = self.compared(x_t, x_source, t, conditions, conditions.null)
-        guided = scores.cfg(*here, self.cfg.guidance_scale)
-        source = scores.cfg(*there, self.cfg.drf_source_scale)
+        s, s_source = self.cfg.guidance_scale, self.cfg.drf_source_scale
+        guided = scores.cfg(*here, s)
+        source = scores.cfg(*there, s if s_source is None else s_source)
         return scores.rows(self.weight(t), shift) * (guided - source - shift)

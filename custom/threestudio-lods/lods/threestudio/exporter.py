@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from lods.gaussians.axes import PLY_AXES
+from lods.gaussians.parameters import whole
 from lods.gaussians.surface import surface
 from lods.preflight import unknown_export
 from omegaconf import ListConfig
@@ -59,7 +60,9 @@ class GaussianExporter(Exporter):
     def _mesh(self) -> Mesh:
         cfg = self.cfg
         threestudio.info("making a mesh of the Gaussians, which can take a minute")
-        found = surface(self.geometry, cfg.mesh_resolution, cfg.mesh_opacity, cfg.mesh_threshold)
+        found = surface(
+            whole(self.geometry), cfg.mesh_resolution, cfg.mesh_opacity, cfg.mesh_threshold
+        )
         mesh = Mesh(found.vertices, found.faces)
         mesh.set_vertex_color(found.rgb)
         return mesh
@@ -80,7 +83,8 @@ class GaussianExporter(Exporter):
                     continue
                 params = {"mesh": mesh}
             else:
-                params = {"xyz": self.geometry.means, "rgb": self.geometry.base_colors()}
+                drawn = whole(self.geometry)
+                params = {"xyz": drawn.means, "rgb": drawn.base_colors()}
                 params["axes"] = self.cfg.axes
             outputs.append(ExporterOutput(self.cfg.save_name + ending, save_type, params))
         return outputs

@@ -12,7 +12,7 @@ from lods.gaussians.ply import write_ply, write_points
 from lods.preflight import refuse_densification
 from lods.threestudio.systems.base import LODSSystem
 from lods.threestudio.systems.original import complete
-from lods.threestudio.systems.pictures import grey_cell
+from lods.threestudio.systems.pictures import grey_cell, rgb_cell
 from lods.threestudio.systems.strategy_options import DefaultOptions, McmcOptions, Rates
 from torch import Tensor
 
@@ -46,6 +46,9 @@ class StrategyConfig:
                     )
 
 
+ANCHORS = ("color", "position", "opacity", "scale")
+
+
 @threestudio.register("lods-gs-system")
 class LODSGaussianSplatting(LODSSystem):
     """3D Gaussians; see :class:`LODSSystem` for the losses.
@@ -53,9 +56,18 @@ class LODSGaussianSplatting(LODSSystem):
     Its own regularisers, ``gaussian_opacity`` and ``gaussian_scale``, are the mean opacity and the
     mean standard deviation (world units) of the Gaussians themselves: those of the MCMC strategy
     (arXiv:2404.09591).
+
+    With ``lods-edited-gaussians`` the guidance is also given what they were (``source_rgb``), and
+    ``anchor_color``, ``anchor_position``, ``anchor_opacity`` and ``anchor_scale`` hold them there
+    (:meth:`lods.gaussians.edited.EditedParameters.anchor_losses`).
     """
 
-    REGULARISERS = (*LODSSystem.REGULARISERS, "gaussian_opacity", "gaussian_scale")
+    REGULARISERS = (
+        *LODSSystem.REGULARISERS,
+        "gaussian_opacity",
+        "gaussian_scale",
+        *(f"anchor_{name}" for name in ANCHORS),
+    )
 
     @dataclass
     class Config(LODSSystem.Config):
@@ -130,11 +142,30 @@ class LODSGaussianSplatting(LODSSystem):
         # only where it is of use: the CPU waits for the GPU to tell it
         self._rendered = (step, out["info"], scaler.get_scale() if read else 1.0)
 
+        if (source := self._source(batch, out)) is not None:
+            batch = {**batch, "source_rgb": source}
         loss = self.loss_of(out, batch)
         self.note("train/n_gaussians", self.geometry.count)
         for name, number in self.densifier.census.total.items():
             self.note(f"train/n_{name}", number)
         return {"loss": loss}
+
+    def _source(self, batch: dict[str, Any], out: dict[str, Any]) -> Tensor | None:
+        """What was there, seen as ``out`` is; None where nothing is edited."""
+        source = getattr(self.geometry, "source", None)
+        if source is None:
+            return None
+        if not hasattr(self.renderer, "before"):
+            raise ValueError(
+                f"system.renderer_type={self.cfg.renderer_type} cannot draw what is edited as it "
+                "was: set system.renderer_type=lods-gaussian-rasterizer"
+            )
+        return self.renderer.before(source, out["comp_rgb_bg"].detach(), **batch)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        out = super().forward(batch)
+        source = self._source(batch, out)
+        return out if source is None else {**out, "source_rgb": source}
 
     def regularisers(self, out: dict[str, Any]) -> dict[str, Float[Tensor, ""]]:
         losses = super().regularisers(out)
@@ -142,6 +173,15 @@ class LODSGaussianSplatting(LODSSystem):
             losses["gaussian_opacity"] = self.geometry.opacities.sigmoid().mean()
         if self.wants("gaussian_scale"):
             losses["gaussian_scale"] = self.geometry.scales.exp().mean()
+        if any(self.wants(f"anchor_{name}") for name in ANCHORS):
+            if not hasattr(self.geometry, "anchor_losses"):
+                raise ValueError(
+                    "system.loss.lambda_anchor_* hold Gaussians to what they were: set "
+                    "system.geometry_type=lods-edited-gaussians, or leave them out"
+                )
+            found = self.geometry.anchor_losses()
+            wanted = [name for name in ANCHORS if self.wants(f"anchor_{name}")]
+            losses |= {f"anchor_{name}": found[name] for name in wanted}
         return losses
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
@@ -163,6 +203,7 @@ class LODSGaussianSplatting(LODSSystem):
         self.geometry.limit_scales()
         if self._rendered is not None:
             step, info, scale = self._rendered
+            info = self.geometry.own_info(info)
             self._rendered = None  # frees the graph's images
             # a step without gradients was skipped: nothing is to be grown after it, or moved
             if any(p.grad is not None for p in self.geometry.parameters()):
@@ -185,7 +226,13 @@ class LODSGaussianSplatting(LODSSystem):
     # -- pictures and files --------------------------------------------------------------------
 
     def panels(self, out: dict[str, Any], i: int) -> list[dict[str, Any]]:
-        return [*super().panels(out, i), grey_cell(out["depth"][i, ..., 0], None)]
+        before = [rgb_cell(out["source_rgb"][i])] if "source_rgb" in out else []
+        return [*before, *super().panels(out, i), grey_cell(out["depth"][i, ..., 0], None)]
+
+    def sheet_picture(self, out: dict[str, Any], i: int) -> Float[Tensor, "H W 3"]:
+        """Of an edit what was there and, at its right, what is there now."""
+        now = out["comp_rgb"][i]
+        return torch.cat([out["source_rgb"][i], now], dim=1) if "source_rgb" in out else now
 
     def save_gaussian_ply(self, filename: str, axes: str = "z-up", **gaussians: Tensor) -> str:
         """``save_type`` 'gaussian_ply' of an exporter: the standard 3DGS layout."""
