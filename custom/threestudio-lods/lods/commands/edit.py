@@ -124,8 +124,9 @@ def _picture(args: argparse.Namespace, path: Path | None) -> int:
     from lods.playground import carry_out
 
     if path is None:
-        given = {k: v for k, v in vars(args).items() if v not in (None, False, []) and k != "what"}
-        other = sorted(given.keys() - {"steps", "gpu"})
+        unset = (None, False, [])
+        given = {k for k, v in vars(args).items() if not any(v is u or v == [] for u in unset)}
+        other = sorted(given - {"what", "steps", "gpu"})
         if other:
             raise ValueError(
                 f"--{other[0].replace('_', '-')} is settled in {args.what}: only --steps can be "

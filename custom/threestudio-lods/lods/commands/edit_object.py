@@ -106,7 +106,7 @@ def configs(args: argparse.Namespace, source: str, target: str, method: str) -> 
             card.overlay if card and card.overlay else cards.all_cards()[cards.EMBEDDED].overlay
         )
         names.append(str(overlay))
-    names += ["edit", *["pocket-edit"] * small]
+    names += ["edit", *["edit-pocket"] * small]
     prompt, told = "system.prompt_processor", cards.has_camera_encoder(model)
     values: dict[str, Any] = {
         f"{prompt}.prompt": as_typed(target),
@@ -132,7 +132,7 @@ def settings(args: argparse.Namespace, what: Path, box: list[float] | None) -> l
         "system.exporter.fmt": "ply",
     }
     if degree:
-        values["system.optimizer.params.geometry.shN.lr"] = 2.5e-4
+        values["system.optimizer.params"] = "{geometry.shN: {lr: 2.5e-4}}"
     if box is not None:
         values["system.geometry.box"] = json.dumps(box)
     if args.mask is not None:

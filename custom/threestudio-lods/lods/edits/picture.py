@@ -26,16 +26,16 @@ def open_picture(path: Path, what: str = ""):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
-                if max(file.size) > MAX_SIDE:
-                    raise ValueError(
-                        f"{what} is {file.size}: {MAX_SIDE} pixels a side are the most"
-                    )
-                return ImageOps.exif_transpose(file).copy()
+                size = file.size
+                picture = ImageOps.exif_transpose(file).copy() if max(size) <= MAX_SIDE else None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"{what} has too many pixels: make it smaller") from None
-    except (OSError, SyntaxError, EOFError) as error:
+    except Exception as error:  # of many kinds, by format
         text = str(error).split("\n")[0][:120]
         raise ValueError(f"{what} cannot be read as a picture: {text}") from None
+    if picture is None:
+        raise ValueError(f"{what} is {size[0]} x {size[1]}: {MAX_SIDE} pixels a side are the most")
+    return picture
 
 
 def light_pixels(path: Path, what: str) -> Bool[np.ndarray, "H W"]:

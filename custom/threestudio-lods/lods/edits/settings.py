@@ -26,11 +26,11 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "lods-edit": {"scale": 7.5, "lr": 0.09, "draws": 1, "steps": 200},
     },
     "pocket": {
-        "lods-dds": {"scale": 7.5, "lr": 0.02, "draws": 8, "steps": 200},
-        "lods-pds": {"scale": 50.0, "lr": 0.02, "draws": 8, "steps": 200},
-        "lods-ssd": {"scale": 3.75, "lr": 0.02, "draws": 8, "steps": 200},
-        "lods-drf": {"scale": 10.0, "lr": 0.02, "draws": 8, "steps": 200},
-        "lods-edit": {"scale": 7.5, "lr": 0.15, "draws": 8, "steps": 200},
+        "lods-dds": {"scale": 7.5, "lr": 0.02, "draws": 4, "steps": 100},
+        "lods-pds": {"scale": 50.0, "lr": 0.03, "draws": 4, "steps": 100},
+        "lods-ssd": {"scale": 3.75, "lr": 0.01, "draws": 4, "steps": 100},
+        "lods-drf": {"scale": 7.5, "lr": 0.005, "draws": 4, "steps": 100},
+        "lods-edit": {"scale": 7.5, "lr": 0.15, "draws": 4, "steps": 100},
     },
 }
 LEARNED_LR = 1e-3  # of the learned part, by AdamW

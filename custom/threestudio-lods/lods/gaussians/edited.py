@@ -27,9 +27,10 @@ class Frozen(GaussianParameters):
 class EditedParameters(GaussianParameters):
     """The parameters of the module itself are those of the Gaussians that are free. Beside them:
 
-    - ``source``, all that there were in the beginning (N of them), and ``inside`` (N,), which of
-      these were made free. The others are *locked*: they are drawn and exported as they were, and
-      are no parameters, so that neither an optimizer nor a strategy can touch them;
+    - ``source``, all that there were in the beginning (N of them, the free ones first, in the order
+      in which all are drawn), and ``inside`` (N,), which of these are free. The others are
+      *locked*: they are drawn and exported as they were, and are no parameters, so that neither an
+      optimizer nor a strategy can touch them;
     - ``anchor``, what each free Gaussian was in the beginning; one that a strategy has made has the
       anchor of the one that it was made of.
 
@@ -44,9 +45,11 @@ class EditedParameters(GaussianParameters):
     def begin(self, inside: Bool[Tensor, " N"], box: tuple[float, ...] | None = None) -> None:
         """Lock all that is not ``inside``; with a ``box`` (x0, y0, z0, x1, y1, z1), in world units,
         what is free stays in it."""
-        whole = {name: value.detach() for name, value in self.gaussians().items()}
-        self.box = box
-        self.register_buffer("inside", inside.clone())
+        # one order for both: what has not changed is then drawn alike to the last bit
+        order = torch.cat([inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]])
+        whole = {name: value.detach()[order] for name, value in self.gaussians().items()}
+        self.box, inside = box, inside[order]
+        self.register_buffer("inside", inside)
         self.source = Frozen(whole)
         free = {name: value[inside] for name, value in whole.items()}
         self.anchor = Frozen(free)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from lods import schedules, scores
+from lods import log, schedules, scores
 from lods.methods import predictions
 from lods.methods.editing import EditMethod
 from lods.methods.registry import register
@@ -21,7 +21,8 @@ class DeltaFlow(EditMethod):
 
     g = w(t) [ (eps_hat - eps - eta (z - z')) - (eps_hat' - eps) ],
 
-    which serves diffusions too; with eta = 0 and s' = s it is DDS with another weight.
+    which diffusions have as well; with eta = 0 and s' = s it is DDS with another weight. On a
+    diffusion that weight is large at high noise, and other methods do better: a warning says so.
 
     Published, for SD3: s = 16.5, s' = 6, t falls from 1 over 50 steps, eta rises from 0 to 1
     (``drf_shift=[0, 0.0, 1.0, 50]``), SGD with the rate 0.02. Here s' is s, unless set, so that
@@ -40,6 +41,13 @@ class DeltaFlow(EditMethod):
     cfg: Config
 
     grows_with_scale = True
+
+    def __init__(self, model, config=None, **values):
+        super().__init__(model, config, **values)
+        if model.schedule.space != "velocity":
+            log.warn(
+                f"DeltaFlow is for flow models, and this one is {model.schedule.kind}: try DDS"
+            )
 
     def step(self, step, epoch=0):
         super().step(step, epoch)
