@@ -130,10 +130,11 @@ class EditedParameters(GaussianParameters):
 
 
 def _first(value: Tensor, count: int) -> Tensor:
-    part = value.detach()[:, :count]
-    for name in ("grad", "absgrad"):
-        if (found := getattr(value, name, None)) is not None:
-            setattr(part, name, found[:, :count])
+    part: Any = value.detach()[:, :count]
+    if value.is_leaf or value.retains_grad:  # torch warns of others, which have none
+        for name in ("grad", "absgrad"):
+            if (found := getattr(value, name, None)) is not None:
+                setattr(part, name, found[:, :count])
     return part
 
 
