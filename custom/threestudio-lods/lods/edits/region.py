@@ -103,7 +103,7 @@ def blended(
 
     if region.all():
         return edited
-    depth = distance_transform_edt(region)
+    depth = np.asarray(distance_transform_edt(region))
     share = np.clip(depth / max(1.0, FEATHER * len(source)), 0, 1)[..., None]
     mixed = np.rint(share * edited + (1 - share) * source).astype(np.uint8)
     return np.where(region[..., None], mixed, source)

@@ -29,4 +29,6 @@ class DDS(EditMethod):
     def gradient(self, x_t, t, eps, conditions):
         x_source = self.noised_source(t, eps, conditions)
         here, there = self.compared(x_t, x_source, t, conditions, conditions.null)
-        return scores.dds(*here, *there, self.cfg.guidance_scale, self.weight(t))
+        (eps_c, eps_u), (source_c, source_u) = here, there
+        s, w = self.cfg.guidance_scale, self.weight(t)
+        return scores.dds(eps_c, eps_u, source_c, source_u, s, w)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from lods import log, schedules, scores
 from lods.methods import predictions
-from lods.methods.editing import EditMethod
+from lods.methods.editing import EditMethod, source_of
 from lods.methods.registry import register
 from lods.scores import WEIGHTINGS
 
@@ -55,11 +55,13 @@ class DeltaFlow(EditMethod):
 
     def own_gradient(self, latents, t, conditions):
         _, eps = predictions.fresh_noise(self.model, latents, t)
-        shift = self.eta * (latents.detach() - conditions.source)
+        shift = self.eta * (latents.detach() - source_of(conditions))
         x_t = self.model.add_noise(latents, eps + shift, t)
         x_source = self.noised_source(t, eps, conditions)
-        here, there = self.compared(x_t, x_source, t, conditions, conditions.null)
+        (eps_c, eps_u), (source_c, source_u) = self.compared(
+            x_t, x_source, t, conditions, conditions.null
+        )
         s, s_source = self.cfg.guidance_scale, self.cfg.drf_source_scale
-        guided = scores.cfg(*here, s)
-        source = scores.cfg(*there, s if s_source is None else s_source)
+        guided = scores.cfg(eps_c, eps_u, s)
+        source = scores.cfg(source_c, source_u, s if s_source is None else s_source)
         return scores.rows(self.weight(t), shift) * (guided - source - shift)

@@ -87,8 +87,7 @@ class EditMethod(Method):
 
     def noised_source(self, t: Int[Tensor, " B"], eps: Latents, conditions: Conditions) -> Latents:
         """x_t of the source."""
-        assert conditions.source is not None  # see losses
-        return self.model.add_noise(conditions.source, eps, t)
+        return self.model.add_noise(source_of(conditions), eps, t)
 
     # -- predictions -----------------------------------------------------------------------------
 
@@ -106,3 +105,9 @@ class EditMethod(Method):
 
     def sds_stage(self):
         return 0, 1.0
+
+
+def source_of(conditions: Conditions) -> Latents:
+    """The latents of the source, which :meth:`EditMethod.losses` has seen to."""
+    assert conditions.source is not None
+    return conditions.source

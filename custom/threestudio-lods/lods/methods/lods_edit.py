@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from lods import scores
-from lods.methods.editing import EditMethod
+from lods.methods.editing import EditMethod, source_of
 from lods.methods.lods_embedding import LODSEmbedding
 from lods.methods.registry import register
 from lods.scores import WEIGHTINGS
@@ -41,13 +41,15 @@ class LODSEdit(EditMethod, LODSEmbedding):
 
     def learn(self, latents, conditions):
         """See :class:`lods.methods.learning.LearningMethod`; on the source."""
-        return super().learn(conditions.source, conditions)
+        return super().learn(source_of(conditions), conditions)
 
     def gradient(self, x_t, t, eps, conditions):
         r, learned = self.cfg.prompt_scale, self._null(len(x_t))
         texts = (learned,) if r == 1 else (conditions.null, learned)
         x_source = self.noised_source(t, eps, conditions)
-        found = []
-        for eps_y, *null, eps_e in self.compared(x_t, x_source, t, conditions, *texts):
-            found += [scores.cfg(eps_y, null[0], r) if null else eps_y, eps_e]
-        return scores.lods_edit(*found, self.cfg.guidance_scale, self.weight(t))
+        (eps_c, eps_e), (source_c, source_e) = (
+            (scores.cfg(eps_y, null[0], r) if null else eps_y, learned_eps)
+            for eps_y, *null, learned_eps in self.compared(x_t, x_source, t, conditions, *texts)
+        )
+        s, w = self.cfg.guidance_scale, self.weight(t)
+        return scores.lods_edit(eps_c, eps_e, source_c, source_e, s, w)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from lods import scores
 from lods.methods import predictions
-from lods.methods.editing import EditMethod
+from lods.methods.editing import EditMethod, source_of
 from lods.methods.registry import register
 
 
@@ -45,9 +45,12 @@ class PDS(EditMethod):
         t = t.clamp_min(min(self.cfg.pds_step, schedule.steps - 1))
         x_t, eps = predictions.fresh_noise(self.model, latents, t)
         x_source = self.noised_source(t, eps, conditions)
-        here, there = self.compared(x_t, x_source, t, conditions, conditions.null)
+        (eps_c, eps_u), (source_c, source_u) = self.compared(
+            x_t, x_source, t, conditions, conditions.null
+        )
         s = self.cfg.guidance_scale
         levels = (t, t - 1, (t - self.cfg.pds_step).clamp_min(0))
         psi, chi = scores.pds_weights(*(schedule.alpha_sigma(each) for each in levels))
-        moved = latents.detach() - conditions.source
-        return scores.pds(moved, scores.cfg(*here, s), scores.cfg(*there, s), psi, chi)
+        moved = latents.detach() - source_of(conditions)
+        guided, source = scores.cfg(eps_c, eps_u, s), scores.cfg(source_c, source_u, s)
+        return scores.pds(moved, guided, source, psi, chi)

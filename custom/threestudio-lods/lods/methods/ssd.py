@@ -43,13 +43,13 @@ class SSD(EditMethod):
     def gradient(self, x_t, t, eps, conditions):
         cfg, y_source = self.cfg, conditions.others["edited"]
         x_source = self.noised_source(t, eps, conditions)
-        here, there = self.compared(x_t, x_source, t, conditions, conditions.null)
+        (eps_c, eps_u), there = self.compared(x_t, x_source, t, conditions, conditions.null)
         eps_source, _ = self.at_source(x_t, t, conditions, y_source, conditions.null)
         anchor, extra = there[0], there[0] - there[1]
         if cfg.ssd_published:
             anchor, extra = there[1], 0 * extra
         scales = cfg.ssd_anchor_scale, cfg.guidance_scale, cfg.ssd_enhance_scale
         w = self.weight(t)
-        moved = scores.ssd(*here, eps_source, anchor, extra, scales, w)
+        moved = scores.ssd(eps_c, eps_u, eps_source, anchor, extra, scales, w)
         keep = cfg.ssd_keep_scale * w * (t / self.model.schedule.steps).exp()
         return moved + scores.rows(keep, x_t) * (x_t - x_source)
