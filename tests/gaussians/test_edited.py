@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lods.edits.trace import traced
 from lods.gaussians import Gaussians as Plain
 from lods.gaussians.densify import Densifier
 from lods.gaussians.edited import in_box
@@ -201,6 +202,41 @@ def test_a_gaussian_that_is_made_of_another_has_its_anchor(ply, strategy):
     assert not any(p.requires_grad for p in geometry.anchor.parameters())
 
 
+# --- words ----------------------------------------------------------------------------------------
+
+
+def test_a_map_is_traced_to_the_gaussians_that_make_up_its_pixels(ply):
+    """The weights of a Gaussian are what a picture shows where it alone has a colour."""
+    geometry = geometry_of(ply())
+    renderer, batch = make_renderer(geometry), cameras([0, 100])
+    views = [{k: batch[k][i : i + 1] for k in ("c2w", "fovy")} for i in range(2)]
+    maps = torch.rand(2, 24, 32, generator=torch.Generator().manual_seed(3))
+
+    def draw(colors, view):
+        return renderer.draw(geometry.source, colors, **view, height=24, width=32)[0][0]
+
+    found = traced(draw, 60, maps, views)
+    for i in (0, 17, 59):
+        colors = torch.zeros(60, 3)
+        colors[i] = 1
+        weights = torch.stack([draw(colors, view)[..., 0] for view in views])
+        want = (weights * maps).sum() / weights.sum()
+        assert found[i].item() == pytest.approx(want.item(), rel=1e-3)
+
+
+def test_words_free_some_of_what_a_box_leaves_free(ply):
+    geometry = geometry_of(ply(), box=BOX)
+    source = {name: value.clone() for name, value in geometry.source.gaussians().items()}
+    first, wanted = geometry.count, torch.arange(60) % 2 == 0
+    geometry.restrict(wanted)
+    assert geometry.count == (first + 1) // 2 == len(geometry.anchor.means)
+    assert torch.equal(geometry.means, source["means"][:first][wanted[:first]])
+    now = geometry.export()
+    for name, value in source.items():
+        rows = (tuple(row.flatten().tolist()) for row in value)
+        assert set(rows) == {tuple(row.flatten().tolist()) for row in now[name]}
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 
@@ -256,6 +292,17 @@ def test_the_first_picture_of_the_source_is_the_source_and_nothing_moves_for_one
         assert torch.equal(value, before[name][inside]), name
     other, _ = fit(*run(), max_steps=1)
     assert not torch.equal(other.geometry.sh0, before["sh0"][inside])
+
+
+def test_a_run_may_change_what_the_model_sees_some_words_in(run):
+    system, _ = fit(*run("system.where=a blue car", "system.where_level=0.5"), max_steps=1)
+    inside = system.geometry.inside
+    assert 0 < inside.sum() < 60 and system.geometry.count == inside.sum()
+    locked = {n: v[~inside] for n, v in system.geometry.source.gaussians().items()}
+    for name, value in system.geometry.export().items():
+        assert torch.equal(value[system.geometry.count :], locked[name])
+    with pytest.raises(ValueError, match="'a blue car' is seen in no Gaussian above system"):
+        fit(*run("system.where=a blue car", "system.where_level=1"), max_steps=1)
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
         help="only where this picture, of the same size, is light; of Gaussians those before its "
         "light pixels, seen from --azimuth and --elevation",
     )
-    add("--where", metavar="WORDS", help="only where the model sees these words")
+    add("--where", metavar="WORDS", help=f"only where the model sees these words; {OBJECTS} too")
     add("--level", type=float, help="of --where: share of the strongest, 0 to 1 (0.5)")
     add("--cameras", choices=TOLD, help="how the model is told the side that is seen (words)")
     add(
@@ -137,8 +137,6 @@ def _picture(args: argparse.Namespace, path: Path | None) -> int:
     regions = [n for n in ("region", "mask", "where") if getattr(args, n) is not None]
     if len(regions) > 1:
         raise ValueError(f"--{regions[0]} and --{regions[1]} exclude each other")
-    if args.level is not None and args.where is None:
-        raise ValueError("--level is of --where, which is not there")
     wanted: dict[str, Any] = vars(args) | {"source": source, "target": target}
     return carry_out(lambda: job.start(path, wanted), gpu_of(args))
 

@@ -9,9 +9,10 @@ from lods.commands.job import as_typed
 from lods.commands.make import find_method, has_gpu, refuse_unknown_words
 from lods.commands.runs import exported, find_run, start
 from lods.edits.picture import light_pixels
+from lods.edits.settings import level_of
 from lods.preflight import EDITED, EDITING
 
-OF_PICTURES = ("lr", "draws", "every", "negative_prompt", "region", "where", "level", "cameras")
+OF_PICTURES = ("lr", "draws", "every", "negative_prompt", "region", "cameras")
 MOST = 1e6  # of a coordinate
 
 
@@ -143,6 +144,9 @@ def settings(args: argparse.Namespace, what: Path, box: list[float] | None) -> l
             if args.mask is None:
                 raise ValueError(f"--{name} is the side of --mask here, which is not there")
             values[f"system.geometry.mask_{name}"] = getattr(args, name)
+    level = level_of(args.where, args.level)
+    if args.where is not None:
+        values |= {"system.where": as_typed(args.where), "system.where_level": level}
     if args.steps is not None:
         values["trainer.max_steps"] = args.steps
     if args.scale is not None:

@@ -9,13 +9,12 @@ from lods import settings as checked
 from lods.edits import region as regions
 from lods.edits.picture import Picture, open_picture
 from lods.edits.run import REGION, RESULT, SHEET, SOURCE, PictureEdit, carry_on
-from lods.edits.settings import CONFIG, EditSettings, defaults, read_settings
+from lods.edits.settings import CONFIG, EditSettings, defaults, level_of, read_settings
 from lods.files import whole_file
 from lods.methods import Method, find, names
 from lods.playground import camera_at, choose_model, dated, new_folder
 from lods.prompts import TextSettings, check_words
 
-LEVEL = 0.5
 # options that are settings by the same name
 ASKED = ("steps", "scale", "lr", "draws", "seed", "every", "negative_prompt")
 ASKED += ("cameras", "azimuth", "elevation")
@@ -39,9 +38,7 @@ def start(path: Path, asked: dict[str, Any]) -> Path:
     values |= {"source_prompt": asked["source"], "prompt": asked["target"]}
     values |= {"method": method, "model": model}
     found = checked.make(EditSettings, values, "--")
-    level = LEVEL if asked["level"] is None else asked["level"]
-    if not 0 <= level <= 1:
-        raise ValueError(f"--level {level:g} is not from 0 to 1")
+    level = level_of(asked["where"], asked["level"])
     known = TextSettings(allow_unknown_words=asked["allow_unknown_words"])
     for text in (found.source_prompt, found.prompt):
         check_words(model, text, known, FORCE)

@@ -26,13 +26,14 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "lods-edit": {"scale": 7.5, "lr": 0.09, "draws": 1, "steps": 200},
     },
     "pocket": {
-        "lods-dds": {"scale": 7.5, "lr": 0.02, "draws": 4, "steps": 100},
-        "lods-pds": {"scale": 50.0, "lr": 0.03, "draws": 4, "steps": 100},
-        "lods-ssd": {"scale": 3.75, "lr": 0.01, "draws": 4, "steps": 100},
-        "lods-drf": {"scale": 7.5, "lr": 0.005, "draws": 4, "steps": 100},
-        "lods-edit": {"scale": 7.5, "lr": 0.15, "draws": 4, "steps": 100},
+        "lods-dds": {"scale": 7.5, "lr": 0.03, "draws": 4, "steps": 60},
+        "lods-pds": {"scale": 50.0, "lr": 0.04, "draws": 4, "steps": 60},
+        "lods-ssd": {"scale": 3.75, "lr": 0.015, "draws": 4, "steps": 60},
+        "lods-drf": {"scale": 7.5, "lr": 0.005, "draws": 4, "steps": 60},
+        "lods-edit": {"scale": 7.5, "lr": 0.2, "draws": 4, "steps": 60},
     },
 }
+LEVEL = 0.5  # of --where
 LEARNED_LR = 1e-3  # of the learned part, by AdamW
 OWN: dict[str, dict[str, Any]] = {  # beside these, by the number of steps
     "lods-drf": {
@@ -106,3 +107,16 @@ def read_settings(folder: Path) -> EditSettings:
         return settings.make(EditSettings, values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def level_of(where: str | None, level: float | None) -> float:
+    """How strongly words have to be seen, 0..1. Raises ``ValueError``, one line."""
+    if where is not None and not where.strip():
+        raise ValueError("--where is empty: give words that the model knows")
+    if level is None:
+        return LEVEL
+    if where is None:
+        raise ValueError("--level is of --where, which is not there")
+    if not 0 <= level <= 1:
+        raise ValueError(f"--level {level:g} is not from 0 to 1")
+    return level

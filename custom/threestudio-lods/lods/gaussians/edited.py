@@ -56,6 +56,13 @@ class EditedParameters(GaussianParameters):
         for name, value in free.items():
             setattr(self, name, nn.Parameter(value.clone()))
 
+    def restrict(self, inside: Bool[Tensor, " N"]) -> None:
+        """Before the first step: of what is free, in the order of ``source``, only this stays."""
+        inside = inside & self.inside
+        for name, value in self.source.gaussians().items():
+            setattr(self, name, nn.Parameter(value.detach().clone()))
+        self.begin(inside, self.box)
+
     # -- what is drawn ---------------------------------------------------------------------------
 
     def whole(self) -> GaussianParameters:

@@ -101,8 +101,9 @@ class EditedGaussians(EditedParameters, Gaussians):
         mask: str | None = None
         mask_azimuth: Annotated[float, "[-360, 360]"] = 0.0  # degrees
         mask_elevation: Annotated[float, "[-90, 90]"] = 0.0
-        mask_distance: Annotated[float, "(0, 1e6]"] = 3.6  # world units
-        mask_fovy: Annotated[float, "(0, 180)"] = 40.0
+        # of that camera, and of those that look for words: world units, degrees
+        view_distance: Annotated[float, "(0, 1e6]"] = 3.6
+        view_fovy: Annotated[float, "(0, 180)"] = 40.0
 
         def contradictions(self):
             """A box that is none: (field, what is wrong)."""
@@ -134,9 +135,9 @@ class EditedGaussians(EditedParameters, Gaussians):
     def _in_mask(self, path: str) -> torch.Tensor:
         cfg = self.cfg
         light = torch.from_numpy(light_pixels(Path(path), f"{self.settings_name}mask {path}"))
-        camera = orbit(1, cfg.mask_distance, cfg.mask_elevation, cfg.mask_azimuth)
+        camera = orbit(1, cfg.view_distance, cfg.mask_elevation, cfg.mask_azimuth)
         means = self.means.detach()
-        return in_mask(means, light.to(means.device), camera.to(means), cfg.mask_fovy)
+        return in_mask(means, light.to(means.device), camera.to(means), cfg.view_fovy)
 
     def limit_scales(self) -> None:
         """Also: no centre leaves the box."""

@@ -6,6 +6,9 @@ from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
+from lods.cameras import Cameras
+from lods.edits.trace import maps_of_words, traced
+from lods.gaussians.cameras import orbit
 from lods.gaussians.densify import STRATEGIES, Densifier
 from lods.gaussians.mesh_file import write_mesh
 from lods.gaussians.ply import write_ply, write_points
@@ -46,6 +49,7 @@ class StrategyConfig:
                     )
 
 
+WHERE_ELEVATION = 15.0  # degrees, of the views in which words are looked for
 ANCHORS = ("color", "position", "opacity", "scale")
 
 
@@ -78,6 +82,11 @@ class LODSGaussianSplatting(LODSSystem):
         renderer_type: str = "lods-gaussian-rasterizer"
         exporter_type: str = "lods-gaussian-exporter"
         strategy: Annotated[dict, StrategyConfig] = field(default_factory=dict)
+        # of lods-edited-gaussians: words that the model sees in the Gaussians that may change, how
+        # strongly (0..1), and from how many sides it is asked
+        where: str | None = None
+        where_level: Annotated[float, "[0, 1]"] = 0.5
+        where_views: Annotated[int, "[1, 1000]"] = 8
         # world units; of the original's YAML, whose unsaid constants it brings: see original.py
         radius: Annotated[float | None, "(0, 1e6]"] = None
         # name of an optimizer group -> schedule of its learning rate, interpolated geometrically
@@ -109,6 +118,48 @@ class LODSGaussianSplatting(LODSSystem):
         self.densifier = Densifier(strategy.name, dict(args or {}), strategy.scene_scale)
         super().configure()
         self._rendered: tuple[int, dict, float] | None = None
+        if self.cfg.where is not None and not self.resumed:
+            self._restrict_to(self.cfg.where)
+
+    @torch.no_grad()
+    def _restrict_to(self, words: str) -> None:
+        """Only the Gaussians in which the model sees these words may change."""
+        geometry, model = self.geometry, self.guidance.method.model
+        if not hasattr(geometry, "restrict"):
+            raise ValueError(
+                "system.where is of edits: set system.geometry_type=lods-edited-gaussians"
+            )
+        distance, fovy = geometry.cfg.view_distance, geometry.cfg.view_fovy
+        size, device = model.image_size, model.device
+        angle = torch.deg2rad(torch.full((1,), fovy, device=device))
+        white = torch.ones(1, size, size, 3, device=device)
+        prompts, views, latents, conditions = (
+            self.guidance.prompts_of(self.prompt_utils),
+            [],
+            [],
+            [],
+        )
+        for i in range(self.cfg.where_views):
+            azimuth = 360.0 * i / self.cfg.where_views
+            numbers = torch.tensor([WHERE_ELEVATION, azimuth, distance, fovy], device=device)
+            elevation, side, far, field_ = numbers[:, None]
+            views.append(orbit(1, distance, WHERE_ELEVATION, azimuth).to(device))
+            seen = self.renderer.before(geometry.source, white, views[-1], angle, size, size)
+            latents.append(self.guidance.encode(seen))
+            conditions.append(prompts.conditions(Cameras(elevation, side, far, fovy=field_)))
+
+        def draw(colors: Tensor, c2w: Tensor) -> Tensor:
+            return self.renderer.draw(geometry.source, colors, c2w, angle, size, size)[0][0]
+
+        maps = maps_of_words(model, words, latents, conditions, (size, size))
+        inside = traced(draw, geometry.source.count, maps, views) >= self.cfg.where_level
+        if not (inside & geometry.inside).any():
+            raise ValueError(
+                f"system.where: {words!r} is seen in no Gaussian above system.where_level="
+                f"{self.cfg.where_level:g}"
+            )
+        geometry.restrict(inside)
+        threestudio.info(f"{words!r} is seen in {geometry.count} Gaussians, which may change")
 
     # -- training ------------------------------------------------------------------------------
 
