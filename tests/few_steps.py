@@ -7,11 +7,18 @@ import torch
 
 METHODS = [name for name in lods.methods.names() if name.startswith("lods-")]
 LEARNING = ["lods-embedding", "lods-lora", "lods-vsd"]
+EDITS = [name for name in METHODS if lods.methods.find(name).edits]
 OWN = {"lods-bridge": {"bridge_start": 0}, "lods-ucm": {"ucm_random_steps": 0}}
+OWN |= {name: {"source_prompt": "a blue car"} for name in EDITS}
 
 
-def images(rows=2):
-    return torch.rand(rows, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+def images(rows=2, seed=1):
+    return torch.rand(rows, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def source_of(method, rows=2):
+    """What a method that edits is given besides the pictures."""
+    return {"source": images(rows, seed=2)} if method.edits else {}
 
 
 def cameras(rows=2):
@@ -29,7 +36,7 @@ def trained(method, steps=2, x=None, seen=None):
         torch.manual_seed(step)
         method.step(step)
         optimizer.zero_grad()
-        losses = method(x, seen)
+        losses = method(x, seen, **source_of(method, len(x)))
         losses.total.backward()
         assert losses.total.isfinite() and losses.numbers["grad_norm"] > 0
         optimizer.step()
@@ -44,7 +51,7 @@ def check_resuming(make, path, x, seen):
         for step in steps:
             torch.manual_seed(step)
             method.step(step)
-            method(x, seen)
+            method(x, seen, **source_of(method, len(x)))
         return method.state_dict()
 
     whole, first, second = make(), make(), make()

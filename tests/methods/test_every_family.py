@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from tests.conftest import made_once
 from tests.families import FAMILIES
-from tests.few_steps import METHODS, OWN
+from tests.few_steps import METHODS, OWN, source_of
 
 # one fast case for each family; those of sd and sd3 have tests of their own
 QUICK = [("flux", "lods-embedding"), ("flux2", "lods-embedding"), ("sana", "lods-embedding")]
@@ -52,7 +52,7 @@ class Run:
         torch.manual_seed(number)
         self.method.step(number)
         self.optimizer.zero_grad()
-        losses = self.method(self.pictures, self.cameras)
+        losses = self.method(self.pictures, self.cameras, **source_of(self.method))
         losses.total.backward()
         assert losses.total.isfinite() and losses.numbers["grad_norm"] > 0
         self.optimizer.step()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lods.methods import find, names
+from lods.methods import find, registry
 from lods.models import RectifiedFlow
 from lods.prompts import EmbeddedPrompts, TextSettings
 
@@ -40,7 +40,7 @@ def latents(rows=3, seed=4):
 
 
 def test_these_are_all_methods():
-    ours = [name.removeprefix("lods-") for name in names() if name.startswith("lods-")]
+    ours = [name.removeprefix("lods-") for name, cls in registry.ours().items() if not cls.edits]
     assert sorted(OURS) == sorted(ours)
 
 

@@ -70,13 +70,16 @@ import lods
 torch.manual_seed(0)
 model, out = lods.models.load(sys.argv[2]), {}
 for name in lods.methods.names():
+    edits = lods.methods.find(name).edits
     method = lods.load(name, model if "lora" not in name and "vsd" not in name else sys.argv[2],
-                       "a red car", negative_prompt="a blue car")
+                       "a red car", negative_prompt="a blue car",
+                       **({"source_prompt": "a green car"} if edits else {}))
     cameras = lods.Cameras(*torch.rand(3, 2), *torch.rand(2, 2, 4, 4))
     images = torch.rand(2, 3, 8, 8, requires_grad=True)
     latents = torch.randn(2, *model.latent_shape, requires_grad=True)
     for step, given in enumerate(({"images": images}, {"latents": latents})):
         method.step(step)
+        given |= {"source": torch.rand(2, 3, 8, 8)} if edits else {}
         method(**given, cameras=cameras).total.backward()
     path = method.save(f"{name}.safetensors")
     if path is not None:
@@ -94,7 +97,7 @@ def test_every_method_works_in_an_empty_folder_without_a_host(tiny_sd, tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == set(registry.ours())
-    learning = {"lods-embedding", "lods-lora", "lods-vsd"}
+    learning = {"lods-edit", "lods-embedding", "lods-lora", "lods-vsd"}
     for name, (images, latents, written, learned) in found.items():
         assert images and latents and written == (name in learning) == bool(learned), name
         assert all(learned)

@@ -23,6 +23,7 @@ COMMANDS = {
     "export": ("runs", "write the object of a run as glb, ply, obj, ..."),
     "report": ("report", "a page of a run, or of several side by side: one HTML file"),
     "2d": ("playground", "distil pictures, not objects: lods 2d lora, lods 2d embedding"),
+    "edit": ("edit", "change a picture, or Gaussians, by a text"),
     "compare": ("compare", "compare methods on a grid of prompts and seeds: evaluate.py"),
     "studio": ("studio", "a page in the browser that makes objects and shows them"),
     "merge": ("merge", "one YAML from several, for launchers that take one"),

@@ -11,6 +11,7 @@ from lods.methods.options import tell
 from lods.methods.registry import find
 from lods.models.cards import find_card
 from lods.models.memory import ModelSettings
+from lods.preflight import NO_SOURCE_PROMPT
 from lods.prompts import EmbeddedPrompts, TextSettings
 
 
@@ -49,6 +50,8 @@ def load_method(
     if isinstance(model, str):  # of a model that is given, EmbeddedPrompts sees to it
         frozen = fields.make(ModelSettings, given["model"])
         refuse_contradictions(frozen.cameras, text_settings.view_dependent_prompting)
+    if cls.edits and text_settings.source_prompt is None:
+        raise ValueError(NO_SOURCE_PROMPT)
     if not prompt.strip():
         raise ValueError("the prompt is empty: give prompt='a DSLR image of a hamburger'")
     if isinstance(model, str):

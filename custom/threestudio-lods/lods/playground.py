@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lods.models.base import Model
     from torch import Tensor
 
+# signals that ask a process to stop, beside that of Ctrl-C
+STOPPING = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 # Per model and method: the published settings for Stable Diffusion
 # (original implementation of arXiv:2312.04820; but the negative prompt is empty, where it has a new
 # token for its LoRA), and what suits a model that comes with this package, by the name of its card.
@@ -237,11 +239,16 @@ def save_results(folder: Path, method: "Method", particles, kind: str) -> Path:
 
 
 def default_folder(kind: str, prompt: str) -> Path:
-    """outputs/2d_lods_<kind>/<prompt>@<time>, with only harmless characters of the prompt, at most
-    120 bytes of them (file systems count bytes, and allow 255)."""
+    """outputs/2d_lods_<kind>/<prompt>@<time>, see :func:`dated`."""
+    return Path("outputs") / f"2d_lods_{kind}" / dated(prompt)
+
+
+def dated(prompt: str) -> str:
+    """<prompt>@<time>, with only harmless characters of the prompt, at most 120 bytes of them (file
+    systems count bytes, and allow 255)."""
     name = re.sub(r"\W+", "_", prompt)[:80].encode()[:120].decode(errors="ignore")
     name = name.strip("_") or "prompt"
-    return Path("outputs") / f"2d_lods_{kind}" / f"{name}@{datetime.now():%Y%m%d-%H%M%S}"
+    return f"{name}@{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def new_folder(path: Path, config: str) -> Path:
@@ -353,11 +360,17 @@ def main(kind: str, argv=None, prog: str | None = None) -> int:
         ):  # closed, or its reader is gone
             cast(Any, stream).reconfigure(errors="backslashreplace")
     args = parse_arguments(kind, argv, prog)
+    return carry_out(lambda: run(kind, args), args.gpu)
+
+
+def carry_out(work: "Callable[[], Any]", gpu: int) -> int:
+    """Do ``work`` on a GPU (-1: the CPU); returns the exit status: 2, with a line, for what it says
+    is wrong, and 128 + the signal's number if one stopped it."""
     before = _stop_like_ctrl_c()
     try:
         # Before CUDA starts: this process then sees that GPU only (-1: none).
-        os.environ["CUDA_VISIBLE_DEVICES"] = _visible(args.gpu)
-        run(kind, args)
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible(gpu)
+        work()
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -382,7 +395,7 @@ def _stop_like_ctrl_c() -> dict:
 
     before: dict = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+        for name in STOPPING:
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.signal(number, stop)

@@ -24,10 +24,11 @@ class Kind(NamedTuple):
 
 
 GAUSSIANS = "lods-gs-system"
+EDITED = "lods-edited-gaussians"
 SYSTEMS = {  # which load their models in every mode
     GAUSSIANS: Kind(
         "Gaussians",
-        ("lods-gaussians",),
+        ("lods-gaussians", EDITED),
         ("strategy", "geometry.sh_degree", "geometry.ball.n_points", "geometry.init_opacity"),
         "pocket.yaml",
     ),
@@ -52,6 +53,13 @@ PROCESSORS = ("lods-prompt-processor", "stable-diffusion-prompt-processor")
 EXPORTER = "lods-gaussian-exporter"
 EXPORTS = ("ply", "points", "glb", "splat", "compressed-ply", "spz")  # what it writes
 LEARNING = ("lods-embedding-guidance", "lods-lora-guidance", "lods-vsd-guidance")
+# methods that change what is there
+EDITING = tuple(f"lods-{name}-guidance" for name in ("dds", "drf", "edit", "pds", "ssd"))
+EDIT = (
+    "system.guidance_type={} edits Gaussians that are there: lods edit FILE.ply --from TEXT --to "
+    "TEXT makes such a run (lods-gs-system with geometry_type={} and geometry.init_type=file)"
+)
+NO_SOURCE_PROMPT = "an edit needs a text of what is there before: give source_prompt='a cat'"
 PERP_NEG = (
     "use_perp_neg needs prompts with words for the view (system.guidance.view_dependent_prompting="
     "true, and cameras words or both), or set system.prompt_processor.use_perp_neg=false"
@@ -72,6 +80,7 @@ def preflight(cfg: Any, mode: str) -> None:
     """
     if cfg.system_type in SYSTEMS:
         check_kind(cfg)
+        check_edit(cfg)
         if mode == "train":
             refuse_training(cfg)
         for name in model_names(cfg.system):
@@ -103,6 +112,20 @@ def check_kind(cfg: Any) -> None:
                 f"system.{key} is of {other.words}, and {cfg.system_type} makes {own.words}: take "
                 f"the overlay configs/{own.overlay}, or leave the key out"
             )
+
+
+def check_edit(cfg: Any) -> None:
+    """Raise ``ValueError``, one line, for a guidance that edits where there is nothing to edit, or
+    no text of what is there."""
+    system = cfg.system
+    if (kind := system.get("guidance_type")) not in EDITING:
+        return
+    start = _part(system, "geometry").get("init_type")
+    edited = system.get("geometry_type") == EDITED and start in ("file", "none")
+    if cfg.system_type != GAUSSIANS or not edited:
+        raise ValueError(EDIT.format(kind, EDITED))
+    if _part(system, "prompt_processor").get("source_prompt") is None:
+        raise ValueError(f"{NO_SOURCE_PROMPT} (system.prompt_processor.source_prompt)")
 
 
 def check_exports(cfg: Any) -> None:

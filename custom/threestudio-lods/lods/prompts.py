@@ -12,6 +12,7 @@ from lods.methods.conditions import Conditions
 from lods.models.base import Model
 from lods.models.cards import local_folder
 from lods.models.vocabulary import Vocabulary
+from lods.preflight import NO_SOURCE_PROMPT
 from torch import Tensor
 
 VIEWS = ("side", "front", "back", "overhead")
@@ -37,7 +38,8 @@ class TextSettings:
     overhead_threshold: Annotated[float, "[-360, 360]"] = 60.0
     front_threshold: Annotated[float, "[-360, 360]"] = 45.0
     back_threshold: Annotated[float, "[-360, 360]"] = 45.0
-    # what the renders look like: a text of its own, or (null) the prompt with source_suffix
+    # what the renders look like: a text of its own, or (null) the prompt with source_suffix; the
+    # methods that edit need one
     source_prompt: str | None = None
     source_suffix: str = RENDERS
     bad_prompt: str = BAD_PICTURES  # a text of bad pictures
@@ -77,6 +79,7 @@ class EmbeddedPrompts:
             "prompt": prompt,
             "null": negative_prompt,
             "source": prompt + settings.source_suffix if source is None else source,
+            **({} if source is None else {"edited": source}),
             "bad": settings.bad_prompt,
         }
         self._embedded: dict[str, Float[Tensor, "T D"]] = {}
@@ -93,6 +96,8 @@ class EmbeddedPrompts:
 
     def plain(self, text: str) -> Float[Tensor, "T D"]:
         """See :class:`lods.methods.conditions.Prompts`."""
+        if text == "edited" and text not in self._texts:
+            raise ValueError(NO_SOURCE_PROMPT)
         return self._embed([self._texts[text]])[0]
 
     def _views(self, text: str) -> list[str]:

@@ -190,6 +190,90 @@ def perp_neg(eps_c: Tensor, eps_u: Tensor, negatives: Sequence[Tensor], weights:
     return result
 
 
+def dds(
+    eps_c: Tensor, eps_u: Tensor, source_c: Tensor, source_u: Tensor, s: float, w: Tensor
+) -> Tensor:
+    """Delta denoising score (DDS, arXiv:2304.07090), eps_* at the noised picture under the prompt
+    and the null prompt, source_* at the source, noised alike, under its own text and the null:
+
+    g = w(t) [ cfg_s(eps_c, eps_u) - cfg_s(source_c, source_u) ].
+    """
+    return rows(w, eps_c) * (cfg(eps_c, eps_u, s) - cfg(source_c, source_u, s))
+
+
+def lods_edit(
+    eps_c: Tensor, eps_u: Tensor, source_c: Tensor, source_u: Tensor, s: float, w: Tensor
+) -> Tensor:
+    """:func:`lods` at the picture less :func:`lods` at the source, with the same noise, which
+    cancels; eps_u and source_u are the LEARNED predictions:
+
+    g = w(t) [ eps_c - source_c + (1 - s) / s (eps_u - source_u) ],
+    and for s = inf  w(t) [ (eps_c - eps_u) - (source_c - source_u) ].
+
+    Equal to dds(...) / s.
+    """
+    return rows(w, eps_c) * (eps_c - source_c + (1 / s - 1) * (eps_u - source_u))
+
+
+def pds_weights(
+    now: tuple[Tensor, Tensor],
+    before: tuple[Tensor, Tensor],
+    earlier: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """(psi, chi) of :func:`pds`, float64, from the levels (alpha, sigma) at t, at t - 1 and at the
+    earlier timestep p. With a = alpha_t / alpha_{t-1} and b = sigma_t^2 - a^2 sigma_{t-1}^2 (of a
+    diffusion sqrt(1 - beta_t) and beta_t) the posterior of x_p has
+
+        mean c0 z_hat + c1 x_t,  c0 = alpha_p b / sigma_t^2,  c1 = a sigma_p^2 / sigma_t^2,
+        variance v = b sigma_p^2 / sigma_t^2,
+        psi = (alpha_p - c0 - c1 alpha_t) / sqrt(v),  chi = c0 sigma_t / (alpha_t sqrt(v)).
+
+    For p = t - 1 this is the posterior of the chain, and psi is 0.
+    """
+    (alpha, sigma), (alpha_1, sigma_1), (alpha_p, sigma_p) = (
+        (level[0].double(), level[1].double()) for level in (now, before, earlier)
+    )
+    a = alpha / alpha_1
+    b = sigma**2 - a**2 * sigma_1**2
+    c0, c1 = alpha_p * b / sigma**2, a * sigma_p**2 / sigma**2
+    deviation = (b * sigma_p**2 / sigma**2).sqrt()
+    return (alpha_p - c0 - c1 * alpha) / deviation, c0 * sigma / (alpha * deviation)
+
+
+def pds(moved: Tensor, guided: Tensor, source: Tensor, psi: Tensor, chi: Tensor) -> Tensor:
+    """Posterior distillation sampling (PDS, arXiv:2311.13831), with ``moved`` = z - z_source and
+    the guided predictions at the picture and at the source:
+
+    g = psi(t) (z - z_source) + chi(t) (guided - source),
+
+    which is the difference of the stochastic latents (x_p - mu(x_t, guided)) / sqrt(v) of the two,
+    for the same noise in x_t and the same in x_p. See :func:`pds_weights`.
+    """
+    return rows(psi, moved) * moved + rows(chi, moved) * (guided - source)
+
+
+def ssd(
+    eps_c: Tensor,
+    eps_u: Tensor,
+    eps_source: Tensor,
+    anchor: Tensor,
+    extra: Tensor,
+    scales: tuple[float, float, float],
+    w: Tensor,
+) -> Tensor:
+    """The three differences of stable score distillation (SSD, ICCV 2025), with eps_source the
+    prediction at the picture under the source's text:
+
+    g = w(t) [ a (eps_source - anchor) + s (eps_c - eps_source) + b (eps_c - eps_u - extra) ],
+
+    ``scales`` = (a, s, b). Published: ``anchor`` is the prediction at the source under the null
+    prompt, ``extra`` is 0.
+    """
+    a, s, b = scales
+    total = a * (eps_source - anchor) + s * (eps_c - eps_source) + b * ((eps_c - eps_u) - extra)
+    return rows(w, total) * total
+
+
 def ddim(
     x: Tensor, eps: Tensor, start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]
 ) -> Tensor:

@@ -33,6 +33,7 @@ from lods.commands.parser import (
 from lods.declared import method_names
 from lods.files import whole_file
 from lods.models.cards import EMBEDDED
+from lods.preflight import EDITING
 from lods.settings import nearest
 
 ABOUT = """\
@@ -142,6 +143,8 @@ def requests(args: argparse.Namespace) -> list[Request]:
     from lods.models import cards, choose
 
     method = find_method(args.method)
+    if f"{method}-guidance" in EDITING:
+        raise ValueError(f"{method} changes what is there: lods edit FILE --from TEXT --to TEXT")
     if args.model == "auto":
         model, why = choose()
         print(f"model: {model} ({why})", flush=True)

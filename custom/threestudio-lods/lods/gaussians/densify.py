@@ -210,7 +210,7 @@ class Densifier:
         """
         if self.strategy is None:
             return False
-        old = geometry.gaussians()
+        old = {**geometry.gaussians(), **getattr(geometry, "followers", dict)()}
         params = dict(old)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         # One view per parameter. The groups in it are throw-away, the state is the real one.

@@ -51,6 +51,20 @@ class GaussianParameters(nn.Module):
         """The parameters by name, without those that the degree leaves out."""
         return {name: getattr(self, name) for name in NAMES if hasattr(self, name)}
 
+    def whole(self) -> "GaussianParameters":
+        """Everything that is drawn and exported: itself, unless a part of it is locked (see
+        :mod:`lods.gaussians.edited`)."""
+        return self
+
+    def own_info(self, info: dict[str, Any]) -> dict[str, Any]:
+        """What a rasteriser says of :meth:`whole`, of what is trained only."""
+        return info
+
+    def followers(self) -> dict[str, nn.Parameter]:
+        """Further rows of each Gaussian that nothing trains and that a strategy of densification
+        has to move, copy and remove with it: none."""
+        return {}
+
     def set_gaussians(self, params: dict[str, nn.Parameter]) -> None:
         """Take over other parameters, as a densification strategy leaves them behind."""
         for name, value in params.items():
@@ -91,21 +105,22 @@ class GaussianParameters(nn.Module):
         units, ``rgbs`` (N, 3) in 0..1 without view dependence, ``opacities`` (N, 1) in 0..1. Of
         more than ``most`` Gaussians those with the largest product of opacity and extent (the
         product of the two larger standard deviations), in their order."""
-        sigma, opacities = self.scales.exp(), self.opacities.sigmoid()
-        kept = torch.arange(self.count, device=self.means.device)
-        if most is not None and self.count > most:
+        whole = self.whole()
+        sigma, opacities = whole.scales.exp(), whole.opacities.sigmoid()
+        kept = torch.arange(whole.count, device=whole.means.device)
+        if most is not None and whole.count > most:
             extent = sigma.sort(dim=1).values[:, 1:].prod(dim=1)
             kept = (opacities * extent).topk(most).indices.sort().values
         return {
-            "centers": self.means[kept],
-            "covariances": covariances(self.quats[kept], sigma[kept]),
-            "rgbs": self.base_colors()[kept].clamp(max=1),
+            "centers": whole.means[kept],
+            "covariances": covariances(whole.quats[kept], sigma[kept]),
+            "rgbs": whole.base_colors()[kept].clamp(max=1),
             "opacities": opacities[kept, None],
         }
 
     def export(self) -> dict[str, Tensor]:
         """Detached parameters by name, as :func:`lods.gaussians.write_ply` takes them."""
-        return {name: value.detach() for name, value in self.gaussians().items()}
+        return {name: value.detach() for name, value in self.whole().gaussians().items()}
 
     @staticmethod
     def _refuse(key: str, value: Any, dimensions: int) -> None:
@@ -150,6 +165,12 @@ class GaussianParameters(nn.Module):
                 f"{self.settings_name}sh_degree={degree_of(stored['shN'])}"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def whole(geometry: Any) -> Any:
+    """What of a geometry is drawn and exported: itself, if it is from elsewhere."""
+    found = getattr(geometry, "whole", None)
+    return geometry if found is None else found()
 
 
 def degree_of(rest: Float[Tensor, "N K 3"]) -> int:

@@ -71,6 +71,7 @@ class Method(nn.Module):
     # whether its gradient needs the prediction of a model that is not guided, which a
     # guidance-distilled model does not have
     needs_null: ClassVar[bool] = True
+    edits: ClassVar[bool] = False  # whether it changes a source, see lods.methods.editing
 
     def __init__(self, model: Model, config: Any = None, **values: Any):
         """``config``: an instance of the class's ``Config``, or ``values`` for one."""
@@ -193,15 +194,19 @@ class Method(nn.Module):
         images: Float[Tensor, "B 3 H W"] | None = None,
         cameras: Cameras | None = None,
         latents: Latents | None = None,
+        source: Float[Tensor, "B 3 h2 w2"] | None = None,
+        source_latents: Latents | None = None,
     ) -> Losses:
         """The losses of images in 0..1, or of ``latents``, seen from these cameras (by default
         all from the front; a model that is told the cameras themselves needs them, with their field
-        of view). Raises ``ValueError`` for neither or both, for other shapes, and
-        without prompts."""
+        of view). A method that edits also takes what was there before, seen from the same cameras:
+        ``source``, images of any size, or ``source_latents``. Raises ``ValueError`` for neither or
+        both, for other shapes, and without prompts."""
         if self.prompts is None:
             raise ValueError("the method has no prompt yet: make it by lods.load, or call start")
         if (images is None) == (latents is None):
             raise ValueError("give either images (B, 3, H, W) in 0..1, or latents=")
+        before = self.latents_of_source(source, source_latents)
         if images is not None:
             check_images(images)
             if not self._looked:  # later calls would have to wait for a GPU each time
@@ -212,7 +217,17 @@ class Method(nn.Module):
         assert latents is not None  # one of the two is given
         told, views = getattr(self.model, "cameras", "words"), views_of(self.model)
         cameras = cameras_for(cameras, latents, told, views)
-        return self.losses(latents, self.prompts.conditions(cameras, self.other_texts))
+        conditions = self.prompts.conditions(cameras, self.other_texts)
+        return self.losses(latents, dataclasses.replace(conditions, source=before))
+
+    def latents_of_source(
+        self, images: Float[Tensor, "B 3 H W"] | None, latents: Latents | None
+    ) -> Latents | None:
+        """Those of what is edited: of nothing here. Raises ``ValueError`` where something is given
+        all the same."""
+        if images is not None or latents is not None:
+            raise ValueError(f"{type(self).__name__} edits nothing: leave source out, or take dds")
+        return None
 
     def losses(self, latents: Latents, conditions: Conditions) -> Losses:
         """``loss_sds`` = 1/2 sum (z - stopgrad(z - g))^2 / B, whose gradient is g / B; the losses

@@ -13,7 +13,8 @@ from torch import Tensor
 class Conditions:
     """Of B images: the embeddings of the prompt y and of the null prompt n (the negative prompt),
     for each image's view; the N negatives of Perp-Neg (arXiv:2304.04968) with their weights; the
-    embeddings of the other texts that the method asked for, by name; and the cameras."""
+    embeddings of the other texts that the method asked for, by name; the cameras; and, of a method
+    that edits, the latents of the source, seen from the same cameras."""
 
     prompt: Float[Tensor, "B T D"]
     null: Float[Tensor, "B T D"]
@@ -21,6 +22,7 @@ class Conditions:
     weights: Float[Tensor, "B N"] | None = None
     others: Mapping[str, Float[Tensor, "B T D"]] = field(default_factory=dict)
     cameras: Cameras | None = None
+    source: Float[Tensor, "B c h w"] | None = None
 
 
 class Prompts(Protocol):
@@ -28,7 +30,8 @@ class Prompts(Protocol):
 
     def plain(self, text: str) -> Float[Tensor, "T D"]:
         """The embedding, without words for a view, of "prompt", "null", or another text ("source":
-        what the renders look like; "bad": a text of bad pictures)."""
+        what the renders look like; "edited": that of what is edited, which somebody has to have
+        said; "bad": a text of bad pictures)."""
         ...
 
     def conditions(self, cameras: Cameras, others: Sequence[str] = ()) -> Conditions:

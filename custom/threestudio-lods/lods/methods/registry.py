@@ -102,7 +102,8 @@ def find(name: str) -> "type[Method]":
     for full in (name, f"lods-{name}"):
         if full in _methods:
             return _methods[full]
-    raise ValueError(f"there is no method {name!r}{nearest(name, names())}: {', '.join(names())}")
+    known = [*names(), *(full.removeprefix("lods-") for full in names())]
+    raise ValueError(f"there is no method {name!r}{nearest(name, known)}: {', '.join(names())}")
 
 
 def names() -> list[str]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from lods.assets.baking import bake, nearest_normals, simplified
 from lods.assets.mesh import Mesh as Asset
 from lods.gaussians.axes import PLY_AXES
+from lods.gaussians.parameters import whole
 from lods.gaussians.surface import PICTURE, shape, surface
 from lods.preflight import unknown_export
 from omegaconf import ListConfig
@@ -78,12 +79,12 @@ class GaussianExporter(Exporter):
         threestudio.info("making a mesh of the Gaussians, which can take a minute")
         level = cfg.mesh_resolution, cfg.mesh_opacity, cfg.mesh_threshold
         if cfg.glb_colors == "vertices":
-            found = surface(self.geometry, *level)
+            found = surface(whole(self.geometry), *level)
             mesh = Mesh(found.vertices, found.faces)
             mesh.set_vertex_color(found.rgb)
             return {"mesh": mesh}
         pixels = min(max(PICTURE, cfg.texture_size * 3 // 4), MOST_PIXELS)
-        found, colours_at = shape(self.geometry, *level, pixels=pixels)
+        found, colours_at = shape(whole(self.geometry), *level, pixels=pixels)
         vertices, faces = simplified(found.vertices, found.faces, cfg.texture_faces)
         normals = nearest_normals(found)
         asset = bake(
@@ -110,7 +111,8 @@ class GaussianExporter(Exporter):
                     threestudio.warn(f"no glb beside the other formats: {error}")
                     continue
             else:
-                params = {"xyz": self.geometry.means, "rgb": self.geometry.base_colors()}
+                drawn = whole(self.geometry)
+                params = {"xyz": drawn.means, "rgb": drawn.base_colors()}
                 params["axes"] = self.cfg.axes
             outputs.append(ExporterOutput(self.cfg.save_name + ending, save_type, params))
         return outputs

@@ -28,6 +28,10 @@ import threestudio
 from threestudio.utils.base import BaseModule
 
 WHERE = "system.guidance."
+NO_SOURCE = (
+    "{} edits what is there already, and the system gives it none (source_rgb, from the same "
+    "cameras): lods edit makes such a run"
+)
 # hooks of the guidances of 0.1, which the guidance's method has now: nobody would call them here
 MOVED = (
     *("gradient", "diffuse", "predict", "predict_pair", "compose", "weight", "timesteps"),
@@ -35,7 +39,8 @@ MOVED = (
     *("create_learned", "learn", "learn_inside", "denoising_loss", "unscale_gradients"),
     *("check", "load_denoiser"),
 )
-OTHER_TEXTS = {"source": "source", "bad": "nfsd_negative"}  # ours -> the prompt processor's
+# ours -> the prompt processor's
+OTHER_TEXTS = {"source": "source", "bad": "nfsd_negative", "edited": "edited"}
 
 
 @dataclass
@@ -95,7 +100,7 @@ class HostPrompts:
             negatives = rows[2 * n :].unflatten(0, (n, -1)).unbind(1)
         found = {}
         for text in others:
-            if text == "source":
+            if text in ("source", "edited"):
                 found[text] = self._rows(self._other(text), cameras)[0]
             else:
                 found[text] = self._other(text).text_embeddings.expand(len(prompt), -1, -1)
@@ -204,6 +209,20 @@ class MethodGuidance(BaseModule):
         x = rgb.permute(0, 3, 1, 2).float()
         return resized(x, size) if rgb_as_latents else self.method.latents_of(x)
 
+    @torch.no_grad()
+    def encode_source(
+        self, rgb: Float[Tensor, "B H W C"] | None, rgb_as_latents: bool = False
+    ) -> Float[Tensor, "B c h w"] | None:
+        """What :meth:`encode` will make of it next, with the same random numbers; None for a method
+        that edits nothing. Raises ``ValueError`` where one that edits is given nothing."""
+        if not self.method.edits:
+            return None
+        if rgb is None:
+            raise ValueError(NO_SOURCE.format(f"system.guidance_type={self.name}-guidance"))
+        device = self.method.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return self.encode(rgb, rgb_as_latents)
+
     def forward(
         self,
         rgb: Float[Tensor, "B H W C"],
@@ -215,8 +234,13 @@ class MethodGuidance(BaseModule):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Losses for rendered images in 0..1 (or latents) seen from these cameras (degrees): those
-        of :meth:`lods.methods.base.Method.losses`, and its numbers to log."""
+        of :meth:`lods.methods.base.Method.losses`, and its numbers to log.
+
+        Of a method that edits, the batch has to hold ``source_rgb`` (B, H, W, C), of the kind of
+        ``rgb``: what was there before the training, from the same cameras and before the same
+        background, as rendered from a copy of the representation that stays as it was."""
         self.initialize(prompt_utils)
+        source = self.encode_source(kwargs.get("source_rgb"), rgb_as_latents)
         latents = self.encode(rgb, rgb_as_latents)
         matrices = kwargs.get("c2w"), kwargs.get("mvp_mtx")
         fovy = None
@@ -231,7 +255,7 @@ class MethodGuidance(BaseModule):
         cameras = Cameras(elevation, azimuth, camera_distances, *matrices, fovy)
         prompts = self.prompts_of(prompt_utils)
         conditions = prompts.conditions(cameras, self.method.other_texts)
-        found = self.method.losses(latents, conditions)
+        found = self.method.losses(latents, dataclasses.replace(conditions, source=source))
         return found.terms | found.numbers
 
     def loss_is_scaled(self) -> None:

@@ -17,6 +17,7 @@ from lods.models.ideal import NamedObjects
 from lods.models.renders import Renders
 from lods.models.text import network_config
 from lods.models.vocabulary import Vocabulary
+from lods.preflight import NO_SOURCE_PROMPT
 from lods.prompts import BAD_PICTURES, RENDERS
 from torch import Tensor
 
@@ -39,9 +40,10 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
 
     What it returns has one method more, ``other_text(kind)``: the same for a text that a method
     compares the prompt with, embedded when it is asked for. "source" tells what the renders look
-    like now, and has the words for the view as the prompt does; "nfsd_negative" has not. A text is
-    worth something in words that the model knows: the embedded model would read the published ones
-    letter by letter, and cut them off after 14 tokens, so that pocket.yaml has others.
+    like now, and has the words for the view as the prompt does; "edited" is the same for methods
+    that edit, and needs ``source_prompt``; "nfsd_negative" has no such words. A text is worth
+    something in words that the model knows: the embedded model would read the published ones letter
+    by letter, and cut them off after 14 tokens, so that pocket.yaml has others.
 
     A model whose folder has a ``vocabulary.json`` (see :mod:`lods.models.vocabulary`) is not asked
     for what it does not know: a prompt without any of its objects is refused, and other words that
@@ -112,6 +114,10 @@ class LODSPromptProcessor(StableDiffusionPromptProcessor):
     def other_text(self, kind: str) -> Any:
         """What calling this returns, with another text (class docstring) as the prompt."""
         cfg, views = self.cfg, {f"prompt_{d.name}": None for d in self.directions}
+        if kind == "edited":
+            if cfg.source_prompt is None:
+                raise ValueError(f"{NO_SOURCE_PROMPT} (system.prompt_processor.source_prompt)")
+            kind = "source"
         if kind == "source" and cfg.source_prompt is None:
             texts = (f"{text}{cfg.source_suffix}" for text in self.prompts_vd)
             changes = {"prompt": self.prompt + cfg.source_suffix, **dict(zip(views, texts))}

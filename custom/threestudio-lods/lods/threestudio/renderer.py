@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from lods.gaussians import backends
 from lods.gaussians.cameras import intrinsics, world_to_camera
+from lods.gaussians.parameters import whole
 from lods.gaussians.rasterize import rasterization
 from torch import Tensor
 
@@ -72,8 +73,57 @@ class GaussianRasterizer(Rasterizer):
     geometry_needs = ("gaussians", "base_colors")
 
     def colors(self, camera_positions: Float[Tensor, "B 3"]) -> Float[Tensor, "*B N 3"]:
-        """Colours (N, 3), or (B, N, 3) where they depend on the view."""
-        return self.geometry.colors(camera_positions)
+        """Colours (N, 3), or (B, N, 3) where they depend on the view, of all that is drawn."""
+        return whole(self.geometry).colors(camera_positions)
+
+    def draw(
+        self,
+        g: Any,
+        colors: Float[Tensor, "*B N 3"],
+        c2w: Float[Tensor, "B 4 4"],
+        fovy: Float[Tensor, " B"],
+        height: int,
+        width: int,
+        absgrad: bool = False,
+    ) -> tuple[Float[Tensor, "B H W 4"], Float[Tensor, "B H W 1"], dict[str, Any]]:
+        """Colours and depth, opacities, and ``info`` of these Gaussians before nothing; the
+        arguments are those of :meth:`forward`."""
+        return rasterization(
+            g.means,
+            g.quats,
+            g.scales.exp(),
+            g.opacities.sigmoid(),
+            colors,
+            world_to_camera(c2w),
+            intrinsics(fovy, height, width),
+            width,
+            height,
+            near_plane=self.cfg.near_plane,
+            far_plane=self.cfg.far_plane,
+            eps2d=self.cfg.eps2d,
+            packed=False,
+            render_mode="RGB+ED",
+            absgrad=absgrad,
+            backend=self.cfg.backend,
+        )
+
+    @torch.no_grad()
+    def before(
+        self,
+        source: Any,
+        background: Float[Tensor, "B H W 3"],
+        c2w: Float[Tensor, "B 4 4"],
+        fovy: Float[Tensor, " B"],
+        height: int,
+        width: int,
+        **kwargs: Any,
+    ) -> Float[Tensor, "B H W 3"]:
+        """Images of other Gaussians than the geometry's, ``source``, before this background."""
+        with torch.autocast(c2w.device.type, enabled=False):
+            c2w, fovy = c2w.float(), fovy.float()
+            colors = source.colors(c2w[:, :3, 3])
+            rendered, alpha, _ = self.draw(source, colors, c2w, fovy, height, width)
+        return rendered[..., :3] + (1 - alpha) * background
 
     def forward(
         self,
@@ -96,27 +146,12 @@ class GaussianRasterizer(Rasterizer):
         - ``depth`` (B, H, W, 1), the expected z in camera space, world units, 0 where nothing is;
         - ``info``, the rasteriser's dictionary that densification reads.
         """
-        g = self.geometry
         # projections lose too many bits in 16-bit floats
         with torch.autocast(c2w.device.type, enabled=False):
             c2w, fovy = c2w.float(), fovy.float()
-            rendered, alpha, info = rasterization(
-                g.means,
-                g.quats,
-                g.scales.exp(),
-                g.opacities.sigmoid(),
-                self.colors(c2w[:, :3, 3]),
-                world_to_camera(c2w),
-                intrinsics(fovy, height, width),
-                width,
-                height,
-                near_plane=self.cfg.near_plane,
-                far_plane=self.cfg.far_plane,
-                eps2d=self.cfg.eps2d,
-                packed=False,
-                render_mode="RGB+ED",
-                absgrad=absgrad,
-                backend=self.cfg.backend,
+            colors = self.colors(c2w[:, :3, 3])
+            rendered, alpha, info = self.draw(
+                whole(self.geometry), colors, c2w, fovy, height, width, absgrad
             )
         foreground, depth = rendered[..., :3], rendered[..., 3:]
         return drawn(self.background, foreground, alpha, depth, info, c2w, fovy, rays_d)

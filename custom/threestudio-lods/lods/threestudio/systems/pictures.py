@@ -126,7 +126,11 @@ class Pictures(BaseLift3DSystem):
         for i, index in enumerate(batch["index"].tolist()):
             image = out["comp_rgb"][i]
             self.save_rgb_image(f"it{self.true_global_step}-test/{index}.png", image)
-            self._keep_for_sheet(float(batch["azimuth"][i]), index, image)
+            self._keep_for_sheet(float(batch["azimuth"][i]), index, self.sheet_picture(out, i))
+
+    def sheet_picture(self, out: dict[str, Any], i: int) -> Float[Tensor, "H W 3"]:
+        """What the contact sheet shows of image ``i``."""
+        return out["comp_rgb"][i]
 
     def _keep_for_sheet(self, azimuth: float, index: int, image: Float[Tensor, "H W 3"]) -> None:
         """Keep the frame if it is the nearest so far to one of the sheet's azimuths."""
