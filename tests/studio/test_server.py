@@ -265,6 +265,13 @@ def test_no_path_leads_out_of_the_runs(studio, path):
     assert status in (400, 404) and b"secret" not in body
 
 
+def test_an_address_that_is_too_long_is_refused(studio):
+    from lods.studio.guard import MAX_URL
+
+    status, _, body = ask(studio[0], "GET", f"/?{'a' * MAX_URL}")
+    assert status == 403 and b"too long" in body
+
+
 def test_a_body_that_is_too_large_is_refused(studio):
     assert ask(studio[0], "POST", "/api/runs", b"[" * (1 << 20))[0] == 413
     assert ask(studio[0], "GET", "/" + "x" * 6000)[0] == 403
@@ -462,6 +469,7 @@ def test_the_prompt_that_a_run_was_steered_to_is_told(studio):
                 "a snowman",
             ),
             (line % (1, "prompt", '"a snowman"') + "{\n[]\n7\n", "a snowman"),
+            (line % (1, "prompt", '"a snowman"') + line % (2, "x", '"a house"'), "a snowman"),
             (line % (1, "prompt", f'"{QUICK.prompt}"'), ""),
             (line % (1, "prompt", "7"), ""),
         ):

@@ -219,9 +219,11 @@ class Live:
             return
         for visitor in self.visitors.all():
             self._draw_asked(visitor)
-        self._show_status()
         self._show_first_seen()
         self._take_a_turn()
+        # the last, for it is followed by a moment in which nothing else is allowed: where steps are
+        # slow, there is a new line of text after each
+        self._show_status()
 
     def _follow_settings(self) -> None:
         here = len(self.visitors) > 0
