@@ -25,6 +25,7 @@ from threestudio.utils.errors import UserError
 from threestudio.utils.extensions import load_extension
 from threestudio.utils.files import whole_file
 
+# docs/evaluation/edits.csv has the first four
 EDITS = (
     ("a red armchair", "a blue armchair"),
     ("a cat", "a dog"),
