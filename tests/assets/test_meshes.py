@@ -10,6 +10,7 @@ import trimesh
 from lods import assets
 from lods.assets.mesh import sampled
 from PIL import Image
+from plyfile import PlyData, PlyElement
 
 from tests.assets.things import ball, chart_mesh, psnr
 from tests.glb_files import glb, linear
@@ -196,22 +197,26 @@ def test_a_mirrored_instance_still_faces_outward(tmp_path):
     np.testing.assert_allclose(255 * color_at(found, turned([-0.2, 0.5, 0])), (200, 30, 20), atol=1)
 
 
-def test_colours_of_a_ply_are_taken_in_their_range(tmp_path):
+@pytest.mark.parametrize(("kind", "most"), [("u1", 255), ("u2", 65535), ("f4", 1.0)])
+def test_colours_of_a_ply_are_taken_in_their_range(tmp_path, kind, most):
+    """Also between the steps of a byte, where the file tells more."""
     made = chart_mesh()
-    vertex = np.zeros(len(made.vertices), [(a, "f4") for a in "xyz"] + [("red", "u2")] + [
-        (c, "u2") for c in ("green", "blue")
-    ])  # fmt: skip
-    for i, a in enumerate("xyz"):
-        vertex[a] = made.vertices[:, i]
+    made.colours = 0.05 + 0.9 * made.colours
+    vertex = np.zeros(
+        len(made.vertices),
+        [(axis, "f4") for axis in "xyz"] + [(c, kind) for c in ("red", "green", "blue")],
+    )
+    for i, axis in enumerate("xyz"):
+        vertex[axis] = made.vertices[:, i]
     for i, c in enumerate(("red", "green", "blue")):
-        vertex[c] = (65535 * made.colours[:, i].double()).round()
-    from plyfile import PlyData, PlyElement
-
+        values = most * made.colours[:, i].double().numpy()
+        vertex[c] = values if kind == "f4" else values.round()
     face = np.zeros(len(made.faces), [("vertex_indices", "i4", (3,))])
     face["vertex_indices"] = made.faces
     elements = [PlyElement.describe(vertex, "vertex"), PlyElement.describe(face, "face")]
     PlyData(elements).write(str(tmp_path / "a.ply"))
-    torch.testing.assert_close(read(tmp_path / "a.ply").colours, made.colours, atol=1e-4, rtol=0)
+    found, step = read(tmp_path / "a.ply").colours, 1e-5 if kind == "f4" else 0.5 / most + 1e-6
+    torch.testing.assert_close(found, made.colours, atol=step, rtol=0)
 
 
 # --- round trips ----------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ HOST_ONLY = {
     "system.max_skipped_steps": None,
     "system.renderer.backend": "nerf-volume-renderer",
     "system.exporter.axes": "mesh-exporter",
+    "system.exporter.glb_colors": "mesh-exporter",
+    "system.exporter.texture_faces": "mesh-exporter",
     "system.geometry.pos_encoding_config.backend": None,
     "trainer.accelerator": None,  # upstream's launcher sets these two itself
     "trainer.devices": None,
