@@ -13,7 +13,7 @@ from lods import assets
 from lods.gaussians import Gaussians
 from lods.gaussians.spz_file import MAX_GAUSSIANS
 
-from tests.assets.test_gaussian_files import spz
+from tests.assets.test_gaussian_files import spz, spz4
 from tests.assets.test_meshes import RED_BLUE, SQUARE, UV, gltf
 from tests.assets.things import shell
 from tests.glb_files import glb
@@ -175,10 +175,12 @@ def test_what_unpacks_to_more_than_its_header_says_is_not_unpacked(tmp_path):
     ("data", "text"),
     [
         (b"\x1f\x8b" + bytes(30), "not a readable spz file"),
-        (b"NGSP" + bytes(40), "not compressed by gzip"),
-        (spz(4, bytes(20)), "of version 4: versions 1 to 3 are read"),
+        (b"NGSP" + bytes(40), "of version 0: versions 1 to 4 are read"),
+        (gzip.decompress(spz(3, bytes(20))), "of version 3: versions"),  # not compressed
+        (spz(4, bytes(20)), "of version 4: versions"),  # compressed by gzip
+        (spz(5, bytes(20)), "of version 5: versions 1 to 4 are read"),
         (spz(3, bytes(20), magic=b"NGSQ"), "does not begin as an spz file does"),
-        (spz(3, bytes(20), degree=4), "harmonics of degree 4"),
+        (spz(3, bytes(20), degree=5), "harmonics of degree 5"),
         (spz(3, bytes(20), bits=60), "60 fractional bits"),
         (spz(3, bytes(20), n=0), "it promises 0 Gaussians"),
         (spz(3, bytes(19)), "it promises 20 bytes, and has 19"),
@@ -190,6 +192,31 @@ def test_what_is_wrong_with_an_spz_is_said(tmp_path, data, text):
     assert text in refused_or_whole(tmp_path / "a.spz")
 
 
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"streams": 4}, "it has 4 tables, and shall have 5"),
+        ({"sizes": [9, 1, 3, 3, 5]}, "a table of 5 bytes, and shall have one of 4"),
+        ({"table": 10**9}, "not a readable spz file"),
+        ({"lengths": 10**12}, "a table of 9 bytes"),
+        ({"body": [9, 1, 3, 3, 3]}, "a table of 3 bytes, and shall have 4"),
+        ({"raw": bytes(30)}, "a table of it is damaged"),
+    ],
+)
+def test_what_is_wrong_with_an_spz_of_version_4_is_said(tmp_path, changes, text):
+    (tmp_path / "a.spz").write_bytes(spz4([bytes(n) for n in (9, 1, 3, 3, 4)], **changes))
+    assert text in refused_or_whole(tmp_path / "a.spz")
+
+
+def test_a_table_of_version_4_is_not_unpacked_beyond_its_size(tmp_path):
+    """Whose own header asks for a hundred megabytes."""
+    tables = [bytes(100_000_000), bytes(1), bytes(3), bytes(3), bytes(4)]
+    data = spz4(tables, sizes=[9, 1, 3, 3, 4])
+    (tmp_path / "a.spz").write_bytes(data)
+    assert len(data) < 100_000
+    assert grown_by(lambda: assets.read(tmp_path / "a.spz", half_side=None)) < 50_000_000
+
+
 def test_a_picture_that_cannot_be_decoded_leaves_a_grey_mesh(tmp_path, monkeypatch):
     said: list = []
     monkeypatch.setattr("lods.log.warn", said.append)
@@ -198,6 +225,21 @@ def test_a_picture_that_cannot_be_decoded_leaves_a_grey_mesh(tmp_path, monkeypat
     found = assets.read(tmp_path / "a.glb")
     assert found.texture is None and len(said) == 1
     torch.testing.assert_close(found.colours, torch.full((4, 3), 0.5), atol=1e-4, rtol=0)
+
+
+def test_many_pictures_that_cannot_be_decoded_take_no_time(tmp_path, monkeypatch):
+    said: list = []
+    monkeypatch.setattr("lods.log.warn", said.append)
+    broken = RED_BLUE[:60] + bytes(len(RED_BLUE) - 60)
+    parts = [(SQUARE + [i, 0, 0], UV, None, ((1, 1, 1), broken, {})) for i in range(40)]
+    found = assets.read(gltf(tmp_path / "a.glb", parts))
+    assert found.texture is None and len(found.faces) == 80 and 0 < len(said) < 10
+    torch.testing.assert_close(found.colours, torch.full((160, 3), 0.5), atol=1e-4, rtol=0)
+
+
+def test_a_file_without_triangles_is_one_line(tmp_path):
+    (tmp_path / "a.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\n")
+    assert "no triangles" in refused_or_whole(tmp_path / "a.obj")
 
 
 def test_an_svg_or_a_page_is_no_picture(tmp_path):

@@ -1,6 +1,7 @@
 """Meshes from files: their materials, textures and vertex colours, and back into their scene."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -150,9 +151,9 @@ def test_several_textures_and_plain_materials_come_into_one(tmp_path):
     seen = linear(color_at(found, turned([4.5, 0.5, 0])))
     np.testing.assert_allclose(seen, [0.1, 0.2, 0.3], atol=1e-4)
     # right up to the border of a tile nothing of its neighbour is mixed in
-    np.testing.assert_allclose(
-        255 * color_at(found, turned([0.001, 0.5, 0])), (200, 30, 20), atol=1
-    )
+    for x, y in itertools.product((0.001, 0.4, 2.001, 2.4), (0.001, 0.5, 0.999)):
+        wanted = (200, 30, 20) if x < 1 else (20, 180, 40)
+        np.testing.assert_allclose(255 * color_at(found, turned([x, y, 0])), wanted, atol=1)
 
 
 def test_textures_that_repeat_or_lie_under_vertex_colours_are_painted_anew(tmp_path, monkeypatch):

@@ -142,11 +142,11 @@ def test_train_is_the_launcher_and_trains_without_a_mode(called):
         ),
         (
             ["export", "{run}", "--format", "webp"],
-            ["--export", "system.turntable=[webp]", "system.export_object=false"],
+            ["--export", "system.turntable=webp", "system.export_object=false"],
         ),
         (
             ["export", "{run}", "--format", "frames,spz,webp"],
-            ["--export", "system.turntable=[frames,webp]", "system.exporter.fmt=spz"],
+            ["--export", "system.turntable=both", "system.exporter.fmt=spz"],
         ),
     ],
 )

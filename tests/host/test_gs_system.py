@@ -175,6 +175,7 @@ def test_a_mesh_of_gaussians(small, capsys):
     assert f"mesh: {path}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_for_the_viewers_of_others(small, capsys):
     """Every other file of Gaussians, a glb with a texture, and the views without background."""
     assert launch(*small("embedding+pocket", *BIG_BALL)) == 0
@@ -185,7 +186,7 @@ def test_a_run_is_exported_for_the_viewers_of_others(small, capsys):
         f"resume={folder}/ckpts/last.ckpt",
         "system.exporter.fmt=[splat,compressed-ply,spz,glb]",
         "system.exporter.texture_size=64",
-        "system.turntable=[webp,frames]",
+        "system.turntable=both",
     ]
     assert launch([str(folder / "configs" / "parsed.yaml")], options, "--export") == 0
     ends = (".splat", ".compressed.ply", ".spz", ".glb")
@@ -416,7 +417,7 @@ def test_only_what_is_listed_is_trained(small):
         ("system.geometry.init_type=none", "there are no Gaussians to train"),
         ("system.geometry.bal.n_points=3", "bal"),
         ("system.exporter.fmt=[obj]", "the formats are ply, points, glb"),
-        ("system.turntable=gif", "turntable has 'gif': the formats are webp, frames"),
+        ("system.turntable=gif", "turntable must be one of none, webp, frames, both, not 'gif'"),
     ],
 )
 def test_mistakes_are_one_line(small, capsys, override, message):

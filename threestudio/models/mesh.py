@@ -81,11 +81,12 @@ class Mesh:
 
     def simplified(self, most: int) -> "Mesh":
         """The mesh with about ``most`` triangles or fewer, by the quadric error metric of
-        ``fast_simplification``, without colours and texture coordinates; itself where it has no
-        more, or where ``most`` is 0."""
+        ``fast_simplification``, without colours and texture coordinates, and with the normals of
+        this one at its nearest vertices; itself where it has no more, or where ``most`` is 0."""
         if not 0 < most < len(self.t_pos_idx):
             return self
         import fast_simplification
+        from scipy.spatial import cKDTree
 
         arrays = self.v_pos.detach().cpu().float().numpy(), self.t_pos_idx.cpu().numpy()
         points, faces = fast_simplification.simplify(*arrays, target_count=most)[:2]
@@ -95,7 +96,10 @@ class Mesh:
         solid = area > 1e-9 * np.ptp(points, axis=0).max() ** 2
         used, faces = np.unique(faces[solid], return_inverse=True)
         positions = torch.from_numpy(points[used]).to(self.v_pos)
-        return Mesh(positions, torch.from_numpy(faces.reshape(-1, 3)).to(self.t_pos_idx))
+        mesh = Mesh(positions, torch.from_numpy(faces.reshape(-1, 3)).to(self.t_pos_idx))
+        _, nearest = cKDTree(arrays[0]).query(points[used])
+        mesh._v_nrm = self.v_nrm[torch.from_numpy(nearest).to(self.v_nrm.device)]
+        return mesh
 
     # -- normals and tangents --------------------------------------------------------------------
 

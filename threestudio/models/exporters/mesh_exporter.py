@@ -191,7 +191,8 @@ def turned(mesh: Mesh, axes: str) -> Mesh:
         return mesh
     other = copy.copy(mesh)
     other.v_pos = mesh.v_pos[:, AXES[axes]]
-    other._v_nrm = other._v_tng = None
+    other._v_nrm = None if mesh._v_nrm is None else mesh._v_nrm[:, AXES[axes]]
+    other._v_tng = None
     return other
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from lods.gaussians.mesh_parts import Part, Picture, linear_from_shown, shown_fr
 
 SIDE = 2048  # texels of a texture that is painted anew, at most
 MOST_FACES = 60_000  # that are laid out
+MOST_LOST = 8  # pictures that cannot be read, after which the others are not tried
 LARGEST = 8192  # of one that is put together of others
 PLAIN = 8  # texels of the tile of a material without a picture
 EDGE = 4  # texels around a tile
@@ -47,40 +49,66 @@ class _Unreadable(Exception):
         self.picture, self.why = picture, why
 
 
-def _pixels(part: Part) -> np.ndarray | None:
-    if part.picture is None:
-        return None
-    try:
-        return part.picture.pixels()
-    except Exception as error:  # of many kinds: a picture has what its file says
-        raise _Unreadable(part.picture, error) from error
+class _Decoded:
+    """The pixels of the parts' pictures, of which one at a time is held: parts with the same
+    picture are to follow each other. Raises :class:`_Unreadable`."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Picture | None, np.ndarray | None] = (None, None)
+
+    def __call__(self, part: Part) -> np.ndarray | None:
+        if part.picture is None or part.uv is None:
+            return None
+        if self._last[0] is not part.picture:
+            try:
+                self._last = part.picture, part.picture.pixels()
+            except Exception as error:  # of many kinds: a picture has what its file says
+                raise _Unreadable(part.picture, error) from error
+        return self._last[1]
+
+
+def _by_picture(parts: list[Part]) -> list[int]:
+    """The parts' places in an order in which those with the same picture follow each other."""
+    return sorted(range(len(parts)), key=lambda i: id(parts[i].picture))
 
 
 def _with_looks(parts: list[Part], vertices: torch.Tensor, faces: torch.Tensor) -> Mesh:
-    if all(part.picture is None or part.uv is None for part in parts):
-        colours = np.concatenate([_vertex_colours(part) for part in parts])
-        return Mesh(vertices, faces, colours=torch.from_numpy(colours.astype(np.float32)))
-    try:
-        beyond = any(_is_beyond(part) for part in parts)
-        made = None if beyond else _side_by_side(parts)
-        if made is None and len(faces) > MOST_FACES:
-            log.warn(
-                f"a mesh of {len(faces)} triangles with textures that repeat, or lie under other "
-                "colours, has colours at its vertices here: save it with one texture to keep detail"
-            )
-            colours = np.concatenate([_sampled_at_vertices(part) for part in parts])
-            return Mesh(vertices, faces, colours=torch.from_numpy(colours.astype(np.float32)))
-        if made is None:
-            return _painted(parts, vertices, faces)
+    lost: list[Picture] = []
+    while any(part.picture is not None and part.uv is not None for part in parts):
+        try:
+            return _textured(parts, vertices, faces)
+        except _Unreadable as caught:
+            why = " ".join(str(caught.why).split())[:200]
+            log.warn(f"a picture of the mesh cannot be read ({why}): its colours are grey")
+            lost.append(caught.picture)
+            grey: dict[str, Any] = {"picture": None, "uv": None, "factor": np.full(3, GREY)}
+            grey["linear"] = True
+            every = len(lost) >= MOST_LOST  # each costs the work of all before it
+            parts = [
+                replace(part, **grey)
+                if part.picture is not None and (every or part.picture is caught.picture)
+                else part
+                for part in parts
+            ]
+    colours = np.concatenate([_vertex_colours(part) for part in parts])
+    return Mesh(vertices, faces, colours=torch.from_numpy(colours.astype(np.float32)))
+
+
+def _textured(parts: list[Part], vertices: torch.Tensor, faces: torch.Tensor) -> Mesh:
+    made = None if any(_is_beyond(part) for part in parts) else _side_by_side(parts)
+    if made is not None:
         uv, texture = made
         return Mesh(vertices, faces, torch.from_numpy(uv), torch.from_numpy(texture))
-    except _Unreadable as caught:
-        why = " ".join(str(caught.why).split())[:200]
-        log.warn(f"a picture of the mesh cannot be read ({why}): its colours are grey")
-        lost, grey = caught.picture, {"picture": None, "uv": None, "factor": np.full(3, GREY)}
-        grey |= {"linear": True}
-        known = [replace(part, **grey) if part.picture is lost else part for part in parts]
-        return _with_looks(known, vertices, faces)
+    if len(faces) <= MOST_FACES:
+        return _painted(parts, vertices, faces)
+    log.warn(
+        f"a mesh of {len(faces)} triangles with textures that repeat, or lie under other colours, "
+        "has colours at its vertices here: save it with one texture to keep detail"
+    )
+    decoded = _Decoded()
+    found = {i: _sampled_at_vertices(parts[i], decoded(parts[i])) for i in _by_picture(parts)}
+    colours = np.concatenate([found[i] for i in range(len(parts))])
+    return Mesh(vertices, faces, colours=torch.from_numpy(colours.astype(np.float32)))
 
 
 def _placed(part: Part) -> tuple[np.ndarray, np.ndarray]:
@@ -101,11 +129,11 @@ def _vertex_colours(part: Part) -> np.ndarray:
     return shown_from_linear(color) if part.linear else color.clip(0, 1)
 
 
-def _sampled_at_vertices(part: Part) -> np.ndarray:
+def _sampled_at_vertices(part: Part, pixels: np.ndarray | None) -> np.ndarray:
     used, first = np.unique(part.faces, return_index=True)
     face, corner = np.divmod(first, 3)
     found = np.full((len(part.vertices), 3), 0.5)
-    found[used] = part.colors(face, np.eye(3)[corner], _pixels(part))
+    found[used] = part.colors(face, np.eye(3)[corner], pixels)
     return np.where(np.isfinite(found), found, 0.5)
 
 
@@ -118,10 +146,9 @@ def _is_beyond(part: Part) -> bool:
     return part.rgb is not None or not inside
 
 
-def _tile(part: Part) -> np.ndarray:
+def _tile(part: Part, pixels: np.ndarray | None) -> np.ndarray:
     """The colours of a part without vertex colours, (H, W, 3) float32 as they are shown."""
     factor = np.asarray(part.factor, np.float64)
-    pixels = _pixels(part) if part.uv is not None else None
     if pixels is None:
         color = shown_from_linear(factor) if part.linear else factor.clip(0, 1)
         return np.broadcast_to(color, (PLAIN, PLAIN, 3)).astype(np.float32)
@@ -149,9 +176,13 @@ def _side_by_side(parts: list[Part]) -> tuple[np.ndarray, np.ndarray] | None:
         return None
     (height, width), at = places
     texture = np.full((height, width, 3), 0.5, np.float32)
-    corner = {}
-    for (key, part), (row, column) in zip(owners.items(), at):
-        padded = np.pad(_tile(part), ((edge, edge), (edge, edge), (0, 0)), mode="edge")
+    corner, decoded = {}, _Decoded()
+    tiles = [*zip(owners.items(), at)]
+    for i in _by_picture([*owners.values()]):
+        (key, part), (row, column) = tiles[i]
+        padded = np.pad(
+            _tile(part, decoded(part)), ((edge, edge), (edge, edge), (0, 0)), mode="edge"
+        )
         texture[row : row + len(padded), column : column + padded.shape[1]] = padded
         corner[key] = row + edge, column + edge
     uvs = []
@@ -195,15 +226,19 @@ def _painted(parts: list[Part], vertices: torch.Tensor, faces: torch.Tensor) -> 
     face, weights = texels_of(uv, corners, SIDE, SIDE)
     known = face >= 0
     first = np.cumsum([0] + [len(part.faces) for part in parts])
-    owner = np.searchsorted(first, face, side="right") - 1
-    image = np.full((SIDE, SIDE, 3), 0.5, np.float32)
-    for index, part in enumerate(parts):
-        mine = known & (owner == index)
-        if not mine.any():
+    rows, columns = np.nonzero(known)
+    owner = np.searchsorted(first, face[known], side="right") - 1
+    order = np.argsort(owner, kind="stable")
+    begin = np.searchsorted(owner[order], np.arange(len(parts) + 1))
+    image, decoded = np.full((SIDE, SIDE, 3), 0.5, np.float32), _Decoded()
+    for index in _by_picture(parts):
+        mine, part = order[begin[index] : begin[index + 1]], parts[index]
+        if not len(mine):
             continue
-        share = weights[mine]
+        at = rows[mine], columns[mine]
+        share = weights[at]
         if part.matrix is not None and np.linalg.det(part.matrix[:3, :3]) < 0:
             share = share[:, ::-1]  # as its triangles are
-        found = part.colors(face[mine] - first[index], share, _pixels(part))
-        image[mine] = np.where(np.isfinite(found), found, 0.5)
+        found = part.colors(face[at] - first[index], share, decoded(part))
+        image[at] = np.where(np.isfinite(found), found, 0.5)
     return Mesh(vertices[origin], corners, uv, torch.from_numpy(spread(image, known)))

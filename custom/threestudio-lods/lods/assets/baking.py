@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from lods.assets.mesh import Mesh
 from lods.gaussians.kernel_cache import kernel
+from lods.gaussians.mesh import Mesh as Surface
 from torch import Tensor
 
 PADDING = 4  # texels between charts
@@ -36,6 +37,15 @@ def simplified(
     return found, torch.from_numpy(triangles.reshape(-1, 3).astype(np.int64))
 
 
+def nearest_normals(surface: Surface) -> Callable[[Tensor], Tensor]:
+    """A function from points (N, 3) to the normals (N, 3) of ``surface`` at its vertices nearest to
+    them: those of a fine surface are smoother than those of what it is simplified to."""
+    from scipy.spatial import cKDTree  # type: ignore[attr-defined]
+
+    tree, normals = cKDTree(surface.vertices.detach().cpu().numpy()), surface.normals().cpu()
+    return lambda points: normals[torch.from_numpy(np.asarray(tree.query(points.numpy())[1]))]
+
+
 def unwrapped(
     vertices: Float[Tensor, "V 3"], faces: Int[Tensor, "F 3"], size: int
 ) -> tuple[Int[Tensor, " W"], Int[Tensor, "F 3"], Float[Tensor, "W 2"]]:
@@ -44,9 +54,12 @@ def unwrapped(
     tells which of ``vertices`` it is. ``uv`` is as in :class:`lods.assets.Mesh`, v upward."""
     import xatlas
 
+    # of unit size: xatlas has thresholds of its own
+    points = vertices.detach().cpu().double().numpy()
+    points = (points - points.min(axis=0)) / max(float(np.ptp(points, axis=0).max()), 1e-300)
     atlas = xatlas.Atlas()
     atlas.add_mesh(
-        np.ascontiguousarray(vertices.detach().cpu().float().numpy()),
+        np.ascontiguousarray(points.astype(np.float32)),
         np.ascontiguousarray(faces.cpu().numpy().astype(np.uint32)),
     )
     charts, packing = xatlas.ChartOptions(), xatlas.PackOptions()

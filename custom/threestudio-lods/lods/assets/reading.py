@@ -55,7 +55,10 @@ def read(path: str | Path, axes: Axes = None, half_side: float | None = HALF_SID
         for part in parts:  # trimesh does not know the range of a ply's colours
             if part.rgb is not None and len(part.rgb) == len(content.get("rgb", ())):
                 part.rgb = content["rgb"]
-        found = _finite(path, mesh_of(parts))
+        try:
+            found = _finite(path, mesh_of(parts))
+        except (ValueError, MemoryError) as error:
+            raise ValueError(f"'{path}': {error}") from None
     try:
         placement = placement_of(found, own, half_side)
     except ValueError as error:
@@ -87,7 +90,7 @@ def _finite(path: Path, mesh: Mesh) -> Mesh:
     left."""
     corners = torch.isfinite(mesh.vertices).all(1)[mesh.faces].all(1)
     if not corners.any():
-        raise ValueError(f"'{path}' holds no triangles that can be drawn")
+        raise ValueError("it holds no triangles that can be drawn")
     left_out = int((~corners).sum())
     if left_out:
         log.warn(f"'{path}': {left_out} triangles are not finite and left out")

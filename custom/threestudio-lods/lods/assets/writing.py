@@ -9,14 +9,14 @@ from lods.assets.placement import Placement
 from lods.files import whole_file
 from lods.gaussians.axes import PLY_AXES, axes_rotation
 from lods.gaussians.files import write_gaussians
-from lods.gaussians.parameters import Gaussians
+from lods.gaussians.parameters import GaussianParameters
 
 MESH_ENDINGS = (".glb", ".obj", ".ply", ".stl")
 
 
 def write(
     path: str | Path,
-    asset: Gaussians | Mesh,
+    asset: GaussianParameters | Mesh,
     axes: str | None = None,
     placement: Placement | None = None,
 ) -> None:
@@ -35,7 +35,7 @@ def write(
         ValueError: one line, for an ending or axes that do not go with the asset.
     """
     path = Path(path)
-    suffix, gaussians = path.suffix.lower(), isinstance(asset, Gaussians)
+    suffix = path.suffix.lower()
     if axes is not None and axes not in PLY_AXES:
         raise ValueError(f"axes={axes!r}: give {', '.join(PLY_AXES)}")
     fixed = suffix in (".glb", ".spz")
@@ -43,17 +43,19 @@ def write(
         raise ValueError(f"'{path}': a {suffix[1:]} is y-up always")
     if placement is not None and axes is not None:
         raise ValueError("give axes or a placement: a placement brings the axes of its file")
-    if not gaussians and suffix not in MESH_ENDINGS:
+    if isinstance(asset, Mesh) and suffix not in MESH_ENDINGS:
         raise ValueError(f"'{path}': a mesh is written as {', '.join(MESH_ENDINGS)}")
     name = "y-up" if fixed else axes or "z-up"
-    if isinstance(asset, Gaussians):
+    if not isinstance(asset, Mesh):
+        tensors = asset.export()
         if placement is not None:
-            asset = placement.undo(asset)
+            tensors = placement.undo(tensors)
             if not fixed:
                 name = _name_of(placement.rotation)
             # which the writer turns back, so that the file says its axes
-            asset = Placement(1.0, axes_rotation(*PLY_AXES[name]), np.zeros(3)).apply(asset)
-        write_gaussians(path, asset.export(), name)
+            upright = Placement(1.0, axes_rotation(*PLY_AXES[name]), np.zeros(3))
+            tensors = upright.apply(tensors)
+        write_gaussians(path, tensors, name)
         return
     if placement is None:
         placement = Placement(1.0, axes_rotation(*PLY_AXES[name]), np.zeros(3))
@@ -80,8 +82,12 @@ def _write_mesh(path: Path, mesh: Mesh, suffix: str) -> None:
         import trimesh
 
         byte = (255 * mesh.shown_colours()).round().byte().numpy()
-        colours = {"vertex_colors": byte} if suffix == ".ply" else {}
-        plain = trimesh.Trimesh(mesh.vertices.numpy(), mesh.faces.numpy(), process=False, **colours)
+        plain = trimesh.Trimesh(
+            mesh.vertices.numpy(),
+            mesh.faces.numpy(),
+            vertex_colors=byte if suffix == ".ply" else None,
+            process=False,
+        )
         with whole_file(path) as partial:
             plain.export(partial, file_type=suffix[1:])
 

@@ -143,7 +143,8 @@ def formats_of(word: str) -> list[str]:
         raise ValueError("--format is empty: name a format, such as glb")
     pictures = [each for each in named if each in PICTURES]
     objects = [each for each in named if each not in PICTURES]
-    words = [f"system.turntable=[{','.join(pictures)}]"] if pictures else []
+    turntable = "both" if len(pictures) > 1 else "".join(pictures)
+    words = [f"system.turntable={turntable}"] if pictures else []
     if not objects:
         return [*words, "system.export_object=false"]
     fmt = objects[0] if len(objects) == 1 else f"[{','.join(objects)}]"

@@ -1,4 +1,4 @@
-"""Gaussians as an ``.spz`` file, Niantic's: tables of bytes, compressed by gzip.
+"""Gaussians as an ``.spz`` file, Niantic's: tables of bytes, compressed by gzip or zstd.
 
 After a header of 16 bytes - "NGSP", the version, the number of Gaussians (both 32 bits), the degree
 of the harmonics, the fractional bits of positions, flags, a byte of nothing - come, for all
@@ -14,7 +14,12 @@ Gaussians one after the other:
                  127.5 (x + 1), ... of x, y and z, with w positive
     harmonics    bytes 128 (f_rest + 1), for each coefficient the three channels
 
-y is up and the front on +z, as in glTF. Versions 1 to 3 are read, and 3 is written.
+In version 4 the header has 16 bytes more, of which the first four tell where a list of the tables
+is (two numbers of 64 bits each: the size in the file, and unpacked), and each table is compressed
+by zstd; the last byte of the first 16 is their number. The tables follow the list.
+
+y is up and the front on +z, as in glTF. Versions 1 to 4 are read, and 3 is written, which readers
+of both kinds know.
 """
 
 import gzip
@@ -24,12 +29,14 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt
+from lods import log
 from lods.files import whole_file
 from lods.gaussians.compressed_ply import byte_of_logit, logit_of_byte
 from torch import Tensor
 
 MAGIC, HEADER = b"NGSP", struct.Struct("<4sIIBBBB")
-VERSIONS = (1, 2, 3)
+VERSIONS, WRITTEN, ZSTD = (1, 2, 3, 4), 3, 4
+MAX_WINDOW = 1 << 27  # bytes that zstd may look back
 MAX_GAUSSIANS = 10_000_000  # some gigabytes of work, and as many as other readers take
 MAX_RATIO = 1100  # deflate makes nothing smaller than 1/1032
 COLOR = 0.15
@@ -55,51 +62,85 @@ def read_spz(path: str | Path) -> dict[str, Tensor]:
 
 def _rows(path: Path) -> Float[np.ndarray, "N K"]:
     size = path.stat().st_size
-    if size > MAX_GAUSSIANS * 68:
+    if size > MAX_GAUSSIANS * 90:
         raise ValueError(f"it has {size} bytes")
     packed = path.read_bytes()
-    if packed[:2] != b"\x1f\x8b":
-        raise ValueError("it is not compressed by gzip, as versions 1 to 3 are")
+    zipped = packed[:2] == b"\x1f\x8b"
     unpacker = zlib.decompressobj(wbits=31)
-    head = unpacker.decompress(packed, HEADER.size)
+    head = unpacker.decompress(packed, HEADER.size) if zipped else packed[: HEADER.size]
     if len(head) < HEADER.size:
         raise ValueError("it is shorter than its header")
-    magic, version, n, degree, bits, _, _ = HEADER.unpack(head)
+    magic, version, n, degree, bits, _, streams = HEADER.unpack(head)
     if magic != MAGIC:
         raise ValueError("it does not begin as an spz file does")
-    if version not in VERSIONS:
-        raise ValueError(f"it is of version {version}: versions 1 to 3 are read")
-    if degree > 3 or bits > MAX_BITS:
+    if version not in VERSIONS or zipped != (version < ZSTD):
+        raise ValueError(f"it is of version {version}: versions 1 to 4 are read")
+    if degree > 4 or bits > MAX_BITS:
         raise ValueError(f"it has harmonics of degree {degree} and {bits} fractional bits")
     if not 0 < n <= MAX_GAUSSIANS:
         raise ValueError(f"it promises {n} Gaussians, of which 1 to {MAX_GAUSSIANS} are read")
     rest = (degree + 1) ** 2 - 1
     widths = [6 if version == 1 else 9, 1, 3, 3, 3 if version < 3 else 4, 3 * rest]
-    wanted = n * sum(widths)
-    if wanted > MAX_RATIO * size:
-        raise ValueError(f"it promises {wanted} bytes, which {size} cannot hold")
-    data = unpacker.decompress(unpacker.unconsumed_tail, wanted)
-    if len(data) < wanted:
-        raise ValueError(f"it promises {wanted} bytes, and has {len(data)}")
-    ends = np.cumsum([n * width for width in widths])[:-1]
-    tables = np.split(np.frombuffer(data, np.uint8), ends)
+    if version < ZSTD:
+        wanted = n * sum(widths)
+        if wanted > MAX_RATIO * size:
+            raise ValueError(f"it promises {wanted} bytes, which {size} cannot hold")
+        data = unpacker.decompress(unpacker.unconsumed_tail, wanted)
+        if len(data) < wanted:
+            raise ValueError(f"it promises {wanted} bytes, and has {len(data)}")
+        tables = np.split(np.frombuffer(data, np.uint8), np.cumsum(widths)[:-1] * n)
+    else:
+        tables = _streams(packed, streams, [n * width for width in widths])
     place, alpha, color, scale, turned, harmonics = (
         table.reshape(n, width) for table, width in zip(tables, widths)
     )
+    kept = min(rest, 15)  # up to degree 3
+    if kept < rest:
+        log.warn(f"'{path}': harmonics of degree {degree} are read up to degree 3")
+    levels = (harmonics.reshape(n, rest, 3)[:, :kept].astype(np.float32) - 128) / 128
     quats = _first_three(turned) if version < 3 else _largest_left_out(turned)
     parts = [
         _positions(place, version, bits),
         (color / 255 - 0.5) / COLOR,
-        # channel after channel, as in a ply
-        ((harmonics.astype(np.float32) - 128) / 128)
-        .reshape(n, rest, 3)
-        .transpose(0, 2, 1)
-        .reshape(n, 3 * rest),
+        levels.transpose(0, 2, 1).reshape(n, 3 * kept),  # channel after channel, as in a ply
         logit_of_byte(alpha[:, 0])[:, None],
         scale / 16 - 10,
         quats,
     ]
     return np.concatenate(parts, axis=1, dtype=np.float32)
+
+
+def _streams(packed: bytes, count: int, sizes: list[int]) -> list[UInt[np.ndarray, " M"]]:
+    """The tables of version 4, each compressed by zstd. Raises ValueError where one does not have
+    the bytes that it shall have."""
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(
+            "it is of version 4, which needs zstandard: pip install zstandard"
+        ) from None
+    (at,) = struct.unpack_from("<I", packed, HEADER.size)
+    expected = [size for size in sizes if size]
+    if count < len(expected):
+        raise ValueError(f"it has {count} tables, and shall have {len(expected)}")
+    lengths = [struct.unpack_from("<QQ", packed, at + 16 * i) for i in range(count)]
+    start = at + 16 * count
+    found = []
+    for (length, size), wanted in zip(lengths, expected):
+        if size != wanted or start + length > len(packed):
+            raise ValueError(f"it has a table of {size} bytes, and shall have one of {wanted}")
+        try:
+            # not decompress(), which takes as much memory as the data ask for
+            unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+            data = unpacker.stream_reader(packed[start : start + length]).read(wanted)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"a table of it is damaged: {error}") from error
+        if len(data) < wanted:
+            raise ValueError(f"it has a table of {len(data)} bytes, and shall have {wanted}")
+        found.append(np.frombuffer(data, np.uint8))
+        start += length
+    # harmonics of degree 0 are none
+    return [*found, *(np.zeros(0, np.uint8) for size in sizes if not size)]
 
 
 def _positions(table: UInt[np.ndarray, "N W"], version: int, bits: int) -> np.ndarray:
@@ -161,7 +202,7 @@ def write_spz(path: str | Path, gaussians: dict[str, Tensor]) -> int:
         _byte(128 * (levels + 1)),
     ]
     degree = {0: 0, 3: 1, 8: 2, 15: 3}[rest]
-    data = HEADER.pack(MAGIC, VERSIONS[-1], n, degree, bits, 0, 0)
+    data = HEADER.pack(MAGIC, WRITTEN, n, degree, bits, 0, 0)
     data += b"".join(table.astype(np.uint8).tobytes() for table in tables)
     with whole_file(path) as partial:
         # no name and no time, so that the same Gaussians are the same file

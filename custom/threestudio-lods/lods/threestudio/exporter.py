@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from lods.assets.baking import bake, simplified
+from lods.assets.baking import bake, nearest_normals, simplified
 from lods.assets.mesh import Mesh as Asset
 from lods.gaussians.axes import PLY_AXES
 from lods.gaussians.surface import PICTURE, shape, surface
@@ -85,9 +85,14 @@ class GaussianExporter(Exporter):
         pixels = min(max(PICTURE, cfg.texture_size * 3 // 4), MOST_PIXELS)
         found, colours_at = shape(self.geometry, *level, pixels=pixels)
         vertices, faces = simplified(found.vertices, found.faces, cfg.texture_faces)
-        asset = bake(Asset(vertices, faces), colours_at, cfg.texture_size)
+        normals = nearest_normals(found)
+        asset = bake(
+            Asset(vertices, faces),
+            lambda points, _: colours_at(points, normals(points)),
+            cfg.texture_size,
+        )
         mesh = Mesh(asset.vertices, asset.faces)
-        mesh._v_nrm = asset.normals()  # of the surface, which the texture's seams do not break
+        mesh._v_nrm = normals(asset.vertices)
         return {"mesh": mesh, "uv": asset.uv, "texture": asset.texture}
 
     def __call__(self) -> list[ExporterOutput]:

@@ -6,10 +6,16 @@ from typing import Annotated, Any
 
 from lods.models import renamed
 from lods.preflight import named_models
-from lods.threestudio.systems import turntable
 from lods.threestudio.systems.coverage import Coverage
 from lods.threestudio.systems.losses import Losses
 from lods.threestudio.systems.pictures import Pictures
+from lods.threestudio.systems.turntable import (
+    TURNTABLES,
+    frames_in,
+    straight,
+    write_frame,
+    write_webp,
+)
 
 import threestudio
 from threestudio.systems.base import BaseLift3DSystem
@@ -42,18 +48,13 @@ class LODSSystem(Losses, Pictures):
         sheet_views: Annotated[int, "[0, 10000]"] = 12
         sheet_columns: Annotated[int, "[1, 1000]"] = 4
         video_fps: Annotated[int, "[1, 1000]"] = 30
-        # of --export: the test views without background, as webp (an animation), frames (PNG) or a
-        # list of both; and whether the exporter writes the object
-        turntable: Any = field(default_factory=list)
+        # of --export: the test views without background, as webp (an animation), frames (PNG files)
+        # or both; and whether the exporter writes the object
+        turntable: Annotated[str, TURNTABLES] = "none"
         export_object: bool = True
         loss: Annotated[dict, dict[str, Annotated[float, "scheduled (-inf, inf)"]]] = field(
             default_factory=dict
         )
-
-        def contradictions(self):
-            """Formats that there are not: (field, what is wrong)."""
-            if wrong := turntable.unknown_format(self.turntable):
-                yield "turntable", wrong
 
     cfg: Config
     # for the host, which looks all parts up before the first is built
@@ -66,8 +67,10 @@ class LODSSystem(Losses, Pictures):
                 f"1 or more, not {self.cfg.sheet_views} and {self.cfg.sheet_columns}"
             )
         self._check_mesh_format()
-        if wrong := turntable.unknown_format(self.cfg.turntable):  # upstream does not ask for it
-            raise ValueError(f"system.turntable {wrong}")
+        if self.cfg.turntable not in TURNTABLES:  # upstream does not look at it
+            raise ValueError(
+                f"system.turntable={self.cfg.turntable!r} must be one of {', '.join(TURNTABLES)}"
+            )
         self._results: dict[str, str] = {}
         self.begin_pictures()
         super().configure()  # where the first picture may be drawn
@@ -123,7 +126,7 @@ class LODSSystem(Losses, Pictures):
     @property
     def renders_to_export(self) -> bool:
         """For the host, which makes the views only where they are rendered."""
-        return bool(self.exporter.cfg.save_video or turntable.listed(self.cfg.turntable))
+        return self.exporter.cfg.save_video or self.cfg.turntable != "none"
 
     @property
     def _turntable(self) -> str:
@@ -131,24 +134,24 @@ class LODSSystem(Losses, Pictures):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         super().predict_step(batch, batch_idx)
-        if not turntable.listed(self.cfg.turntable):
+        if self.cfg.turntable == "none":
             return
         out = self(batch)
         for i, index in enumerate(batch["index"].tolist()):
-            picture = turntable.straight(out["comp_rgb_fg"][i], out["opacity"][i])
-            turntable.write_frame(self.get_save_path(f"{self._turntable}/{index}.png"), picture)
+            picture = straight(out["comp_rgb_fg"][i], out["opacity"][i])
+            write_frame(self.get_save_path(f"{self._turntable}/{index}.png"), picture)
 
     def _write_turntable(self) -> None:
         """The animation of the frames, which stay only where they are asked for."""
-        formats, folder = turntable.listed(self.cfg.turntable), self.get_save_path(self._turntable)
+        folder = self.get_save_path(self._turntable)
         if self.views:
             self._remove_frames_from(self.views, self._turntable)
-        frames = turntable.frames_in(folder)
-        if "webp" in formats:
+        frames = frames_in(folder)
+        if self.cfg.turntable != "frames":
             path = self.get_save_path(f"it{self.true_global_step}-export/turntable.webp")
-            turntable.write_webp(path, frames, self.cfg.video_fps)
+            write_webp(path, frames, self.cfg.video_fps)
             self._results["animation"] = path
-        if "frames" in formats:
+        if self.cfg.turntable != "webp":
             self._results["frames"] = folder
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -159,7 +162,7 @@ class LODSSystem(Losses, Pictures):
         if self.exporter.cfg.save_video:
             self.on_test_epoch_end()
             self.exporter.cfg.save_video = False
-        turns = bool(turntable.listed(self.cfg.turntable)) and self.trainer.predicting
+        turns = self.cfg.turntable != "none" and self.trainer.predicting
         if turns:
             self.trainer.strategy.barrier()  # the frames of all processes are there
         if self.global_rank != 0:

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,22 +9,7 @@ from jaxtyping import Float, UInt
 from lods.files import whole_file
 from torch import Tensor
 
-FORMATS = ("webp", "frames")
-
-
-def unknown_format(formats: Any) -> str:
-    """What is wrong with ``formats``, one of FORMATS or a list of them; nothing if nothing is."""
-    for each in listed(formats):
-        if each not in FORMATS:
-            return f"has {str(each)[:40]!r}: the formats are {', '.join(FORMATS)}"
-    return ""
-
-
-def listed(formats: Any) -> list[Any]:
-    """One or several formats as a list."""
-    if formats is None:
-        return []
-    return [formats] if isinstance(formats, str) or not hasattr(formats, "__iter__") else [*formats]
+TURNTABLES = ("none", "webp", "frames", "both")
 
 
 def straight(
