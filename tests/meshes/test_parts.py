@@ -156,7 +156,8 @@ def test_colours_of_vertices_become_a_texture(tmp_path):
     points = (info["weights"][..., None] * found.vertices[found.faces[info["face"].long()]]).sum(-2)
     inside = (alpha[..., 0] == 1) & (info["face"] >= 0)
     error = (image - (points + 1) / 2)[inside].abs()
-    assert error.mean() < 2 / 255 and error.max() < 12 / 255
+    assert error.mean() < 1 / 255 and error.quantile(0.999) < 6 / 255
+    assert error.max() < 0.1  # beside a seam of the charts
 
 
 def test_new_charts_keep_the_picture():
