@@ -119,6 +119,7 @@ def refined(mesh, prompt: str, model: str, steps: int, seed: int) -> None:
         min_step_percent=list(guidance.min_step_percent),
         max_step_percent=list(guidance.max_step_percent),
     )
+    mesh.smooth_gradient(cfg.system.geometry.texture_smoothing)
     optimizer = torch.optim.Adam(mesh.groups(texture=0.0), eps=1e-15)
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)

@@ -21,6 +21,7 @@ CONFIGS = {
     "refine+pocket": ["lods-mesh-embedding.yaml", "pocket-mesh.yaml", "mesh-refine.yaml"],
 }
 FREE = "system.geometry.free_vertices=true"
+SLOW = pytest.mark.slow
 KEYS = ("state_dict", "optimizer_states", "rng_state", "global_step")
 
 
@@ -46,7 +47,9 @@ def trial(config):
     return Path("outputs") / name / "t"
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    "config", [pytest.param(c, marks=SLOW if c == "refine" else ()) for c in CONFIGS]
+)
 def test_shipped_configurations_run(small, config, capsys):
     assert launch(*small(config)) == 0
     save = trial(config) / "save"
@@ -68,7 +71,10 @@ def test_shipped_configurations_run(small, config, capsys):
     assert f"mesh: {save / 'it2-export' / 'mesh.glb'}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [(), (FREE,), ("system.guidance_type=lods-refine-guidance",)])
+@pytest.mark.parametrize(
+    "change",
+    [(), (FREE,), pytest.param(("system.guidance_type=lods-refine-guidance",), marks=SLOW)],
+)
 def test_four_steps_are_two_and_two(small, change):
     start, whole = two_and_two(small("embedding+pocket", *change), KEYS)
     for name in ("texture", "vertices"):
@@ -107,6 +113,7 @@ def test_a_file_is_trained_and_may_be_gone_when_the_run_goes_on(small, tmp_path)
         assert (whole.parent / "save" / name).read_bytes() == (other / "save" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_later_run_takes_the_mesh_of_an_earlier_one(small):
     """``system.weights``: the second stage starts from the first one's texture, of any size."""
     assert launch(*small("embedding+pocket", "trainer.max_steps=3")) == 0

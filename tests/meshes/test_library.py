@@ -11,6 +11,7 @@ from tests.runs import ROOT
 LIBRARY = ROOT / "custom" / "threestudio-lods" / "lods"
 
 
+@pytest.mark.slow
 def test_importing_them_loads_nothing_heavy():
     """Nor do their modules load the host, or what makes texture coordinates or draws."""
     code = (

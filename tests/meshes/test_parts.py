@@ -75,6 +75,26 @@ def test_the_laplacian_is_its_formula_and_nothing_for_a_shift():
     assert regularize.laplacian(start + 5, start, faces).item() == pytest.approx(0, abs=1e-20)
 
 
+def test_a_smoothed_gradient_keeps_its_sum_and_leads_the_same_way():
+    """A point becomes a bell of the given width, over borders that repeat; and g . smoothed(g) is
+    above 0 for every g, however noisy."""
+    point = torch.zeros(32, 48, 1)
+    point[0, 5] = 1
+    bell = regularize.smoothed(point, 2.0)[..., 0]
+    assert bell.sum().item() == pytest.approx(1, abs=1e-5)
+    rows = (torch.arange(32) + 16) % 32 - 16.0
+    variance = (bell.sum(1) * rows.square()).sum()
+    assert variance.item() == pytest.approx(4, rel=1e-3)
+    assert torch.allclose(bell[1:], bell.flip(0)[:-1], atol=1e-7)
+    noise = torch.randn(32, 48, 3, generator=torch.Generator().manual_seed(0))
+    assert (noise * regularize.smoothed(noise, 2.0)).sum() > 0
+    plain, smooth = TexturedMesh(checkered()), TexturedMesh(checkered())
+    smooth.smooth_gradient(1.5)
+    for mesh in (plain, smooth):
+        mesh.render(orbit(1, 3.0), 16, 16)[0].square().sum().backward()
+    assert torch.equal(smooth.texture.grad, regularize.smoothed(plain.texture.grad, 1.5))
+
+
 # -- files -----------------------------------------------------------------------------------------
 
 
@@ -136,7 +156,8 @@ def test_colours_of_vertices_become_a_texture(tmp_path):
     points = (info["weights"][..., None] * found.vertices[found.faces[info["face"].long()]]).sum(-2)
     inside = (alpha[..., 0] == 1) & (info["face"] >= 0)
     error = (image - (points + 1) / 2)[inside].abs()
-    assert error.mean() < 2 / 255 and error.max() < 12 / 255
+    assert error.mean() < 1 / 255 and error.quantile(0.999) < 6 / 255
+    assert error.max() < 0.1  # beside a seam of the charts
 
 
 def test_new_charts_keep_the_picture():

@@ -309,6 +309,19 @@ def test_results_do_not_depend_on_the_number_of_threads():
 # -- what is refused -------------------------------------------------------------------------------
 
 
+def test_clip_space_for_nvdiffrast_is_the_same_camera():
+    """x / w from -1 to 1 are the columns of the picture, y / w its rows from the top, z / w from -1
+    at the near plane to 1 at the far one. (What follows from there needs a CUDA device.)"""
+    Ks = torch.tensor([[[30.0, 0, 11], [0, 40, 9], [0, 0, 1]]])
+    points = torch.tensor([[[0.3, -0.2, 0.5], [0.1, 0.4, 2.0], [-1.0, 1.0, 8.0]]])
+    clip = backends.get("nvdiffrast")._clip(points, Ks, 20, 16, 0.5, 8.0)
+    places = (clip[..., :2] / clip[..., 3:] + 1) / 2 * torch.tensor([20.0, 16])
+    seen = points @ Ks.mT
+    assert torch.allclose(places, seen[..., :2] / seen[..., 2:], atol=1e-5)
+    z = clip[0, :, 2] / clip[0, :, 3]
+    assert torch.allclose(z[[0, 2]], torch.tensor([-1.0, 1.0]), atol=1e-5) and -1 < z[1] < 1
+
+
 def test_nvdiffrast_says_how_it_can_be_had():
     with pytest.raises(ValueError, match="no CUDA device; use backend='cpu'"):
         backends.resolve_backend("nvdiffrast", torch.device("cpu"))

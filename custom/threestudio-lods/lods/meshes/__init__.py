@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from lods.meshes.initialize import textured
     from lods.meshes.parameters import MeshParameters, TexturedMesh
     from lods.meshes.rasterize import rasterization
-    from lods.meshes.regularize import laplacian, normal_consistency
+    from lods.meshes.regularize import laplacian, normal_consistency, smoothed
     from lods.meshes.topology import neighbours
 
 _MODULES = {
     "initialize": ("textured",),
     "parameters": ("MeshParameters", "TexturedMesh"),
     "rasterize": ("rasterization",),
-    "regularize": ("laplacian", "normal_consistency"),
+    "regularize": ("laplacian", "normal_consistency", "smoothed"),
     "topology": ("neighbours",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -43,6 +43,7 @@ __all__ = [
     "neighbours",
     "normal_consistency",
     "rasterization",
+    "smoothed",
     "textured",
 ]
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from lods.assets import Mesh, Placement
 from lods.gaussians.cameras import intrinsics, world_to_camera
 from lods.meshes.rasterize import rasterization
-from lods.meshes.regularize import laplacian, normal_consistency
+from lods.meshes.regularize import laplacian, normal_consistency, smoothed
 from lods.meshes.topology import neighbours, weld
 from torch import Tensor
 
@@ -71,6 +71,12 @@ class MeshParameters(nn.Module):
         if self._neighbours is None or self._neighbours.device != self.faces.device:
             self._neighbours = neighbours(self.faces)
         return self._neighbours
+
+    def smooth_gradient(self, sigma: float) -> None:
+        """From now on the texture's gradient is smoothed, see
+        :func:`lods.meshes.regularize.smoothed`; 0: as it is."""
+        if sigma > 0:
+            self.texture.register_hook(lambda gradient: smoothed(gradient, sigma))
 
     @torch.no_grad()
     def limit_colours(self) -> None:

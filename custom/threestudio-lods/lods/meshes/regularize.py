@@ -1,4 +1,6 @@
-"""What keeps free vertices a surface: two terms to add to a loss."""
+"""What keeps free vertices a surface, and a texture free of noise."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -44,3 +46,21 @@ def normal_consistency(
     a, b, c = (vertices[faces[:, k]] for k in range(3))
     normals = F.normalize(torch.linalg.cross(b - a, c - a), dim=-1, eps=1e-20)
     return (1 - (normals[one] * normals[neighbours[one, corner]]).sum(-1)).mean()
+
+
+def smoothed(values: Float[Tensor, "H W D"], sigma: float) -> Float[Tensor, "H W D"]:
+    """A texture, or its gradient, convolved with a Gaussian of the standard deviation ``sigma`` in
+    texels, over borders that repeat: in frequencies f (cycles a texel) times exp(-2 pi^2 sigma^2
+    |f|^2).
+
+    That is symmetric and positive definite, so that steps along a smoothed gradient lead to the
+    same optimum. They get there by its coarse parts first, where an optimizer that scales each
+    element by itself, as Adam does, would step as far along each texel's noise.
+    """
+    height, width = values.shape[:2]
+    rows = torch.fft.fftfreq(height, device=values.device)
+    columns = torch.fft.rfftfreq(width, device=values.device)
+    squares = rows[:, None].square() + columns.square()
+    transfer = (-2 * (math.pi * sigma) ** 2 * squares).exp()[..., None]
+    spectrum = torch.fft.rfft2(values.float(), dim=(0, 1)) * transfer
+    return torch.fft.irfft2(spectrum, s=(height, width), dim=(0, 1)).to(values.dtype)

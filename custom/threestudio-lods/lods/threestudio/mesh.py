@@ -35,6 +35,9 @@ class TexturedMeshGeometry(MeshParameters, BaseGeometry):
         # texture coordinates of our own also where the file has some: for charts that overlap,
         # as of a part that is there twice, which else would be painted alike
         unwrap: bool = False
+        # standard deviation in texels by which the texture's gradient is smoothed: its noise stays
+        # out of the texture, and what is coarse is learned first; 0: none
+        texture_smoothing: Annotated[float, "[0, 64]"] = 0.0
         # whether vertices are trained too, at the rate of system.optimizer.params.geometry.vertices
         free_vertices: bool = False
         # the settings of each init_type: MeshBallInit and MeshFileInit in lods/meshes/initialize.py
@@ -46,6 +49,7 @@ class TexturedMeshGeometry(MeshParameters, BaseGeometry):
     def configure(self) -> None:
         mesh = initial_mesh(self.cfg)
         self.set_mesh(mesh, self.cfg.free_vertices)
+        self.smooth_gradient(self.cfg.texture_smoothing)
         self.to(self.device)
         if len(mesh.faces):
             height, width = self.texture.shape[:2]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 def is_compiled() -> bool:
     """Whether what draws a picture was compiled by an earlier process."""
-    found = kernels.draw, kernels.weigh, kernels.find, kernels.shift
+    found = kernels.project, kernels.draw, kernels.weigh, kernels.find, kernels.shift
     return are_kept((*found, kernels.blend, kernels.look_up))
 
 
@@ -70,7 +70,9 @@ def rasterize(points, faces, Ks, width, height, near_plane, far_plane) -> Fragme
     ).reshape(-1, 3)
     arrays = _double(points), _faces(faces), _double(Ks)
     planes = float(near_plane), float(far_plane)
-    run(kernels.draw, workers, *arrays, *planes, bands, face.numpy(), inverse)
+    places = np.empty((cameras, points.shape[1], 2))
+    run(kernels.project, workers, arrays[0], arrays[2], planes[0], places)
+    run(kernels.draw, workers, *arrays, *planes, places, bands, face.numpy(), inverse)
     weights, depth = _Weigh.apply(points, faces, Ks, face)
     return Fragments(face, weights, depth)
 

@@ -4,8 +4,8 @@ The formulas are those of :mod:`lods.meshes.reference`. Vertices come in camera 
 double precision: an edge that two triangles share then has the same plane, but for the sign, in
 both, so that no pixel falls between them.
 
-* ``draw``: each worker has rows of one image, and goes through the triangles that meet them. In a
-  row a triangle covers the pixels between two bounds, along which 1/z is linear.
+* ``project``, ``draw``: each worker has rows of one image, and goes through the triangles that meet
+  them. In a row a triangle covers the pixels between two bounds, along which 1/z is linear.
 * ``weigh``, ``unweigh``: barycentric weights of what was found, and their gradient.
 * ``find``, ``unfind``: the crossings of silhouettes, and their gradient.
 * ``blend``, ``unblend``, ``look_up``, ``un_look_up``: attributes of vertices, and texels.
@@ -21,6 +21,7 @@ from lods.gaussians.kernel_cache import kernel
 from numba import njit, prange
 
 STEPS = 16  # as in lods.meshes.reference
+SLACK = 1e-6  # pixels
 # Not fused: a b - c d has to be -(c d - a b), or the two triangles of an edge disagree about it.
 INNER = {"error_model": "numpy"}
 OPTIONS = {**INNER, "parallel": PARALLEL, "nogil": True}
@@ -74,9 +75,40 @@ def reach(p, q, near, K, c, box):
 
 # ------------------------------------------------------------------------------ visibility
 @kernel(**OPTIONS)
-def draw(points, faces, K, near, far, bands, face, inverse):
-    """Writes the triangle of each pixel, -1 for none, and 1/z, 0 for none; ``bands`` (N, 3): the
-    camera, the first row and the row after the last of each piece of work."""
+def project(points, K, near, places):
+    """Writes the places (C, V, 2) of vertices in the image, in pixels less a half, so that pixel
+    centres lie at whole numbers; NaN for what is nearer than the near plane."""
+    count = points.shape[1]
+    for i in prange(points.shape[0] * count):
+        c, v = i // count, i % count
+        x, y, z = points[c, v, 0], points[c, v, 1], points[c, v, 2]
+        if z >= near:
+            places[c, v, 0] = K[c, 0, 0] * x / z + K[c, 0, 2] - 0.5
+            places[c, v, 1] = K[c, 1, 1] * y / z + K[c, 1, 2] - 0.5
+        else:
+            places[c, v, 0] = places[c, v, 1] = math.nan
+
+
+@njit(**INNER)
+def box_of(points, places, c, i, j, k, near, K):
+    """The box (x0, x1, y0, y1) of a triangle in the image, in units of ``places``; of one that
+    comes nearer than the near plane, of the part beyond."""
+    ax, bx, cx = places[c, i, 0], places[c, j, 0], places[c, k, 0]
+    if ax + bx + cx == ax + bx + cx:
+        ay, by, cy = places[c, i, 1], places[c, j, 1], places[c, k, 1]
+        return min(ax, bx, cx), max(ax, bx, cx), min(ay, by, cy), max(ay, by, cy)
+    p, q, r = corner(points, c, i), corner(points, c, j), corner(points, c, k)
+    box = math.inf, -math.inf, math.inf, -math.inf
+    box = reach(p, q, near, K, c, box)
+    box = reach(q, r, near, K, c, box)
+    box = reach(r, p, near, K, c, box)
+    return box[0] - 0.5, box[1] - 0.5, box[2] - 0.5, box[3] - 0.5
+
+
+@kernel(**OPTIONS)
+def draw(points, faces, K, near, far, places, bands, face, inverse):
+    """Writes the triangle of each pixel, -1 for none, and 1/z; ``bands`` (N, 3): the camera, the
+    first row and the row after the last of each piece of work."""
     width = face.shape[2]
     least, most = 1 / far, 1 / near
     for band in prange(len(bands)):
@@ -84,22 +116,19 @@ def draw(points, faces, K, near, far, bands, face, inverse):
         face[c, top:bottom] = -1
         inverse[c, top:bottom] = least
         for f in range(len(faces)):
-            p = corner(points, c, faces[f, 0])
-            q = corner(points, c, faces[f, 1])
-            r = corner(points, c, faces[f, 2])
-            box = math.inf, -math.inf, math.inf, -math.inf
-            box = reach(p, q, near, K, c, box)
-            box = reach(q, r, near, K, c, box)
-            box = reach(r, p, near, K, c, box)
-            # pixel centres within it; comparisons first, since infinite numbers become no integers
-            if not (
-                box[0] < width + 1 and box[1] > -1 and box[2] < bottom + 1 and box[3] > top - 1
-            ):
+            i, j, k = faces[f, 0], faces[f, 1], faces[f, 2]
+            left, right, low, high = box_of(points, places, c, i, j, k, near, K)
+            # comparisons first, since infinite numbers and NaN become no integers
+            if not (left < width and right > -1 and low < bottom and high > top - 1):
                 continue
-            y0 = max(top, math.floor(max(box[2], top - 1.0) - 0.5))
-            y1 = min(bottom, math.ceil(min(box[3], bottom + 1.0) + 0.5))
-            first = max(0, math.floor(max(box[0], -1.0) - 0.5))
-            last = min(width - 1, math.ceil(min(box[1], width + 1.0) + 0.5))
+            # whole numbers in the box: most small triangles have none. Rounding moves it by 1e-9
+            y0 = max(top, math.ceil(max(low, top - 1.0) - SLACK))
+            y1 = min(bottom, math.floor(min(high, bottom + 1.0) + SLACK) + 1)
+            first = max(0, math.ceil(max(left, -1.0) - SLACK))
+            last = min(width - 1, math.floor(min(right, width + 1.0) + SLACK))
+            if y0 >= y1 or first > last:
+                continue
+            p, q, r = corner(points, c, i), corner(points, c, j), corner(points, c, k)
             n0, n1, n2 = cross(q, r), cross(r, p), cross(p, q)
             det = dot(p, n0)
             if not 0 < abs(det) < math.inf:
@@ -226,17 +255,16 @@ def walk(points, faces, neighbours, K, c, f, a, b, upright):
         q = corner(points, c, faces[f, 1])
         r = corner(points, c, faces[f, 2])
         best, at, nx, ny, nz = math.inf, -1, 0.0, 0.0, 0.0
+        n0, n1, n2 = cross(q, r), cross(r, p), cross(p, q)
+        side = dot(p, n0)
+        sign = 1.0 if side > 0 else (-1.0 if side < 0 else 0.0)
         for i in range(3):
-            own, n = (
-                (p, cross(q, r)) if i == 0 else ((q, cross(r, p)) if i == 1 else (r, cross(p, q)))
-            )
-            side = dot(own, n)
-            sign = 1.0 if side > 0 else (-1.0 if side < 0 else 0.0)
-            w_a, w_b = sign * dot(a, n), sign * dot(b, n)
-            if w_b < 0 and w_a > w_b:
-                t = w_a / (w_a - w_b)
-                if t < best:
-                    best, at = t, i
+            n = n0 if i == 0 else (n1 if i == 1 else n2)
+            w_b = sign * dot(b, n)
+            if w_b < 0:
+                w_a = sign * dot(a, n)
+                if w_a > w_b and w_a < best * (w_a - w_b):
+                    best, at = w_a / (w_a - w_b), i
                     nx, ny, nz = sign * n[0], sign * n[1], sign * n[2]
         if at < 0:
             return -1
@@ -391,7 +419,12 @@ def place(u, v, columns, rows):
     if not (abs(x) < 1e9 * columns and abs(y) < 1e9 * rows):
         return 0, 0, 0.0, 0.0
     x0, y0 = math.floor(x), math.floor(y)
-    return int(x0) % columns, int(y0) % rows, x - x0, y - y0
+    left, top = int(x0), int(y0)
+    if left < 0 or left >= columns:  # a division takes longer than all the rest
+        left = left % columns
+    if top < 0 or top >= rows:
+        top = top % rows
+    return left, top, x - x0, y - y0
 
 
 @kernel(**OPTIONS)
@@ -405,7 +438,8 @@ def look_up(texture, uv, face, out):
                     out[row, x, k] = 0
                 continue
             left, top, s, t = place(1.0 * uv[row, x, 0], 1.0 * uv[row, x, 1], columns, rows)
-            right, below = (left + 1) % columns, (top + 1) % rows
+            right = left + 1 if left + 1 < columns else 0
+            below = top + 1 if top + 1 < rows else 0
             for k in range(channels):
                 upper = texture[top, left, k] * (1 - s) + texture[top, right, k] * s
                 lower = texture[below, left, k] * (1 - s) + texture[below, right, k] * s
@@ -421,7 +455,8 @@ def un_look_up_place(texture, uv, face, g_out, g_uv):
             gs, gt = 0.0, 0.0
             if face[row, x] >= 0:
                 left, top, s, t = place(1.0 * uv[row, x, 0], 1.0 * uv[row, x, 1], columns, rows)
-                right, below = (left + 1) % columns, (top + 1) % rows
+                right = left + 1 if left + 1 < columns else 0
+                below = top + 1 if top + 1 < rows else 0
                 for k in range(channels):
                     a, b = texture[top, left, k], texture[top, right, k]
                     c, d = texture[below, left, k], texture[below, right, k]
@@ -441,7 +476,8 @@ def un_look_up(uv, face, g_out, parts, d_texture):
                 if face[row, x] < 0:
                     continue
                 left, top, s, t = place(1.0 * uv[row, x, 0], 1.0 * uv[row, x, 1], columns, rows)
-                right, below = (left + 1) % columns, (top + 1) % rows
+                right = left + 1 if left + 1 < columns else 0
+                below = top + 1 if top + 1 < rows else 0
                 for k in range(channels):
                     g = g_out[row, x, k]
                     if top % parts == part:
