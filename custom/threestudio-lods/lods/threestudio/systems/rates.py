@@ -21,7 +21,6 @@ class ScheduledRates(LODSSystem):
 
         def contradictions(self):
             """Fields that do not go together: (field, what is wrong)."""
-            yield from super().contradictions()
             for name, rates in self.lr_schedule.items():
                 if isinstance(rates, (int, float)):
                     continue
