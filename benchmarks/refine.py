@@ -129,7 +129,7 @@ def refined(mesh, prompt: str, model: str, steps: int, seed: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         ranges = (data.elevation_range, (-180, 180), data.camera_distance_range, data.fovy_range)
-        numbers = np.stack([random.uniform(*each, data.batch_size) for each in ranges], 1)
+        numbers = np.stack([random.uniform(low, high, data.batch_size) for low, high in ranges], 1)
         image, alpha = drawn(mesh, numbers, data.width)
         behind = torch.rand(len(numbers), 1, 1, 3)
         images = (image + (1 - alpha) * behind).permute(0, 3, 1, 2)
