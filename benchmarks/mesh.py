@@ -122,7 +122,7 @@ def measure(subdivisions: int, size: int, budget: float, baselines: bool) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--subdivisions", type=int, nargs="+", default=[3, 5, 6])
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512])
     parser.add_argument("--budget", type=float, default=2.0, help="seconds for each figure")

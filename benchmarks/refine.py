@@ -129,7 +129,7 @@ def refined(mesh, prompt: str, model: str, steps: int, seed: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         ranges = (data.elevation_range, (-180, 180), data.camera_distance_range, data.fovy_range)
-        numbers = np.stack([random.uniform(*each, data.batch_size) for each in ranges], 1)
+        numbers = np.stack([random.uniform(low, high, data.batch_size) for low, high in ranges], 1)
         image, alpha = drawn(mesh, numbers, data.width)
         behind = torch.rand(len(numbers), 1, 1, 3)
         images = (image + (1 - alpha) * behind).permute(0, 3, 1, 2)
@@ -138,6 +138,18 @@ def refined(mesh, prompt: str, model: str, steps: int, seed: int) -> None:
         method(images, Cameras(e, a, d, fovy=f)).total.backward()
         optimizer.step()
         mesh.limit_colours()
+
+
+def blur(mesh, sigma: float) -> np.ndarray:
+    """The texture blurred by a Gaussian over the texels that charts cover, and no others."""
+    from lods.assets.baking import texels_of
+    from scipy.ndimage import gaussian_filter
+
+    texture = mesh.texture.detach().numpy()
+    known = texels_of(mesh.uv, mesh.uv_faces, *texture.shape[:2])[0] >= 0
+    share = gaussian_filter(known.astype(np.float32), sigma)[..., None]
+    total = gaussian_filter(texture * known[..., None], (sigma, sigma, 0))
+    return np.where(share > 1e-3, total / share.clip(1e-3), texture)
 
 
 def judged(mesh, true) -> dict[str, float]:
@@ -151,7 +163,7 @@ def judged(mesh, true) -> dict[str, float]:
     inside = true.opacity > 0.5
     error = float((made - true.rgb)[inside].square().mean())
     return {
-        "psnr": round(-10 * np.log10(error), 2),
+        "psnr": round(float(-10 * np.log10(error)), 2),
         "sharpness": round(sharpness(made, true.rgb), 3),
     }
 
@@ -173,7 +185,6 @@ def main() -> None:
 
     load_extension(ROOT / "custom" / "threestudio-lods")
     from lods.meshes import TexturedMesh, textured
-    from scipy.ndimage import gaussian_filter
 
     from evaluation.against_truth import over, truth_of
     from pocket.assets import find
@@ -190,7 +201,7 @@ def main() -> None:
         begin = time.perf_counter()
         fitted(mesh, true.thing, ROOT / "pocket/ideal")
         found = {"fitted": judged(mesh, true)}
-        blurred = gaussian_filter(mesh.texture.detach().numpy(), (args.blur, args.blur, 0))
+        blurred = blur(mesh, args.blur)
         with torch.no_grad():
             mesh.texture.copy_(torch.from_numpy(blurred))
         pictures = [true.rgb]

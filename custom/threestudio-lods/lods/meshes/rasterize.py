@@ -70,6 +70,7 @@ def rasterization(
     found = chosen.rasterize(points, faces, Ks, width, height, near_plane, far_plane)
     seen = (found.face >= 0).to(device, dtype)[..., None]
     if texture is not None:
+        assert uv is not None
         places = chosen.interpolate(uv.to(dtype), uv_faces, found)
         image = chosen.sample(texture.to(dtype), places, found)
     else:

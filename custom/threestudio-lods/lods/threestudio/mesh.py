@@ -78,6 +78,7 @@ class MeshRasterizer(Rasterizer):
                 yield "far_plane", f"must be above near_plane={self.near_plane:g}"
 
     cfg: Config
+    geometry: Any  # a MeshParameters
 
     geometry_needs = ("draw", "limit_colours")
 
@@ -129,6 +130,7 @@ class TexturedMeshExporter(Exporter):
                 yield "fmt", wrong
 
     cfg: Config
+    geometry: Any  # a MeshParameters
 
     geometry_needs = ("mesh", "draw")
 

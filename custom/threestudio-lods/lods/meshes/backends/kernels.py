@@ -15,6 +15,7 @@ depend on the number of threads. Memory is linear in pixels, triangles and texel
 """
 
 import math
+from typing import Any
 
 from lods.gaussians.backends.simd import PARALLEL
 from lods.gaussians.kernel_cache import kernel
@@ -23,8 +24,8 @@ from numba import njit, prange
 STEPS = 16  # as in lods.meshes.reference
 SLACK = 1e-6  # pixels
 # Not fused: a b - c d has to be -(c d - a b), or the two triangles of an edge disagree about it.
-INNER = {"error_model": "numpy"}
-OPTIONS = {**INNER, "parallel": PARALLEL, "nogil": True}
+INNER: Any = {"error_model": "numpy"}
+OPTIONS: Any = {**INNER, "parallel": PARALLEL, "nogil": True}
 
 
 # ------------------------------------------------------------------------------ geometry
