@@ -186,6 +186,7 @@ def test_what_unpacks_to_more_than_its_header_says_is_not_unpacked(tmp_path):
         (spz(3, bytes(19)), "it promises 20 bytes, and has 19"),
         (gzip.compress(b"NGSP"), "shorter than its header"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # a gzip holds the time
 )
 def test_what_is_wrong_with_an_spz_is_said(tmp_path, data, text):
     (tmp_path / "a.spz").write_bytes(data)
