@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lods import assets, cameras, gaussians, learned, methods, models, scores
+    from lods import assets, cameras, gaussians, learned, meshes, methods, models, scores
     from lods.cameras import Cameras
     from lods.methods.base import Method
     from lods.methods.losses import Losses
@@ -31,13 +31,14 @@ __all__ = [
     "gaussians",
     "learned",
     "load",
+    "meshes",
     "methods",
     "models",
     "register",
     "save_images",
     "scores",
 ]
-_PACKAGES = ("assets", "cameras", "gaussians", "learned", "methods", "models", "scores")
+_PACKAGES = ("assets", "cameras", "gaussians", "learned", "meshes", "methods", "models", "scores")
 _WHERE = {
     "Cameras": "lods.cameras",
     "Losses": "lods.methods.losses",

@@ -9,8 +9,9 @@ What is read is turned, centred and scaled as what is trained here; its ``placem
 result back into the scene that it came from. Nothing is imported before it is asked for.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lods import lazy
 
 if TYPE_CHECKING:
     from lods.assets.baking import bake, simplified
@@ -26,18 +27,7 @@ _MODULES = {
     "reading": ("read",),
     "writing": ("write",),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = ["HALF_SIDE", "Mesh", "Placement", "bake", "read", "simplified", "write"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy.attributes(__name__, _MODULES)

@@ -19,8 +19,9 @@
 for: the names below are found in their modules when they are first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lods import lazy
 
 if TYPE_CHECKING:
     from lods.gaussians.backends import backend_names, register_backend, resolve_backend
@@ -48,7 +49,6 @@ _MODULES = {
     "rasterize": ("rasterization",),
     "strategies": ("default_strategy", "mcmc_strategy"),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Densifier",
@@ -76,14 +76,4 @@ __all__ = [
     "write_points",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy.attributes(__name__, _MODULES)

@@ -17,8 +17,9 @@ cameras. Cameras are those of :func:`lods.gaussians.orbit`. Nothing is imported 
 for: the names below are found in their modules when they are first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lods import lazy
 
 if TYPE_CHECKING:
     from lods.meshes.initialize import textured
@@ -34,7 +35,6 @@ _MODULES = {
     "regularize": ("laplacian", "normal_consistency", "smoothed"),
     "topology": ("neighbours",),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "MeshParameters",
@@ -47,14 +47,4 @@ __all__ = [
     "textured",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy.attributes(__name__, _MODULES)
