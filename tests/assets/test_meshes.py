@@ -376,7 +376,9 @@ def test_importing_it_loads_nothing_heavy():
 
 
 def test_every_public_name_is_found_where_it_is_said_to_be():
-    assert assets.__all__ == sorted(assets.__all__) and set(assets.__all__) == set(assets._HOMES)
+    assert assets.__all__ == sorted(assets.__all__) and set(assets.__all__) == {
+        n for names in assets._MODULES.values() for n in names
+    }
     for name in assets.__all__:
         assert getattr(assets, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'load'"):
