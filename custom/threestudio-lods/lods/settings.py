@@ -20,6 +20,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import re
 import types
 import typing
@@ -108,9 +109,9 @@ def shown(value: Any) -> str:
 
 def check(name: str, value: Any, hint: Any) -> Any:
     """``value`` if the field ``name`` may have it (a float without a fraction as an int where an
-    int is meant). Raises ``ValueError``, one line."""
+    int is meant, a path as text). Raises ``ValueError``, one line."""
     kind, beside = split(hint)
-    value = schedules.plain(value)
+    value = _text_of_path(schedules.plain(value))
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
     if value is None:
         if type(None) in options or (kind is Any and beside in ((), (TEXTS,))):
@@ -119,7 +120,8 @@ def check(name: str, value: Any, hint: Any) -> Any:
     kinds = [option for option in options if option is not type(None)]
     for declared in beside:
         if declared == TEXTS:
-            items = value if schedules.is_list(value) else [value]
+            items = [_text_of_path(v) for v in value] if schedules.is_list(value) else [value]
+            value = items if schedules.is_list(value) else value
             if not all(isinstance(item, str) for item in items):
                 raise ValueError(f"{name} must be a text or a list of texts, not {shown(value)}")
         elif isinstance(declared, str):
@@ -131,6 +133,11 @@ def check(name: str, value: Any, hint: Any) -> Any:
     if not beside and Any not in kinds:
         value = _check_type(name, value, kinds)
     return value
+
+
+def _text_of_path(value: Any) -> Any:
+    """A ``pathlib.Path`` as the text that settings have for it."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _is_union(kind: Any) -> bool:
