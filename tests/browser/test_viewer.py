@@ -276,7 +276,9 @@ def test_what_the_model_sees_and_the_curves_are_shown(browser, started):
     page.get_by_role("button", name="Pause").click()  # what changes now is not the object
     page.get_by_role("button", name="Resume").wait_for()
     page.mouse.move(300, 320)
-    page.mouse.wheel(0, 800)  # they stand where the visitor is, around the object
+    for _ in range(3):  # they stand around the object, as far from it as the visitor, or behind him
+        page.mouse.wheel(0, 800)
+        patience.frames(page)
     shown = settled(page, run, "cameras")
     page.get_by_text("Training cameras").click()
     run.until(lambda: change(picture(page), shown) > 0.2, every=0.5)
