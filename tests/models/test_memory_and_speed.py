@@ -126,6 +126,19 @@ def test_group_norms_of_bfloat16_weights_compute_in_float32(memory):
     assert torch.equal(memory.norm_in_float32(norm, x), wanted.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_no_group_norm_of_a_step_computes_in_bfloat16(make, monkeypatch, name):
+    plain, seen = torch.nn.functional.group_norm, set()
+
+    def noted(x, *args, **kwargs):
+        seen.add(x.dtype)
+        return plain(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "group_norm", noted)
+    step(make(name, weights_dtype="bfloat16"))
+    assert seen == {torch.float32}
+
+
 def test_images_go_through_the_vae_one_by_one(make):
     for sliced, expected in ((False, [2]), (True, [1, 1])):
         guidance, rows = make(EMBEDDING, enable_vae_slicing=sliced), []
