@@ -1,7 +1,8 @@
 """What the live view costs, as ratios within one run.
 
 ``python benchmarks/viewer.py`` trains a Gaussian run and a radiance field with the embedded model.
-Its steps are in rounds of four phases, so that whatever else slows the machine slows all of them:
+Its steps are in rounds of four phases, so that whatever else slows the machine slows all of them;
+every second round has them in reverse, as steps become slower while an object grows:
 
 - ``off``: no view;
 - ``nobody``: the view is there, and no visitor;
@@ -74,17 +75,20 @@ class Rounds(pl.Callback):
             text=True,
         )
         self.order("gone")  # it is there, and all is imported
-        self.phase = -1
+        self.phase: str | None = None
+        self._turn = 0
 
     def _next(self) -> None:
-        if self.phase >= 0:
+        before = self.phase
+        if before is not None:
             part = (self.live.budget.total - self._before) / (time.perf_counter() - self._since)
-            self.accounted[PHASES[self.phase]].append(part)
-        self.phase = (self.phase + 1) % len(PHASES)
-        name = PHASES[self.phase]
+            self.accounted[before].append(part)
+        done, place = divmod(self._turn, len(PHASES))
+        name = self.phase = (PHASES if done % 2 == 0 else PHASES[::-1])[place]
+        self._turn += 1
         told = self.order(name if name in ("resting", "moving") else "gone")
-        before = PHASES[self.phase - 1]
-        self.frames[before] += int(told[0])
+        if before is not None:
+            self.frames[before] += int(told[0])
         if before == "moving":
             self.latencies += [float(word) for word in told[1:]]
         self.view.live = None if name == "off" else self.live
@@ -96,10 +100,10 @@ class Rounds(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         now = time.perf_counter()
         if trainer.global_step > 5:  # by then all is compiled
-            if self.phase >= 0 and self._in_phase >= 0:
-                self.taken[PHASES[self.phase]][-1].append(now - self._at)
+            if self.phase is not None and self._in_phase >= 0:
+                self.taken[self.phase][-1].append(now - self._at)
             self._in_phase += 1
-            if self.phase < 0 or self._in_phase >= self.steps:
+            if self.phase is None or self._in_phase >= self.steps:
                 self._next()
             if self._in_phase == 0:
                 self._since, self._before = time.perf_counter(), self.live.budget.total
@@ -186,7 +190,7 @@ def row_of(config: str, phase: str, clock: Rounds, rounds: int, steps: int) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60, help="of a phase in a round")
     parser.add_argument("--configs", nargs="+", default=CONFIGS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/viewer.csv")
