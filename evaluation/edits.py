@@ -4,10 +4,10 @@ Each edit begins at a render of ``pocket/truth`` over white, at 128 pixels, and 
 each method with the defaults of ``lods edit``. What is done stays in the folder, and the same
 command goes on.
 
-A table has a row for each edit and method (``edits.csv``): the PSNR of the source and of the result
-to the true target, and the mean change, of 255, where neither shows its object. A sheet
-(``edits.png``) has the source, what the autoencoder alone makes of it, the methods, and the true
-target.
+A table has a row for each edit and method (``edits.csv``): the PSNR of the source, of the result
+and of the result without the details of :mod:`lods.edits.details` to the true target, and the mean
+change, of 255, where neither shows its object. A sheet (``edits.png``) has the source, what the
+autoencoder alone makes of it, the methods, and the true target.
 """
 
 import sys
@@ -25,7 +25,6 @@ from threestudio.utils.errors import UserError
 from threestudio.utils.extensions import load_extension
 from threestudio.utils.files import whole_file
 
-# docs/evaluation/edits.csv has the first four
 EDITS = (
     ("a red armchair", "a blue armchair"),
     ("a cat", "a dog"),
@@ -38,7 +37,8 @@ EDITS = (
 )
 METHODS = ("dds", "pds", "ssd", "edit")
 VIEW = 2  # of the 24 true ones: from the front and the side
-COLUMNS = ("source", "target", "method", "source_psnr", "target_psnr", "outside", "steps", "scale")
+COLUMNS = ("source", "target", "method", "source_psnr", "target_psnr", "bare_psnr", "outside")
+COLUMNS += ("steps", "scale")
 TABLE, SHEET, PLAIN = "edits.csv", "edits.png", "autoencoder"
 Pixels = UInt8[np.ndarray, "S S 3"]
 
@@ -88,9 +88,12 @@ def carry_out(source: str, target: str, method: str, model, folder: Path) -> dic
     size = len(seen.before)
     picture = Picture(seen.before, size, size)
     edit = PictureEdit(settings, picture, np.ones((size, size), bool), made)
+    settings.details = 0.0
     plain = edit.pixels()  # nothing is changed yet
     for _ in edit.steps():
         pass
+    bare = edit.pixels()
+    settings.details = 1.0
     found = edit.pixels()
     save(folder / f"{name_of(source, target, PLAIN)}.png", plain)
     save(folder / f"{name_of(source, target, method)}.png", found)
@@ -101,6 +104,7 @@ def carry_out(source: str, target: str, method: str, model, folder: Path) -> dic
         "method": method,
         "source_psnr": f"{psnr(seen.before, seen.after):.2f}",
         "target_psnr": f"{psnr(found, seen.after):.2f}",
+        "bare_psnr": f"{psnr(bare, seen.after):.2f}",
         "outside": f"{change.mean():.2f}",
         "steps": settings.steps,
         "scale": settings.scale,

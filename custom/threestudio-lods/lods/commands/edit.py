@@ -46,6 +46,11 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
     add("--lr", type=float, help="rate of SGD on the latents (default: by model and method)")
     add("--draws", type=count, help="draws of noise for a step (default: by model)")
     add("--every", type=count, help="steps between pictures and saved states (50)")
+    add(
+        "--details",
+        type=float,
+        help="share of what the autoencoder loses that comes back, where the structure stays (1)",
+    )
     add("--negative-prompt", help="the null prompt (empty)")
     add(
         "--region",

@@ -16,7 +16,7 @@ from lods.playground import camera_at, choose_model, dated, new_folder
 from lods.prompts import TextSettings, check_words
 
 # options that are settings by the same name
-ASKED = ("steps", "scale", "lr", "draws", "seed", "every", "negative_prompt")
+ASKED = ("steps", "scale", "lr", "draws", "seed", "every", "details", "negative_prompt")
 ASKED += ("cameras", "azimuth", "elevation")
 FORCE = "--allow-unknown-words"
 METHOD = "lods-dds"

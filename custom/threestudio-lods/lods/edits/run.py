@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
 from lods.edits import region as regions
+from lods.edits.details import with_details
 from lods.edits.picture import Picture
 from lods.edits.settings import EditSettings
 from lods.edits.state import read_state, write_state
@@ -34,7 +36,8 @@ class PictureEdit:
     """z, which starts as the latents of the source, goes down the method's gradient by SGD, the
     mean over ``draws`` draws of (t, noise); a learned part goes with AdamW. What is outside of the
     ``region`` stays: the gradient is 0 there, so that its latents do not change, and in the picture
-    the source's own pixels are put back, for a decoder looks beyond the edge.
+    the source's own pixels are put back, for a decoder looks beyond the edge. What the autoencoder
+    lost of the source comes back where its structure stayed (:mod:`lods.edits.details`).
     """
 
     def __init__(
@@ -49,8 +52,9 @@ class PictureEdit:
         camera = camera_at(model, settings.elevation, settings.azimuth)
         self.cameras = camera.repeat(settings.draws)
         pixels = torch.from_numpy(picture.pixels.copy()).to(model.device)
+        self._seen = pixels.permute(2, 0, 1).float() / 255
         with torch.no_grad():
-            self.source = method.latents_of(pixels.permute(2, 0, 1)[None].float() / 255)
+            self.source = method.latents_of(self._seen[None])
         self.latents = self.source.clone().requires_grad_()
         self.restrict(region)
         self.descent = torch.optim.SGD([self.latents], lr=settings.lr)
@@ -98,9 +102,17 @@ class PictureEdit:
     @torch.no_grad()
     def pixels(self) -> UInt8[np.ndarray, "S S 3"]:
         """The square as it is now."""
-        decoded = self.method.model.decode(self.latents)[0].permute(1, 2, 0)
-        edited = (decoded.clamp(0, 1) * 255).round().byte().cpu().numpy()
+        decoded = self.method.model.decode(self.latents)[0].float().clamp(0, 1)
+        if self.settings.details > 0:
+            decoded = with_details(self._seen, self._plain, decoded, self.settings.details)
+        edited = (decoded.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
         return regions.blended(edited, self.picture.pixels, self.region)
+
+    @functools.cached_property
+    def _plain(self) -> torch.Tensor:
+        """What the autoencoder alone makes of the source."""
+        with torch.no_grad():
+            return self.method.model.decode(self.source)[0].float().clamp(0, 1)
 
     # -- files -----------------------------------------------------------------------------------
 

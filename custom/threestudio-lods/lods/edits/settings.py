@@ -60,6 +60,7 @@ class EditSettings:
     draws: Annotated[int, "[1, 4096]"] = 1
     seed: Annotated[int, "[0, 4294967295]"] = 0
     every: Annotated[int, "[1, 1000000]"] = 50
+    details: Annotated[float, "[0, 1]"] = 1.0
     cameras: Annotated[str, TOLD] = TOLD[0]
     azimuth: Annotated[float, "[-360, 360]"] = 0.0
     elevation: Annotated[float, "[-90, 90]"] = 0.0
