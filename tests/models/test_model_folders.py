@@ -2,6 +2,7 @@
 network without all of its weights is refused, whoever loads it."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -221,3 +222,17 @@ if __name__ == "__main__":
 
     load_extension(ROOT / "custom" / "threestudio-lods")
     save_file(outputs(), RECORDED)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_variant_that_is_not_there_is_not_called_an_error(lods, tiny_sd, dtype):
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("diffusers")
+    log.addHandler(handler)
+    try:
+        UNetModel.from_pretrained(str(tiny_sd()), dtype=dtype)
+    finally:
+        log.removeHandler(handler)
+    assert said == []

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -144,14 +145,21 @@ def _no_bars() -> Iterator[None]:
 def only_errors() -> Iterator[None]:
     """Nothing less is logged by diffusers, which warns of fields and buffers that its networks do
     not have."""
-    from diffusers.utils import logging
+    with _logged_from(logging.ERROR):
+        yield
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+
+@contextlib.contextmanager
+def _logged_from(level: int) -> Iterator[None]:
+    """diffusers logs what is of this level or above, of those in :mod:`logging`."""
+    from diffusers.utils import logging as diffusers_logging
+
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(level)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        diffusers_logging.set_verbosity(before)
 
 
 def load_weights(cls, model: Location, subfolder: str, dtype: torch.dtype):
@@ -162,15 +170,16 @@ def load_weights(cls, model: Location, subfolder: str, dtype: torch.dtype):
     errors = []
     for variant in VARIANTS.get(dtype, (None,)):
         try:
-            return load_complete(
-                cls,
-                model.path,
-                subfolder=subfolder,
-                revision=model.revision,
-                variant=variant,
-                use_safetensors=True,
-                torch_dtype=dtype,
-            )
+            with _logged_from(logging.CRITICAL):  # a variant that is not there is no error
+                return load_complete(
+                    cls,
+                    model.path,
+                    subfolder=subfolder,
+                    revision=model.revision,
+                    variant=variant,
+                    use_safetensors=True,
+                    torch_dtype=dtype,
+                )
         except Exception as error:  # of many kinds, by library and by version
             errors.append(error)
     if isinstance(errors[0], Incomplete):
