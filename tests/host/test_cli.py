@@ -86,7 +86,7 @@ def test_train_is_the_launcher_and_trains_without_a_mode(called):
         ),
         (
             ["export", "{run}", "--format", "frames,spz,webp"],
-            ["--export", "system.turntable=both", "system.exporter.fmt=spz"],
+            ["--export", "system.turntable=[frames,webp]", "system.exporter.fmt=spz"],
         ),
     ],
 )
@@ -186,6 +186,26 @@ def test_exported_files_are_copied_where_they_are_asked_for(away, monkeypatch):
     monkeypatch.setattr(runs, "start", lambda words: new.write_text("new") and 0)
     assert cli.main(["export", "a_car", "--format", "glb", "--out", "there"]) == 0
     assert [path.name for path in Path("there").iterdir()] == ["new.glb"]
+
+
+def test_where_an_export_cannot_be_copied_it_is_said_where_it_is(away, monkeypatch, capsys):
+    run = make_run(away / "outputs" / "gs" / "a_car")
+    export = run / "save" / "it4-export"
+    export.mkdir(parents=True)
+    monkeypatch.setattr(runs, "start", lambda words: (export / "g.glb").write_text("glb") and 0)
+    (away / "taken" / "g.glb").mkdir(parents=True)
+    line = refused(capsys, "export", "a_car", "--format", "glb", "--out", "taken")
+    assert line.startswith("--out taken: not all could be copied there (taken/g.glb: Is a dir")
+    assert line.endswith("; the files are in outputs/gs/a_car/save/it4-export")
+    assert (export / "g.glb").read_text() == "glb"
+
+
+@pytest.mark.parametrize(
+    "command", [("resume",), ("test",), ("export", "--format", "glb"), ("edit",)]
+)
+def test_a_text_that_is_too_long_for_a_name_is_one_line(capsys, command):
+    line = refused(capsys, command[0], "x" * 5000, *command[1:])
+    assert line.endswith("xxx: File name too long") and len(line) < 400
 
 
 def test_exported_frames_are_copied_into_a_folder_of_their_own(away, monkeypatch):
