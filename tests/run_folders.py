@@ -82,3 +82,11 @@ def run_folder(folder, prompt=PROMPT, seed=3, step=30, overrides=()):
     (folder / "run.json").write_text(json.dumps({"trainings": [training]}))
     (folder / "ckpts").mkdir()
     return folder
+
+
+def make_run(folder):
+    """The files by which a run is known."""
+    for name, text in (("configs/parsed.yaml", "{}"), ("ckpts/last.ckpt", "x"), ("cmd.txt", "")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder

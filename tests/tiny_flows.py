@@ -10,10 +10,10 @@ import torch
 from pocket.tokenizer import save_tokenizer
 from tests.tiny_models import (
     WORDS,
+    save_pipeline,
     tiny_clip,
     tiny_flow_vae,
     tiny_t5,
-    write_camera_encoder,
 )
 
 TOKENS = 16  # of CLIP's
@@ -50,10 +50,7 @@ def write_flux(folder: Path, guided: bool = False, camera_tokens: int = 0, seed:
                 use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
             ),
         )
-    pipeline.save_pretrained(folder)
-    if camera_tokens:
-        write_camera_encoder(folder, 24, camera_tokens, seed)
-    return folder
+    return save_pipeline(pipeline, folder, 24, camera_tokens, seed)
 
 
 def chat_tokenizer(folder: Path):
@@ -160,10 +157,7 @@ def write_zimage(folder: Path, shift: float = 3.0, camera_tokens: int = 0, seed:
             tokenizer=tokenizer,
             transformer=transformer.eval(),
         )
-    pipeline.save_pretrained(folder)
-    if camera_tokens:
-        write_camera_encoder(folder, 24, camera_tokens, seed)
-    return folder
+    return save_pipeline(pipeline, folder, 24, camera_tokens, seed)
 
 
 def write_qwen(folder: Path, sample_size: int = 8, seed: int = 0) -> Path:

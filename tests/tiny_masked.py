@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pocket.tokenizer import save_tokenizer
-from tests.tiny_models import WORDS, tiny_t5, tiny_vae, write_camera_encoder
+from tests.tiny_models import WORDS, save_pipeline, tiny_t5, tiny_vae
 
 
 def write_sana(
@@ -84,10 +84,7 @@ def write_sana(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
         ),
     )
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    if camera_tokens:
-        write_camera_encoder(folder, width, camera_tokens, seed)
-    return folder
+    return save_pipeline(pipeline, folder, width, camera_tokens, seed)
 
 
 def write_pixart(
@@ -127,10 +124,7 @@ def write_pixart(
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
     )
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    if camera_tokens:
-        write_camera_encoder(folder, width, camera_tokens, seed)
-    return folder
+    return save_pipeline(pipeline, folder, width, camera_tokens, seed)
 
 
 def _louder(transformer, text_encoder) -> None:

@@ -174,6 +174,15 @@ def make_tiny_multiview(folder, views: int = 4, **options) -> Path:
     return folder
 
 
+def save_pipeline(pipeline, folder, width: int, camera_tokens: int, seed: int) -> Path:
+    """Write a pipeline to ``folder``, with an encoder of cameras if it has ``camera_tokens``; and
+    return the folder."""
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    if camera_tokens:
+        write_camera_encoder(folder, width, camera_tokens, seed)
+    return folder
+
+
 def write_camera_encoder(folder, width: int, tokens: int = 2, seed: int = 0) -> Path:
     """A random encoder of cameras in the folder of a model, whose rows are as large as those of a
     text (those of the default initialisation are a tenth of that)."""
@@ -251,10 +260,7 @@ def write_flow_pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
     )
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    if camera_tokens:
-        write_camera_encoder(folder, t5 or 48, camera_tokens, seed)
-    return folder
+    return save_pipeline(pipeline, folder, t5 or 48, camera_tokens, seed)
 
 
 def tiny_clip(kind, tokenizer, width: int, tokens: int):

@@ -115,7 +115,7 @@ def test_the_studio_has_the_colours_of_renders(browser, tmp_path):  # noqa: F811
 
 
 def test_a_mesh_in_the_studio_has_its_colours(browser, tmp_path):  # noqa: F811
-    from tests.host.test_run_page import write_mesh
+    from tests.host.run_pages import write_mesh
 
     made(tmp_path, "one")
     points = np.array([[0, y, z] for y in (-0.9, 0.9) for z in (-0.9, 0.9)], float)

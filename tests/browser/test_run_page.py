@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.browser import chromium, patience
-from tests.host.test_run_page import EVIL, write_mesh
+from tests.host.run_pages import EVIL, write_mesh
 from tests.run_folders import gaussians, run_folder, write_gaussians
 from threestudio.run.page import write_page
 

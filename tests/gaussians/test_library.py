@@ -1,51 +1,28 @@
 """Gaussians without a host: made, drawn, trained, written and meshed; and what that imports."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 import trimesh
 from lods import gaussians as gs
 
+from tests import libraries
 from tests.gaussians.clouds import random_gaussians, soft_gaussians
-from tests.runs import ROOT
 
-LIBRARY = ROOT / "custom" / "threestudio-lods" / "lods"
+HEAVY = ("torch", "numba", "gsplat", "scipy", "trimesh", "threestudio")
 
 
 def test_importing_them_loads_nothing_heavy():
     """Nor does it load the host, also where all modules are looked at."""
-    code = (
-        "import sys, lods.gaussians as gs; "
-        "heavy = {'torch', 'numba', 'gsplat', 'scipy', 'trimesh', 'threestudio'}; "
-        "print(sorted(heavy & set(sys.modules))); "
-        "[getattr(gs, name) for name in gs.__all__]; "
-        "print(sorted({'numba', 'gsplat', 'threestudio'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=LIBRARY.parent, capture_output=True, text=True
-    )
-    assert done.stdout.splitlines() == ["[]", "[]"], done.stderr
+    assert libraries.loads("gaussians", HEAVY, ("numba", "gsplat", "threestudio")) == ["[]", "[]"]
 
 
 def test_every_public_name_is_found_where_it_is_said_to_be():
-    assert set(gs.__all__) == {
-        n for names in gs._MODULES.values() for n in names
-    } and gs.__all__ == sorted(gs.__all__)
-    for name in gs.__all__:
-        assert getattr(gs, name).__name__ == name and getattr(gs, name).__doc__
-    assert set(gs.__all__) <= set(dir(gs))
-    with pytest.raises(AttributeError, match="no attribute 'rasterisation'"):
-        gs.rasterisation  # noqa: B018
+    libraries.check_names(gs)
 
 
 def test_no_module_of_them_names_the_host():
-    for path in (LIBRARY / "gaussians").rglob("*.py"):
-        text = path.read_text()
-        for words in ("import threestudio", "from threestudio", "lods.threestudio", "import *"):
-            assert words not in text, path
+    libraries.check_no_host("gaussians")
 
 
 def test_an_orbit_looks_at_the_origin_from_around_it():

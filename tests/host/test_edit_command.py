@@ -58,10 +58,10 @@ def test_the_training_has_what_was_asked_for(ply, config, method):
 
 def test_a_box_and_a_mask_are_settings_of_the_geometry(ply, config, tmp_path):
     Image.new("L", (16, 16), 255).save(tmp_path / "mask.png")
-    words = ["--where", "a seat", "--level", 0.3]
+    words = ["--where", "the armchair", "--level", 0.3]
     cfg = config(ply, "--box", "-1,-1,-1,1,1,1", "--mask", "mask.png", "--azimuth", -30, *words)
     geometry = cfg.system.geometry
-    assert (cfg.system.where, cfg.system.where_level) == ("a seat", 0.3)
+    assert (cfg.system.where, cfg.system.where_level) == ("the armchair", 0.3)
     assert list(geometry.box) == [-1, -1, -1, 1, 1, 1]
     assert geometry.mask == str(tmp_path / "mask.png")
     assert (geometry.mask_azimuth, geometry.view_distance, geometry.view_fovy) == (-30, 3.6, 40)
@@ -102,9 +102,16 @@ def test_a_run_is_edited_from_what_it_has_exported(ply, config, tmp_path):
         ("object.ply", ["--mask", "none.png"], "there is no picture --mask none.png"),
         ("object.ply", ["--azimuth", "3"], "--azimuth is the side of --mask here"),
         ("object.ply", ["--where", " "], "--where is empty: give words that the model knows"),
+        (
+            "object.ply",
+            ["--where", "the quux"],
+            "--where: this model can see no word of 'the quux'",
+        ),
         ("object.ply", ["--level", "0.5"], "--level is of --where, which is not there"),
         ("object.ply", ["--region", "0,0,1,1"], "--region is of a picture, and object.ply is none"),
         ("object.ply", ["--method", "sds"], "--method sds edits nothing"),
+        ("object.ply", ["--to", "a car " * 2000], "--to has 12000 characters: 5000 are the most"),
+        ("object.ply", ["--to", "a ${car}"], "--to holds '${', which configs take for a reference"),
         ("object.ply", ["--to", RED], "--from and --to are the same"),
         ("object.ply", ["--to", "a hamburgr"], "names no object that this model knows"),
         ("object.ply", ["--model", "no-such-card"], "no-such-card"),

@@ -417,7 +417,7 @@ def test_only_what_is_listed_is_trained(small):
         ("system.geometry.init_type=none", "there are no Gaussians to train"),
         ("system.geometry.bal.n_points=3", "bal"),
         ("system.exporter.fmt=[obj]", "the formats are ply, points, glb"),
-        ("system.turntable=gif", "turntable must be one of none, webp, frames, both, not 'gif'"),
+        ("system.turntable=gif", "system.turntable has 'gif': it is one or a list of webp, webm"),
     ],
 )
 def test_mistakes_are_one_line(small, capsys, override, message):

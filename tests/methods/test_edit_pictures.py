@@ -140,6 +140,50 @@ def test_a_folder_that_is_taken_stays_as_it_is(edit, picture, tmp_path):
     assert (tmp_path / "out-002" / "picture.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("mine", "mine holds 'picture.png' and no run: results could go over what is there"),
+        (".", ". holds 'cat.png' and no run"),
+        ("cat.png", "cat.png is no folder: name another one for the results"),
+        ("cat.png/inner", "cat.png is no folder"),
+    ],
+)
+def test_files_of_somebody_stay_as_they_are(edit, picture, tmp_path, monkeypatch, out, said):
+    """It is said before a model is loaded."""
+    monkeypatch.setattr("lods.edits.job._load", lambda found: pytest.fail("loaded"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "picture.png").write_bytes(picture.read_bytes())
+    before = picture.read_bytes()
+    assert edit(picture, "--out", out) == 2
+    text = edit.said()
+    assert said in text and len(text.splitlines()) == 1
+    assert picture.read_bytes() == (tmp_path / "mine" / "picture.png").read_bytes() == before
+    assert len(list((tmp_path / "mine").iterdir())) == 1
+
+
+def test_an_edit_may_go_into_the_current_folder(edit, picture, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for _ in range(2):
+        assert edit(picture, "--steps", 1, "--out", ".") == 0, edit.said()
+    names = {path.parent.name for path in tmp_path.glob("*/picture.png")}
+    assert names == {"empty", "empty-002"}
+
+
+def test_a_disk_that_becomes_full_is_one_line(edit, picture, tmp_path, monkeypatch):
+    """safetensors has an error of its own for it."""
+    import safetensors.torch
+
+    def full(*args, **kwargs):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    assert edit(picture, "--steps", 1, "--out", tmp_path / "out") == 2
+    [line] = [line for line in edit.said().splitlines() if line.startswith("error: ")]
+    assert line == f"error: {tmp_path / 'out' / 'state.safetensors'}: No space left on device"
+
+
 # --- regions --------------------------------------------------------------------------------------
 
 
@@ -241,6 +285,15 @@ def test_what_is_transparent_is_white(tmp_path):
     assert (Picture.read(tmp_path / "clear.png", 8).pixels == 255).all()
 
 
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif"])
+def test_a_picture_of_16_bits_is_as_bright_as_one_of_8(tmp_path, name):
+    ramp = np.arange(0, 256, 32, dtype=np.uint16)[None].repeat(8, 0)
+    Image.fromarray(257 * ramp).save(tmp_path / name)
+    assert np.array_equal(Picture.read(tmp_path / name, 8).pixels[..., 1], ramp)
+    light = regions.mask_region(tmp_path / name, (8, 8))
+    assert np.array_equal(light, ramp >= 128)
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 
@@ -249,6 +302,10 @@ def test_what_is_transparent_is_white(tmp_path):
     [
         (["--to", "a cat"], "--from and --to are the same: there is nothing to change"),
         (["--to", "  "], "--to is missing: say what is there, and what shall be there"),
+        (["--to", "a dog " * 2000], "--to has 12000 characters: 5000 are the most"),
+        (["--from", "a \udcff"], "--from is not a text in UTF-8"),
+        (["--where", "x" * 5001], "--where has 5001 characters"),
+        (["--negative-prompt", "x" * 5001], "--negative-prompt has 5001 characters"),
         (["--method", "sds"], "--method lods-sds edits nothing: the methods that do are dds, pds"),
         (["--method", "ddss"], "there is no method 'ddss' (did you mean"),
         (["--region", "1,2,3"], "--region '1,2,3' is not written X0,Y0,X1,Y1, in whole pixels"),
@@ -285,6 +342,11 @@ def test_a_mistake_is_one_line(edit, picture, tmp_path, flags, said):
     [
         ("none.png", None, "there is no picture"),
         ("text.png", b"no picture", "cannot be read as a picture"),
+        (
+            "program.png",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
+            "cannot be read as a",
+        ),
         ("cut.png", "half", "cannot be read as a picture"),
         ("bomb.png", (16_000, 16_000), "has too many pixels"),
         ("wide.png", (20_000, 1), "16384 pixels a side are the most"),

@@ -10,7 +10,7 @@ import pytest
 from lods import host
 from lods.studio import processes
 from lods.studio.queue import Refused
-from lods.studio.shelf import plain_file
+from lods.studio.records import plain_file
 
 from tests.studio.toy import (
     FORM,
@@ -189,7 +189,7 @@ def test_only_what_is_over_is_removed_and_only_what_the_studio_has_made(queue, t
 
 
 def test_progress_is_what_the_files_of_the_run_say(queue):
-    from lods.studio.shelf import progress
+    from lods.studio.progress import progress
 
     name = queue.add(REQUEST, "good")
     run = queue.shelf.root / name / "run" / REQUEST.key

@@ -456,8 +456,8 @@ def test_a_run_that_is_paused_is_told_to_be_without_a_time_left(studio):
 
 
 def test_the_prompt_that_a_run_was_steered_to_is_told(studio):
+    from lods.studio.progress import steered_to
     from lods.studio.server import Studio
-    from lods.studio.shelf import steered_to
 
     queue = studio[1]
     log = queue.shelf.find("done").run / "interventions.jsonl"

@@ -4,7 +4,8 @@ import json
 import os
 
 import pytest
-from lods.studio.shelf import Shelf, log_end
+from lods.studio.progress import log_end
+from lods.studio.shelf import Shelf
 
 from tests.studio.toy import REQUEST
 
@@ -146,7 +147,8 @@ def test_a_line_that_was_drawn_again_and_again_is_shown_once(tmp_path):
     ],
 )
 def test_how_long_a_run_was_trained_is_in_its_record(tmp_path, content, seconds):
-    from lods.studio.shelf import Entry, trained_for
+    from lods.studio.progress import trained_for
+    from lods.studio.shelf import Entry
 
     run = tmp_path / "run" / REQUEST.key
     run.mkdir(parents=True)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from lods import __version__, host
+from lods.files import told
 from lods.settings import nearest
 
 # each command: its module in lods.commands, whose ``main(argv, command)`` returns an exit status,
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(argv)
         except ValueError as error:  # what the user can mend; its text is one line
             print(f"error: {one_line(str(error))}", file=sys.stderr)
+            return 2
+        except OSError as error:  # such as a full disk, or a name that is too long
+            print(f"error: {one_line(told(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lods.cameras import TOLD, Cameras
-from lods.files import whole_file
+from lods.edits.settings import CONFIG
+from lods.files import told, whole_file
 from lods.models.cards import EMBEDDED
 
 if TYPE_CHECKING:
@@ -253,17 +254,37 @@ def dated(prompt: str) -> str:
 
 def new_folder(path: Path, config: str) -> Path:
     """The folder ``path``, or ``path-002`` and so on where another run is or was, with ``config``
-    in its ``config.json``; no two runs get the same one."""
+    in its ``config.json``; no two runs get the same one. Raises ``ValueError``, one line, as
+    :func:`refuse_folder` does."""
+    if path.name in ("", ".."):
+        path = Path(os.path.abspath(path))
     for n in itertools.count(1):
         folder = path if n == 1 else path.with_name(f"{path.name}-{n:03d}")
+        refuse_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with open(folder / "config.json", "x", encoding="utf-8") as file:
+            with open(folder / CONFIG, "x", encoding="utf-8") as file:
                 file.write(config)
         except FileExistsError:
             continue
         return folder
     raise AssertionError("there are more numbers")
+
+
+def refuse_folder(path: Path) -> None:
+    """Raise ``ValueError``, one line, where results in this folder would go over the files of
+    somebody, or cannot go: a folder that holds others than a run's, or what is no folder."""
+    first = next((each for each in (path, *path.parents) if os.path.lexists(each)), path)
+    if os.path.lexists(first) and not first.is_dir():
+        raise ValueError(f"{first} is no folder: name another one for the results")
+    if first != path or os.path.lexists(path / CONFIG):
+        return
+    others = sorted(each.name for each in path.iterdir() if not each.name.startswith("."))
+    if others:
+        raise ValueError(
+            f"{path} holds {others[0][:60]!r} and no run: results could go over what is there; "
+            "name a folder that is new or empty"
+        )
 
 
 def run(kind: str, args: argparse.Namespace) -> Path:
@@ -276,6 +297,8 @@ def run(kind: str, args: argparse.Namespace) -> Path:
     from lods.prompts import TextSettings, check_words
     from tqdm import tqdm
 
+    if args.output:
+        refuse_folder(Path(args.output))
     model, family, why = choose_model(args.model)
     defaults = SETTINGS[family, kind]
     settings = {
@@ -372,7 +395,8 @@ def carry_out(work: "Callable[[], Any]", gpu: int) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(gpu)
         work()
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = told(error) if isinstance(error, OSError) else str(error)
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         return 128 + getattr(stop, "signum", signal.SIGINT)

@@ -21,7 +21,8 @@ EDGE = 4  # texels around a tile
 
 
 def mesh_of(parts: list[Part]) -> Mesh:
-    """One mesh of all parts, in the file's space, with what viewers show of them.
+    """One mesh of all parts, in the file's space, with what viewers show of them; its vertices have
+    64 bits, since some scenes are far from their origin.
 
     A single picture is kept as it is, in 8 bits. Without pictures there are colours at the
     vertices. Several pictures and materials are put side by side into one texture where each is
@@ -36,7 +37,7 @@ def mesh_of(parts: list[Part]) -> Mesh:
     if not parts:
         raise ValueError("it holds no triangles")
     whole = [_placed(part) for part in parts]
-    vertices = torch.from_numpy(np.concatenate([points for points, _ in whole]).astype(np.float32))
+    vertices = torch.from_numpy(np.concatenate([points for points, _ in whole]))
     first = np.cumsum([0] + [len(points) for points, _ in whole])
     faces = np.concatenate([corners + at for (_, corners), at in zip(whole, first)])
     return _with_looks(parts, vertices, torch.from_numpy(faces))
@@ -117,8 +118,17 @@ def _placed(part: Part) -> tuple[np.ndarray, np.ndarray]:
     if part.matrix is None:
         return points, faces
     turn = part.matrix[:3, :3]
-    points = points @ turn.T + part.matrix[:3, 3]
-    return points, faces[:, ::-1] if np.linalg.det(turn) < 0 else faces
+    with np.errstate(all="ignore"):  # what is not finite is left out later
+        points = points @ turn.T + part.matrix[:3, 3]
+    return points, faces[:, ::-1] if _mirrors(part) else faces
+
+
+def _mirrors(part: Part) -> bool:
+    """Whether its matrix turns triangles over."""
+    if part.matrix is None:
+        return False
+    with np.errstate(all="ignore"):
+        return bool(np.linalg.det(part.matrix[:3, :3]) < 0)
 
 
 def _vertex_colours(part: Part) -> np.ndarray:
@@ -153,7 +163,7 @@ def _tile(part: Part, pixels: np.ndarray | None) -> np.ndarray:
         color = shown_from_linear(factor) if part.linear else factor.clip(0, 1)
         return np.broadcast_to(color, (PLAIN, PLAIN, 3)).astype(np.float32)
     if (factor == 1).all():
-        return pixels.astype(np.float32) / 255
+        return np.divide(pixels, np.float32(255), dtype=np.float32)
     levels = np.arange(256)[:, None] / 255  # a byte has few values
     light = linear_from_shown(levels) if part.linear else levels
     table = light * factor
@@ -175,16 +185,18 @@ def _side_by_side(parts: list[Part]) -> tuple[np.ndarray, np.ndarray] | None:
     if places is None:
         return None
     (height, width), at = places
-    texture = np.full((height, width, 3), 0.5, np.float32)
+    # the tile of a single picture takes its place
+    texture = np.full((height, width, 3) if edge else (0, 0, 3), 0.5, np.float32)
     corner, decoded = {}, _Decoded()
     tiles = [*zip(owners.items(), at)]
     for i in _by_picture([*owners.values()]):
         (key, part), (row, column) = tiles[i]
-        padded = np.pad(
-            _tile(part, decoded(part)), ((edge, edge), (edge, edge), (0, 0)), mode="edge"
-        )
-        texture[row : row + len(padded), column : column + padded.shape[1]] = padded
-        corner[key] = row + edge, column + edge
+        tile = _tile(part, decoded(part))
+        corner[key] = row, column = row + edge, column + edge
+        if edge:
+            _put(texture, tile, row, column, edge)
+        else:
+            texture = tile
     uvs = []
     for part, key in zip(parts, keys):
         rows, columns = sizes[key]
@@ -196,6 +208,17 @@ def _side_by_side(parts: list[Part]) -> tuple[np.ndarray, np.ndarray] | None:
         v = 1 - (row + own[:, 1] * rows) / height
         uvs.append(np.stack([u, v], axis=1))
     return np.concatenate(uvs).astype(np.float32), texture
+
+
+def _put(texture: np.ndarray, tile: np.ndarray, row: int, column: int, edge: int) -> None:
+    """Write a tile whose first texel is at (row, column), and around it, so many texels wide, its
+    own border: in place, for both may be large."""
+    height, width = tile.shape[:2]
+    texture[row : row + height, column : column + width] = tile
+    around = texture[row - edge : row + height + edge, column - edge : column + width + edge]
+    for side in (around, around.swapaxes(0, 1)):
+        side[:edge] = side[edge : edge + 1]
+        side[len(side) - edge :] = side[len(side) - edge - 1 : len(side) - edge]
 
 
 def _shelves(
@@ -237,7 +260,7 @@ def _painted(parts: list[Part], vertices: torch.Tensor, faces: torch.Tensor) -> 
             continue
         at = rows[mine], columns[mine]
         share = weights[at]
-        if part.matrix is not None and np.linalg.det(part.matrix[:3, :3]) < 0:
+        if _mirrors(part):
             share = share[:, ::-1]  # as its triangles are
         found = part.colors(face[at] - first[index], share, decoded(part))
         image[at] = np.where(np.isfinite(found), found, 0.5)

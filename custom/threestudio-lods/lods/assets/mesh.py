@@ -1,6 +1,6 @@
 """Triangles with a texture or with colours at their vertices, as files of meshes bring them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,18 @@ class Mesh:
     texture: Float[Tensor, "H W 3"] | None = None
     colours: Float[Tensor, "V 3"] | None = None
     placement: Any = None  # of one that was read: lods.assets.Placement, where it was in its file
+
+    def finite(self) -> "Mesh":
+        """Without the triangles that have a corner which is not finite."""
+        good = self.vertices.isfinite().all(1)[self.faces].all(1)
+        return self if good.all() else replace(self, faces=self.faces[good])
+
+    def compact(self) -> "Mesh":
+        """Without the vertices that no triangle has."""
+        used, faces = self.faces.unique(return_inverse=True)
+        own = {name: getattr(self, name) for name in ("vertices", "uv", "colours")}
+        kept = {name: None if rows is None else rows[used] for name, rows in own.items()}
+        return replace(self, faces=faces, **kept)
 
     def normals(self) -> Float[Tensor, "V 3"]:
         """Unit vectors outward: the mean of the faces' normals, weighted by area, over all vertices

@@ -1,5 +1,6 @@
 """Reading assets: Gaussians and meshes of other programs, as large as what is trained here."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from lods import log
 from lods.assets.atlas import mesh_of
 from lods.assets.mesh import Mesh
 from lods.assets.placement import HALF_SIDE, placement_of
+from lods.files import told
 from lods.gaussians.axes import AXES, PLY_AXES
 from lods.gaussians.files import is_of_gaussians, read_gaussians
 from lods.gaussians.mesh_file import FORMATS, read_mesh
@@ -34,13 +36,23 @@ def read(path: str | Path, axes: Axes = None, half_side: float | None = HALF_SID
         ValueError: one line, for a file that is missing, of another format, damaged, or without
             anything to draw, and for axes that are none.
     """
-    path = Path(path).expanduser()
+    path = _expanded(Path(path))
     given = _axes(axes)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"there is no file '{path}'")
     suffix = path.suffix.lower()
     if suffix not in ENDINGS:
         raise ValueError(f"'{path}' is of no known format: {', '.join(ENDINGS)} are read")
+    try:
+        return _asset(path, suffix, given, half_side)
+    except OSError as error:
+        raise ValueError(f"'{path}' cannot be read: {told(error)}") from None
+    except MemoryError:
+        raise ValueError(f"'{path}' takes more memory than there is: make it smaller") from None
+
+
+def _asset(path: Path, suffix: str, given: tuple[str, str] | None, half_side: float | None):
+    """What :func:`read` returns, of a file that is there."""
     content = read_gaussians(path) if suffix == ".ply" or is_of_gaussians(path) else {}
     said = content.pop("axes", None)
     own = given or said or PLY_AXES["y-up" if suffix in (".glb", ".gltf") else "z-up"]
@@ -56,19 +68,30 @@ def read(path: str | Path, axes: Axes = None, half_side: float | None = HALF_SID
             if part.rgb is not None and len(part.rgb) == len(content.get("rgb", ())):
                 part.rgb = content["rgb"]
         try:
-            found = _finite(path, mesh_of(parts))
-        except (ValueError, MemoryError) as error:
+            whole = mesh_of(parts)
+        except ValueError as error:
             raise ValueError(f"'{path}': {error}") from None
+        found = _finite(path, whole)
     try:
         placement = placement_of(found, own, half_side)
     except ValueError as error:
         raise ValueError(f"'{path}': {error}") from None
     if isinstance(found, dict):
-        asset: Gaussians | Mesh = Gaussians(placement.apply(found))
+        asset: Gaussians | Mesh = Gaussians(_drawable(path, placement.apply(found)))
     else:
-        asset = placement.apply(found)
+        placed = placement.apply(found)
+        placed.vertices = placed.vertices.float()
+        asset = _finite(path, placed)
     asset.placement = placement
     return asset
+
+
+def _expanded(path: Path) -> Path:
+    """``~`` as the user's home, unless that is a part of a name ("~chair.glb")."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def _axes(axes: Axes) -> tuple[str, str] | None:
@@ -85,14 +108,24 @@ def _axes(axes: Axes) -> tuple[str, str] | None:
     )
 
 
+def _drawable(path: Path, gaussians: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The Gaussians whose size is finite. One as large as float32 holds is not any more where a
+    tiny scene has been made larger. Raises ValueError if none is left."""
+    good = gaussians["scales"].exp().isfinite().all(1)
+    if not good.any():
+        raise ValueError(f"'{path}': its Gaussians are too large for where they are")
+    if not good.all():
+        log.warn(f"'{path}': {int((~good).sum())} Gaussians are too large and left out")
+    return {name: value[good] for name, value in gaussians.items()}
+
+
 def _finite(path: Path, mesh: Mesh) -> Mesh:
     """The mesh without triangles whose corners are not finite. Raises ValueError if none is
     left."""
-    corners = torch.isfinite(mesh.vertices).all(1)[mesh.faces].all(1)
-    if not corners.any():
-        raise ValueError("it holds no triangles that can be drawn")
-    left_out = int((~corners).sum())
+    found = mesh.finite()
+    if not len(found.faces):
+        raise ValueError(f"'{path}' holds no triangles that can be drawn")
+    left_out = len(mesh.faces) - len(found.faces)
     if left_out:
         log.warn(f"'{path}': {left_out} triangles are not finite and left out")
-    faces = mesh.faces[corners]
-    return Mesh(mesh.vertices, faces, mesh.uv, mesh.texture, mesh.colours)
+    return found

@@ -1,9 +1,12 @@
 """Writing assets for other programs."""
 
+import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
+from lods import log
 from lods.assets.mesh import Mesh
 from lods.assets.placement import Placement
 from lods.files import whole_file
@@ -12,6 +15,7 @@ from lods.gaussians.files import write_gaussians
 from lods.gaussians.parameters import GaussianParameters
 
 MESH_ENDINGS = (".glb", ".obj", ".ply", ".stl")
+MAX_MATERIAL = 1 << 20  # characters of a material that are looked through
 
 
 def write(
@@ -31,8 +35,12 @@ def write(
         placement: that of the asset that this one came from: the file is then in that one's own
             space, whatever its axes were.
 
+    Triangles and Gaussians that are not finite are left out with a warning.
+
     Raises:
-        ValueError: one line, for an ending or axes that do not go with the asset.
+        ValueError: one line, for an ending or axes that do not go with the asset, for an asset
+            with nothing to write, and where an obj would go over a picture that is not its own.
+        OSError: the file cannot be written. What was there is as it was.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -71,6 +79,14 @@ def _name_of(rotation: np.ndarray) -> str:
 def _write_mesh(path: Path, mesh: Mesh, suffix: str) -> None:
     from lods.gaussians.mesh_file import write_mesh
 
+    whole = mesh.finite()
+    if not len(whole.faces):
+        raise ValueError(f"'{path}': there are no triangles to write")
+    if len(whole.faces) < len(mesh.faces):
+        left_out = len(mesh.faces) - len(whole.faces)
+        log.warn(f"'{path}': {left_out} triangles are not finite and left out")
+    if not mesh.vertices.isfinite().all():
+        mesh = whole.compact()
     normals = mesh.normals()
     textured = mesh.texture is not None and mesh.uv is not None
     if suffix == ".glb":
@@ -93,29 +109,52 @@ def _write_mesh(path: Path, mesh: Mesh, suffix: str) -> None:
 
 
 def _write_obj(path: Path, mesh: Mesh, normals: torch.Tensor, textured: bool) -> None:
-    """The texture and the material are named as the file is, and written before it."""
+    """The texture and the material are named as the file is. All are written before one of them
+    takes its place."""
     from PIL import Image
 
     lines = []
-    if textured and mesh.texture is not None:
-        picture, material = path.with_suffix(".png"), path.with_suffix(".mtl")
-        byte = (255 * mesh.texture.clamp(0, 1)).round().byte().numpy()
-        with whole_file(picture) as partial:
-            Image.fromarray(byte).save(partial)
-        with whole_file(material) as partial:
+    with contextlib.ExitStack() as files:
+        if textured and mesh.texture is not None:
+            material, picture = path.with_suffix(".mtl"), path.with_suffix(".png")
+            if not path.name.isprintable():
+                raise ValueError(f"{path.name!r} cannot be named in an obj: take another name")
+            _refuse_another(path, material, picture)
+            byte = (255 * mesh.texture.clamp(0, 1)).round().byte().numpy()
+            Image.fromarray(byte).save(files.enter_context(whole_file(picture)))
             text = "newmtl texture\nKa 1 1 1\nKd 1 1 1\nKs 0 0 0\nPm 0\nPr 1\n"
-            partial.write_text(f"{text}map_Kd {picture.name}\n", encoding="utf-8")
-        lines += [f"mtllib {material.name}", "usemtl texture"]
-    points = mesh.vertices if textured else torch.cat([mesh.vertices, mesh.shown_colours()], dim=1)
-    lines += _rows("v", points)
-    if textured and mesh.uv is not None:
-        lines += _rows("vt", mesh.uv)
-    lines += _rows("vn", normals)
-    form = "{0}/{0}/{0}" if textured else "{0}//{0}"
-    for face in (mesh.faces + 1).tolist():
-        lines.append("f " + " ".join(form.format(corner) for corner in face))
-    with whole_file(path) as partial:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            files.enter_context(whole_file(material)).write_text(
+                f"{text}map_Kd {picture.name}\n", encoding="utf-8"
+            )
+            lines += [f"mtllib {material.name}", "usemtl texture"]
+        target = files.enter_context(whole_file(path))
+        points = mesh.vertices
+        if not textured:
+            points = torch.cat([points, mesh.shown_colours()], dim=1)
+        lines += _rows("v", points)
+        if textured and mesh.uv is not None:
+            lines += _rows("vt", mesh.uv)
+        lines += _rows("vn", normals)
+        form = "{0}/{0}/{0}" if textured else "{0}//{0}"
+        for face in (mesh.faces + 1).tolist():
+            lines.append("f " + " ".join(form.format(corner) for corner in face))
+        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _refuse_another(path: Path, material: Path, picture: Path) -> None:
+    """Raise ValueError where the texture's name is that of a picture which no material of this
+    name refers to: somebody's own."""
+    if not os.path.lexists(picture):
+        return
+    known = False
+    if os.path.isfile(material):
+        with open(material, encoding="utf-8", errors="replace") as file:
+            known = picture.name in file.read(MAX_MATERIAL)
+    if not known:
+        raise ValueError(
+            f"'{path}': its texture would go over '{picture}', which is not of it: write it under "
+            "another name"
+        )
 
 
 def _rows(keyword: str, rows: torch.Tensor) -> list[str]:

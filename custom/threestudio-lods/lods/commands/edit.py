@@ -21,6 +21,7 @@ of 3D Gaussians or a RUN, and the result is a run.
 METHODS = "dds, pds, ssd, drf or lods-edit"
 PICTURES = "of a picture"
 OBJECTS = "of Gaussians"
+OPTIONS = {"source": "--from", "target": "--to"}
 
 
 def parse_args(argv: list[str], command: str) -> argparse.Namespace:
@@ -109,11 +110,17 @@ def main(argv: list[str], command: str) -> int:
     return edit_object.main(args)
 
 
-def texts(args: argparse.Namespace) -> tuple[str, str]:
-    """--from and --to. Raises ``ValueError``, one line."""
+def texts(args: argparse.Namespace, in_config: bool = False) -> tuple[str, str]:
+    """--from and --to, which are written into a config or not. Raises ``ValueError``, one line, for
+    them and for the other texts."""
+    from lods.commands.make import unfit
+
     for option, text in (("--from", args.source), ("--to", args.target)):
         if text is None or not text.strip():
             raise ValueError(f"{option} is missing: say what is there, and what shall be there")
+    for name in ("source", "target", "where", "negative_prompt"):
+        if wrong := unfit(getattr(args, name) or "", in_config):
+            raise ValueError(f"{OPTIONS.get(name, f'--{name}'.replace('_', '-'))} {wrong}")
     source, target = (" ".join(text.split()) for text in (args.source, args.target))
     if source == target:
         raise ValueError("--from and --to are the same: there is nothing to change")

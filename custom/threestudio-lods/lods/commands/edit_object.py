@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from lods.commands.job import as_typed
 from lods.commands.make import find_method, has_gpu, refuse_unknown_words
 from lods.commands.runs import exported, find_run, start
 from lods.edits.picture import light_pixels
-from lods.edits.settings import level_of
+from lods.edits.settings import FORCE, level_of, refuse_unseen
 from lods.preflight import EDITED, EDITING
 
 OF_PICTURES = ("lr", "draws", "every", "negative_prompt", "region", "cameras")
@@ -23,12 +24,13 @@ def main(args: argparse.Namespace) -> int:
     if wrong := [name for name in OF_PICTURES if getattr(args, name) is not None]:
         option = wrong[0].replace("_", "-")
         raise ValueError(f"--{option} is of a picture, and {args.what} is none: see --help")
-    source, target = texts(args)
+    source, target = texts(args, in_config=True)
     method = find_method("lods-edit" if args.method == "edit" else args.method or "dds")
     if f"{method}-guidance" not in EDITING:
         names = ", ".join(name.removesuffix("-guidance") for name in EDITING)
         raise ValueError(f"--method {args.method} edits nothing: the methods that do are {names}")
     box = None if args.box is None else read_box(args.box)
+    level_of(args.where, args.level)
     what = gaussians_of(args.what)
     words = [*configs(args, source, target, method), *settings(args, what, box)]
     return start([*words, *args.overrides])
@@ -98,7 +100,9 @@ def configs(args: argparse.Namespace, source: str, target: str, method: str) -> 
         model = args.model
         cards.refuse_early(model)
     if not args.allow_unknown_words:
-        refuse_unknown_words([source, target], model)
+        refuse_unknown_words([source, target], model, FORCE)
+        if args.where is not None:
+            refuse_unseen(args.where, model, FORCE)
     card = cards.all_cards().get(cards.canonical(model))
     names = ["lods-gs-embedding"]
     small = bool(card and card.overlay) or not has_gpu()
@@ -154,6 +158,8 @@ def settings(args: argparse.Namespace, what: Path, box: list[float] | None) -> l
     if args.seed is not None:
         values["seed"] = args.seed
     if args.out is not None:
-        values |= {"exp_root_dir": args.out.parent, "name": args.out.name}
+        # "." and ".." have no name of their own
+        out = args.out if args.out.name not in ("", "..") else Path(os.path.abspath(args.out))
+        values |= {"exp_root_dir": out.parent, "name": as_typed(out.name)}
     words = [f"{key}={value}" for key, value in values.items()]
     return [*words, *([] if args.gpu is None else ["--gpu", str(args.gpu)])]

@@ -99,13 +99,23 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
     if args.ray and " " in args.ray:
         parser.error("--ray takes the word after it for an address: put --ray at the end")
     for prompt in args.prompts:
-        if len(prompt) > MAX_PROMPT:
-            parser.error(f"a prompt has {len(prompt)} characters: {MAX_PROMPT} are the most")
-        if "${" in prompt:
-            parser.error(f"{prompt!r} holds '${{', which configs take for a reference")
-        if prompt == "???":
-            parser.error("the prompt '???' is how configs write a missing value")
+        if wrong := unfit(prompt):
+            parser.error(f"a prompt {wrong}")
     return args
+
+
+def unfit(text: str, in_config: bool = True) -> str:
+    """What is wrong with a text for a model, which is written into a config or not; "" if nothing
+    is."""
+    if len(text) > MAX_PROMPT:
+        return f"has {len(text)} characters: {MAX_PROMPT} are the most"
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return "is not a text in UTF-8"
+    if in_config and "${" in text:
+        return f"holds '${{', which configs take for a reference: {text[:60]!r}"
+    if in_config and text == "???":
+        return "is '???', which is how configs write a missing value"
+    return ""
 
 
 def read_prompts(file: Path) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lods import host
 from lods.commands.parser import Parser, add_viewer, made_folder, viewer_words, with_port
-from lods.files import whole_file
+from lods.files import told, whole_file
 from lods.settings import nearest
 
 ABOUT = {
@@ -15,10 +15,11 @@ ABOUT = {
     "export": "Write the object of a run: Gaussians as ply (the layout of 3DGS), compressed-ply, "
     "splat, spz, points or glb, a radiance field as glb, obj, obj-mtl or ply. A glb has a texture "
     "(system.exporter.glb_colors=vertices: colours at its vertices). Or its views, without "
-    "background: webp, an animation, or frames, PNG files.",
+    "background: webp and webm, animations, or frames, PNG files.",
 }
 MODES = {"resume": "--train", "test": "--test", "export": "--export"}
-PICTURES = ("webp", "frames")  # formats of the views, see lods.threestudio.systems.turntable
+# formats of the views, see lods.threestudio.systems.turntable
+PICTURES = ("webp", "webm", "frames")
 FRAMES = "frames"  # their folder
 PARSED = Path("configs", "parsed.yaml")  # the settings that a run keeps
 # how deep below a folder runs are looked for: outputs/<name>/<tag> of a run of its own, and
@@ -123,14 +124,25 @@ def main(argv: list[str], command: str) -> int:
     status = start([*words, *formats])
     if status == 0 and args.out is not None:
         changed = [file for file, time in exported(run.folder).items() if before.get(file) != time]
-        for file in changed:
-            inner = file.parent.name if file.parent.name == FRAMES else ""
-            copy(file, args.out / inner / file.name)
-            if not inner:
-                print(f"  copied to: {args.out / file.name}")
-        if any(file.parent.name == FRAMES for file in changed):
-            print(f"  copied to: {args.out / FRAMES}")
+        try:
+            hand_over(changed, args.out)
+        except OSError as error:
+            raise ValueError(
+                f"--out {args.out}: not all could be copied there ({told(error)}); the files are "
+                f"in {changed[0].parent}"
+            ) from None
     return status
+
+
+def hand_over(files: list[Path], out: Path) -> None:
+    """Copy exported files to the folder ``out``, frames to one in it, and tell so."""
+    for file in files:
+        inner = file.parent.name if file.parent.name == FRAMES else ""
+        copy(file, out / inner / file.name)
+        if not inner:
+            print(f"  copied to: {out / file.name}")
+    if any(file.parent.name == FRAMES for file in files):
+        print(f"  copied to: {out / FRAMES}")
 
 
 def formats_of(word: str) -> list[str]:
@@ -143,12 +155,14 @@ def formats_of(word: str) -> list[str]:
         raise ValueError("--format is empty: name a format, such as glb")
     pictures = [each for each in named if each in PICTURES]
     objects = [each for each in named if each not in PICTURES]
-    turntable = "both" if len(pictures) > 1 else "".join(pictures)
-    words = [f"system.turntable={turntable}"] if pictures else []
+    words = [f"system.turntable={_listed(pictures)}"] if pictures else []
     if not objects:
         return [*words, "system.export_object=false"]
-    fmt = objects[0] if len(objects) == 1 else f"[{','.join(objects)}]"
-    return [*words, f"system.exporter.fmt={fmt}"]
+    return [*words, f"system.exporter.fmt={_listed(objects)}"]
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"[{','.join(words)}]"
 
 
 def start(words: list[str], asked: str = "") -> int:

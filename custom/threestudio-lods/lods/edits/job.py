@@ -9,16 +9,23 @@ from lods import settings as checked
 from lods.edits import region as regions
 from lods.edits.picture import Picture, open_picture
 from lods.edits.run import REGION, RESULT, SHEET, SOURCE, PictureEdit, carry_on
-from lods.edits.settings import CONFIG, EditSettings, defaults, level_of, read_settings
+from lods.edits.settings import (
+    CONFIG,
+    FORCE,
+    EditSettings,
+    defaults,
+    level_of,
+    read_settings,
+    refuse_unseen,
+)
 from lods.files import whole_file
 from lods.methods import Method, find, names
-from lods.playground import camera_at, choose_model, dated, new_folder
+from lods.playground import camera_at, choose_model, dated, new_folder, refuse_folder
 from lods.prompts import TextSettings, check_words
 
 # options that are settings by the same name
 ASKED = ("steps", "scale", "lr", "draws", "seed", "every", "details", "negative_prompt")
 ASKED += ("cameras", "azimuth", "elevation")
-FORCE = "--allow-unknown-words"
 METHOD = "lods-dds"
 
 
@@ -30,6 +37,8 @@ def start(path: Path, asked: dict[str, Any]) -> Path:
         region = regions.box_region(asked["region"], size)
     elif asked["mask"] is not None:
         region = regions.mask_region(asked["mask"], size)
+    if asked["out"] is not None:
+        refuse_folder(asked["out"])
     model, family, why = choose_model(asked["model"])
     method = full_name(asked["method"] or METHOD)
     values = defaults(family, method) | {
@@ -42,6 +51,8 @@ def start(path: Path, asked: dict[str, Any]) -> Path:
     known = TextSettings(allow_unknown_words=asked["allow_unknown_words"])
     for text in (found.source_prompt, found.prompt):
         check_words(model, text, known, FORCE)
+    if asked["where"] is not None and not asked["allow_unknown_words"]:
+        refuse_unseen(asked["where"], model, FORCE)
     print(f"Model: {model} ({why}).", flush=True)
     loaded = _load(found)
     picture = Picture.read(path, loaded.model.image_size)
@@ -134,5 +145,7 @@ def _finish(edit: PictureEdit, folder: Path, metrics: list[dict[str, Any]]) -> P
     try:
         carry_on(edit, folder, metrics)
     finally:
-        print(f"Picture: {folder / RESULT}\nBefore and after: {folder / SHEET}", flush=True)
+        for what, name in (("Picture", RESULT), ("Before and after", SHEET)):
+            if (folder / name).is_file():
+                print(f"{what}: {folder / name}", flush=True)
     return folder

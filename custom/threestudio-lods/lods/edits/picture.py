@@ -6,15 +6,18 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, UInt8
+from lods.gaussians.mesh_parts import in_bytes
 
 MAX_BYTES = 1 << 28
 MAX_SIDE = 16_384  # pixels
 ENDS = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
+# what these are: pillow knows others, for some of which it runs other programs
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 
 
 def open_picture(path: Path, what: str = ""):
-    """The picture in a file, upright, as Pillow has it; ``what`` names it in messages. Raises
-    ``ValueError``, one line, for what is none, or too large."""
+    """The picture in a file, upright, as Pillow has it, with 8 bits a channel; ``what`` names it in
+    messages. Raises ``ValueError``, one line, for what is none, or too large."""
     from PIL import Image, ImageOps
 
     what = what or str(path)
@@ -25,9 +28,11 @@ def open_picture(path: Path, what: str = ""):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with Image.open(path, formats=FORMATS) as file:
                 size = file.size
-                picture = ImageOps.exif_transpose(file).copy() if max(size) <= MAX_SIDE else None
+                picture = None
+                if max(size) <= MAX_SIDE:
+                    picture = in_bytes(ImageOps.exif_transpose(file).copy())
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"{what} has too many pixels: make it smaller") from None
     except Exception as error:  # of many kinds, by format

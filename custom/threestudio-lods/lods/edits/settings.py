@@ -10,6 +10,7 @@ from lods.cameras import TOLD
 
 CONFIG = "config.json"
 MAX_CONFIG = 1 << 20  # bytes
+FORCE = "--allow-unknown-words"
 
 # By whose model it is and by the method. Of Stable Diffusion they are the published ones, or for
 # PDS and LODS-edit what moves a picture as far; of the models of this package what tries gave.
@@ -108,6 +109,18 @@ def read_settings(folder: Path) -> EditSettings:
         return settings.make(EditSettings, values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def refuse_unseen(where: str, model: str, force: str) -> None:
+    """Raise ``ValueError``, one line, for words to look for of which the model of this name can see
+    none, where its folder lists the words that it knows. ``force``: how to have them taken."""
+    from lods.models.cards import local_folder
+    from lods.models.vocabulary import Vocabulary
+
+    folder = local_folder(model)
+    vocabulary = Vocabulary.read(folder) if folder else None
+    if vocabulary is not None and (text := vocabulary.unseen(where, force)):
+        raise ValueError(f"--where: {text}")
 
 
 def level_of(where: str | None, level: float | None) -> float:

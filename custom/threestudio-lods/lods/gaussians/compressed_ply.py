@@ -160,6 +160,7 @@ def packed(rows: Float[np.ndarray, "N K"]) -> dict[str, np.ndarray]:
 
 def morton_order(points: Float[np.ndarray, "N 3"]) -> np.ndarray:
     """An order in which neighbours in space are near to each other: bits of x, y and z in turn."""
+    points = points.astype(np.float64)  # the sides of a box may be larger than float32 holds
     low, high = points.min(axis=0), points.max(axis=0)
     cells = (points - low) / np.maximum(high - low, 1e-30) * 1023
     cells = cells.astype(np.uint64)
@@ -178,7 +179,5 @@ def write_compressed_ply(path: str | Path, gaussians: dict[str, Any], axes: str 
     from lods.gaussians.ply import gaussian_rows, write_elements
 
     rows = gaussian_rows(gaussians, axes)
-    if not len(rows):
-        raise ValueError(f"'{path}': there are no Gaussians to write")
     write_elements(path, packed(rows), axes)
     return len(rows)

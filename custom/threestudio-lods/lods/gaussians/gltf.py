@@ -40,7 +40,7 @@ class _Reader:
     def __init__(self, path: Path, beside: Callable[[str], bytes], max_values: int) -> None:
         data = path.read_bytes()
         self.size, self.beside, self.chunk = len(data), beside, None
-        self.max_values, self._values = max_values, 0
+        self.max_values, self._values, self._zeros = max_values, 0, 0
         if path.suffix.lower() == ".glb":
             data = self._unpack(data)
         self.tree = json.loads(data)
@@ -96,11 +96,14 @@ class _Reader:
             raise ValueError(f"buffers[{index}] shall have {length} bytes, and has {len(data)}")
         return data
 
+    def file(self, name: str) -> bytes:
+        return self.beside(name)
+
     def uri(self, uri: Any) -> bytes:
         if not isinstance(uri, str):
             raise ValueError(f"it has a uri that is none: {str(uri)[:60]}")
         if not uri.startswith("data:"):
-            return self.beside(unquote(uri))
+            return self.kept(self.file, unquote(uri))  # many buffers may name the same one
         try:
             return base64.b64decode(uri.partition(",")[2], validate=True)
         except binascii.Error as error:
@@ -139,12 +142,14 @@ class _Reader:
             raise ValueError(f"accessors[{index}] is of an unknown type")
         if "bufferView" in described:
             values = self.array(described, count, width)
-        elif count > self.size:
-            raise ValueError(f"accessors[{index}] claims {count} items without any data")
         else:
+            self._zeros += count  # of all accessors: a short one may claim much
+            if self._zeros > self.size:
+                raise ValueError(f"accessors[{index}] claims {count} items without any data")
             values = np.broadcast_to(np.zeros(1, TYPES[described["componentType"]]), (count, width))
         if "sparse" not in described:
             return values
+        self._count(count)
         sparse, values = described["sparse"], np.array(values)
         n = _whole(sparse, "count")
         rows = self.array(sparse["indices"], n, 1)[:, 0].astype(np.int64)
@@ -235,7 +240,8 @@ class _Reader:
             if index in seen:
                 raise ValueError(f"nodes[{index}] is reached twice")
             seen.add(index)
-            matrix = matrix @ _matrix(node)
+            with np.errstate(all="ignore"):  # what is not finite is left out later
+                matrix = matrix @ _matrix(node)
             if "mesh" in node:
                 yield node["mesh"], matrix
             stack += [(child, matrix) for child in reversed(node.get("children", []))]

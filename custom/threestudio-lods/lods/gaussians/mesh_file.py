@@ -1,6 +1,10 @@
 """Meshes from files that others made, and to files that viewers open."""
 
+import contextlib
+import logging
 import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +13,18 @@ from jaxtyping import Float, Int
 from lods import log
 from lods.files import whole_file
 from lods.gaussians.gltf import read_gltf
-from lods.gaussians.mesh_parts import Part, Picture, check_pictures, linear_from_shown, unit_colors
+from lods.gaussians.mesh_parts import (
+    MAX_BYTES,
+    Part,
+    Picture,
+    check_pictures,
+    linear_from_shown,
+    unit_colors,
+)
 from torch import Tensor
 
 FORMATS = ("obj", "ply", "glb", "gltf", "off", "stl")  # not archives, which can grow when unpacked
-MAX_VALUES = 50_000_000  # vertices and triangles of all instances together
-MAX_BYTES = 1 << 32  # of a file
+MAX_VALUES = 20_000_000  # vertices and triangles of all instances together: some gigabytes of work
 # LINEAR, LINEAR_MIPMAP_LINEAR, CLAMP_TO_EDGE
 SMOOTH = {"magFilter": 9729, "minFilter": 9987, "wrapS": 33071, "wrapT": 33071}
 MAX_OBJ_STEPS = 4_000_000_000  # materials times vertices: some ten seconds
@@ -62,21 +72,24 @@ def _read_with_trimesh(path: Path, suffix: str) -> list[Part]:
     from trimesh.exchange.obj import load_obj
     from trimesh.resolvers import FilePathResolver
 
-    failed: list[ValueError] = []  # trimesh takes what raises for a material that is not there
+    known: dict[str, bytes | ValueError] = {}  # each file is read once, however often it is named
 
     class Beside(FilePathResolver):
         def get(self, name):
-            try:
-                data = _file_beside(path, name)
-                if not str(name).lower().strip().endswith(".mtl"):
-                    Picture(data)
-                return data
-            except ValueError as error:
-                failed.append(error)
-                raise
+            name = str(name)
+            if name not in known:
+                try:
+                    known[name] = _file_beside(path, name)
+                    if not name.lower().strip().endswith(".mtl"):
+                        Picture(known[name])
+                except ValueError as error:
+                    known[name] = error
+            if isinstance(found := known[name], ValueError):
+                raise found  # which trimesh takes for a material that is not there
+            return found
 
     resolver = Beside(str(path.resolve()))
-    with open(path, "rb") as file:
+    with _silent("trimesh"), open(path, "rb") as file:
         if suffix == "obj":
             # not trimesh.load, which leaves out vertex colours that stand beside a material
             _check_obj(file.read())
@@ -97,12 +110,27 @@ def _read_with_trimesh(path: Path, suffix: str) -> list[Part]:
             raise ValueError(
                 f"it has a triangle of vertex {part.faces.max()}, and {len(part.vertices)} vertices"
             )
+    failed = [found for found in known.values() if isinstance(found, ValueError)]
     large = next((error for error in failed if "pixels" in str(error)), None)
     if large is not None:
         raise large
     if failed:
         log.warn(f"'{path}' is read without some of its colours: {failed[0]}")
     return parts
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Within this, a library neither warns nor logs: what is wrong with a file is said here."""
+    logger = logging.getLogger(name)  # whose level those of its modules have
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def _check_obj(text: bytes) -> None:

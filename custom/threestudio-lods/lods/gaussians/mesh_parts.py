@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Integer, Num, UInt
 
+MAX_BYTES = 1 << 32  # of a file of a mesh, of Gaussians, or of what belongs to one
+# what pillow decodes itself: for EPS it would run another program on what the file says
+DECODED = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TGA", "TIFF")
 MAX_PIXELS = 8192 * 8192  # of one picture: 200 MB when it is decoded
 MAX_ALL_PIXELS = 4 * MAX_PIXELS  # of all pictures of a file: they are decoded one at a time
 
@@ -51,19 +54,20 @@ class Picture:
     def __init__(self, image: Any, wrap: tuple[str, str] = ("repeat", "repeat")) -> None:
         """``image``: a file's bytes, or a picture of pillow's; ``wrap``: 'repeat', 'mirror' or
         'clamp', along u and along v."""
-        self.image, self.wrap = open_picture(image) if isinstance(image, bytes) else image, wrap
-        width, height = self.size = self.image.size
+        self.source, self.wrap = image, wrap
+        width, height = self.size = self._opened().size
         if width * height > MAX_PIXELS:
             raise ValueError(
                 f"its picture has {width} x {height} pixels, of which at most {MAX_PIXELS} are "
                 "read: make it smaller"
             )
 
+    def _opened(self) -> Any:
+        # anew each time: what is decoded would stay with pillow's picture
+        return open_picture(self.source) if isinstance(self.source, bytes) else self.source
+
     def pixels(self) -> UInt[np.ndarray, "H W 3"]:
-        if self.image.mode.startswith("I"):  # 16 bits of grey, which pillow clips at 255
-            grey = (np.asarray(self.image).clip(0, 65535) / 257).round().astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
-        return np.asarray(self.image.convert("RGB"))
+        return np.asarray(in_bytes(self._opened()).convert("RGB"))
 
     def at(
         self, pixels: UInt[np.ndarray, "H W 3"], uv: Float[np.ndarray, "N 2"]
@@ -88,6 +92,16 @@ class Picture:
         return texels, (weights[0][:, :, None] * weights[1][:, None, :])[..., None]
 
 
+def in_bytes(image: Any):
+    """A picture of pillow's with 8 bits a channel: of 16 bits of grey it keeps the upper ones,
+    where its own conversion would make white of nearly all."""
+    from PIL import Image
+
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+
+
 def open_picture(data: bytes):
     """A picture of pillow's, not decoded yet. Raises ValueError if it cannot be one."""
     import warnings
@@ -97,7 +111,7 @@ def open_picture(data: bytes):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its size, which is checked here
-            return Image.open(io.BytesIO(data))
+            return Image.open(io.BytesIO(data), formats=DECODED)
     except UnidentifiedImageError as error:  # whose text is the address of an object
         raise ValueError("a picture of it cannot be read (of no known format)") from error
     except Exception as error:
@@ -138,7 +152,8 @@ class Part:
         corners = np.asarray(self.vertices, np.float64)[self.faces[faces]]
         if self.matrix is None:
             return corners
-        return corners @ self.matrix[:3, :3].T + self.matrix[:3, 3]
+        with np.errstate(all="ignore"):  # what is not finite is left out later
+            return corners @ self.matrix[:3, :3].T + self.matrix[:3, 3]
 
     def areas(self) -> Float[np.ndarray, " F"]:
         """Of the triangles; not finite where a corner is not."""

@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from lods.gaussians.mesh_parts import unit_colors
 from torch import Tensor
 
 MAX_HEADER = 1 << 20  # bytes; that of a 3DGS file has about 1500
+MAX_LINES = 10_000  # of a header: plyfile takes seconds for more
+MAX_ROWS = 50_000_000  # of an element: some gigabytes of work
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 TYPE_BYTES = {"char": 1, "uchar": 1, "short": 2, "ushort": 2, "int": 4, "uint": 4}
 TYPE_BYTES |= {"float": 4, "double": 8, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2}
@@ -82,13 +85,16 @@ def write_ply(
 def gaussian_rows(gaussians: dict[str, Tensor], axes: str) -> Float[np.ndarray, "N K"]:
     """Gaussians in threestudio's axes as rows in a file's ``axes``, one of PLY_AXES, with the
     properties of :func:`gaussian_properties` in their order, but without normals. Rows with a value
-    that is not finite are left out with a warning: viewers refuse them."""
+    that is not finite are left out with a warning: viewers refuse them. Raises ``ValueError`` if
+    none is left."""
     turned = rotate_gaussians(gaussians, axes_rotation(*PLY_AXES[axes]).T)
     sh0, shN, n = turned["sh0"], turned.get("shN"), len(turned["means"])
     rest = sh0.new_zeros(n, 0) if shN is None else shN.transpose(1, 2).reshape(n, -1)
     parts = [turned["means"], sh0[:, 0], rest, turned["opacities"][:, None]]
     rows = torch.cat([*parts, turned["scales"], turned["quats"]], dim=1)
     finite = torch.isfinite(rows).all(dim=1)
+    if not finite.any():
+        raise ValueError(f"there is nothing to write: none of {n} Gaussians is finite")
     if not finite.all():
         log.warn(f"{int((~finite).sum())} of {n} Gaussians are not finite and left out")
     return rows[finite].detach().cpu().float().numpy()
@@ -119,14 +125,18 @@ def _has_lists(path: Path) -> bool:
     lines = [line.split() for line in header.decode("latin-1").split("\n")]
     if not end or lines[0] != ["ply"]:
         raise ValueError("it does not begin with a ply header")
+    if len(lines) > MAX_LINES:
+        raise ValueError(f"its header has {len(lines)} lines, of which {MAX_LINES} are read")
     ascii_ = ["format", "ascii", "1.0"] in lines
     rows: list[list[int]] = []  # count and least bytes of a row, per element
     lists = False
     for words in lines:
         if words[:1] == ["element"]:
             count = int(words[2])
-            if count < 0:
-                raise ValueError(f"it promises {count} rows of {words[1]}")
+            if not 0 <= count <= MAX_ROWS:
+                raise ValueError(
+                    f"it promises {count} rows of {words[1]}, of which {MAX_ROWS} are read"
+                )
             rows.append([count, 0])
         elif words[:1] == ["property"]:
             lists |= words[1] == "list"
@@ -143,10 +153,12 @@ def _has_lists(path: Path) -> bool:
 def _parse(path: Path):
     from plyfile import PlyData
 
-    if _has_lists(path):
+    if not _has_lists(path):
+        return PlyData.read(str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, of an empty list
         # not the file itself: for a list said to be long, that much memory would be set aside
         return PlyData.read(io.BytesIO(path.read_bytes()))
-    return PlyData.read(str(path))
 
 
 def _axes_of(comments: Iterable[str]) -> tuple[str, str] | None:

@@ -50,7 +50,7 @@ def read_splat(path: str | Path) -> dict[str, Tensor]:
         ValueError: an empty file, one of another length than whole rows, or one in which no
             Gaussian can be drawn.
     """
-    from lods.gaussians.ply import checked_gaussians
+    from lods.gaussians.ply import MAX_ROWS, checked_gaussians
 
     size = Path(path).stat().st_size
     if size == 0 or size % ROW.itemsize:
@@ -58,6 +58,8 @@ def read_splat(path: str | Path) -> dict[str, Tensor]:
             f"'{path}' is not a .splat file: it has {size} bytes, which are no rows of "
             f"{ROW.itemsize}"
         )
+    if size > MAX_ROWS * ROW.itemsize:
+        raise ValueError(f"'{path}' has more than {MAX_ROWS} Gaussians: make it smaller")
     rows = np.fromfile(path, ROW)
     place = rows["place"]
     with np.errstate(invalid="ignore", divide="ignore"):

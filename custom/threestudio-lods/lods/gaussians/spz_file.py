@@ -184,8 +184,8 @@ def write_spz(path: str | Path, gaussians: dict[str, Tensor]) -> int:
 
     rows = gaussian_rows(gaussians, "y-up").astype(np.float64)
     n, rest = len(rows), (rows.shape[1] - 14) // 3
-    if not 0 < n <= MAX_GAUSSIANS:
-        raise ValueError(f"'{path}': 1 to {MAX_GAUSSIANS} Gaussians are written, not {n}")
+    if n > MAX_GAUSSIANS:
+        raise ValueError(f"'{path}': at most {MAX_GAUSSIANS} Gaussians are written, not {n}")
     ends = np.cumsum([3, 3, 3 * rest, 1, 3, 4])[:-1]
     means, dc, harmonics, opacity, scales, quats = np.split(rows, ends, axis=1)
     largest = max(float(np.abs(means).max()), 2.0**-MAX_BITS)

@@ -149,6 +149,19 @@ class Vocabulary:
             f"{self._hints(self.unknown([prompt]))}{known}; to try it all the same, add {force}"
         )
 
+    def unseen(self, words: str, force: str) -> str:
+        """One line for ``words`` of which none is an object, a part of its name or a color, so that
+        the model can see them nowhere; "" for any others. ``force``: what the user sets to have
+        them looked for all the same."""
+        colors = self.groups.get("colors", ())
+        if self.parts_in(words) or any(word in colors for word in words_of(words)):
+            return ""
+        hints, known = self._hints(self.unknown([words])), self.listing("objects", "colors")
+        return (
+            f"this model can see no word of {_short(words)}{hints}: it knows the {known}; to look "
+            f"for it all the same, add {force}"
+        )
+
     def warning(self, texts: Iterable[str], prompt: str = "") -> str:
         """One line on the words of these texts that the model does not know, on a ``prompt`` that
         names a part of an object only, and on a color that its object has not; "" if there is

@@ -12,7 +12,8 @@ from typing import Any
 import aiohttp
 from aiohttp import WSMsgType, web
 from lods.studio.guard import LIVE_POLICY
-from lods.studio.shelf import MAX_JSON, Entry
+from lods.studio.records import MAX_JSON
+from lods.studio.shelf import Entry
 from yarl import URL
 
 VIEWER = "viewer.json"

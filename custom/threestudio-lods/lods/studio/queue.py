@@ -15,15 +15,9 @@ from typing import Any
 from lods.commands.job import Request
 from lods.commands.make import threads_of
 from lods.studio import choices, processes
-from lods.studio.shelf import (
-    LOG,
-    WAITING,
-    Entry,
-    Shelf,
-    in_use,
-    log_end,
-    plain_file,
-)
+from lods.studio.progress import log_end
+from lods.studio.records import LOG, in_use, plain_file
+from lods.studio.shelf import WAITING, Entry, Shelf
 
 PATIENCE = 30.0  # seconds that a run which was cancelled has to save what it has
 EXPORT_LOG = "export.log"

@@ -18,18 +18,10 @@ from lods import __version__, host
 from lods.studio import choices, live
 from lods.studio.connections import Connections
 from lods.studio.guard import MAX_BODY, Guard
+from lods.studio.progress import log_end, progress, steered_to, trained_for
 from lods.studio.queue import OVER, Queue, Refused
-from lods.studio.shelf import (
-    KINDS,
-    WAITING,
-    Entry,
-    changed,
-    created,
-    log_end,
-    progress,
-    steered_to,
-    trained_for,
-)
+from lods.studio.records import changed
+from lods.studio.shelf import KINDS, WAITING, Entry, created
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 TYPES = {

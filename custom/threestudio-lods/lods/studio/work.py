@@ -17,7 +17,7 @@ from lods.commands.job import Request, make, paused_in
 from lods.commands.make import REQUEST, make_job
 from lods.files import whole_file
 from lods.studio.processes import identity
-from lods.studio.shelf import PROCESS
+from lods.studio.records import PROCESS
 
 
 def main(argv: list[str]) -> int:

@@ -10,10 +10,14 @@ from lods.threestudio.systems.coverage import Coverage
 from lods.threestudio.systems.losses import Losses
 from lods.threestudio.systems.pictures import Pictures
 from lods.threestudio.systems.turntable import (
-    TURNTABLES,
+    FRAMES,
+    WEBM,
+    WEBP,
     frames_in,
+    kinds_of,
     straight,
     write_frame,
+    write_webm,
     write_webp,
 )
 
@@ -48,9 +52,10 @@ class LODSSystem(Losses, Pictures):
         sheet_views: Annotated[int, "[0, 10000]"] = 12
         sheet_columns: Annotated[int, "[1, 1000]"] = 4
         video_fps: Annotated[int, "[1, 1000]"] = 30
-        # of --export: the test views without background, as webp (an animation), frames (PNG files)
-        # or both; and whether the exporter writes the object
-        turntable: Annotated[str, TURNTABLES] = "none"
+        # of --export: the test views without background, one or a list of webp and webm, which are
+        # animations, and frames, PNG files (both: webp and frames), or none; and whether the
+        # exporter writes the object
+        turntable: Any = "none"
         export_object: bool = True
         loss: Annotated[dict, dict[str, Annotated[float, "scheduled (-inf, inf)"]]] = field(
             default_factory=dict
@@ -67,10 +72,7 @@ class LODSSystem(Losses, Pictures):
                 f"1 or more, not {self.cfg.sheet_views} and {self.cfg.sheet_columns}"
             )
         self._check_mesh_format()
-        if self.cfg.turntable not in TURNTABLES:  # upstream does not look at it
-            raise ValueError(
-                f"system.turntable={self.cfg.turntable!r} must be one of {', '.join(TURNTABLES)}"
-            )
+        self._turns = kinds_of(self.cfg.turntable)
         self._results: dict[str, str] = {}
         self.begin_pictures()
         super().configure()  # where the first picture may be drawn
@@ -126,7 +128,7 @@ class LODSSystem(Losses, Pictures):
     @property
     def renders_to_export(self) -> bool:
         """For the host, which makes the views only where they are rendered."""
-        return self.exporter.cfg.save_video or self.cfg.turntable != "none"
+        return self.exporter.cfg.save_video or bool(self._turns)
 
     @property
     def _turntable(self) -> str:
@@ -134,7 +136,7 @@ class LODSSystem(Losses, Pictures):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         super().predict_step(batch, batch_idx)
-        if self.cfg.turntable == "none":
+        if not self._turns:
             return
         out = self(batch)
         for i, index in enumerate(batch["index"].tolist()):
@@ -142,16 +144,17 @@ class LODSSystem(Losses, Pictures):
             write_frame(self.get_save_path(f"{self._turntable}/{index}.png"), picture)
 
     def _write_turntable(self) -> None:
-        """The animation of the frames, which stay only where they are asked for."""
+        """The animations of the frames, which stay only where they are asked for."""
         folder = self.get_save_path(self._turntable)
         if self.views:
             self._remove_frames_from(self.views, self._turntable)
         frames = frames_in(folder)
-        if self.cfg.turntable != "frames":
-            path = self.get_save_path(f"it{self.true_global_step}-export/turntable.webp")
-            write_webp(path, frames, self.cfg.video_fps)
-            self._results["animation"] = path
-        if self.cfg.turntable != "webp":
+        for kind, write in ((WEBP, write_webp), (WEBM, write_webm)):
+            if kind in self._turns:
+                path = self.get_save_path(f"it{self.true_global_step}-export/turntable.{kind}")
+                write(path, frames, self.cfg.video_fps)
+                self._results["animation" if kind == WEBP else "video with transparency"] = path
+        if FRAMES in self._turns:
             self._results["frames"] = folder
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -162,7 +165,7 @@ class LODSSystem(Losses, Pictures):
         if self.exporter.cfg.save_video:
             self.on_test_epoch_end()
             self.exporter.cfg.save_video = False
-        turns = self.cfg.turntable != "none" and self.trainer.predicting
+        turns = bool(self._turns) and self.trainer.predicting
         if turns:
             self.trainer.strategy.barrier()  # the frames of all processes are there
         if self.global_rank != 0:
