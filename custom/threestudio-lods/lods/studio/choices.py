@@ -32,6 +32,7 @@ METHODS = {
     "lods-vsd": ("VSD", "ProlificDreamer's: learns a LoRA that sees the camera"),
     "lods-nfsd": ("NFSD", "SDS without the part that is only noise"),
     "lods-sdi": ("SDI", "SDS with noise that is inverted from the object"),
+    "lods-pfd": ("PFD", "SDI with all steps of a sampling back to a picture: slow"),
     "lods-ism": ("ISM", "LucidDreamer's: matches intervals of the inversion"),
     "lods-bridge": ("Bridge", "leads from a source text to the prompt"),
     "lods-asd": ("ASD", "ScaleDreamer's: compares with the same noise at a later time"),
