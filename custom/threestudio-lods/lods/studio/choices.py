@@ -88,7 +88,7 @@ def _model(card: cards.Card) -> dict[str, Any]:
         here = cards.is_here(card.name)
         about["says"] = f"{card.image_size} pixels, for a GPU of {card.memory_gb} GB or more"
         if not here:
-            about["says"] += f"; not on this machine yet: hf download {card.ids[0]}"
+            about["says"] += f"; not on this machine yet: {card.download}"
         return about | {"here": here}
     about |= {"here": True, "says": "comes with the library, small enough for a CPU"}
     vocabulary = Vocabulary.read(str(cards.CARDS.parent / card.folder))
