@@ -16,6 +16,13 @@ def pfd(schedule, steps, **values):
     return made("pfd", schedule, **fields)
 
 
+def limit(schedule, **values):
+    """(the gradient for steps of no length, what that of 150 steps has beside it): the error of a
+    step of Euler is halved with its length, which divides 600 here."""
+    few, many = (gradient(pfd(schedule, n, **values), latents()) for n in (75, 150))
+    return 2 * many - few, few - many
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_one_step_back_is_sdi(schedule):
     same = {
@@ -34,8 +41,8 @@ def test_one_step_back_is_sdi(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_way_back_under_the_same_text_ends_where_it_began(schedule):
     same = {"inversion_scale": 1.0, "guidance_scale": 1.0}
-    few, many = (gradient(pfd(schedule, n, **same), latents()).abs().max() for n in (10, 80))
-    assert many < 0.05 and many < few / 4
+    found, rest = limit(schedule, **same)
+    assert rest.abs().max() > 0.05 and found.abs().max() < 0.01
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -43,15 +50,14 @@ def test_from_one_gaussian_to_another_it_moves_by_a_known_part(schedule):
     """Under either text u = (x_t - alpha m) / S stays on the way, S^2 = alpha^2 std^2 + sigma^2; so
     a picture of N(m', std^2) ends at z + (1 - alpha std / S) (m - m')."""
     ways = {"inversion_scale": 0.0, "guidance_scale": 1.0}
-    method = pfd(schedule, 300, **ways)
-    got = gradient(method, latents())
+    method, (got, _) = pfd(schedule, 1), limit(schedule, **ways)
     texts = (method.prompts.plain(which)[None] for which in ("prompt", "null"))
     to, origin = (method.model.network(torch.zeros(1), text) for text in texts)
     alpha, sigma = schedule.alpha_sigma(torch.tensor([method.max_step]))
     spread = (alpha**2 * 0.25 + sigma**2).sqrt()
     want = ((1 - alpha * 0.5 / spread) * (origin - to)).expand_as(got)
     assert want.abs().max() > 0.3
-    torch.testing.assert_close(got, want, rtol=0, atol=0.03)
+    torch.testing.assert_close(got, want, rtol=0, atol=0.01)
 
 
 def test_another_weight_is_one_of_noise():

@@ -177,7 +177,7 @@ def attach(
     for name in [*wanted, *found]:
         if name not in found or name not in state or found[name].shape != state[name].shape:
             raise ValueError(
-                f"the adapter {where} does not fit the unet (see {name[:80]}): take "
+                f"the adapter {where} does not fit the unet (see {name[:100]}): take "
                 "mvadapter_t2mv_sd21.safetensors, on a model of Stable Diffusion 2.1's shape"
             )
     network.load_state_dict(found, strict=False, assign=True)
