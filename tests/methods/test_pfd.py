@@ -42,7 +42,7 @@ def test_one_step_back_is_sdi(schedule):
 def test_the_way_back_under_the_same_text_ends_where_it_began(schedule):
     same = {"inversion_scale": 1.0, "guidance_scale": 1.0}
     found, rest = limit(schedule, **same)
-    assert rest.abs().max() > 0.05 and found.abs().max() < 0.01
+    assert rest.abs().max() > 0.05 and found.abs().max() < 0.02
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -57,7 +57,7 @@ def test_from_one_gaussian_to_another_it_moves_by_a_known_part(schedule):
     spread = (alpha**2 * 0.25 + sigma**2).sqrt()
     want = ((1 - alpha * 0.5 / spread) * (origin - to)).expand_as(got)
     assert want.abs().max() > 0.3
-    torch.testing.assert_close(got, want, rtol=0, atol=0.01)
+    torch.testing.assert_close(got, want, rtol=0, atol=0.02)
 
 
 def test_another_weight_is_one_of_noise():
