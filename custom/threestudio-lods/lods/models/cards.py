@@ -330,9 +330,10 @@ def out_of_reach(repo: str) -> str:
 
 
 def _missing_card(name: str, card: Card, why: str) -> str:
-    base = all_cards()[card.base].ids if card.base else ()
-    both = f"{', '.join(card.ids)}{f', with {base[0]},' * bool(base)} is"
-    return missing(name, both, why, card.download.removeprefix("hf download "))
+    what = ", ".join(card.ids)
+    if card.base:
+        what += f", with {all_cards()[card.base].ids[0]},"
+    return missing(name, f"{what} is", why, card.download.removeprefix("hf download "))
 
 
 def missing(name: str, what: str, why: str, repo: str) -> str:

@@ -86,8 +86,12 @@ def _family_of(location: Location, name: str) -> Any:
     if has_view_adapter(location):
         network = f"{network} with {VIEW_ADAPTER}"
     if network not in _classes:
-        what = "a Stable-Diffusion-shaped model has a" if part == "unet" else "known are"
-        raise ValueError(f"the {part} of {name!r} is a {network}; {what} {' or a '.join(_classes)}")
+        what = "a Stable-Diffusion-shaped model has a" if part == "unet" else "known are a"
+        known = sorted(each for each, cls in _classes.items() if cls.part == part)
+        known = [each for each in known if VIEW_ADAPTER not in each]
+        raise ValueError(
+            f"the {part} of {name!r} is a {str(network)[:80]}; {what} {' or a '.join(known)}"
+        )
     return _classes[network]
 
 
