@@ -1,7 +1,8 @@
 """Runs the tests of every method on every model family, and makes a table of what they did.
 
-    python benchmarks/model_methods.py                    # all of them, some minutes
-    python benchmarks/model_methods.py --families sana    # these again, the others as they are
+    python benchmarks/model_methods.py                      # all of them, some minutes
+    python benchmarks/model_methods.py --families sana      # these again, the others as they are
+    python benchmarks/model_methods.py --methods lods-dds   # or these, on every family
 
 tests/methods/test_every_family.py notes for each cell what it has asserted: two steps with a tiny
 random model, a resumed run that equals one that was not interrupted, a file of the learned part
@@ -45,18 +46,22 @@ works with a family, and nothing about pictures.
   pipeline has no `load_lora_weights`: there peft loads the file into the pipeline's transformer
   ([how](models.md#sana-and-pixart-sigma)).
 
+Methods that edit are given random pictures as what was there before, and a text of them.
+
 Methods that learn nothing have no file to save, and a learned embedding is a file of its own, which
 pipelines of diffusers take as `prompt_embeds` and not as a file.
 
 """
 
 
-def run_tests(families: list[str]) -> list[dict[str, str]]:
-    """One row for each cell of these families (of all, where none is named)."""
+def run_tests(families: list[str], methods: list[str]) -> list[dict[str, str]]:
+    """One row for each cell of these families and methods (of all, where none is named)."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        # "sd-" is in no other family's name
-        chosen = ["-k", " or ".join(f"[{family}-" for family in families)] if families else []
+        # "sd-" is in no other family's name, and "-lods-rfds]" ends no other method's
+        pieces = [f"[{family}-" for family in families], [f"-{name}]" for name in methods]
+        words = " and ".join(f"({' or '.join(each)})" for each in pieces if each)
+        chosen = ["-k", words] if words else []
         command = [sys.executable, "-m", "pytest", TEST, "-m", "slow or not slow", "-q", "-n", "0"]
         subprocess.run([*command, f"--junitxml={report}", *chosen], cwd=ROOT, check=False)
         if not report.exists():
@@ -107,9 +112,11 @@ def page(rows: list[dict[str, str]]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--families", nargs="+", default=[], help="of tests/families.py")
+    parser.add_argument("--methods", nargs="+", default=[], help="by name, as lods-sds")
     args = parser.parse_args()
-    rows = run_tests(args.families)
-    kept = [row for row in read_table() if row["family"] not in {new["family"] for new in rows}]
+    rows = run_tests(args.families, args.methods)
+    new = {(row["family"], row["method"]) for row in rows}
+    kept = [row for row in read_table() if (row["family"], row["method"]) not in new]
     rows = sorted(kept + rows, key=lambda row: (row["family"], row["method"]))
     write_table(CSV, rows)
     PAGE.write_text(page(rows))

@@ -91,6 +91,15 @@ def tiny_multiview(tmp_path_factory):
     return made_once(tmp_path_factory, "tiny_multiview", make_tiny_multiview)
 
 
+@pytest.fixture(scope="session")
+def tiny_adapted(tmp_path_factory):
+    """``tiny_adapted(...) -> folder`` of a random model with an adapter that lets it see six views,
+    made once per set of arguments."""
+    from tests.tiny_models import make_tiny_adapted
+
+    return made_once(tmp_path_factory, "tiny_adapted", make_tiny_adapted)
+
+
 @pytest.fixture
 def registered():
     """What a test registers is taken back after it."""

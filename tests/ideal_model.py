@@ -26,6 +26,7 @@ GRADIENTS = {
     "bridge": lambda z, y, n, source, bad: source - y,
     "vsd": lambda z, y, n, source, bad: y - n + S * (n - y),  # its LoRA is still the model
     "sdi": lambda z, y, n, source, bad: z - n + S * (n - y),  # whatever it has inverted to
+    "pfd": lambda z, y, n, source, bad: z - n + S * (n - y),  # z less where its way ends
     "ism": lambda z, y, n, source, bad: S * (n - y),  # a step of DDIM keeps eps(.; n)
     "asd": lambda z, y, n, source, bad: y - n + S * (n - y),  # the later time is t itself
     "rfds": lambda z, y, n, source, bad: z - n + S * (n - y),
@@ -38,7 +39,7 @@ GRADIENTS = {
 # that read guidance_scale
 SCALED = (
     *("embedding", "lora", "vsd", "sds", "nfsd", "sdi", "ism", "asd", "rfds", "rfds-rev", "ucm"),
-    "refine",
+    *("pfd", "refine"),
 )
 # settings with which a method has that gradient from the first step on
 FIELDS = {
@@ -46,6 +47,7 @@ FIELDS = {
     "rfds": {"weighting_strategy": "sds"},
     "rfds-rev": {"weighting_strategy": "sds"},
     "ucm": {"weighting_strategy": "sds", "ucm_random_steps": 0},
+    "pfd": {"weighting_strategy": "sds"},
     "refine": {"weighting_strategy": "sds"},
 }
 

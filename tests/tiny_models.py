@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from pocket.portable import make_portable
 from pocket.tokenizer import save_tokenizer
@@ -104,7 +105,9 @@ def write_pipeline(
             initializer_factor=10.0,
         )
 
-    fields = {"attention_head_dim": 8, **(unet or {})}
+    down = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+    up = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    fields = {"attention_head_dim": 8, **down, **up, **(unet or {})}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(text_config(width, act))
@@ -114,8 +117,6 @@ def write_pipeline(
             out_channels=4,
             block_out_channels=(16, 32),
             layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=width + width_2,
             norm_num_groups=8,
             **fields,
@@ -181,6 +182,47 @@ def save_pipeline(pipeline, folder, width: int, camera_tokens: int, seed: int) -
     if camera_tokens:
         write_camera_encoder(folder, width, camera_tokens, seed)
     return folder
+
+
+# levels like those of Stable Diffusion 2.1, of which all but the last have attention
+LEVELS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
+def make_tiny_adapted(folder, **options) -> Path:
+    """A random model with an adapter (:mod:`lods.models.view_adapter`) in its folder, that lets it
+    see six views; ``options`` as for ``write_pipeline``."""
+    folder = write_pipeline(Path(folder), **{"width": 32, "unet": LEVELS, **options})
+    write_view_adapter(folder, adapter_tensors(folder))
+    return folder
+
+
+def write_view_adapter(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """The file of an adapter in the folder of a model."""
+    path = folder / "mv_adapter" / "mvadapter_t2mv_sd21.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path)
+    return path
+
+
+def adapter_tensors(folder: Path, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random ones, under the names of MV-Adapter's file."""
+    from diffusers import T2IAdapter
+
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(200 + seed)
+        encoder = T2IAdapter(6, config["block_out_channels"], config["layers_per_block"], 8)
+        found = dict(encoder.state_dict())
+        for name, value in unet.items():
+            block, _, projection = name.partition(".attn1.to_")
+            if projection.split(".")[0] in ("q", "k", "v", "out"):
+                new = projection.replace(".", "_mv.", 1)
+                found[f"{block}.attn1.processor.to_{new}"] = 0.3 * torch.randn_like(value)
+    return found
 
 
 def write_camera_encoder(folder, width: int, tokens: int = 2, seed: int = 0) -> Path:

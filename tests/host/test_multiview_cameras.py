@@ -33,6 +33,16 @@ def test_views_are_a_quarter_of_a_turn_apart_and_alike_otherwise():
     assert batch["azimuth"].abs().max() <= 180
 
 
+def test_views_are_as_far_apart_as_they_are_told_to_be():
+    turns = [0, 45, 90, 180, 270, 315]
+    told = {"n_view": 6, "view_azimuths": turns, "batch_size": 12, "azimuth_range": [-15, 15]}
+    azimuth = batch_of(**told)["azimuth"].reshape(2, 6)
+    wanted = torch.tensor(turns, dtype=torch.float32)
+    found = (azimuth - azimuth[:, :1]) % 360
+    torch.testing.assert_close(found, wanted.expand(2, 6), atol=1e-3, rtol=0)
+    assert azimuth[:, 0].abs().max() <= 15 and azimuth[0, 0] != azimuth[1, 0]
+
+
 def test_cameras_are_of_the_published_ranges():
     batches = [dataset().collate(None) for _ in range(20)]
     elevation, fovy, distance = (
@@ -83,6 +93,11 @@ def test_a_batch_has_as_many_pictures_as_it_is_asked_for_at_each_resolution():
     [
         ({"batch_size": 6}, "batch_size counts pictures, 4 .n_view. of each object"),
         ({"up_perturb": 0.1}, "up_perturb must be 0"),
+        ({"view_azimuths": [0, 90]}, "view_azimuths.* has 2 numbers for n_view=4 cameras"),
+        (
+            {"view_azimuths": "odd"},
+            "view_azimuths must be a list .* or even, not 'odd'",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options, message):

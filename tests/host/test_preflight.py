@@ -186,6 +186,16 @@ def test_cards_that_cannot_be_had_are_refused(asked):
             asked("sd15", lora="sd21", guidance_type=f"lods-{kind}-guidance")
 
 
+def test_a_distilled_card_is_refused_before_it_would_be_downloaded(asked):
+    said = "system.guidance_type=lods-sds-guidance needs a null prediction: flux1-dev was .* take o"
+    for model in ("flux1-dev", "black-forest-labs/FLUX.1-dev"):
+        with pytest.raises(ValueError, match=said) as error:
+            asked(model, guidance_type="lods-sds-guidance")
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="'flux1-dev' cannot be had"):  # a method of others
+        asked("flux1-dev", guidance_type="stable-diffusion-guidance")
+
+
 def test_names_of_nothing_and_hub_ids_out_of_reach_are_refused(asked):
     for model in ("SD15", "sd1.5", "sd-15"):
         with pytest.raises(ValueError, match=f"no card '{model}' .did you mean 'sd15'"):

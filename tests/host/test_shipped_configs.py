@@ -92,18 +92,27 @@ def test_every_overlay_that_ships_for_the_embedded_model_is_in_a_chain():
     assert shipped == {name for chain in CHAINS for name in chain[1:]}
 
 
-@pytest.mark.parametrize("method", ["sds", "embedding", "lora"])
+@pytest.mark.parametrize(
+    ("overlay", "method"),
+    [
+        *(("mvdream-sd21", method) for method in ("sds", "embedding", "lora")),
+        ("mvadapter-sd21", "lora"),
+    ],
+)
 @pytest.mark.slow
-def test_two_steps_over_four_views(method, tmp_path, monkeypatch, tiny_multiview):
+def test_two_steps_over_several_views(
+    overlay, method, tmp_path, monkeypatch, tiny_multiview, tiny_adapted
+):
     """With a tiny model in the place of the published one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     base = "lods-ngp-lora" if method == "lora" else "lods-ngp-embedding"
-    files = [str(CONFIGS / f"{name}.yaml") for name in (base, "mvdream-sd21")]
+    files = [str(CONFIGS / f"{name}.yaml") for name in (base, overlay)]
     words = [w for w in small(FOUR_VIEWS) if "batch_size" not in w]
-    model = f"system.prompt_processor.pretrained_model_name_or_path={tiny_multiview()}"
+    folder, views = (tiny_multiview(), 4) if overlay == "mvdream-sd21" else (tiny_adapted(), 6)
+    model = f"system.prompt_processor.pretrained_model_name_or_path={folder}"
     kind = f"system.guidance_type=lods-{method}-guidance"
-    words += ["data.batch_size=4", "data.n_val_views=1", "trainer.precision=32", model, kind]
+    words += [f"data.batch_size={views}", "data.n_val_views=1", "trainer.precision=32", model, kind]
     words += ["system.prompt_processor.negative_prompt=a car"]
     assert launch(files, words) == 0
 

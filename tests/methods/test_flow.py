@@ -12,7 +12,7 @@ from tests.ideal_model import CHANNELS, SIZE
 FLOW = RectifiedFlow(3.0)
 PLAIN = TextSettings(view_dependent_prompting=False)
 OURS = ["asd", "bridge", "csd", "embedding", "ism", "lora", "nfsd", "rfds", "rfds-rev", "sdi"]
-OURS += ["refine", "sds", "ucm", "vsd"]
+OURS += ["pfd", "refine", "sds", "ucm", "vsd"]
 # UCM's steps are equal in the noise of a flow and in the timesteps of a diffusion
 COMPARED = [name for name in OURS if name != "ucm"]
 OWN = {"bridge": {"bridge_start": 0}, "sdi": {"inversion_eta": 0.0}, "ucm": {"ucm_random_steps": 0}}

@@ -55,6 +55,37 @@ def test_all_views_have_one_t_and_each_its_noise(make):
     assert (groups == groups[:, :1]).all() and len(learned.unique()) > 1
 
 
+def test_the_views_of_an_object_have_one_later_time(make):
+    """Of ASD, whose distance to it is drawn."""
+    method = make("lods-asd", asd_shift=0.5)
+    later = method.later(torch.full((8,), 500)).reshape(2, 4)
+    assert (later == later[:, :1]).all() and later[0, 0] != later[1, 0]
+
+
+def test_the_spread_is_that_of_all_views(make):
+    """By hand: with phi = 1 each object's clean images are scaled by one factor."""
+    method, seen = make("lods-sds", weighting_strategy="latent", recon_std_rescale=1.0), []
+    method.model.predict = lambda x, t, *more: seen.append((x, t)) or inner(x, t, *more)
+    inner = type(method.model).predict.__get__(method.model)
+    try:
+        got = 8 * gradient(method)
+    finally:
+        del method.model.predict
+    torch.manual_seed(0)
+    z, (x, t) = torch.randn(8, 4, 8, 8), seen[0]
+    conditions = method.prompts.conditions(around())
+    with torch.no_grad():
+        texts = torch.cat([conditions.prompt, conditions.null])
+        eps_c, eps_u = method.model.predict(x, t, texts, around().repeat(2)).chunk(2)
+    alpha, sigma = (each[:8].view(8, 1, 1, 1) for each in method.model.schedule.alpha_sigma(t))
+    plain, guided = (
+        (x[:8] - sigma * eps) / alpha for eps in (eps_c, eps_u + 7.5 * (eps_c - eps_u))
+    )
+    factor = plain.reshape(2, -1).std(1) / guided.reshape(2, -1).std(1)
+    want = z - guided * factor.repeat_interleave(4).view(8, 1, 1, 1)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", RESCALED)
 def test_no_rescaling_is_the_plain_gradient(make, name):
     plain, phi0, phi1 = (

@@ -164,6 +164,11 @@ def bad_loras(folder, tmp_path):
         (write("gone", gone), "does not fit this model: its unet has no layer down_blocks.0.att"),
         (write("loha", {f"{name}.hada_w1_a": down}), "is a LyCORIS file or its like"),
         (write("lokr", {f"{name}.lokr_w1": down}), "is a LyCORIS file or its like"),
+        (write("norm", {f"{name}.w_norm": down}), "is a LyCORIS file or its like"),
+        (
+            write("other", {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": down}),
+            "for a model of this kind, which has no place for 'lora_unet_double|not a LoRA that",
+        ),
         (
             write("flux", {"transformer.x.lora_A.weight": down, "transformer.x.lora_B.weight": up}),
             "is of a transformer, and this model has a unet: it is of another model",

@@ -66,7 +66,8 @@ def test_the_cards_are_whole(cards):
     flows += ["flux2-klein-base-4b", "flux2-klein-base-9b", "flux2-klein-4b"]
     flows += ["z-image", "z-image-turbo", "qwen-image"]
     flows += ["sana-1600m", "sana-1600m-512", "sana-600m-512"]
-    diffusions = ["sd15", "sd21-base", "sd21", "sdxl", "pocket-shapes", "pocket", "mvdream-sd21"]
+    diffusions = ["sd15", "sd21-base", "sd21", "sdxl", "pocket-shapes", "pocket"]
+    diffusions += ["mvdream-sd21", "mvadapter-sd21"]
     assert list(known) == [*diffusions, *flows, "pixart-sigma"]
     assert [name for name, card in known.items() if card.prediction_type == "flow"] == flows
     for name, card in known.items():
@@ -74,9 +75,10 @@ def test_the_cards_are_whole(cards):
         assert all(repo.count("/") == 1 for repo in card.ids + card.aliases)
         assert not card.memory_measured and card.memory_gb > 0
     ids = [repo for card in known.values() for repo in card.ids + card.aliases]
-    assert len(ids) == len(set(ids)) == 25
+    assert len(ids) == len(set(ids)) == 26
     for card in known.values():
         assert card.instead is None or known[card.instead].instead is None
+        assert bool(card.base) == bool(card.file) and (card.base is None or card.base in known)
     assert cards.find_card(cards.DEFAULT_MODEL) is known["sd21-base"]
 
 
@@ -93,6 +95,25 @@ def test_each_model_of_the_package_has_overlays_and_settings_of_its_own(cards):
             assert cards.canonical(name) == card.overlay
             width = OmegaConf.to_container(overlay.data)["width"]
             assert np.max(width) == card.image_size
+
+
+def test_an_adapter_is_its_base_and_its_file(cards, hub):
+    adapter, base = (cards.all_cards()[name] for name in ("mvadapter-sd21", "sd21-base"))
+    assert not cards.is_here("mvadapter-sd21") and cards.views_of("mvadapter-sd21") == 6
+    hub(base.ids[0])
+    assert not cards.is_here("mvadapter-sd21") and cards.is_here("sd21-base")
+    with pytest.raises(ValueError, match=r"huanngzh/mv-adapter, with .*base, is neither") as error:
+        cards.resolve("mvadapter-sd21")
+    download = f"hf download huanngzh/mv-adapter {adapter.file}, and hf download {base.ids[0]}"
+    assert download == adapter.download and download in str(error.value)
+    assert "\n" not in str(error.value)
+    hub(adapter.ids[0], adapter.file)
+    for name in ("mvadapter-sd21", adapter.ids[0]):
+        found = cards.resolve(name)
+        assert found == cards.Location(base.ids[0], None, adapter) and cards.is_here(name)
+        assert cards.has_view_adapter(found) and cards.views_of(name) == 6
+        assert cards.canonical(name) == adapter.ids[0]
+    assert not cards.has_view_adapter(cards.resolve("sd21-base"))
 
 
 @pytest.mark.parametrize("name", ["sd15", SD15, OLD15])

@@ -236,6 +236,44 @@ def test_diffusers_own_converter_agrees_on_the_names(published):
     assert all(ours[name] is wanted[name] for name in wanted)
 
 
+def test_the_published_config_is_stable_diffusion_2_told_cameras():
+    """Field by field, and by the number of its weights, those for the camera included."""
+    from diffusers import UNet2DConditionModel
+
+    config = {
+        **PUBLISHED,
+        "image_size": 32,
+        "model_channels": 320,
+        "attention_resolutions": [4, 2, 1],
+        "channel_mult": [1, 2, 4, 4],
+        "num_head_channels": 64,
+        "context_dim": 1024,
+    }
+    down = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+    fields = multiview_keys.fields(config, "x")
+    assert fields == {
+        "sample_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "layers_per_block": 2,
+        "down_block_types": down,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
+        "cross_attention_dim": 1024,
+        "attention_head_dim": [5, 10, 20, 20],
+        "transformer_layers_per_block": 1,
+        "use_linear_projection": True,
+        "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": 16,
+    }
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(fields)
+    camera = (16 + 1) * 1280 + (1280 + 1) * 1280
+    assert sum(each.numel() for each in network.parameters()) == 865_910_724 + camera
+    deeper = multiview_keys.fields({**config, "transformer_depth": 2}, "x")
+    assert deeper["transformer_layers_per_block"] == 2
+
+
 def changed(folder, tmp_path, **fields):
     there = tmp_path / "changed"
     shutil.copytree(folder, there)

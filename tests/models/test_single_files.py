@@ -229,7 +229,15 @@ BAD = {
     ),
     "sd3.safetensors": (
         header({"model.diffusion_model.joint_blocks.0.x": [2]}),
-        "Stable Diffusion 3 in one file, which is not read: give its diffusers folder",
+        "the network of a Stable Diffusion 3 and no autoencoder: give the model's diffusers folder",
+    ),
+    "flux.safetensors": (
+        header({"model.diffusion_model.double_blocks.0.x": [2]}),
+        "a FLUX in one file, which is not read: give its diffusers folder",
+    ),
+    "scaled.safetensors": (
+        header({"model.diffusion_model.input_blocks.0.0.scale_weight": [1]}),
+        "weights of 8 bits with scales beside them: take the file with those of 16 bits",
     ),
     "inpaint.safetensors": (
         header({"model.diffusion_model.input_blocks.0.0.weight": [320, 9, 3, 3]}),

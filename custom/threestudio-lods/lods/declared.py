@@ -15,6 +15,7 @@ _REGISTERED = re.compile(r'^@register\("([^"]+)"\)', re.MULTILINE)
 _SHARED = {
     "models/memory.py": ("ModelSettings",),
     "methods/reconstruction.py": ("Rescaling",),
+    "methods/inversion.py": ("Inversion",),
     "threestudio/guidance.py": ("HostSettings", "Accepted"),
 }
 _OF_THE_HOST = ("weights",)  # of threestudio's BaseModule.Config

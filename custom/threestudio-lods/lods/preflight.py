@@ -8,6 +8,7 @@ torch is imported; upstream's does not know it, and finds out when the models ar
 import sys
 from typing import Any, NamedTuple
 
+from lods.declared import settings_of
 from lods.models import cards
 from lods.models.additions import Additions
 from lods.models.vocabulary import FORCE, Vocabulary
@@ -83,6 +84,7 @@ def preflight(cfg: Any, mode: str) -> None:
         check_edit(cfg)
         if mode == "train":
             refuse_training(cfg)
+        check_distilled(cfg.system)
         for name in model_names(cfg.system):
             cards.refuse_early(name)
         check_additions(cfg.system)
@@ -162,6 +164,18 @@ def check_cameras(system: Any) -> None:
         for name in model_names(system, ("guidance",)):
             if cards.local_folder(name) and not cards.has_camera_encoder(name):
                 raise ValueError(cards.no_camera_encoder(name, told, "system.guidance."))
+
+
+def check_distilled(system: Any) -> None:
+    """Raise ``ValueError``, one line, for the card of a model without a null prediction, which all
+    our methods need: before it is asked whether it is here, or has to be downloaded."""
+    kind = str(system.get("guidance_type"))
+    if settings_of(kind) is None:  # none of ours
+        return
+    for name in model_names(system, ("guidance",)):
+        card = cards.find_card(name)
+        if card and card.no_null:
+            raise ValueError(f"system.guidance_type={kind} needs a null prediction: {card.no_null}")
 
 
 def check_additions(system: Any) -> None:

@@ -197,9 +197,8 @@ def _models() -> Iterator[tuple[str, str]]:
         gigabytes = torch.cuda.get_device_properties(0).total_memory / 2**30
     for name, card in cards.all_cards().items():
         if not cards.is_here(name):
-            revision = f" --revision {card.revision}" if card.revision else ""
             login = ", after its licence is accepted there and hf auth login" * card.gated
-            ask = f"hf download {card.ids[0]}{revision}{login}" if card.ids else ""
+            ask = f"{card.download}{login}" if card.ids else ""
             least = f"; for GPUs of {card.memory_gb:g} GB and more"
             guess = "" if card.memory_measured else " (estimated)"
             download = f"not downloaded: {ask}{least}{guess}" if ask else ""

@@ -1,11 +1,8 @@
 """Score distillation via inversion (SDI, arXiv:2405.15891)."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
-import torch
-from lods import scores
-from lods.methods.inversion import ddim_invert
+from lods.methods.inversion import Inversion, inverted
 from lods.methods.registry import register
 from lods.methods.sds import SDS
 
@@ -24,23 +21,10 @@ class SDI(SDS):
     """
 
     @dataclass
-    class Config(SDS.Config):
-        # steps and guidance scale of the inversion, and the part of the noise of a DDPM step that
-        # each of them adds
-        inversion_steps: Annotated[int, "[1, 10000]"] = 10
-        inversion_scale: Annotated[float, "[-1e6, 1e6]"] = -7.5
-        inversion_eta: Annotated[float, "[0, 1]"] = 0.3
+    class Config(Inversion, SDS.Config):
+        pass
 
     cfg: Config
 
     def diffuse(self, latents, t, conditions):
-        def predict(x, t):
-            eps_c, eps_u = self.predict(x, t, conditions, conditions.prompt, conditions.null)
-            return scores.cfg(eps_c, eps_u, self.cfg.inversion_scale)
-
-        n = self.cfg.inversion_steps
-        part = torch.arange(n + 1, device=t.device)[:, None] / n
-        steps = (t * part).round().long()
-        schedule = self.model.schedule
-        x_t = ddim_invert(schedule, predict, latents, steps, self.cfg.inversion_eta)
-        return x_t, self.model.noise_of(x_t, latents, t)
+        return inverted(self, latents, t, conditions)

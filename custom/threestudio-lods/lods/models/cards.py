@@ -42,6 +42,8 @@ CAMERA_ENCODER = "camera_encoder"  # its folder in that of a model, if it has on
 # what the config of a UNet that sees several views calls its class: ours, and MVDream's
 MULTI_VIEW = ("MultiViewUNet", "MultiViewUNetModel")
 VIEWS = 4  # of one whose config says no number
+# the folder of an adapter in that of a model, if it has one, and the views that it sees
+VIEW_ADAPTER, ADAPTED_VIEWS = "mv_adapter", 6
 CONNECT_SECONDS = 1.0  # to find out that there is no network
 ASK_SECONDS = 5.0  # for each repository, where there is one
 
@@ -68,6 +70,17 @@ class Card:
     gated: bool = False
     instead: str | None = None
     views: int = 1
+    base: str | None = None
+    file: str | None = None
+
+    @property
+    def download(self) -> str:
+        """The commands that download it once; "" for a model that is in the package."""
+        if not self.ids:
+            return ""
+        revision = f" --revision {self.revision}" if self.revision else ""
+        own = f"hf download {self.ids[0]}{f' {self.file}' * bool(self.file)}{revision}"
+        return f"{own}, and {all_cards()[self.base].download}" if self.base else own
 
     @property
     def no_null(self) -> str:
@@ -164,7 +177,9 @@ def resolve(name_or_path: str) -> Location:
     repo, why = _first_on_hub(card.ids, card.revision)
     if repo is None:
         raise ValueError(_missing_card(name_or_path, card, why))
-    return Location(repo, card.revision, card)
+    return (
+        resolve(card.base)._replace(card=card) if card.base else Location(repo, card.revision, card)
+    )
 
 
 def local_folder(name_or_path: str) -> str | None:
@@ -189,8 +204,10 @@ def views_of(name_or_path: str) -> int | None:
     """Of a model that sees several pictures of an object at once: how many; None for another, and
     for a repository of the hub without a card. What is wrong with a folder is not said here."""
     card, folder = find_card(name_or_path), local_folder(name_or_path)
-    if folder is None:
+    if folder is None or (card is not None and card.base):
         return card.views if card is not None and card.views > 1 else None
+    if os.path.isdir(os.path.join(folder, VIEW_ADAPTER)):
+        return ADAPTED_VIEWS
     try:
         with open(os.path.join(folder, "unet", "config.json"), encoding="utf-8") as file:
             config = json.load(file)
@@ -198,6 +215,13 @@ def views_of(name_or_path: str) -> int | None:
         return int(config.get("num_frames", VIEWS)) if several else None
     except (OSError, ValueError, AttributeError, RecursionError, TypeError):
         return None
+
+
+def has_view_adapter(model: Location) -> bool:
+    """Whether an adapter is added to the model that lets it see several views
+    (:mod:`lods.models.view_adapter`)."""
+    adds = model.card is not None and model.card.base is not None
+    return adds or os.path.isdir(os.path.join(model.path, VIEW_ADAPTER))
 
 
 def has_renders(folder: str) -> bool:
@@ -288,6 +312,9 @@ def _without_hub(name_or_path: str, card: Card | None) -> Location | None:
         return Location(find_folder(name_or_path) or name_or_path)
     if card.folder is not None:
         return Location(str(CARDS.parent / card.folder), None, card)
+    if card.base:
+        base = _without_hub(card.base, find_card(card.base))
+        return base._replace(card=card) if base and _has_file(card) else None
     for repo in card.ids + card.aliases:
         # a copy of an old repository has revisions of its own
         revision = card.revision if repo in card.ids else None
@@ -303,7 +330,10 @@ def out_of_reach(repo: str) -> str:
 
 
 def _missing_card(name: str, card: Card, why: str) -> str:
-    return missing(name, f"{', '.join(card.ids)} is", why, card.ids[0])
+    what = ", ".join(card.ids)
+    if card.base:
+        what += f", with {all_cards()[card.base].ids[0]},"
+    return missing(name, f"{what} is", why, card.download.removeprefix("hf download "))
 
 
 def missing(name: str, what: str, why: str, repo: str) -> str:
@@ -338,6 +368,14 @@ def _is_cached(repo: str, revision: str | None) -> bool:
     return any(
         isinstance(try_to_load_from_cache(repo, mark, revision=revision), str) for mark in MARKS
     )
+
+
+def _has_file(card: Card) -> bool:
+    """Whether the file of an adapter is in the hub's local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(card.ids[0], card.file or "", revision=card.revision)
+    return isinstance(found, str)
 
 
 def _first_on_hub(ids: tuple[str, ...], revision: str | None) -> tuple[str | None, str]:

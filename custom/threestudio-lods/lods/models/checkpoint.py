@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lods.models.checkpoint_layout import Layout, Shapes, Unfit, layout_of, write_folder
+from lods.models.checkpoint_layout import layout_of, write_folder
+from lods.models.checkpoint_parts import Layout, Shapes, Unfit
 
 SUFFIX = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -32,8 +33,8 @@ _NAMES["eps"] = "epsilon"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A file, what it holds, and what it says of itself. ``prediction`` is None where nothing but
-    the network can tell."""
+    """A file, what it holds, and what it says of itself. ``prediction``: of PREDICTIONS or "flow",
+    None where nothing but the network can tell."""
 
     path: str
     folder: str
@@ -92,16 +93,18 @@ def _read(name: str) -> Checkpoint:
         layout = layout_of(shapes)
     except Unfit as error:
         raise ValueError(f"{name!r} {error}") from None
-    prediction = _prediction(name, shapes, metadata)
-    scheduler, unet = layout.configs["scheduler"], layout.configs["unet"]
-    if prediction is not None:
-        scheduler["prediction_type"] = prediction
-    prediction = scheduler.get("prediction_type")
-    if "ztsnr" in shapes:  # by which trainers say that the last step is noise alone
-        scheduler["rescale_betas_zero_snr"] = True
+    prediction = "flow"
+    if "flow" not in layout.image_size:
+        prediction = _prediction(name, shapes, metadata)
+        scheduler = layout.configs["scheduler"]
+        if prediction is not None:
+            scheduler["prediction_type"] = prediction
+        prediction = scheduler.get("prediction_type")
+        if "ztsnr" in shapes:  # by which trainers say that the last step is noise alone
+            scheduler["rescale_betas_zero_snr"] = True
     pixels = _pixels(metadata)
     shown = pixels or layout.image_size[prediction or "epsilon"]
-    unet["sample_size"] = latent_size(layout, shown)
+    layout.configs[layout.network]["sample_size"] = latent_size(layout, shown)
     layout.configs["vae"]["sample_size"] = shown
     made = tempfile.TemporaryDirectory(prefix="lods-checkpoint-")
     _folders.append(made)

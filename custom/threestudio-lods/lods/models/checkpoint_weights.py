@@ -8,11 +8,12 @@ import torch
 from lods import log
 from lods.models import checkpoint
 from lods.models.checkpoint import Checkpoint
-from lods.models.checkpoint_layout import OPEN_CLIP, UNET, VAE, XL_OPEN_CLIP, Text
+from lods.models.checkpoint_layout import OPEN_CLIP, XL_OPEN_CLIP
+from lods.models.checkpoint_parts import NETWORK, VAE, Text
 from lods.models.files import only_errors
 from torch import Tensor, nn
 
-PREFIXES = {"unet": UNET, "vae": VAE}
+PREFIXES = {"unet": NETWORK, "transformer": NETWORK, "vae": VAE}
 # correlation of a network's output with the noise that it is given, above which it predicts noise:
 # one that predicts v = alpha eps - sigma z hardly follows noise where alpha is nearly 0
 FOLLOWS = 0.5
@@ -83,12 +84,17 @@ def _tensors(path: str, prefix: str) -> dict[str, Tensor]:
         raise ValueError(f"{path!r} cannot be read as safetensors: {error}") from None
 
 
-def settle(found: Checkpoint, unet: Any, asked: str = "auto") -> None:
+def settle(found: Checkpoint, network: Any, asked: str = "auto") -> None:
     """Write into the checkpoint's folder what the network predicts, and give it the size of picture
-    that goes with it: as it is ``asked`` for, else as the file says, else as the network shows."""
+    that goes with it: as it is ``asked`` for, else as the file says, else as the network shows. Of
+    a flow there is nothing to settle; what is left out of the file is told."""
+    if found.layout.note:
+        log.info(f"model: {found.path}: {found.layout.note}")
+    if found.prediction == "flow":
+        return
     kind = found.prediction if asked == "auto" else asked
     if kind is None:
-        shared = ask(unet)
+        shared = ask(network)
         kind = checkpoint.PREDICTIONS[shared < FOLLOWS]
         log.info(
             f"model: {found.path} is taken for one that predicts {kind} (asked at the last "
@@ -96,7 +102,7 @@ def settle(found: Checkpoint, unet: Any, asked: str = "auto") -> None:
             "model_prediction if that is wrong"
         )
     pixels = found.pixels or found.layout.image_size[kind]
-    unet.register_to_config(sample_size=checkpoint.latent_size(found.layout, pixels))
+    network.register_to_config(sample_size=checkpoint.latent_size(found.layout, pixels))
     file = Path(found.folder, "scheduler", "scheduler_config.json")
     config = {**found.layout.configs["scheduler"], "prediction_type": kind}
     file.write_text(json.dumps(config), encoding="utf-8")

@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 
 import torch
 from lods.models.base import Model
-from lods.models.cards import NETWORKS, Location, has_renders, resolve
+from lods.models.cards import (
+    NETWORKS,
+    VIEW_ADAPTER,
+    Location,
+    has_renders,
+    has_view_adapter,
+    resolve,
+)
 from lods.models.files import load_model_config
 from lods.models.memory import ModelSettings, refuse_changes
 from lods.models.text import TextPlan, clip_plan
@@ -76,9 +83,15 @@ def _class_name(location: Location, part: str) -> Any:
 
 def _family_of(location: Location, name: str) -> Any:
     part, network = network_of(location)
+    if has_view_adapter(location):
+        network = f"{network} with {VIEW_ADAPTER}"
     if network not in _classes:
-        what = "a Stable-Diffusion-shaped model has a" if part == "unet" else "known are"
-        raise ValueError(f"the {part} of {name!r} is a {network}; {what} {' or a '.join(_classes)}")
+        what = "a Stable-Diffusion-shaped model has a" if part == "unet" else "known are a"
+        known = sorted(each for each, cls in _classes.items() if cls.part == part)
+        known = [each for each in known if VIEW_ADAPTER not in each]
+        raise ValueError(
+            f"the {part} of {name!r} is a {str(network)[:80]}; {what} {' or a '.join(known)}"
+        )
     return _classes[network]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 # in names of what is no LoRA, and which diffusers does not read, or reads as something else
 LYCORIS = ("hada_", "lokr_", "oft_", "lora_mid", "on_input", "dora_scale", ".diff", "glora")
+LYCORIS += (".w_norm", ".b_norm")
 # by the class of a network, diffusers' loader with the converters for it
 LOADERS = {
     "UNet2DConditionModel": "StableDiffusionXLLoraLoaderMixin",
@@ -151,7 +152,8 @@ def _by_part(tensors: dict[str, Tensor], path: str) -> dict[str, dict[str, Tenso
         part, _, rest = key.partition(".")
         if part not in PARTS:
             raise ValueError(
-                f"{path} is not a LoRA that diffusers reads: {key[:80]!r} is of no part of a model"
+                f"{path} is not a LoRA that diffusers reads for a model of this kind, which has "
+                f"no place for {key[:80]!r}"
             )
         parts.setdefault(part, {})[rest] = value
     for part, named in parts.items():

@@ -65,9 +65,51 @@ def join_views(network: nn.Module, views: int, kind: type[JointViews] = JointVie
             module.set_processor(kind(views))  # type: ignore[operator]
 
 
+class ViewsModel(UNetModel):
+    """What models share whose UNet sees the ``views`` pictures of an object at once. Rows come
+    object by object, and a call has a multiple of ``views`` of them; it needs cameras, so that
+    ``settings.cameras`` is tokens or both.
+
+    A family defines :meth:`join`, :meth:`numbers` and ``call``.
+    """
+
+    always_told = True
+
+    def join(self) -> None:
+        """Let the attention of the network go over all views of an object."""
+        raise NotImplementedError(f"{type(self).__name__} does not define join")
+
+    def numbers(self, cameras: Cameras) -> Float[Tensor, "B N"]:
+        """What the network is told of each camera."""
+        raise NotImplementedError(f"{type(self).__name__} does not define numbers")
+
+    def prepare(self, context=None) -> None:
+        """See :class:`lods.models.base.Model`."""
+        first = not self._prepared
+        super().prepare(context)
+        if first:
+            # slices, where they are wanted, would be of one view's attention
+            self.join()
+            if self.settings.enable_attention_slicing:
+                log.warn(
+                    "model: enable_attention_slicing has no effect on the self-attention of a "
+                    "multi-view model, which is torch's own"
+                )
+
+    def told(self, cameras: Cameras | None, count: int) -> dict[str, Tensor]:
+        """The cameras' numbers. Raises ``ValueError``, one line, without cameras, for another
+        number of them, and for rows that are no whole objects."""
+        if cameras is None:
+            raise ValueError(no_views(self.views))
+        if len(cameras) != count:
+            raise ValueError(f"there are {len(cameras)} cameras for {count} pictures")
+        refuse_rows(count, self.views)
+        return {"numbers": self.numbers(cameras).to(self.device, self.dtype)}
+
+
 @serves(PUBLISHED)
 @serves(OURS)
-class MultiViewModel(UNetModel):
+class MultiViewModel(ViewsModel):
     """A UNet of Stable Diffusion's shape that sees the ``views`` pictures of an object at once:
 
     - its self-attention goes over the tokens of all of them (:class:`JointViews`);
@@ -75,17 +117,14 @@ class MultiViewModel(UNetModel):
       (:meth:`lods.cameras.Cameras.poses`).
 
     That is diffusers' ``UNet2DConditionModel`` with ``class_embed_type`` "projection" of 16 numbers
-    and another attention processor. Rows come object by object, and a call has a multiple of
-    ``views`` of them. It needs cameras, so that ``settings.cameras`` is tokens or both, and reads
-    nothing but their poses: not the distance, nor the field of view.
+    and another attention processor. Of cameras it reads nothing but their poses: not the distance,
+    nor the field of view.
 
     A folder holds it where ``unet/config.json`` says ``_class_name`` MultiViewUNet, with the fields
     of diffusers' class and ``num_frames`` (4 if it is not there); or MultiViewUNetModel, as the
     published ``mvdream-sd2.1-diffusers`` has it (:mod:`lods.models.multiview_keys`). No code of
     such a folder is run.
     """
-
-    always_told = True
 
     def __init__(self, unet, vae, scheduler, device="cpu", name: str = "", shares_vae=False):
         super().__init__(unet, vae, scheduler, device, name, shares_vae)
@@ -98,7 +137,7 @@ class MultiViewModel(UNetModel):
                 "projection): the model folder is damaged, or of another kind"
             )
         self.views = getattr(unet, "views", VIEWS)
-        join_views(unet, self.views)
+        self.join()
 
     @classmethod
     def network_names(cls):
@@ -123,32 +162,17 @@ class MultiViewModel(UNetModel):
         network.views = views
         return network
 
-    def prepare(self, context=None) -> None:
-        """See :class:`lods.models.base.Model`."""
-        first = not self._prepared
-        super().prepare(context)
-        if first:
-            # slices, where they are wanted, would be of one view's attention
-            join_views(self.network, self.views)
-            if self.settings.enable_attention_slicing:
-                log.warn(
-                    "model: enable_attention_slicing has no effect on the self-attention of a "
-                    "multi-view model, which is torch's own"
-                )
+    def join(self) -> None:
+        """See :class:`ViewsModel`."""
+        join_views(self.network, self.views)
 
-    def told(self, cameras: Cameras | None, count: int) -> dict[str, Tensor]:
-        """The cameras' poses. Raises ``ValueError``, one line, without cameras, for another number
-        of them, and for rows that are no whole objects."""
-        if cameras is None:
-            raise ValueError(no_views(self.views))
-        if len(cameras) != count:
-            raise ValueError(f"there are {len(cameras)} cameras for {count} pictures")
-        refuse_rows(count, self.views)
-        return {"poses": cameras.poses().to(self.device, self.dtype)}
+    def numbers(self, cameras: Cameras) -> Float[Tensor, "B 16"]:
+        """The cameras' poses."""
+        return cameras.poses()
 
-    def call(self, x_t, t, text: Parts, *, poses: Tensor):  # type: ignore[override]
+    def call(self, x_t, t, text: Parts, *, numbers: Tensor):  # type: ignore[override]
         """See :class:`lods.models.latent.LatentModel`."""
-        return self.unet(x_t, t, encoder_hidden_states=text.tokens, class_labels=poses).sample
+        return self.unet(x_t, t, encoder_hidden_states=text.tokens, class_labels=numbers).sample
 
 
 def _load_published(kind: Any, model: Location, config: dict[str, Any], dtype: torch.dtype) -> Any:

@@ -32,6 +32,7 @@ METHODS = {
     "lods-vsd": ("VSD", "ProlificDreamer's: learns a LoRA that sees the camera"),
     "lods-nfsd": ("NFSD", "SDS without the part that is only noise"),
     "lods-sdi": ("SDI", "SDS with noise that is inverted from the object"),
+    "lods-pfd": ("PFD", "SDI with all steps of a sampling back to a picture: slow"),
     "lods-ism": ("ISM", "LucidDreamer's: matches intervals of the inversion"),
     "lods-bridge": ("Bridge", "leads from a source text to the prompt"),
     "lods-asd": ("ASD", "ScaleDreamer's: compares with the same noise at a later time"),
@@ -87,7 +88,7 @@ def _model(card: cards.Card) -> dict[str, Any]:
         here = cards.is_here(card.name)
         about["says"] = f"{card.image_size} pixels, for a GPU of {card.memory_gb} GB or more"
         if not here:
-            about["says"] += f"; not on this machine yet: hf download {card.ids[0]}"
+            about["says"] += f"; not on this machine yet: {card.download}"
         return about | {"here": here}
     about |= {"here": True, "says": "comes with the library, small enough for a CPU"}
     vocabulary = Vocabulary.read(str(cards.CARDS.parent / card.folder))

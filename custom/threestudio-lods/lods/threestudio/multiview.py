@@ -26,6 +26,9 @@ class MultiviewCameraDataModuleConfig(RandomCameraDataModuleConfig):
 
     batch_size: Annotated[Any, "whole each [1, 65536]"] = 4
     n_view: Annotated[int, "[1, 64]"] = 4
+    # degrees that are added to the azimuth that is drawn, one number for each of n_view cameras;
+    # even: those of n_view equal steps around the object
+    view_azimuths: Annotated[Any, "list [-720, 720] or even"] = "even"
     # camera_distance_range is in units of 1 / tan(fovy / 2): a ball of radius 1 then looks alike
     # under every field of view
     relative_radius: bool = True
@@ -52,6 +55,9 @@ def wrong(cfg: Any):
             f"counts pictures, {cfg.n_view} (n_view) of each object: give a multiple of "
             f"{cfg.n_view}",
         )
+    given = cfg.view_azimuths
+    if not isinstance(given, str) and len(given) != cfg.n_view:
+        yield "view_azimuths", f"has {len(given)} numbers for n_view={cfg.n_view} cameras"
     for name in PERTURBATIONS:
         if getattr(cfg, name):
             yield name, "must be 0: views that belong together look at the origin, z up"
@@ -59,8 +65,8 @@ def wrong(cfg: Any):
 
 class MultiviewCameraIterableDataset(RandomCameraIterableDataset):
     """Of ``batch_size`` / ``n_view`` cameras drawn as by the base, each stands for ``n_view``: at
-    its azimuth, and at 360 / ``n_view`` degrees more each, with its elevation, distance, field of
-    view and light. They are consecutive rows of the batch."""
+    its azimuth, and at 360 / ``n_view`` degrees more each, or at ``view_azimuths`` more, with its
+    elevation, distance, field of view and light. They are consecutive rows of the batch."""
 
     def __init__(self, cfg: Any) -> None:
         for field, text in wrong(cfg):
@@ -79,7 +85,9 @@ class MultiviewCameraIterableDataset(RandomCameraIterableDataset):
             distance = distance / torch.tan(0.5 * fovy)
         numbers = [drawn["elevation"], drawn["azimuth"], distance, torch.rad2deg(fovy)]
         cameras = torch.stack(numbers, dim=-1).repeat_interleave(n, dim=0)
-        turns = torch.arange(n, dtype=cameras.dtype) * (360.0 / n)
+        given = cfg.view_azimuths
+        even = [360.0 / n * view for view in range(n)]
+        turns = cameras.new_tensor(even if isinstance(given, str) else list(given))
         turned = cameras[:, 1] + turns.repeat(len(drawn["azimuth"]))
         cameras[:, 1] = (turned + 180.0) % 360.0 - 180.0
         found = camera_batch(cameras, drawn)
