@@ -8,7 +8,7 @@ import pytest
 import torch
 from lods import assets
 from lods.assets import Mesh
-from lods.gaussians import Gaussians, mesh_file
+from lods.gaussians import Gaussians, mesh_file, mesh_parts
 from PIL import Image
 
 from tests.assets.test_hostile import refused_or_whole
@@ -135,6 +135,21 @@ def test_one_large_picture_is_not_copied_again_and_again(tmp_path):
         tracemalloc.stop()
     size = texture.numpy().nbytes
     assert size == 12 * 1024 * 1024 and peak < 1.8 * size
+
+
+def test_a_surface_is_painted_piece_by_piece(tmp_path, monkeypatch):
+    """With the same colours; the memory is that of the texture and of what lays it out."""
+    monkeypatch.setattr("lods.assets.atlas.SIDE", 256)
+    part = (SQUARE, 3 * UV, None, (ONE, RED_BLUE, {}))  # a picture that repeats
+    gltf(tmp_path / "a.glb", [part])
+    sizes, real = [], mesh_parts.Part.colors
+    monkeypatch.setattr(mesh_parts.Part, "colors", lambda *a: sizes.append(len(a[1])) or real(*a))
+    whole = assets.read(tmp_path / "a.glb").texture
+    assert len(sizes) == 1 and sizes[0] > 40_000
+    monkeypatch.setattr("lods.assets.atlas.BATCH", 1000)
+    pieces = assets.read(tmp_path / "a.glb").texture
+    assert max(sizes[1:]) <= 1000 and sum(sizes[1:]) == sizes[0]
+    assert torch.equal(whole, pieces)
 
 
 def test_around_a_tile_is_its_own_border(tmp_path):

@@ -14,6 +14,7 @@ from lods.gaussians.mesh_parts import Part, Picture, linear_from_shown, shown_fr
 
 SIDE = 2048  # texels of a texture that is painted anew, at most
 MOST_FACES = 60_000  # that are laid out
+BATCH = 1 << 18  # texels that are painted at a time
 MOST_LOST = 8  # pictures that cannot be read, after which the others are not tried
 LARGEST = 8192  # of one that is put together of others
 PLAIN = 8  # texels of the tile of a material without a picture
@@ -258,10 +259,12 @@ def _painted(parts: list[Part], vertices: torch.Tensor, faces: torch.Tensor) -> 
         mine, part = order[begin[index] : begin[index + 1]], parts[index]
         if not len(mine):
             continue
-        at = rows[mine], columns[mine]
-        share = weights[at]
-        if _mirrors(part):
-            share = share[:, ::-1]  # as its triangles are
-        found = part.colors(face[at] - first[index], share, decoded(part))
-        image[at] = np.where(np.isfinite(found), found, 0.5)
+        pixels = decoded(part)
+        for some in np.array_split(mine, -(-len(mine) // BATCH)):
+            at = rows[some], columns[some]
+            share = weights[at]
+            if _mirrors(part):
+                share = share[:, ::-1]  # as its triangles are
+            found = part.colors(face[at] - first[index], share, pixels)
+            image[at] = np.where(np.isfinite(found), found, 0.5)
     return Mesh(vertices[origin], corners, uv, torch.from_numpy(spread(image, known)))
