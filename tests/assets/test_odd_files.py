@@ -243,9 +243,11 @@ def test_gaussians_that_grow_beyond_floats_with_their_scene_are_left_out(tmp_pat
 # --- what is written ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("end", [*MESHES, *GAUSSIANS])
-def test_nothing_is_not_written(tmp_path, end):
-    if end in MESHES and end != ".ply":
+@pytest.mark.parametrize(
+    ("kind", "end"), [*(("mesh", end) for end in MESHES), *(("cloud", end) for end in GAUSSIANS)]
+)
+def test_nothing_is_not_written(tmp_path, kind, end):
+    if kind == "mesh":
         whole = square(False)
         empty = [Mesh(whole.vertices, whole.faces[:0]), Mesh(whole.vertices * np.nan, whole.faces)]
     else:
