@@ -21,11 +21,8 @@ from lods.models.checkpoint_parts import (
 BLOCKS = "joint_blocks."
 CLIPS = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.")
 T5 = "text_encoders.t5xxl."
-FLOW = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-}
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+FLOW = {"_class_name": SCHEDULER, "num_train_timesteps": 1000, "shift": 3.0}
 PIXELS = 1024
 SCALE, SHIFT = 1.5305, 0.0609  # of the latents
 NO_T5 = (
@@ -88,7 +85,9 @@ def transformer_config(shapes: Shapes) -> dict[str, Any]:
 
 def layout(shapes: Shapes) -> Layout:
     """Raises :class:`lods.models.checkpoint_parts.Unfit`."""
-    kind, configs, texts = "CLIPTextModelWithProjection", {}, ()
+    kind = "CLIPTextModelWithProjection"
+    configs: dict[str, dict[str, Any]] = {}
+    texts: tuple[Text, ...] = ()
     for part, prefix, act, padding in (
         ("text_encoder", CLIPS[0], "quick_gelu", None),
         ("text_encoder_2", CLIPS[1], "gelu", "!"),
@@ -100,7 +99,7 @@ def layout(shapes: Shapes) -> Layout:
         configs[part] = config
         more = {} if padding is None else {"padding": padding}
         texts += (Text(part, kind, prefix, config["num_hidden_layers"], **more),)
-    parts = {"transformer": "SD3Transformer2DModel", "scheduler": FLOW["_class_name"]}
+    parts = {"transformer": "SD3Transformer2DModel", "scheduler": SCHEDULER}
     none = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
     configs |= {
         "": pipeline("StableDiffusion3Pipeline", texts, parts, **none),
