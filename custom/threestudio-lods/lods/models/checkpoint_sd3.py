@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from lods.models import clip_tokens
 from lods.models.checkpoint_parts import (
     HEAD,
     NETWORK,
@@ -89,7 +90,7 @@ def layout(shapes: Shapes) -> Layout:
     configs: dict[str, dict[str, Any]] = {}
     texts: tuple[Text, ...] = ()
     for part, prefix, act, padding in (
-        ("text_encoder", CLIPS[0], "quick_gelu", None),
+        ("text_encoder", CLIPS[0], "quick_gelu", clip_tokens.MARKS[1]),
         ("text_encoder_2", CLIPS[1], "gelu", "!"),
     ):
         config = clip_config(shapes, f"{prefix}text_model.", kind, act=act)
@@ -97,8 +98,7 @@ def layout(shapes: Shapes) -> Layout:
         if part == "text_encoder_2" and projection is not None:
             config["projection_dim"] = projection[0]
         configs[part] = config
-        more = {} if padding is None else {"padding": padding}
-        texts += (Text(part, kind, prefix, config["num_hidden_layers"], **more),)
+        texts += (Text(part, kind, prefix, config["num_hidden_layers"], padding),)
     parts = {"transformer": "SD3Transformer2DModel", "scheduler": SCHEDULER}
     none = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
     configs |= {
