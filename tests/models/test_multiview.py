@@ -224,6 +224,9 @@ def test_diffusers_own_converter_agrees_on_the_names(published):
     block = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3")
     assert {f"input_blocks.1.0.{each}.weight" for each in block} <= tensors.keys()
     assert {f"{each}_embed.{n}.bias" for each in ("time", "camera") for n in (0, 2)} <= set(tensors)
+    # convolutions between levels: after a level with attention and, above, after one without
+    places = ("input_blocks.3.0.op", "output_blocks.2.1.conv", "output_blocks.5.2.conv")
+    assert {f"{each}.weight" for each in places} <= tensors.keys()
     fields = multiview_keys.fields(PUBLISHED, "x")
     ours = multiview_keys.renamed(tensors, fields)
     # which has the classes' embedding where the published one has the camera's

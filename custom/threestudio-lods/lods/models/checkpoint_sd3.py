@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from lods.models import clip_tokens
 from lods.models.checkpoint_parts import (
     HEAD,
     NETWORK,
@@ -21,11 +22,8 @@ from lods.models.checkpoint_parts import (
 BLOCKS = "joint_blocks."
 CLIPS = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.")
 T5 = "text_encoders.t5xxl."
-FLOW = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-}
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+FLOW = {"_class_name": SCHEDULER, "num_train_timesteps": 1000, "shift": 3.0}
 PIXELS = 1024
 SCALE, SHIFT = 1.5305, 0.0609  # of the latents
 NO_T5 = (
@@ -88,9 +86,11 @@ def transformer_config(shapes: Shapes) -> dict[str, Any]:
 
 def layout(shapes: Shapes) -> Layout:
     """Raises :class:`lods.models.checkpoint_parts.Unfit`."""
-    kind, configs, texts = "CLIPTextModelWithProjection", {}, ()
+    kind = "CLIPTextModelWithProjection"
+    configs: dict[str, dict[str, Any]] = {}
+    texts: tuple[Text, ...] = ()
     for part, prefix, act, padding in (
-        ("text_encoder", CLIPS[0], "quick_gelu", None),
+        ("text_encoder", CLIPS[0], "quick_gelu", clip_tokens.MARKS[1]),
         ("text_encoder_2", CLIPS[1], "gelu", "!"),
     ):
         config = clip_config(shapes, f"{prefix}text_model.", kind, act=act)
@@ -98,9 +98,8 @@ def layout(shapes: Shapes) -> Layout:
         if part == "text_encoder_2" and projection is not None:
             config["projection_dim"] = projection[0]
         configs[part] = config
-        more = {} if padding is None else {"padding": padding}
-        texts += (Text(part, kind, prefix, config["num_hidden_layers"], **more),)
-    parts = {"transformer": "SD3Transformer2DModel", "scheduler": FLOW["_class_name"]}
+        texts += (Text(part, kind, prefix, config["num_hidden_layers"], padding),)
+    parts = {"transformer": "SD3Transformer2DModel", "scheduler": SCHEDULER}
     none = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
     configs |= {
         "": pipeline("StableDiffusion3Pipeline", texts, parts, **none),

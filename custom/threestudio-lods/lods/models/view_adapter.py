@@ -45,8 +45,9 @@ class RowsOfViews(nn.Module):
         from diffusers.models.attention_processor import AttnProcessor2_0
 
         self.views, self.plain = views, AttnProcessor2_0()
-        for name in ("to_q_mv", "to_k_mv", "to_v_mv"):
-            setattr(self, name, nn.Linear(width, inner, bias=False))
+        self.to_q_mv = nn.Linear(width, inner, bias=False)
+        self.to_k_mv = nn.Linear(width, inner, bias=False)
+        self.to_v_mv = nn.Linear(width, inner, bias=False)
         self.to_out_mv = nn.ModuleList([nn.Linear(inner, width)])
 
     def forward(
