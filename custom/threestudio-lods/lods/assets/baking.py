@@ -10,7 +10,7 @@ from lods.gaussians.kernel_cache import kernel
 from lods.gaussians.mesh import Mesh as Surface
 from torch import Tensor
 
-PADDING = 4  # texels between charts
+PADDING = (4, 8)  # texels between charts, at least and at most
 FLAT = 1e-9  # of the square of the surface's side: triangles of less area are none
 MARGIN = 1.5  # texels around a triangle that are painted with the nearest point of it
 
@@ -64,7 +64,8 @@ def unwrapped(
     )
     charts, packing = xatlas.ChartOptions(), xatlas.PackOptions()
     charts.max_iterations = 1
-    packing.padding, packing.resolution = PADDING, size
+    # smaller copies of the texture keep the charts apart for as long as there is room for it
+    packing.padding, packing.resolution = min(max(PADDING[0], size // 64), PADDING[1]), size
     atlas.generate(charts, packing)
     if atlas.atlas_count > 1:
         raise ValueError(
@@ -124,7 +125,11 @@ def _draw(corners, face, weights, distance, margin):
 
 
 def texels_of(
-    uv: Float[Tensor, "V 2"], faces: Int[Tensor, "F 3"], height: int, width: int
+    uv: Float[Tensor, "V 2"],
+    faces: Int[Tensor, "F 3"],
+    height: int,
+    width: int,
+    margin: float = MARGIN,
 ) -> tuple[Int[np.ndarray, "H W"], Float[np.ndarray, "H W 3"]]:
     """Which triangle each texel shows, -1 for none, and where in it: barycentric coordinates.
 
@@ -136,7 +141,7 @@ def texels_of(
     face = np.full((height, width), -1, np.int64)
     weights = np.zeros((height, width, 3))
     distance = np.full((height, width), np.inf)
-    _draw(np.ascontiguousarray(places[faces.cpu().numpy()]), face, weights, distance, MARGIN)
+    _draw(np.ascontiguousarray(places[faces.cpu().numpy()]), face, weights, distance, margin)
     return face, weights
 
 

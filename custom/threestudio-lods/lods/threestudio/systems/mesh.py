@@ -74,6 +74,15 @@ class LODSTexturedMesh(ScheduledRates):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.geometry.limit_colours()
 
+    def on_test_start(self) -> None:
+        """What is final shows no texel that nothing has reached."""
+        super().on_test_start()
+        self.geometry.fill_unseen()
+
+    def on_predict_epoch_start(self) -> None:
+        super().on_predict_epoch_start()
+        self.geometry.fill_unseen()
+
     def panels(self, out: dict[str, Any], i: int) -> list[dict[str, Any]]:
         return [*super().panels(out, i), grey_cell(out["depth"][i, ..., 0], None)]
 
