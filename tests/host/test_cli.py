@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import trimesh
 from lods import __version__, cli, host
 from lods.commands import doctor, job, make, runs
 from lods.commands.job import Request
@@ -323,6 +324,8 @@ def test_a_file_of_prompts_that_is_no_text_is_refused(away):
         ("gaussians", "lods-sds", False, ["lods-gs-embedding"]),
         ("nerf", "lods-embedding", True, ["lods-ngp-embedding", "pocket-shapes-ngp"]),
         ("nerf", "lods-lora", False, ["lods-ngp-lora"]),
+        ("mesh", "lods-sds", True, ["lods-mesh-embedding", "pocket-shapes-mesh"]),
+        ("mesh", "lods-vsd", False, ["lods-mesh-embedding", "mesh-lora"]),
     ],
 )
 def test_make_takes_the_configs_of_the_representation_and_the_method(on, method, small, configs):
@@ -339,6 +342,7 @@ def test_make_takes_the_configs_of_the_representation_and_the_method(on, method,
         ("gaussians", "lods-lora", "draft", ["pocket", "pocket-lora", "pocket-draft"]),
         ("nerf", "lods-vsd", "good", ["pocket-ngp", "pocket-lora"]),
         ("nerf", "lods-embedding", "best", ["pocket-ngp", "pocket-ngp-best"]),
+        ("mesh", "lods-embedding", "draft", ["pocket-mesh", "pocket-mesh-draft"]),
     ],
 )
 def test_the_method_and_the_quality_add_overlays(on, method, quality, overlays):
@@ -395,6 +399,56 @@ def test_make_tells_a_model_by_a_former_name_from_the_one_that_had_it():
         [request] = make.requests(make.parse_args([prompt, "--model", name], "lods make"))
         said[name] = request.latents
     assert said == {"pocket-shapes": 0, "pocket": 8}
+
+
+# --- make: a mesh that is there -------------------------------------------------------------------
+
+
+def write_box(path):
+    """A mesh without a texture."""
+    trimesh.creation.box((1.0, 1, 1)).export(path)
+    return path
+
+
+def test_a_mesh_that_is_there_is_what_a_run_begins_with(away):
+    """By whatever path; its folder is named after it, and what it holds is part of what is asked
+    for."""
+    box = write_box(away / "my 'box'.stl")
+    argv = ["a red armchair", "--on", "mesh", "--from", box.name, "--model", "pocket"]
+    [request] = make.requests(make.parse_args(argv, "lods make"))
+    words = request.words(Path("x"))
+    assert words[:3] == ["--config", "lods-mesh-embedding", "pocket-mesh"]
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    assert given["system.geometry.init_type"] == "file"
+    assert given["system.geometry.file.path"] == str(away / "my 'box'.stl")
+    folder = make.folder_of(request, Path("out")).name
+    assert folder.startswith("a_red_armchair-mesh-my") and folder.endswith("-lods-embedding")
+    trimesh.creation.box((1.0, 2, 1)).export(box)
+    [changed] = make.requests(make.parse_args(argv, "lods make"))
+    assert changed.source == request.source and changed.key != request.key
+    words = shlex.split(changed.command)
+    assert make.requests(make.parse_args(words[2:], "lods make")) == [changed]
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--on", "mesh"], "name it by --from FILE"),
+        (["--on", "mesh", "--from", "none.glb"], "there is no file"),
+        (["--on", "mesh", "--from", "list.txt"], "is of no known format"),
+        (["--on", "mesh", "--from", "bad.obj"], "--from: "),
+        (["--on", "mesh", "--from", "${seed}.stl"], "take for a reference"),
+        (["--from", "box.stl"], "Gaussians begin with a file by system.geometry.init_type=file"),
+        (["--on", "nerf", "--from", "box.stl"], "--from is of --on mesh, and this is --on nerf"),
+    ],
+)
+def test_a_mesh_that_cannot_be_had_is_one_line(away, capsys, monkeypatch, argv, said):
+    monkeypatch.setattr(job, "start", lambda words: pytest.fail("it has begun"))
+    write_box(away / "box.stl")
+    (away / "list.txt").write_text("a car")
+    (away / "bad.obj").write_text("f 1 2 9\nv 0 0 0\n")
+    assert said in refused(capsys, "make", "a red armchair", "--model", "pocket", *argv)
+    assert not Path("outputs").exists()
 
 
 # --- make: how it goes on -------------------------------------------------------------------------

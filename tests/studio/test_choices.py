@@ -6,9 +6,8 @@ from pathlib import Path
 import lods.studio
 import pytest
 from lods import host
-from lods.commands.job import BASE
 from lods.methods import registry
-from lods.studio.choices import METHODS, Refused, as_data, read_form
+from lods.studio.choices import METHODS, REPRESENTATIONS, Refused, as_data, read_form
 
 from tests.studio.toy import FORM
 from threestudio.utils.config import load_config
@@ -26,7 +25,9 @@ def test_the_words_of_the_embedded_model_are_hints():
     assert {"red", "hamburger", "a"} <= set(model["known"])
 
 
-@pytest.mark.parametrize("on, quality", itertools.product(BASE, ["draft", "good", "best"]))
+@pytest.mark.parametrize(
+    "on, quality", itertools.product(REPRESENTATIONS, ["draft", "good", "best"])
+)
 def test_every_quality_that_is_offered_is_a_config_that_loads(on, quality, tmp_path):
     data = as_data()
     for model in data["models"]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from lods.assets import Mesh
 from lods.gaussians.axes import AXES, PLY_AXES
+from lods.meshes.charts import smaller
 from lods.settings import make
 
 INIT_TYPES = ("ball", "file", "none")
@@ -105,4 +106,11 @@ def initial_mesh(cfg: Any, where: str = "system.geometry.") -> Mesh:
     if cfg.init_type not in INIT_TYPES:
         raise ValueError(f"{where}init_type='{cfg.init_type}' is unknown: use ball, file or none")
     mesh = ball.load() if cfg.init_type == "ball" else file.load()
-    return textured(mesh, cfg.texture_size, cfg.unwrap)
+    own = mesh.texture is not None and mesh.uv is not None and not cfg.unwrap
+    mesh = textured(mesh, cfg.texture_size, cfg.unwrap)
+    if own and cfg.most_texels and mesh.texture is not None:
+        level, side = 0, max(mesh.texture.shape[:2])
+        while side >> level > cfg.most_texels:
+            level += 1
+        mesh.texture = smaller(mesh.texture, level) if level else mesh.texture
+    return mesh

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lods import host
-from lods.commands.job import BASE, OVERLAY_ENDS, QUALITIES, Request, fields_of_model, has_config
+from lods.commands.job import OVERLAY_ENDS, QUALITIES, Request, fields_of_model, has_config
 from lods.commands.make import DEFAULT_METHOD, has_gpu, refuse_unknown_words
 from lods.models import cards
 from lods.models.vocabulary import Vocabulary
@@ -19,7 +19,7 @@ MAX_SEED = 2**32
 DEFAULT_QUALITY = "good"
 STEPS = "trainer.max_steps"
 ANY_WORDS = "system.prompt_processor.allow_unknown_words=true"
-REPRESENTATIONS = {
+REPRESENTATIONS = {  # meshes, which begin with a file, are of the command line
     "gaussians": ("Gaussians", "soft splats: the quickest, with fine colours"),
     "nerf": ("Radiance field", "a continuous volume: smooth, and a closed mesh"),
 }
@@ -78,7 +78,7 @@ def _embedded_first() -> list[cards.Card]:
 
 def _model(card: cards.Card) -> dict[str, Any]:
     about: dict[str, Any] = {"name": card.name, "words": None}
-    about["qualities"] = {on: qualities(card.name, on) for on in BASE}
+    about["qualities"] = {on: qualities(card.name, on) for on in REPRESENTATIONS}
     about["steps"] = {}
     if card.overlay is not None:
         offered = about["qualities"].items()
@@ -182,7 +182,7 @@ def read_form(form: Any, gpu: Callable[[], bool] = has_gpu) -> tuple[Request, st
     if unknown := [key for key in form if key not in _FIELDS]:
         raise Refused(f"a request has no field {unknown[0][:40]!r}")
     prompt = check_prompt(form.get("prompt"))
-    on = _one_of(form, "on", BASE)
+    on = _one_of(form, "on", REPRESENTATIONS)
     method = _one_of(form, "method", METHODS)
     model = _one_of(form, "model", cards.all_cards())
     seed, any_words = form.get("seed", 0), form.get("any_words", False)
@@ -208,13 +208,20 @@ def refuse_foreign(request: Request) -> None:
     their folders may have come from somebody else: what a command line could do beyond a form must
     not be done for them."""
     check_prompt(request.prompt)
-    known = {"on": BASE, "method": METHODS, "model": cards.all_cards(), "quality": QUALITIES}
+    known = {
+        "on": REPRESENTATIONS,
+        "method": METHODS,
+        "model": cards.all_cards(),
+        "quality": QUALITIES,
+    }
     for name, values in known.items():
         if getattr(request, name) not in values:
             raise Refused(f"its {name} is none that the form offers")
     words = {word for preset in presets().values() for word in preset.get("otherwise", ())}
     if not {ANY_WORDS, *words}.issuperset(request.overrides):
         raise Refused("it changes settings that the form does not have")
+    if request.source or request.source_hash:
+        raise Refused("it begins with a file, which the form has none of")
     plain = type(request.small) is bool and type(request.latents) is int
     if not plain or request.gpu is not None or request.steps is not None:
         raise Refused("it has options that the form does not have")

@@ -289,7 +289,10 @@ def _exporters(entry: Entry, files: dict[str, Path]) -> dict[str, list[str]]:
         for fmt in ("ply", "glb"):
             found[fmt] = [*python, "lods", "export", str(run), "--format", fmt, *out]
         found["video"] = [*python, "lods.studio.finish"] if entry.kind == "studio" else []
-    if entry.request is None or entry.request.on != "gaussians":
+    on = "" if entry.request is None else entry.request.on
+    if on == "mesh":
+        del found["ply"]
+    if on != "gaussians":
         del found["splat"]
     elif "ply" in files:
         target = files["ply"].with_suffix(".splat")

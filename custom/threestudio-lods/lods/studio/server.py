@@ -186,7 +186,8 @@ class Studio:
             can += ["remove"] * (state not in WAITING)
             unfinished = state in OVER and entry.trained is not None
             can += ["finish"] * unfinished
-        if entry.request is not None and state != "damaged":
+        offered = entry.request is not None and entry.request.on in choices.REPRESENTATIONS
+        if offered and state != "damaged":
             can.append("again")
         return can
 

@@ -429,12 +429,19 @@ def _request_of_config(path: Path) -> Request:
     model = str(prompt["pretrained_model_name_or_path"])
     return Request(
         prompt=str(prompt["prompt"]),
-        on="gaussians" if "gaussians" in str(system.get("geometry_type", "")) else "nerf",
+        on=_representation(str(system.get("geometry_type", ""))),
         method=str(system["guidance_type"]).removesuffix("-guidance"),
         model=cards.shipped_name(model) or model,
         small=True,
         seed=int(config.get("seed", 0)),
     )
+
+
+def _representation(geometry_type: str) -> str:
+    """That of ``lods make`` which a geometry is."""
+    if "gaussians" in geometry_type:
+        return "gaussians"
+    return "mesh" if "mesh" in geometry_type else "nerf"
 
 
 def steered_to(entry: Entry) -> str:

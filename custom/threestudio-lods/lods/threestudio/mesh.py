@@ -32,6 +32,8 @@ class TexturedMeshGeometry(MeshParameters, BaseGeometry):
         init_type: Annotated[str, INIT_TYPES] = "ball"  # ball | file | none
         # texels a side of a texture that is made here; a file's own stays as it is
         texture_size: Annotated[int, "[16, 8192]"] = 512
+        # the most texels a side of a file's own, which is halved until it has no more; 0: any
+        most_texels: Annotated[int, "[0, 16384]"] = 0
         # texture coordinates of our own also where the file has some: for charts that overlap,
         # as of a part that is there twice, which else would be painted alike
         unwrap: bool = False
