@@ -1,6 +1,5 @@
 """What the form offers, and what it may ask for."""
 
-import itertools
 from pathlib import Path
 
 import lods.studio
