@@ -266,7 +266,7 @@ def test_what_is_transparent_is_white(tmp_path):
         (["--steps", "0"], "invalid number from 1 to 1000000"),
         (["--azimuth", "999"], "--azimuth must be a number in [-360, 360], not 999"),
         (["--cameras", "tokens"], "has no folder camera_encoder: set cameras=words"),
-        (["--box", "0,0,0,1,1,1"], "--box is of Gaussians"),
+        (["--box", "0,0,0,1,1,1"], "--box is of an object"),
         (["seed=1"], "KEY=VALUE is of Gaussians"),
         (["--model", "no/such/folder"], "no/such/folder"),
     ],

@@ -199,19 +199,27 @@ def source_of(on: str, file: Path | None) -> dict[str, str]:
             f"--on {OF_FILE} makes the texture of a mesh that is there: name it by --from FILE "
             "(glb, gltf, obj, ply, stl or off)"
         )
+    path = mesh_in(file, f"--from {file}")
+    content = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"source": str(path), "source_hash": content[:16]}
+
+
+def mesh_in(file: Path, named: str) -> Path:
+    """The whole path of a file that holds a mesh, which is read to see that it does. Raises
+    ``ValueError``, one line that begins with what it is ``named``, where it does not."""
     path = file.expanduser().resolve()
     if "${" in str(path):
-        raise ValueError("--from: the path holds '${', which configs take for a reference")
+        raise ValueError(f"{named}: the path holds '${{', which configs take for a reference")
     from lods.meshes.initialize import MeshFileInit
 
     try:
         MeshFileInit(str(path)).load()
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise ValueError(f"--from {file} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{named} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"--from: {error}") from None
-    return {"source": str(path), "source_hash": content[:16]}
+        why = str(error).removeprefix(f"'{path}': ")
+        raise ValueError(f"{named}: {why}") from None
+    return path
 
 
 def refuse_unknown_words(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from lods.gaussians.kernel_cache import kernel
 from torch import Tensor
 
 # a point of a chart is at most so far, in texels, from the centre of the texel that it lies in
@@ -89,6 +90,60 @@ def charts_of(
     return Charts(*(each.long() for each in found), texel)
 
 
+def points_of(
+    vertices: Float[Tensor, "V 3"],
+    faces: Int[Tensor, "F 3"],
+    uv: Float[Tensor, "T 2"],
+    uv_faces: Int[Tensor, "F 3"],
+    charts: Charts,
+) -> Float[Tensor, "K 3"]:
+    """Where on the surface the texels of the charts are, in the order of ``charts.own``: the points
+    at their centres, or those nearest to them."""
+    from lods.assets.baking import texels_of
+
+    own = charts.own.cpu().numpy()
+    face, weights = texels_of(uv, uv_faces, *own.shape)
+    corners = vertices.detach().cpu()[faces.cpu()[torch.from_numpy(face[own])]]
+    shares = torch.from_numpy(weights[own])[..., None]
+    return (corners * shares).sum(1).to(vertices)
+
+
+def shared(uv: Float[Tensor, "T 2"], uv_faces: Int[Tensor, "F 3"], height: int, width: int) -> int:
+    """How many texels have their centres in several triangles: parts that are painted alike."""
+    places = uv.detach().cpu().double().numpy() * [width, -height] + [-0.5, height - 0.5]
+    counts = np.zeros((height, width), np.int32)
+    _count(np.ascontiguousarray(places[uv_faces.cpu().numpy()]), counts)
+    return int((counts > 1).sum())
+
+
+@kernel()
+def _count(corners, counts):
+    """Add 1 for each triangle of texels (F, 3, 2) that a centre, a whole number, is well within: a
+    hundredth of a texel from its sides, which two triangles share."""
+    height, width = counts.shape
+    for f in range(corners.shape[0]):
+        ax, ay = corners[f, 0, 0], corners[f, 0, 1]
+        bx, by = corners[f, 1, 0], corners[f, 1, 1]
+        cx, cy = corners[f, 2, 0], corners[f, 2, 1]
+        area = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
+        if area == 0.0:
+            continue
+        sign = 1.0 if area > 0.0 else -1.0
+        x0, x1 = max(0, int(np.ceil(min(ax, bx, cx)))), min(width - 1, int(max(ax, bx, cx)))
+        y0, y1 = max(0, int(np.ceil(min(ay, by, cy)))), min(height - 1, int(max(ay, by, cy)))
+        for y in range(y0, y1 + 1):
+            for x in range(x0, x1 + 1):
+                within = True
+                for edge in range(3):
+                    px, py = corners[f, edge, 0], corners[f, edge, 1]
+                    qx, qy = corners[f, (edge + 1) % 3, 0], corners[f, (edge + 1) % 3, 1]
+                    side = sign * ((qx - px) * (y - py) - (qy - py) * (x - px))
+                    if side < 0.01 * np.sqrt((qx - px) ** 2 + (qy - py) ** 2):
+                        within = False
+                if within:
+                    counts[y, x] += 1
+
+
 def _area(corners: Float[Tensor, "F 3 D"]) -> float:
     """Of triangles in the plane or in space."""
     if corners.shape[-1] == 2:
@@ -138,19 +193,17 @@ def with_unseen(
     """The texture where texels of charts that are as in ``start`` have the colour of the texel,
     nearest on the surface in space, that is not: what no view has reached takes after what some
     have. The texture itself if there are none of the one kind or the other."""
-    from lods.assets.baking import texels_of
     from scipy.spatial import cKDTree  # type: ignore[attr-defined]
 
-    seen = charts.own & (texture != start).any(-1)
-    unseen = charts.own & ~seen
-    if not seen.any() or not unseen.any():
+    own = charts.own
+    seen = (texture != start).any(-1)[own]
+    if seen.all() or not seen.any():
         return texture
-    height, width = texture.shape[:2]
-    face, weights = texels_of(uv, uv_faces, height, width)
-    corners = vertices.detach().cpu().double().numpy()[faces.cpu().numpy()[face]]
-    points = (corners * weights[..., None]).sum(2)
-    known, missing = seen.cpu().numpy(), unseen.cpu().numpy()
-    _, nearest = cKDTree(points[known]).query(points[missing])
+    points = points_of(vertices, faces, uv, uv_faces, charts).cpu().numpy()
+    known = seen.cpu().numpy()
+    _, nearest = cKDTree(points[known]).query(points[~known])
+    colours = texture[own]
+    colours[~seen] = colours[seen][torch.from_numpy(np.asarray(nearest)).to(texture.device)]
     result = texture.clone()
-    result[unseen] = texture[seen][torch.from_numpy(np.asarray(nearest)).to(texture.device)]
+    result[own] = colours
     return result

@@ -148,13 +148,14 @@ class MeshParameters(nn.Module):
         Ks: Float[Tensor, "C 3 3"],
         width: int,
         height: int,
+        texture: Float[Tensor, "h w 3"] | None = None,
         **options: Any,
     ) -> tuple[Float[Tensor, "C H W 3"], Float[Tensor, "C H W 1"], dict[str, Any]]:
         """Images, alphas and ``info`` of :func:`lods.meshes.rasterization`, which takes the
-        ``options``. A texture with two texels a pixel or more is drawn by a smaller copy
-        (:func:`lods.meshes.charts.smaller`): it neither aliases, nor has texels between those that
-        pixels look up, which nothing would train."""
-        texture = self.shown_texture()
+        ``options``; with another ``texture`` of the same size, if given. Of one with two texels a
+        pixel or more a smaller copy is drawn (:func:`lods.meshes.charts.smaller`): it neither
+        aliases, nor has texels between those that pixels look up, which nothing would train."""
+        texture = self.shown_texture() if texture is None else texture
         if level := self._level(viewmats, Ks):
             texture = smaller(texture, level)
         return rasterization(

@@ -5,27 +5,33 @@ from typing import Any
 
 from jaxtyping import Float
 from lods.assets import Mesh, Placement, write
+from lods.preflight import EDITED_MESH
+from lods.threestudio.systems.editing import Editing
 from lods.threestudio.systems.pictures import grey_cell
-from lods.threestudio.systems.rates import ScheduledRates
 from torch import Tensor
 
 import threestudio
 
 
 @threestudio.register("lods-mesh-system")
-class LODSTexturedMesh(ScheduledRates):
+class LODSTexturedMesh(Editing):
     """A textured mesh; see :class:`LODSSystem` for the losses.
 
     Its own regularisers are of vertices that are trained (``system.geometry.free_vertices``):
     ``mesh_laplacian`` (:func:`lods.meshes.regularize.laplacian`) and ``mesh_normals``
     (:func:`lods.meshes.regularize.normal_consistency`). Without free vertices they are not
     computed.
+
+    With ``lods-edited-mesh`` the guidance is also given what it was (``source_rgb``), and
+    ``anchor_color`` holds it there (:meth:`lods.meshes.edited.EditedTexture.anchor_losses`).
     """
 
-    REGULARISERS = (*ScheduledRates.REGULARISERS, "mesh_laplacian", "mesh_normals")
+    ANCHORS = ("color",)
+    REGULARISERS = (*Editing.REGULARISERS, "mesh_laplacian", "mesh_normals", "anchor_color")
+    EDITED, PIECE = EDITED_MESH, "texel"
 
     @dataclass
-    class Config(ScheduledRates.Config):
+    class Config(Editing.Config):
         geometry_type: str = "lods-mesh"
         material_type: str = "no-material"  # the texture is the colour
         material: dict = field(default_factory=lambda: {"n_output_dims": 0})
@@ -56,7 +62,9 @@ class LODSTexturedMesh(ScheduledRates):
             )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        return {"loss": self.loss_of(self(batch), batch)}
+        out = self(batch)
+        source = {key: out[key] for key in ("source_rgb",) if key in out}
+        return {"loss": self.loss_of(out, {**batch, **source})}
 
     def regularisers(self, out: dict[str, Any]) -> dict[str, Float[Tensor, ""]]:
         losses = super().regularisers(out)
