@@ -430,12 +430,31 @@ def test_a_mesh_that_is_there_is_what_a_run_begins_with(away):
     assert make.requests(make.parse_args(words[2:], "lods make")) == [changed]
 
 
+def test_the_surface_of_a_run_is_a_mesh_to_begin_with(away, monkeypatch):
+    """It is exported first where it is not yet there."""
+    run, started = make_run(away / "outputs" / "lods-gs" / "a_car"), []
+
+    def start(words):
+        started.append(words)
+        (run / "save/it4-export").mkdir(parents=True)
+        write_box(run / "save/it4-export/gaussians.glb")
+        return 0
+
+    monkeypatch.setattr(runs, "start", start)
+    argv = ["a red armchair", "--on", "mesh", "--from", "a_car", "--model", "pocket"]
+    for _ in range(2):
+        [request] = make.requests(make.parse_args(argv, "lods make"))
+        assert request.source == str(run / "save/it4-export/gaussians.glb")
+    assert len(started) == 1 and started[0][-2:] == ["--export", "system.exporter.fmt=glb"]
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [
         (["--on", "mesh"], "name it by --from FILE"),
         (["--on", "mesh", "--from", "none.glb"], "there is no file"),
         (["--on", "mesh", "--from", "list.txt"], "is of no known format"),
+        (["--on", "mesh", "--from", "nothing"], "there is no run 'nothing'"),
         (["--on", "mesh", "--from", "bad.obj"], "--from: "),
         (["--on", "mesh", "--from", "${seed}.stl"], "take for a reference"),
         (["--from", "box.stl"], "Gaussians begin with a file by system.geometry.init_type=file"),

@@ -150,8 +150,9 @@ def test_colours_stay_within_0_to_1(small):
     "options, said",
     [
         (["system.geometry.init_type=file"], "needs system.geometry.file.path"),
+        (["system.geometry.init_type=run"], "needs system.geometry.run.path"),
         (["system.geometry.init_type=none"], "no mesh to train"),
-        (["system.geometry.init_type=bal"], "must be one of ball, file, none"),
+        (["system.geometry.init_type=bal"], "must be one of ball, file, run, none"),
         (["system.geometry.texture_size=8"], "texture_size must be a whole number from 16 to"),
         (["system.renderer.backend=nvdiffrast"], "no CUDA device; use backend='cpu'"),
         (["system.renderer.backend=gsplat"], "must be one of auto, cpu, reference, nvdiffrast"),

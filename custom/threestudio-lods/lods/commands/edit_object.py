@@ -8,10 +8,9 @@ from typing import Any
 
 from lods.commands.job import OVERLAY_ENDS, as_typed
 from lods.commands.make import find_method, has_gpu, mesh_in, refuse_unknown_words
-from lods.commands.runs import exported, find_run, start
+from lods.commands.runs import exported_object, find_run, start
 from lods.edits.picture import light_pixels
 from lods.edits.settings import level_of
-from lods.gaussians.mesh_file import FORMATS
 from lods.preflight import EDITED, EDITED_MESH, EDITING
 
 OF_PICTURES = ("lr", "draws", "every", "negative_prompt", "region", "cameras")
@@ -58,6 +57,8 @@ def read_box(text: str) -> list[float]:
 def object_of(word: str) -> tuple[Path, bool]:
     """The file that is meant, itself or the newest that the run has exported, and whether it is a
     mesh, and no Gaussians. Raises ``ValueError``, one line."""
+    from lods.gaussians.mesh_file import FORMATS  # which imports torch
+
     path = Path(word)
     suffix = path.suffix.lower()
     if suffix.removeprefix(".") in FORMATS:
@@ -69,22 +70,10 @@ def object_of(word: str) -> tuple[Path, bool]:
             f"{word} is neither a picture, nor a ply file of Gaussians, nor a mesh, nor a run"
         )
     run = find_run(word)
-    found = _exports(run.folder)
-    if not found:
-        if start([*run.words, "--export"]):
-            raise ValueError(f"the object of {run.folder} cannot be exported: see above")
-        found = _exports(run.folder)
-    if not found:
+    found = exported_object(run, list(EXPORTED))
+    if found is None:
         raise ValueError(f"{run.folder} has no Gaussians and no mesh: there is nothing to edit")
-    return found[0], EXPORTED[found[0].name]
-
-
-def _exports(folder: Path) -> list[Path]:
-    """The objects that a run has exported: what it is made of before what was made of that, and the
-    newest first."""
-    order = list(EXPORTED)
-    found = [file for file in exported(folder) if file.name in order]
-    return sorted(found, key=lambda file: (order.index(file.name), -file.stat().st_mtime))
+    return found, EXPORTED[found.name]
 
 
 def _head(path: Path) -> str:

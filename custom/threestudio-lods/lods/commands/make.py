@@ -32,6 +32,7 @@ from lods.commands.parser import (
     viewer_words,
     with_port,
 )
+from lods.commands.runs import exported_object, find_run
 from lods.declared import method_names
 from lods.files import whole_file
 from lods.models.cards import EMBEDDED
@@ -49,6 +50,7 @@ Each object has a folder below --out. The same command goes on where it was stop
 tries again what has failed. A config's settings are changed by KEY=VALUE, as of lods train.
 """
 REQUEST = "request.json"
+SURFACES = ("mesh.glb", "model.glb", "gaussians.glb")  # that runs export
 MAX_REQUEST = 1 << 20  # bytes of one that are read
 MAX_PROMPTS = 10_000
 MAX_PROMPT = 5000  # characters: one word of a command line holds no more than 128 KiB
@@ -69,7 +71,8 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
         dest="source",
         type=Path,
         metavar="FILE",
-        help=f"with --on {OF_FILE}: the mesh whose texture is made (glb, gltf, obj, ply, stl, off)",
+        help=f"with --on {OF_FILE}: the mesh whose texture is made (glb, gltf, obj, ply, stl, off)"
+        ", or a RUN whose surface is",
     )
     add("--method", default=DEFAULT_METHOD, help=f"lods-lora, sds, csd, ... ({DEFAULT_METHOD})")
     add(
@@ -197,8 +200,16 @@ def source_of(on: str, file: Path | None) -> dict[str, str]:
     if file is None:
         raise ValueError(
             f"--on {OF_FILE} makes the texture of a mesh that is there: name it by --from FILE "
-            "(glb, gltf, obj, ply, stl or off)"
+            "(glb, gltf, obj, ply, stl or off), or --from RUN for the surface of a run"
         )
+    from lods.gaussians.mesh_file import FORMATS  # which imports torch
+
+    if not file.is_file() and file.suffix.lower().removeprefix(".") not in FORMATS:
+        run = find_run(str(file))
+        found = exported_object(run, SURFACES, ["system.exporter.fmt=glb"])
+        if found is None:
+            raise ValueError(f"--from: {run.folder} has no surface to be had as a glb")
+        file = found
     path = mesh_in(file, f"--from {file}")
     content = hashlib.sha256(path.read_bytes()).hexdigest()
     return {"source": str(path), "source_hash": content[:16]}

@@ -9,7 +9,13 @@ from lods.gaussians.axes import PLY_AXES
 from lods.gaussians.cameras import intrinsics, world_to_camera
 from lods.meshes import backends
 from lods.meshes.edited import Before, EditedTexture
-from lods.meshes.initialize import INIT_TYPES, MeshBallInit, MeshFileInit, initial_mesh
+from lods.meshes.initialize import (
+    INIT_TYPES,
+    MeshBallInit,
+    MeshFileInit,
+    MeshRunInit,
+    initial_mesh,
+)
 from lods.meshes.parameters import MeshParameters
 from lods.threestudio.regions import Region, inside
 from lods.threestudio.renderer import drawn
@@ -31,7 +37,7 @@ class TexturedMeshGeometry(MeshParameters, BaseGeometry):
 
     @dataclass
     class Config(BaseGeometry.Config):
-        init_type: Annotated[str, INIT_TYPES] = "ball"  # ball | file | none
+        init_type: Annotated[str, INIT_TYPES] = "ball"  # ball | file | run | none
         # texels a side of a texture that is made here; a file's own stays as it is
         texture_size: Annotated[int, "[16, 8192]"] = 512
         # the most texels a side of a file's own, which is halved until it has no more; 0: any
@@ -44,9 +50,11 @@ class TexturedMeshGeometry(MeshParameters, BaseGeometry):
         texture_smoothing: Annotated[float, "[0, 64]"] = 0.0
         # whether vertices are trained too, at the rate of system.optimizer.params.geometry.vertices
         free_vertices: bool = False
-        # the settings of each init_type: MeshBallInit and MeshFileInit in lods/meshes/initialize.py
+        # the settings of each init_type: MeshBallInit, MeshFileInit and MeshRunInit in
+        # lods/meshes/initialize.py
         ball: Annotated[dict, MeshBallInit] = field(default_factory=dict)
         file: Annotated[dict, MeshFileInit] = field(default_factory=dict)
+        run: Annotated[dict, MeshRunInit] = field(default_factory=dict)
 
     cfg: Config
 

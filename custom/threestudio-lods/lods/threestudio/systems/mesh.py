@@ -51,8 +51,8 @@ class LODSTexturedMesh(Editing):
         super().on_fit_start()
         if not len(self.geometry.faces):
             raise ValueError(
-                "there is no mesh to train: set system.geometry.init_type to ball or file, or "
-                "resume a run"
+                "there is no mesh to train: set system.geometry.init_type to ball, file or run, "
+                "or resume a run"
             )
         names = [group.get("name") for group in self._optimizer.param_groups]
         if self.geometry.vertices.requires_grad and "geometry.vertices" not in names:
