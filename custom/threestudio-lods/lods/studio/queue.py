@@ -15,6 +15,7 @@ from typing import Any
 from lods.commands.job import Request
 from lods.commands.make import threads_of
 from lods.studio import choices, processes
+from lods.studio.meshes import Meshes
 from lods.studio.shelf import (
     LOG,
     WAITING,
@@ -54,6 +55,7 @@ class Queue:
         patience: float = PATIENCE,
     ):
         self.shelf, self.at_once, self.patience = shelf, at_once, patience
+        self.meshes = Meshes(shelf.root)
         self._program = program
         self._lock = threading.RLock()
         self._children: dict[str, Started] = {}  # of this server, by the name of the run
@@ -69,6 +71,14 @@ class Queue:
             name = self.shelf.create(request, quality)
         self._tick_now()
         return name
+
+    def keep_mesh(self, title: str, content: bytes) -> str:
+        """Store a mesh that was sent; returns the name by which a form asks for it. Raises
+        ``ValueError``, one line, for what is none."""
+        with self._lock:
+            entries = [entry for entry in self.shelf.entries() if entry.request is not None]
+        used = {self.meshes.name_of(entry.request) for entry in entries if entry.request}
+        return self.meshes.keep(title, content, used)
 
     def cancel(self, name: str) -> None:
         """Take a run out of the queue, or ask the one under way to save what it has and stop."""
@@ -158,7 +168,7 @@ class Queue:
     def _start(self, entry: Entry) -> None:
         assert entry.request is not None, entry.name
         try:
-            choices.refuse_foreign(entry.request)
+            choices.refuse_foreign(entry.request, self.meshes)
         except choices.Refused as error:
             self._give_up(entry, f"request.json asks for what no form can ask for: {error}")
             return

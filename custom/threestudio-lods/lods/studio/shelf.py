@@ -373,6 +373,7 @@ def _request(folder: Path) -> Request:
     except KeyError:
         raise ValueError from None
     texts = (found.prompt, found.on, found.method, found.model, *found.overrides)
+    texts += (found.source, found.source_hash)
     if not all(isinstance(text, str) for text in texts) or type(found.seed) is not int:
         raise ValueError
     if not isinstance(found.gpu, str | None) or not isinstance(found.steps, int | None):
