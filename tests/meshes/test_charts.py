@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from lods.assets import Mesh, read
 from lods.assets.mesh import sampled
-from lods.gaussians.cameras import orbit
+from lods.gaussians.cameras import intrinsics, orbit, world_to_camera
 from lods.meshes import charts as ch
 from lods.meshes import regularize
 from lods.meshes.initialize import textured
 from lods.meshes.parameters import TexturedMesh
+from lods.meshes.rasterize import rasterization
 
 from tests.meshes.scenes import sphere
 
@@ -144,20 +145,21 @@ def test_no_gradient_goes_from_one_chart_to_another():
     assert torch.allclose(only, one * (charts == 1)[..., None], atol=1e-6)
 
 
-@pytest.mark.parametrize("pixels, level", [(8, 4), (16, 3), (64, 1), (200, 0)])
+@pytest.mark.parametrize("pixels, level", [(7, 4), (15, 3), (60, 1), (200, 0)])
 def test_every_texel_within_the_pixels_is_trained(pixels, level):
     """Of a texture finer than the pixels a copy of their size is drawn."""
-    mesh = square(128)
+    mesh, fovy = square(128), 2 * np.degrees(np.arctan(0.2))  # the square fills the picture
     views = orbit(1, 5.0)
-    image, alpha, _ = mesh.render(views, pixels, pixels, fovy=2 * np.degrees(np.arctan(0.2)))
+    image, alpha, _ = mesh.render(views, pixels, pixels, fovy=fovy)
     assert alpha.mean() > 0.8
     image.sum().backward()
     assert (mesh.texture.grad > 0).all()
-    shown = ch.smaller(mesh.texture.detach(), level) if level else mesh.texture.detach()
+    shown = ch.smaller(mesh.texture.detach(), level)
     assert shown.shape[0] == 128 >> level
-    centre = shown[shown.shape[0] // 2 - 1 :, shown.shape[1] // 2 - 1 :][:2, :2].mean((0, 1))
-    middle = slice(pixels // 2 - 1, pixels // 2 + 1)
-    assert torch.allclose(image[0, middle, middle].detach().mean((0, 1)), centre, atol=0.12)
+    K = intrinsics(torch.deg2rad(torch.tensor([fovy])).float(), pixels, pixels)
+    parts = mesh.vertices, mesh.faces, world_to_camera(views), K, pixels, pixels
+    places = {"uv": mesh.uv, "uv_faces": mesh.uv_faces}
+    assert torch.equal(rasterization(*parts, texture=shown, **places)[0], image)
 
 
 def test_a_smaller_copy_of_one_colour_is_of_that_colour():
@@ -166,6 +168,16 @@ def test_a_smaller_copy_of_one_colour_is_of_that_colour():
         found = ch.smaller(texture, level)
         assert found.shape[:2] == (max(1, 100 >> level), max(1, 60 >> level))
         assert torch.allclose(found, COLOUR, atol=1e-6)
+
+
+def test_a_chart_is_what_hangs_together_in_the_texture():
+    """Also where a file has corners of its own for each triangle."""
+    mesh = square(16)
+    uv = mesh.uv[mesh.uv_faces].reshape(-1, 2)
+    apart = ch.charts_of(mesh.vertices, mesh.faces, uv, torch.arange(6).view(2, 3), 16, 16)
+    assert torch.equal(apart.number, mesh.charts.number) and (apart.number == 0).all()
+    ball = grey_ball()
+    assert len(ball.charts.number.unique()) > 2
 
 
 def test_a_texture_that_repeats_is_drawn_as_it_is():

@@ -126,7 +126,7 @@ def check_edit(cfg: Any) -> None:
     start = _part(system, "geometry").get("init_type")
     kinds = {GAUSSIANS: EDITED, MESHES: EDITED_MESH}
     edited = system.get("geometry_type") == kinds.get(cfg.system_type, "")
-    if not edited or start not in ("file", "none"):
+    if not edited or start not in ("file", "run", "none"):
         raise ValueError(EDIT.format(kind))
     if _part(system, "prompt_processor").get("source_prompt") is None:
         raise ValueError(f"{NO_SOURCE_PROMPT} (system.prompt_processor.source_prompt)")

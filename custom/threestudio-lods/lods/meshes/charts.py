@@ -79,10 +79,13 @@ def charts_of(
     place = row * width + column
     border[place[at >= 0]] = at[at >= 0]
     beside = np.flatnonzero(~own)
-    ends = uv_faces[:, [0, 1, 1, 2]].reshape(-1, 2).numpy()
-    graph = coo_matrix((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), (len(uv), len(uv)))
+    # corners at one place of the texture are one, also where a file has one for each triangle
+    places, same = np.unique(uv.numpy(), axis=0, return_inverse=True)
+    joined = same.reshape(-1)[uv_faces.numpy()]
+    ends = joined[:, [0, 1, 1, 2]].reshape(-1, 2)
+    graph = coo_matrix((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), (len(places), len(places)))
     _, part = connected_components(graph, directed=False)
-    number = np.where(own, part[uv_faces[:, 0].numpy()][face], -1)
+    number = np.where(own, part[joined[:, 0]][face], -1)
     sides = [values[indices] for values, indices in ((vertices, faces), (uv, uv_faces))]
     area, flat = (_area(side.double()) for side in sides)
     texel = (area / max(flat * height * width, 1e-30)) ** 0.5

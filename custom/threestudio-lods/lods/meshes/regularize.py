@@ -56,14 +56,14 @@ def smoothed(
     chart, and 0 outside.
 
     It is K^T K, K being two passes, along rows and along columns, of a Gaussian of sigma / sqrt(2)
-    that ends after three of its standard deviations: symmetric and never negative, so that steps
+    that ends after four of its standard deviations: symmetric and never negative, so that steps
     along a smoothed gradient do not lead away from the optimum. They get there by its coarse parts
     first, where an optimizer that scales each element by itself, as Adam does, would step as far
     along each texel's noise. Texels that are farther from all others with a gradient than K^T K
     reaches have exactly 0, and such an optimizer leaves them alone.
     """
     narrow = sigma / math.sqrt(2)
-    reach = max(1, math.ceil(3 * narrow))
+    reach = max(1, math.ceil(4 * narrow))
     weights = [math.exp(-0.5 * (i / narrow) ** 2) for i in range(reach + 1)]
     total = weights[0] + 2 * sum(weights[1:])
     weights = [weight / total for weight in weights]
