@@ -7,8 +7,8 @@ import pytest
 import torch
 from lods import assets
 from lods.assets import Mesh
+from lods.assets.baking import shared_texels
 from lods.edits.trace import traced
-from lods.meshes import charts as ch
 from lods.meshes.initialize import textured
 from lods.threestudio.mesh import MeshRasterizer
 from PIL import Image
@@ -142,7 +142,8 @@ def test_texels_that_several_parts_share_are_in_no_region(tmp_path):
     height = torch.full((64, 64), -1.0)
     height[apart.charts.own] = apart.points()[:, 2]
     assert torch.equal(apart.inside, height >= 0.6) and apart.inside.any()
-    assert ch.shared(uv, faces, 16, 16) == 0
+    assert shared_texels(uv, faces, 16, 16) == 0
+    assert shared_texels(uv, torch.cat([faces, faces + 4]), 16, 16) > 200
 
 
 # --- the source, anchors, words -------------------------------------------------------------------

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from lods.gaussians.kernel_cache import kernel
 from torch import Tensor
 
 # a point of a chart is at most so far, in texels, from the centre of the texel that it lies in
@@ -109,42 +108,6 @@ def points_of(
     corners = vertices.detach().cpu()[faces.cpu()[torch.from_numpy(face[own])]]
     shares = torch.from_numpy(weights[own])[..., None]
     return (corners * shares).sum(1).to(vertices)
-
-
-def shared(uv: Float[Tensor, "T 2"], uv_faces: Int[Tensor, "F 3"], height: int, width: int) -> int:
-    """How many texels have their centres in several triangles: parts that are painted alike."""
-    places = uv.detach().cpu().double().numpy() * [width, -height] + [-0.5, height - 0.5]
-    counts = np.zeros((height, width), np.int32)
-    _count(np.ascontiguousarray(places[uv_faces.cpu().numpy()]), counts)
-    return int((counts > 1).sum())
-
-
-@kernel()
-def _count(corners, counts):
-    """Add 1 for each triangle of texels (F, 3, 2) that a centre, a whole number, is well within: a
-    hundredth of a texel from its sides, which two triangles share."""
-    height, width = counts.shape
-    for f in range(corners.shape[0]):
-        ax, ay = corners[f, 0, 0], corners[f, 0, 1]
-        bx, by = corners[f, 1, 0], corners[f, 1, 1]
-        cx, cy = corners[f, 2, 0], corners[f, 2, 1]
-        area = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
-        if area == 0.0:
-            continue
-        sign = 1.0 if area > 0.0 else -1.0
-        x0, x1 = max(0, int(np.ceil(min(ax, bx, cx)))), min(width - 1, int(max(ax, bx, cx)))
-        y0, y1 = max(0, int(np.ceil(min(ay, by, cy)))), min(height - 1, int(max(ay, by, cy)))
-        for y in range(y0, y1 + 1):
-            for x in range(x0, x1 + 1):
-                within = True
-                for edge in range(3):
-                    px, py = corners[f, edge, 0], corners[f, edge, 1]
-                    qx, qy = corners[f, (edge + 1) % 3, 0], corners[f, (edge + 1) % 3, 1]
-                    side = sign * ((qx - px) * (y - py) - (qy - py) * (x - px))
-                    if side < 0.01 * np.sqrt((qx - px) ** 2 + (qy - py) ** 2):
-                        within = False
-                if within:
-                    counts[y, x] += 1
 
 
 def _area(corners: Float[Tensor, "F 3 D"]) -> float:

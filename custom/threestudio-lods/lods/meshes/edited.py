@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from lods.meshes.charts import filled, points_of, shared
+from lods.meshes.charts import filled, points_of
 from lods.meshes.parameters import MeshParameters
 from torch import Tensor
 
@@ -50,11 +50,13 @@ class EditedTexture(MeshParameters):
     def points(self) -> Float[Tensor, "K 3"]:
         """Where the texels of the charts are on the surface, row by row. Raises ``ValueError``, one
         line, where a texel is in several places: a region could not be told from the rest."""
+        from lods.assets.baking import shared_texels
+
         charts = self.charts
         if len(self.faces) == 0:
             return self.vertices.new_zeros(0, 3)
         size = self.texture.shape[:2]
-        if charts is None or shared(self.uv, self.uv_faces, *size):
+        if charts is None or shared_texels(self.uv, self.uv_faces, *size):
             raise ValueError(
                 "several parts of the surface share texels, so that no region of it can be told "
                 "from the rest: system.geometry.unwrap=true lays the texture out anew"
