@@ -455,7 +455,7 @@ def test_the_surface_of_a_run_is_a_mesh_to_begin_with(away, monkeypatch):
         (["--on", "mesh", "--from", "none.glb"], "there is no file"),
         (["--on", "mesh", "--from", "list.txt"], "is of no known format"),
         (["--on", "mesh", "--from", "nothing"], "there is no run 'nothing'"),
-        (["--on", "mesh", "--from", "bad.obj"], "--from: "),
+        (["--on", "mesh", "--from", "bad.obj"], "--from bad.obj: "),
         (["--on", "mesh", "--from", "${seed}.stl"], "take for a reference"),
         (["--from", "box.stl"], "Gaussians begin with a file by system.geometry.init_type=file"),
         (["--on", "nerf", "--from", "box.stl"], "--from is of --on mesh, and this is --on nerf"),

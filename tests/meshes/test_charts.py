@@ -156,7 +156,7 @@ def test_every_texel_within_the_pixels_is_trained(pixels, level):
     assert (mesh.texture.grad > 0).all()
     shown = ch.smaller(mesh.texture.detach(), level) if level else mesh.texture.detach()
     assert shown.shape[0] == 128 >> level
-    K = intrinsics(torch.deg2rad(torch.tensor([fovy])).float(), pixels, pixels)
+    K = intrinsics(torch.deg2rad(views.new_full((1,), fovy)), pixels, pixels)
     parts = mesh.vertices, mesh.faces, world_to_camera(views), K, pixels, pixels
     places = {"uv": mesh.uv, "uv_faces": mesh.uv_faces}
     assert torch.equal(rasterization(*parts, texture=shown, **places)[0], image)

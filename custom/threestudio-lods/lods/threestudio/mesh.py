@@ -83,7 +83,6 @@ class EditedMesh(EditedTexture, TexturedMeshGeometry):
 
         def contradictions(self):
             """Fields that do not go together: (field, what is wrong)."""
-            yield from Region.contradictions(self)
             if self.free_vertices:
                 yield "free_vertices", "=true: an edit changes the texture, and the shape stays"
 
