@@ -18,7 +18,7 @@ from lods.meshes.initialize import (
 )
 from lods.meshes.parameters import MeshParameters
 from lods.threestudio.regions import Region, inside
-from lods.threestudio.renderer import drawn
+from lods.threestudio.renderer import DrawsSources, drawn
 from omegaconf import ListConfig
 from torch import Tensor
 
@@ -103,7 +103,7 @@ class EditedMesh(EditedTexture, TexturedMeshGeometry):
 
 
 @threestudio.register("lods-mesh-rasterizer")
-class MeshRasterizer(Rasterizer):
+class MeshRasterizer(DrawsSources):
     """Rasterises a ``lods-mesh`` geometry; the background module paints what is behind."""
 
     @dataclass
@@ -151,21 +151,11 @@ class MeshRasterizer(Rasterizer):
         """Images, opacities and ``info`` of what is edited, with these colours of its texels."""
         return self._draw(source, c2w, fovy, height, width, texels=texels)
 
-    @torch.no_grad()
-    def before(
-        self,
-        source: Before,
-        background: Float[Tensor, "B H W 3"],
-        c2w: Float[Tensor, "B 4 4"],
-        fovy: Float[Tensor, " B"],
-        height: int,
-        width: int,
-        **kwargs: Any,
-    ) -> Float[Tensor, "B H W 3"]:
-        """Images of what is edited as it was, before this background."""
-        with torch.autocast(c2w.device.type, enabled=False):
-            image, alpha, _ = self._draw(source, c2w.float(), fovy.float(), height, width)
-        return image + (1 - alpha) * background
+    def picture(
+        self, source: Any, c2w: Tensor, fovy: Tensor, height: int, width: int
+    ) -> tuple[Tensor, Tensor]:
+        image, alpha, _ = self._draw(source, c2w, fovy, height, width)
+        return image, alpha
 
     def forward(
         self,

@@ -25,7 +25,8 @@ class Editing(ScheduledRates):
 
     A subclass names its ``ANCHORS``, which are in its REGULARISERS too, the geometry that has a
     source (``EDITED``), and what such a geometry consists of (``PIECE``). Its renderer has
-    ``before`` and ``draw`` of :class:`lods.threestudio.renderer.GaussianRasterizer`.
+    ``before`` of :class:`lods.threestudio.renderer.DrawsSources`, and ``draw``, which draws a source
+    with other colours.
     """
 
     ANCHORS: tuple[str, ...] = ()
