@@ -24,9 +24,9 @@ class Editing(ScheduledRates):
     any other system.
 
     A subclass names its ``ANCHORS``, which are in its REGULARISERS too, the geometry that has a
-    source (``EDITED``), and what such a geometry consists of (``PIECE``). Its renderer has
-    ``before`` of :class:`lods.threestudio.renderer.DrawsSources`, and ``draw``, which draws a source
-    with other colours.
+    source (``EDITED``), and what such a geometry consists of (``PIECE``). Its renderer is a
+    :class:`lods.threestudio.renderer.DrawsSources`, with a ``draw`` that draws a source in other
+    colours.
     """
 
     ANCHORS: tuple[str, ...] = ()
