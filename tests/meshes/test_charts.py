@@ -170,6 +170,15 @@ def test_a_smaller_copy_of_one_colour_is_of_that_colour():
         assert torch.allclose(found, COLOUR, atol=1e-6)
 
 
+def test_a_smaller_copy_lies_where_the_texture_does():
+    """What is linear over the texture stays so; its middle, and its mean, stay too."""
+    column = (torch.arange(64) + 0.5) / 64
+    texture = torch.stack([column.expand(32, 64), column[:32, None].expand(32, 64)], dim=-1)
+    found = ch.smaller(texture, 2)
+    assert torch.allclose(found[2:-2, 2:-2, 0], ((torch.arange(16) + 0.5) / 16)[2:-2].expand(4, 12))
+    assert torch.allclose(found.mean((0, 1)), texture.mean((0, 1)), atol=1e-3)
+
+
 def test_a_chart_is_what_hangs_together_in_the_texture():
     """Also where a file has corners of its own for each triangle."""
     mesh = square(16)

@@ -166,7 +166,7 @@ def test_new_charts_keep_the_picture():
     views = orbit(3, 3.0)
     kept, anew = TexturedMesh(mesh), TexturedMesh(textured(mesh, 512, unwrap=True))
     assert not torch.equal(kept.uv[kept.uv_faces], anew.uv[anew.uv_faces])
-    one, other = (each.render(views, 64, 64)[0] for each in (kept, anew))
+    one, other = (each.render(views, 128, 128)[0] for each in (kept, anew))
     assert (one - other).abs().mean() < 0.01
 
 

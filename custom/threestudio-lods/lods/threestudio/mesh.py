@@ -93,7 +93,7 @@ class EditedMesh(EditedTexture, TexturedMeshGeometry):
         self.begin()
         if self.cfg.box is not None or self.cfg.mask is not None:
             points = self.points()
-            found = inside(self.cfg, points, self.settings_name, "texels of the surface")
+            found = inside(self.cfg, points, "system.geometry.", "texels of the surface")
             if self.charts is not None:
                 free = torch.zeros_like(self.inside)
                 free[self.charts.own] = found
