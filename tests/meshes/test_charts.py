@@ -149,7 +149,7 @@ def test_no_gradient_goes_from_one_chart_to_another():
 def test_every_texel_within_the_pixels_is_trained(pixels, level):
     """Of a texture finer than the pixels a copy of their size is drawn."""
     mesh, fovy = square(128), 2 * np.degrees(np.arctan(0.2))  # the square fills the picture
-    views = orbit(1, 5.0)
+    views = orbit(1, 5.0, 0.0)
     image, alpha, _ = mesh.render(views, pixels, pixels, fovy=fovy)
     assert alpha.mean() > 0.8
     image.sum().backward()
