@@ -285,7 +285,7 @@ def test_an_empty_format_is_refused(capsys, away):
         (["a car " * 20_000], "5000 are the most"),
         (["a red armchir"], "did you mean 'armchair'?"),
         (["a red armchair", "--method", "lods-loras"], "did you mean 'lods-lora'?"),
-        (["a red armchair", "--on", "mesh"], "'mesh'"),
+        (["a red armchair", "--on", "points"], "'points'"),
         (["a red armchair", "--model", "sd-15"], "did you mean 'sd15'?"),
         (["a red armchair", "--steps", "0"], "number from 1 to"),
         (["a red armchair", "--seed", "-1"], "is not a number from 0"),
