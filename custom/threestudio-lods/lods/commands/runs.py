@@ -14,7 +14,7 @@ ABOUT = {
     "resume": "Go on with the training of a run, from its last checkpoint.",
     "test": "Render the views and the video of a run again.",
     "export": "Write the object of a run: Gaussians as ply (the layout of 3DGS), compressed-ply, "
-    "splat, spz, points or glb, a radiance field as glb, obj, obj-mtl or ply, a mesh as glb or obj. "
+    "splat, spz, points or glb, a radiance field as glb, obj, obj-mtl or ply, a mesh as glb, obj. "
     "A glb has a texture (system.exporter.glb_colors=vertices: colours at its vertices). Or its "
     "views, without background: webp, an animation, or frames, PNG files.",
 }
