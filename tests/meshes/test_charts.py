@@ -145,6 +145,29 @@ def test_no_gradient_goes_from_one_chart_to_another():
     assert torch.allclose(only, one * (charts == 1)[..., None], atol=1e-6)
 
 
+def test_a_smoothed_gradient_goes_over_seams():
+    """What is constant over the surface stays so, a point keeps its sum and reaches the chart
+    across the seam, and the operator is symmetric and never negative."""
+    mesh = grey_ball()
+    charts = mesh.charts
+    own = charts.own[..., None]
+    plain = charts.smoothed(torch.ones(64, 64, 1), 2.0)
+    assert torch.allclose(plain, own.float(), atol=1e-5)
+    random = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 64, 64, 1, generator=random) * own
+    assert torch.allclose(
+        (a * charts.smoothed(b, 2.0)).sum(), (charts.smoothed(a, 2.0) * b).sum(), atol=1e-3
+    )
+    assert (a * charts.smoothed(a, 2.0)).sum() > 0
+    across = 0
+    for number in charts.number.unique()[1:]:
+        one = (charts.number == number).float()[..., None]
+        found = charts.smoothed(one, 2.0)
+        assert found.sum().item() == pytest.approx(one.sum().item(), rel=1e-4)
+        across += int((found[charts.number != number] > 0.3).sum())
+    assert across > 50
+
+
 @pytest.mark.parametrize("pixels, level", [(7, 4), (15, 3), (60, 1), (200, 0)])
 def test_every_texel_within_the_pixels_is_trained(pixels, level):
     """Of a texture finer than the pixels a copy of their size is drawn."""

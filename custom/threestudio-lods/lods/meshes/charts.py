@@ -1,12 +1,18 @@
 """Which texels of a texture the charts of a mesh cover, and what goes with them."""
 
+import functools
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from lods.meshes.regularize import smoothed
+from lods.meshes.topology import neighbours
 from torch import Tensor
 
+MOST_STEPS = 20  # of a smoothing, on both sides
+MOST_TEXELS = 1 << 22  # of a texture that is smoothed across its seams, with weights for each
 # a point of a chart is at most so far, in texels, from the centre of the texel that it lies in
 REACH = 0.5 * 2**0.5 + 1e-6
 
@@ -22,12 +28,14 @@ class Charts:
       of a chart each of them goes with: that of the nearest point of the nearest chart. Filters
       look them up at the borders of the charts, and smaller copies of the texture mix them in.
     - ``texel``: the side of a texel on the surface, in world units, the mean over the mesh.
+    - ``seams`` (M, 2): texels on both sides of a seam at the same point of the surface, as places.
     """
 
     number: Int[Tensor, "h w"]
     beside: Int[Tensor, " K"]
     border: Int[Tensor, " K"]
     texel: float
+    seams: Int[Tensor, "M 2"]
 
     @property
     def own(self) -> Bool[Tensor, "h w"]:
@@ -36,8 +44,56 @@ class Charts:
 
     def to(self, device: torch.device) -> "Charts":
         """The same on a device."""
-        parts = (self.number, self.beside, self.border)
-        return Charts(*(part.to(device) for part in parts), self.texel)
+        parts = (part.to(device) for part in (self.number, self.beside, self.border))
+        return Charts(*parts, self.texel, self.seams.to(device))
+
+    @functools.cached_property
+    def spreading(self) -> tuple[Tensor, float]:
+        """``(S, variance)``: S = I - L / (2 d), sparse (h w, h w), where L is the Laplacian of the
+        graph whose edges join texels side by side in a chart, and those of ``seams``, and d is the
+        largest number of edges at a texel. Its rows and columns sum to 1, and its eigenvalues are 0
+        to 1. ``variance`` = 1 / d is what it adds along each axis, in texels^2."""
+        from scipy.sparse import coo_matrix, diags
+
+        number = self.number.cpu().numpy()
+        place, total = np.arange(number.size).reshape(number.shape), number.size
+        pairs = [self.seams.cpu().numpy()]
+        for one, two in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
+            alike = (number[one] == number[two]) & (number[one] >= 0)
+            pairs.append(np.stack([place[one][alike], place[two][alike]], axis=1))
+        ends = np.unique(np.concatenate(pairs), axis=0)
+        graph = coo_matrix((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), (total, total))
+        graph = (graph + graph.T).tocsr()
+        degree = np.asarray(graph.sum(axis=1))[:, 0]
+        most = max(float(degree.max()), 1.0)
+        matrix = (graph / (2 * most) + diags(1 - degree / (2 * most))).tocsr()
+        parts = matrix.indptr, matrix.indices, matrix.data.astype(np.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that such tensors are new in torch
+            found = torch.sparse_csr_tensor(*map(torch.from_numpy, parts), size=matrix.shape)
+        return found.to(self.number.device), 1 / most
+
+    def smoothed(self, values: Float[Tensor, "h w D"], sigma: float) -> Float[Tensor, "h w D"]:
+        """Values of the texels, or their gradient, smoothed over the surface by ``sigma`` texels,
+        across the seams of the charts, and 0 beside them: S^n K S^n, where S is that of
+        ``spreading``, n at most ``MOST_STEPS``, and K, for what they leave of sigma^2, is
+        :func:`lods.meshes.regularize.smoothed` within the charts; of more than ``MOST_TEXELS`` K
+        alone. That is symmetric and never negative, and exactly 0 where it does not reach, for
+        which see there."""
+        steps, variance = 0, 0.0
+        if self.number.numel() <= MOST_TEXELS:
+            spreads, variance = self.spreading
+            steps = min(MOST_STEPS, round(sigma**2 / variance / 2))
+        rest = sigma**2 - 2 * steps * variance
+        result = (values.float() * self.own[..., None]).reshape(-1, values.shape[-1])
+        for _ in range(steps):
+            result = spreads @ result
+        if rest > variance / 2:
+            kept = smoothed(result.view(values.shape), rest**0.5, self.number)
+            result = kept.reshape(-1, values.shape[-1])
+        for _ in range(steps):
+            result = spreads @ result
+        return result.view(values.shape).to(values.dtype)
 
 
 def charts_of(
@@ -89,7 +145,42 @@ def charts_of(
     area, flat = (_area(side.double()) for side in sides)
     texel = (area / max(flat * height * width, 1e-30)) ** 0.5
     found = (torch.from_numpy(np.ascontiguousarray(v)) for v in (number, beside, border[beside]))
-    return Charts(*(each.long() for each in found), texel)
+    seams = torch.from_numpy(_across(faces, uv, uv_faces, own))
+    return Charts(*(each.long() for each in found), texel, seams)
+
+
+def _across(faces: Tensor, uv: Tensor, uv_faces: Tensor, own: np.ndarray) -> np.ndarray:
+    """Pairs (M, 2) of texels of charts, as places in h * w, at the same points of seams."""
+    height, width = own.shape
+    triangle, corner = (neighbours(faces) >= 0).nonzero().unbind(1)
+    other = neighbours(faces)[triangle, corner]
+    ends, places = [], []
+    for turn in (1, 2):
+        at = (corner + turn) % 3
+        vertex = faces[triangle, at]
+        there = (faces[other] == vertex[:, None]).long().argmax(1)
+        ends.append((uv_faces[triangle, at], uv_faces[other, there]))
+    size = torch.tensor([width, -height], dtype=torch.float64)
+    offset = torch.tensor([0, height], dtype=torch.float64)
+    here, beyond = (
+        torch.stack([uv[a].double() * size + offset for a in side], 1) for side in zip(*ends)
+    )
+    seam = (here - beyond).abs().amax((1, 2)) > 1e-3
+    here, beyond = here[seam], beyond[seam]
+    if not len(here):
+        return np.zeros((0, 2), np.int64)
+    length = torch.maximum(*((s[:, 1] - s[:, 0]).norm(dim=1) for s in (here, beyond)))
+    count = (2 * length).ceil().long().clamp(1, 4 * max(height, width))
+    row = torch.repeat_interleave(torch.arange(len(here)), count)
+    step = torch.arange(len(row)) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    share = ((step + 0.5) / count[row])[:, None]
+    for side in (here, beyond):
+        point = (side[row, 0] * (1 - share) + side[row, 1] * share).floor().long().numpy()
+        point = point.clip(0, [width - 1, height - 1])
+        places.append(point[:, 1] * width + point[:, 0])
+    pairs = np.sort(np.stack(places, 1), axis=1)
+    good = (pairs[:, 0] != pairs[:, 1]) & own.reshape(-1)[pairs].all(1)
+    return np.unique(pairs[good], axis=0)
 
 
 def points_of(

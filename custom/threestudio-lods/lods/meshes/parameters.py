@@ -97,12 +97,12 @@ class MeshParameters(nn.Module):
         return self._neighbours
 
     def smooth_gradient(self, sigma: float) -> None:
-        """From now on the texture's gradient is smoothed within the charts, see
-        :func:`lods.meshes.regularize.smoothed`; 0: as it is."""
+        """From now on the texture's gradient is smoothed over the surface, see
+        :meth:`lods.meshes.charts.Charts.smoothed`; 0: as it is."""
 
         def smooth(gradient: Tensor) -> Tensor:
             charts = self.charts
-            return smoothed(gradient, sigma, None if charts is None else charts.number)
+            return smoothed(gradient, sigma) if charts is None else charts.smoothed(gradient, sigma)
 
         if sigma > 0:
             self.texture.register_hook(smooth)

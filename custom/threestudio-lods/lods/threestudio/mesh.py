@@ -45,8 +45,9 @@ class TexturedMeshGeometry(MeshParameters, BaseGeometry):
         # texture coordinates of our own also where the file has some: for charts that overlap,
         # as of a part that is there twice, which else would be painted alike
         unwrap: bool = False
-        # standard deviation in texels by which the texture's gradient is smoothed within its
-        # charts: its noise stays out of the texture, and what is coarse is learned first; 0: none
+        # standard deviation in texels by which the texture's gradient is smoothed over the surface,
+        # seams included: its noise stays out of the texture, and what is coarse is learned first;
+        # 0: none
         texture_smoothing: Annotated[float, "[0, 64]"] = 0.0
         # whether vertices are trained too, at the rate of system.optimizer.params.geometry.vertices
         free_vertices: bool = False
