@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trimesh
 
 from tests.browser import chromium, patience
 from tests.glb_files import read_glb
@@ -300,6 +301,36 @@ def test_who_presses_enter_before_the_page_knows_what_there_is_is_heard(page, tm
         [run] = (tmp_path / "runs").glob("a-red-car")
         (run / "end").write_text("0")
         page.wait_for_selector(".card >> text=a red car")
+
+
+def test_a_mesh_is_chosen_sent_and_painted(page, tmp_path):
+    trimesh.creation.box((1.0, 1, 1)).export(tmp_path / "my box.stl")
+    (tmp_path / "none.stl").write_text("no mesh")
+    with studio(tmp_path, PROGRAM) as address:
+        page.goto(address)
+        page.fill("#prompt", "a red car")
+        assert not page.is_visible("#mesh")
+        page.click("#representations >> text=Your mesh")
+        page.click("#make")
+        page.wait_for_selector("#error:has-text('Choose the file of the mesh')")
+        page.set_input_files("#mesh", tmp_path / "none.stl")
+        page.wait_for_selector("#mesh-says.warn:has-text('no mesh to be painted')")
+        keep(page, "no-mesh")
+        page.set_input_files("#mesh", tmp_path / "my box.stl")
+        page.wait_for_selector("#mesh-says:has-text('my-box.stl')")
+        keep(page, "mesh")
+        page.click("#make")
+        page.wait_for_selector(".work >> text=a red car")
+        [run] = (tmp_path / "runs").glob("a-red-car")
+        (run / "end").write_text("0")
+        page.wait_for_selector(".card >> text=a red car")
+        request = json.loads((run / "request.json").read_text())
+        assert Path(request["source"]).read_bytes() == (tmp_path / "my box.stl").read_bytes()
+        page.click(".card a")
+        page.wait_for_selector(".facts dl:has-text('my-box.stl')")
+        keep(page, "mesh-run")
+        page.click("text=other choices")
+        assert page.text_content("#mesh-says") == "my-box.stl" and page.is_visible("#mesh")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

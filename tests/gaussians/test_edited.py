@@ -321,8 +321,14 @@ def test_a_run_of_an_edit_leaves_a_ply_with_the_locked_ones_as_they_were(run, pl
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["system.geometry_type=lods-gaussians"], "edits Gaussians that are there: lods edit FILE"),
-        (["system.geometry.init_type=ball"], "edits Gaussians that are there: lods edit FILE"),
+        (
+            ["system.geometry_type=lods-gaussians"],
+            "Gaussians or a mesh: lods edit FILE",
+        ),
+        (
+            ["system.geometry.init_type=ball"],
+            "Gaussians or a mesh: lods edit FILE",
+        ),
         (["system.prompt_processor.source_prompt=null"], "give source_prompt='a cat'"),
     ],
 )
@@ -336,7 +342,7 @@ def test_a_radiance_field_is_not_edited(tiny_sd, tmp_path, monkeypatch, capsys):
     files = [str(ROOT / "configs" / "lods-ngp-embedding.yaml")]
     words = [*small_run(tiny_sd()), "system.guidance_type=lods-dds-guidance"]
     assert launch(files, words) == 2
-    assert "edits Gaussians that are there" in capsys.readouterr().err
+    assert "edits what is there, Gaussians or a mesh" in capsys.readouterr().err
 
 
 def test_anchors_without_a_source_are_one_line(tiny_sd, tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
-"""``lods edit`` of Gaussians: the training that it starts, and mistakes in one line."""
+"""``lods edit`` of an object: the training that it starts, and mistakes in one line."""
 
 import numpy as np
 import pytest
 import torch
+import trimesh
 from lods import cli, host
 from lods.commands import edit_object
 from lods.gaussians import Gaussians
@@ -89,12 +90,38 @@ def test_a_run_is_edited_from_what_it_has_exported(ply, config, tmp_path):
     assert found.endswith("it40-export/gaussians.ply")
 
 
+@pytest.mark.parametrize("name", ["box.glb", "box.ply"])
+def test_a_mesh_is_edited_in_its_texture(ply, config, tmp_path, name):
+    trimesh.creation.box((1.0, 2, 1)).export(tmp_path / name)
+    cfg = config(name, "--box", "-1,-1,0,1,1,1", "--method", "ssd", "--where", "a seat")
+    preflight(cfg, "train")
+    system = cfg.system
+    assert cfg.system_type == "lods-mesh-system" and system.geometry_type == "lods-edited-mesh"
+    assert system.geometry.file.path == str(tmp_path / name) and system.geometry.most_texels == 0
+    assert list(system.geometry.box) == [-1, -1, 0, 1, 1, 1] and system.where == "a seat"
+    assert (system.exporter.fmt, system.exporter.axes) == ("glb", "file")
+    assert system.guidance_type == "lods-ssd-guidance" and cfg.trainer.max_steps == 200
+
+
+@pytest.mark.parametrize("name", ["mesh.glb", "model.glb"])
+def test_a_run_without_gaussians_is_edited_in_its_mesh(ply, config, tmp_path, name):
+    run = tmp_path / "outputs" / "lods-mesh" / "a_chair"
+    (run / "save" / "it5-export").mkdir(parents=True)
+    trimesh.creation.box((1.0, 2, 1)).export(run / "save" / "it5-export" / name)
+    (run / "configs").mkdir()
+    (run / "configs" / "parsed.yaml").write_text("{}\n")
+    assert config("a_chair").system.geometry.file.path.endswith(f"it5-export/{name}")
+
+
 @pytest.mark.parametrize(
     ("what", "flags", "said"),
     [
         ("none.ply", [], "there is no file none.ply"),
         ("points.ply", [], "points.ply is no ply file of 3D Gaussians"),
-        ("text.txt", [], "text.txt is neither a picture, nor a ply file of Gaussians, nor a run"),
+        ("text.txt", [], "neither a picture, nor a ply file of Gaussians, nor a mesh, nor a run"),
+        ("none.glb", [], "there is no file none.glb"),
+        ("bad.glb", [], "bad.glb: "),
+        ("empty.obj", [], "no triangles"),
         ("nothing", [], "there is no run 'nothing'"),
         ("object.ply", ["--box", "1,2,3"], "--box '1,2,3' is not written X0,Y0,Z0,X1,Y1,Z1"),
         ("object.ply", ["--box", "1,0,0,0,1,1"], "six numbers with X0 < X1"),
@@ -120,6 +147,8 @@ def test_a_run_is_edited_from_what_it_has_exported(ply, config, tmp_path):
 def test_a_mistake_is_one_line(ply, tmp_path, monkeypatch, capsys, what, flags, said):
     monkeypatch.setattr(edit_object, "start", lambda words: pytest.fail("started"))
     (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "bad.glb").write_bytes(b"glTF")
+    (tmp_path / "empty.obj").write_text("v 0 0 0\n")
     (tmp_path / "points.ply").write_text("ply\nformat ascii 1.0\nelement vertex 0\nend_header\n")
     given = {flags[0]} if flags else set()
     texts = [w for k, v in (("--from", RED), ("--to", BLUE)) if k not in given for w in (k, v)]

@@ -38,7 +38,7 @@ ARMCHAIR = {"prompt": "a red armchair", "model": "pocket", "small": True}
         (["a car " * 20_000], "5000 are the most"),
         (["a red armchir"], "did you mean 'armchair'?"),
         (["a red armchair", "--method", "lods-loras"], "did you mean 'lods-lora'?"),
-        (["a red armchair", "--on", "mesh"], "'mesh'"),
+        (["a red armchair", "--on", "points"], "'points'"),
         (["a red armchair", "--model", "sd-15"], "did you mean 'sd15'?"),
         (["a red armchair", "--steps", "0"], "number from 1 to"),
         (["a red armchair", "--seed", "-1"], "is not a number from 0"),
@@ -77,6 +77,8 @@ def test_a_file_of_prompts_that_is_no_text_is_refused(away):
         ("gaussians", "lods-sds", False, ["lods-gs-embedding"]),
         ("nerf", "lods-embedding", True, ["lods-ngp-embedding", "pocket-shapes-ngp"]),
         ("nerf", "lods-lora", False, ["lods-ngp-lora"]),
+        ("mesh", "lods-sds", True, ["lods-mesh-embedding", "pocket-shapes-mesh"]),
+        ("mesh", "lods-vsd", False, ["lods-mesh-embedding", "mesh-lora"]),
     ],
 )
 def test_make_takes_the_configs_of_the_representation_and_the_method(on, method, small, configs):
@@ -93,6 +95,7 @@ def test_make_takes_the_configs_of_the_representation_and_the_method(on, method,
         ("gaussians", "lods-lora", "draft", ["pocket", "pocket-lora", "pocket-draft"]),
         ("nerf", "lods-vsd", "good", ["pocket-ngp", "pocket-lora"]),
         ("nerf", "lods-embedding", "best", ["pocket-ngp", "pocket-ngp-best"]),
+        ("mesh", "lods-embedding", "draft", ["pocket-mesh", "pocket-mesh-draft"]),
     ],
 )
 def test_the_method_and_the_quality_add_overlays(on, method, quality, overlays):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import trimesh
-from lods.meshes.initialize import MeshBallInit
+from lods.meshes.initialize import MeshBallInit, textured
+from lods.meshes.parameters import TexturedMesh
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -67,7 +68,11 @@ def test_shipped_configurations_run(small, config, capsys):
         assert len(mesh.faces) == len(start.faces) and mesh.visual.uv is not None
     with Image.open(save / "it2-export" / "mesh.png") as picture:
         written = np.asarray(picture)
-    assert np.array_equal(written, (state["geometry.texture"] * 255).round().byte().numpy())
+    final = TexturedMesh(textured(MeshBallInit(1.0, 1).load(), 16))
+    parts = {k.removeprefix("geometry."): v for k, v in state.items() if k.startswith("geometry.")}
+    final.load_state_dict(parts)
+    final.fill_unseen()
+    assert np.array_equal(written, (255 * final.shown_texture().detach()).round().byte())
     assert f"mesh: {save / 'it2-export' / 'mesh.glb'}" in capsys.readouterr().out
 
 
@@ -145,8 +150,9 @@ def test_colours_stay_within_0_to_1(small):
     "options, said",
     [
         (["system.geometry.init_type=file"], "needs system.geometry.file.path"),
+        (["system.geometry.init_type=run"], "needs system.geometry.run.path"),
         (["system.geometry.init_type=none"], "no mesh to train"),
-        (["system.geometry.init_type=bal"], "must be one of ball, file, none"),
+        (["system.geometry.init_type=bal"], "must be one of ball, file, run, none"),
         (["system.geometry.texture_size=8"], "texture_size must be a whole number from 16 to"),
         (["system.renderer.backend=nvdiffrast"], "no CUDA device; use backend='cpu'"),
         (["system.renderer.backend=gsplat"], "must be one of auto, cpu, reference, nvdiffrast"),

@@ -10,6 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
+from scipy.ndimage import map_coordinates
 
 from tests.host.run_pages import Page, run, write_mesh
 from tests.run_folders import PROMPT, gaussians, picture, write_gaussians
@@ -81,6 +82,28 @@ def test_the_mesh_in_the_page_is_that_of_the_file(run):
     places = low + np.frombuffer(data, "<u2", 60, 360).reshape(20, 3) / 65535 * (high - low)
     assert np.abs(places - points).max() < 1e-5 + 0.6 / 65535
     assert np.abs(np.frombuffer(data, "u1", 60, 480).reshape(20, 3) / 255 - rgb).max() < 0.51 / 255
+
+
+def test_a_texture_is_drawn_by_the_corners_of_smaller_triangles():
+    """On the same surface, within the bound, with the texture's colours; no more than texels."""
+    points = np.array([[0.0, -1, -1], [0, 1, -1], [0, 1, 1], [0, -1, 1]])
+    uv = np.array([[0.0, 1], [1, 1], [1, 0], [0, 0]])
+    faces = np.array([[0, 1, 2], [0, 2, 3]])
+    texture = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
+    whole = objects.Triangles(points, np.zeros((4, 3)), faces, texture=texture, uv=uv)
+    drawn = objects.fewer(whole, 500)
+    assert len(drawn.faces) == 2 * 15**2 and objects.left_out(drawn, whole) == []
+    a, b, c = drawn.points[drawn.faces].transpose(1, 0, 2)
+    normals = np.cross(b - a, c - a)
+    assert np.allclose(normals, [2 * 4 / len(drawn.faces), 0, 0])  # none turned over
+    column, row = (8 * (drawn.points[:, 1] + 1) - 0.5), (4 * (1 - drawn.points[:, 2]) - 0.5)
+    for channel in range(3):
+        expected = map_coordinates(
+            texture[..., channel] / 255, [row, column], order=1, mode="nearest"
+        )
+        assert np.allclose(drawn.rgb[:, channel], expected)
+    assert len(objects.fewer(whole, 10**6).faces) == 2 * 18**2  # texels of the longest side
+    assert objects.fewer(whole, 7) is whole
 
 
 def test_an_object_is_read_and_packed_without_torch(tmp_path):

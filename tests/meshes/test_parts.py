@@ -9,7 +9,7 @@ import trimesh
 from lods.assets import Mesh, write
 from lods.gaussians.cameras import orbit
 from lods.meshes import regularize, topology
-from lods.meshes.initialize import MeshFileInit, textured
+from lods.meshes.initialize import MeshFileInit, MeshRunInit, exported_glb, textured
 from lods.meshes.parameters import TexturedMesh
 
 from tests.meshes.scenes import sphere
@@ -92,7 +92,8 @@ def test_a_smoothed_gradient_keeps_its_sum_and_leads_the_same_way():
     smooth.smooth_gradient(1.5)
     for mesh in (plain, smooth):
         mesh.render(orbit(1, 3.0), 16, 16)[0].square().sum().backward()
-    assert torch.equal(smooth.texture.grad, regularize.smoothed(plain.texture.grad, 1.5))
+    expected = plain.charts.smoothed(plain.texture.grad, 1.5)
+    assert torch.equal(smooth.texture.grad, expected)
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def test_new_charts_keep_the_picture():
     views = orbit(3, 3.0)
     kept, anew = TexturedMesh(mesh), TexturedMesh(textured(mesh, 512, unwrap=True))
     assert not torch.equal(kept.uv[kept.uv_faces], anew.uv[anew.uv_faces])
-    one, other = (each.render(views, 64, 64)[0] for each in (kept, anew))
+    one, other = (each.render(views, 128, 128)[0] for each in (kept, anew))
     assert (one - other).abs().mean() < 0.01
 
 
@@ -193,6 +194,37 @@ def test_a_file_that_is_no_mesh_is_one_line(tmp_path, content, said):
         path.write_text(content)
     with pytest.raises(ValueError, match=said) as caught:
         MeshFileInit(str(path)).load()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_surface_of_a_run_is_where_it_is_in_the_run(tmp_path):
+    """The glb of the latest step, whatever its name; neither moved nor scaled."""
+    mesh = TexturedMesh(checkered())
+    with torch.no_grad():
+        mesh.vertices.mul_(0.4).add_(torch.tensor([0.1, 0.2, 0.3]))
+    for step, name in ((5, "b.glb"), (40, "a.glb"), (9, "c.glb")):
+        folder = tmp_path / "run" / "save" / f"it{step}-export"
+        folder.mkdir(parents=True)
+        mesh.write(folder / name)
+        with torch.no_grad():
+            mesh.vertices[0, 0] += 0.01
+    found = MeshRunInit(str(tmp_path / "run")).load()
+    low, high = found.vertices.aminmax(dim=0)
+    assert torch.allclose((low + high) / 2, torch.tensor([0.1, 0.2, 0.3]), atol=0.02)
+    assert exported_glb(tmp_path / "run") == tmp_path / "run/save/it40-export/a.glb"
+    views = orbit(2, 3.0)
+    one = TexturedMesh.file(tmp_path / "run/save/it40-export/a.glb").render(views, 32, 32)[0]
+    assert torch.equal(TexturedMesh(found).render(views, 32, 32)[0], one)
+
+
+@pytest.mark.parametrize(
+    "path, said",
+    [("", "needs system.geometry.run.path"), ("none", "there is no folder"), (".", "no exported")],
+)
+def test_a_run_without_a_surface_is_one_line(tmp_path, monkeypatch, path, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=said) as caught:
+        MeshRunInit(path).load()
     assert "\n" not in str(caught.value)
 
 

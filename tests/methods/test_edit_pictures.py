@@ -323,7 +323,7 @@ def test_a_picture_of_16_bits_is_as_bright_as_one_of_8(tmp_path, name):
         (["--steps", "0"], "invalid number from 1 to 1000000"),
         (["--azimuth", "999"], "--azimuth must be a number in [-360, 360], not 999"),
         (["--cameras", "tokens"], "has no folder camera_encoder: set cameras=words"),
-        (["--box", "0,0,0,1,1,1"], "--box is of Gaussians"),
+        (["--box", "0,0,0,1,1,1"], "--box is of an object"),
         (["seed=1"], "KEY=VALUE is of Gaussians"),
         (["--model", "no/such/folder"], "no/such/folder"),
     ],

@@ -1,14 +1,13 @@
 """What the form offers, and what it may ask for."""
 
-import itertools
 from pathlib import Path
 
 import lods.studio
 import pytest
 from lods import host
-from lods.commands.job import BASE
 from lods.methods import registry
-from lods.studio.choices import METHODS, Refused, as_data, read_form
+from lods.studio.choices import METHODS, REPRESENTATIONS, Refused, as_data, read_form
+from lods.studio.meshes import Meshes
 
 from tests.studio.toy import FORM
 from threestudio.utils.config import load_config
@@ -26,13 +25,19 @@ def test_the_words_of_the_embedded_model_are_hints():
     assert {"red", "hamburger", "a"} <= set(model["known"])
 
 
-@pytest.mark.parametrize("on, quality", itertools.product(BASE, ["draft", "good", "best"]))
+@pytest.mark.parametrize("on", REPRESENTATIONS)
+@pytest.mark.parametrize("quality", ["draft", "good", "best"])
 def test_every_quality_that_is_offered_is_a_config_that_loads(on, quality, tmp_path):
     data = as_data()
     for model in data["models"]:
         if quality in model["qualities"][on] and model["words"]:
             form = FORM | {"on": on, "quality": quality, "model": model["name"]}
-            request, _ = read_form(form)
+            named = {"mesh": "0" * 16 + "-box.stl"} if on == "mesh" else {}
+            kept = Meshes(tmp_path)
+            if named:
+                kept.folder.mkdir(exist_ok=True)
+                (kept.folder / named["mesh"]).write_bytes(b"any")
+            request, _ = read_form(form | named, kept)
             words = request.words(tmp_path)
             end = words.index("--train")
             files = [str(host.home() / "configs" / f"{n}.yaml") for n in words[1:end]]
@@ -105,6 +110,7 @@ def test_a_prompt_without_an_object_of_the_model_is_refused_unless_it_is_wanted(
     "change",
     [
         {"on": "mesh"},
+        {"on": "points"},
         {"on": ["gaussians"]},
         {"method": "lods-"},
         {"method": None},

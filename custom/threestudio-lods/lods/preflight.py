@@ -26,6 +26,8 @@ class Kind(NamedTuple):
 
 GAUSSIANS = "lods-gs-system"
 EDITED = "lods-edited-gaussians"
+MESHES = "lods-mesh-system"
+EDITED_MESH = "lods-edited-mesh"
 SYSTEMS = {  # which load their models in every mode
     GAUSSIANS: Kind(
         "Gaussians",
@@ -39,9 +41,9 @@ SYSTEMS = {  # which load their models in every mode
         ("geometry.pos_encoding_config", "renderer.num_samples_per_ray"),
         "pocket-ngp.yaml",
     ),
-    "lods-mesh-system": Kind(
+    MESHES: Kind(
         "a textured mesh",
-        ("lods-mesh",),
+        ("lods-mesh", EDITED_MESH),
         ("geometry.texture_size", "geometry.free_vertices", "geometry.ball.subdivisions"),
         "pocket-mesh.yaml",
     ),
@@ -57,8 +59,9 @@ LEARNING = ("lods-embedding-guidance", "lods-lora-guidance", "lods-vsd-guidance"
 # methods that change what is there
 EDITING = tuple(f"lods-{name}-guidance" for name in ("dds", "drf", "edit", "pds", "ssd"))
 EDIT = (
-    "system.guidance_type={} edits Gaussians that are there: lods edit FILE.ply --from TEXT --to "
-    "TEXT makes such a run (lods-gs-system with geometry_type={} and geometry.init_type=file)"
+    "system.guidance_type={} edits what is there, Gaussians or a mesh: lods edit FILE --from TEXT "
+    f"--to TEXT makes such a run ({GAUSSIANS} with geometry_type={EDITED}, or {MESHES} with "
+    f"{EDITED_MESH}, and geometry.init_type=file)"
 )
 NO_SOURCE_PROMPT = "an edit needs a text of what is there before: give source_prompt='a cat'"
 PERP_NEG = (
@@ -123,9 +126,10 @@ def check_edit(cfg: Any) -> None:
     if (kind := system.get("guidance_type")) not in EDITING:
         return
     start = _part(system, "geometry").get("init_type")
-    edited = system.get("geometry_type") == EDITED and start in ("file", "none")
-    if cfg.system_type != GAUSSIANS or not edited:
-        raise ValueError(EDIT.format(kind, EDITED))
+    kinds = {GAUSSIANS: EDITED, MESHES: EDITED_MESH}
+    edited = system.get("geometry_type") == kinds.get(cfg.system_type, "")
+    if not edited or start not in ("file", "run", "none"):
+        raise ValueError(EDIT.format(kind))
     if _part(system, "prompt_processor").get("source_prompt") is None:
         raise ValueError(f"{NO_SOURCE_PROMPT} (system.prompt_processor.source_prompt)")
 

@@ -64,7 +64,7 @@ class MeshExporter(Exporter):
         texture_faces: Annotated[int, "[0, 1e9]"] = 12000
         texture_format: str = "jpg"
         xatlas_chart_options: Annotated[dict, ChartOptions] = field(default_factory=dict)
-        # with a texture, padding is 2 and resolution is texture_size unless they are given here
+        # with a texture, padding is 4 and resolution is texture_size unless they are given here
         xatlas_pack_options: Annotated[dict, PackOptions] = field(default_factory=dict)
         context_type: str = "gl"  # of upstream's rasteriser; accepted and without effect
 
@@ -125,7 +125,7 @@ class MeshExporter(Exporter):
         return colors
 
     def _unwrap(self, mesh: Mesh) -> None:
-        packing = {"padding": 2, "resolution": self.cfg.texture_size}
+        packing = {"padding": 4, "resolution": self.cfg.texture_size}
         mesh.unwrap_uv(self.cfg.xatlas_chart_options, {**packing, **self.cfg.xatlas_pack_options})
 
     def _maps(self, mesh: Mesh) -> Dict[str, Float[np.ndarray, "S S C"]]:

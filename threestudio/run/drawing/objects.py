@@ -56,12 +56,16 @@ class Splats:
 
 @dataclass
 class Triangles:
-    """Corners (V, 3) with colours 0..1 as they are shown, and triangles (F, 3)."""
+    """Corners (V, 3) with colours 0..1 as they are shown, and triangles (F, 3); with a ``texture``
+    (H, W, 3), 0..255, what is between the corners, which lie at ``uv`` (V, 2) in it: (0, 0) is its
+    upper left."""
 
     points: np.ndarray
     rgb: np.ndarray
     faces: np.ndarray
     reach: float = 0.0  # from a corner
+    texture: np.ndarray | None = None
+    uv: np.ndarray | None = None
 
     @property
     def what(self) -> str:
@@ -253,7 +257,7 @@ def _read_glb(path: Path) -> Triangles:
 
         points = values(primitive["attributes"]["POSITION"]).astype(np.float64)
         faces = values(primitive["indices"]).astype(np.int64).reshape(-1, 3)
-        rgb = np.full(points.shape, 0.7)
+        rgb, pixels, uv = np.full(points.shape, 0.7), None, None
         if "COLOR_0" in primitive["attributes"]:
             light = values(primitive["attributes"]["COLOR_0"])[:, :3].astype(np.float64)
             rgb = _shown(light.clip(0, 1))
@@ -263,7 +267,9 @@ def _read_glb(path: Path) -> Triangles:
             view = tree["bufferViews"][tree["images"][texture["source"]]["bufferView"]]
             start = view.get("byteOffset", 0)
             picture = blob[start : start + view["byteLength"]]
-            rgb = _at(picture, values(primitive["attributes"]["TEXCOORD_0"]))
+            pixels = _pixels(picture)
+            uv = np.nan_to_num(values(primitive["attributes"]["TEXCOORD_0"]).astype(np.float64))
+            rgb = _at(pixels, uv)
     except (
         LookupError,
         ValueError,
@@ -275,20 +281,31 @@ def _read_glb(path: Path) -> Triangles:
         SyntaxError,
     ):
         raise ValueError(f"{path.name} is not a glb as runs export it") from None
-    return Triangles(points[:, [2, 0, 1]], rgb, faces)  # of y up and the front on +z
+    points = points[:, [2, 0, 1]]  # of y up and the front on +z
+    return Triangles(points, rgb, faces, texture=pixels, uv=uv)
 
 
-def _at(picture: bytes, uv: np.ndarray) -> np.ndarray:
-    """The colours of a picture's pixels at places in it, of which (0, 0) is the upper left."""
+def _pixels(picture: bytes) -> np.ndarray:
+    """Those of a PNG."""
     from PIL import Image
 
     with Image.open(io.BytesIO(picture), formats=["PNG"]) as image:
         if max(image.size) > MAX_SIDE:
             raise ValueError("its texture is too large")
-        pixels = np.asarray(image.convert("RGB"))
-    size = np.array([pixels.shape[1], pixels.shape[0]])
-    column, row = (np.nan_to_num(uv) * size).clip(0, size - 1).astype(np.int64).T
-    return pixels[row, column] / 255
+        return np.asarray(image.convert("RGB"))
+
+
+def _at(pixels: np.ndarray, uv: np.ndarray) -> np.ndarray:
+    """The colours 0..1 of a picture at places in it, of which (0, 0) is the upper left: between the
+    centres of pixels linearly, beyond its edge as at it."""
+    most = np.array([pixels.shape[1], pixels.shape[0]]) - 1
+    place = (uv * (most + 1) - 0.5).clip(0, most)
+    first = np.floor(place).astype(np.int64)
+    second = np.minimum(first + 1, most)
+    (x, y), (left, top), (right, below) = (place - first).T[..., None], first.T, second.T
+    upper = pixels[top, left] * (1 - x) + pixels[top, right] * x
+    lower = pixels[below, left] * (1 - x) + pixels[below, right] * x
+    return (upper * (1 - y) + lower * y) / 255
 
 
 def _shown(light: np.ndarray) -> np.ndarray:
@@ -303,7 +320,8 @@ def _shown(light: np.ndarray) -> np.ndarray:
 def fewer(found: Splats | Triangles, most: int) -> Splats | Triangles:
     """What is seen best of an object: at most ``most`` Gaussians, those with the largest product
     of opacity and area, or a mesh of about as many triangles at most, whose corners in one cell of
-    a grid are one."""
+    a grid are one. One with a texture is cut into as many smaller ones as it has texels for, with
+    the texture's colours at their corners, for ``viewer.js`` draws no other."""
     if isinstance(found, Splats):
         if len(found.means) <= most:
             return found
@@ -317,7 +335,30 @@ def fewer(found: Splats | Triangles, most: int) -> Splats | Triangles:
         if len(merged.faces) <= most or cells < 16:
             return merged
         cells = int(cells * 0.8)
-    return found
+    return _cut(found, most)
+
+
+def _cut(mesh: Triangles, most: int) -> Triangles:
+    """Each triangle in n^2 alike, at most ``most`` in all, and no more than a side has texels."""
+    if mesh.texture is None or mesh.uv is None or not len(mesh.faces):
+        return mesh
+    flat = mesh.uv[mesh.faces] * mesh.texture.shape[1::-1]
+    sides = np.linalg.norm(flat - np.roll(flat, 1, axis=1), axis=2)
+    n = min(math.isqrt(most // len(mesh.faces)), math.ceil(np.quantile(sides, 0.9)))
+    if n < 2:
+        return mesh
+    index = {(i, j): 0 for i in range(n + 1) for j in range(n + 1 - i)}
+    index = {place: number for number, place in enumerate(index)}
+    share = np.array([(n - i - j, i, j) for i, j in index]) / n
+    pieces = [(index[i, j], index[i + 1, j], index[i, j + 1]) for i, j in index if i + j < n]
+    pieces += [
+        (index[i + 1, j], index[i + 1, j + 1], index[i, j + 1]) for i, j in index if i + j < n - 1
+    ]
+    points, uv = ((share @ values[mesh.faces]).reshape(-1, d) for values, d in
+                  ((mesh.points, 3), (mesh.uv, 2)))  # fmt: skip
+    first = len(share) * np.arange(len(mesh.faces))
+    faces = (first[:, None, None] + np.array(pieces)).reshape(-1, 3)
+    return Triangles(points, _at(mesh.texture, uv), faces)
 
 
 def _merged(mesh: Triangles, cells: int) -> Triangles:
@@ -389,7 +430,8 @@ def packed(found: Splats | Triangles, camera: Camera) -> tuple[dict[str, Any], s
 def left_out(drawn: Splats | Triangles, found: Splats | Triangles) -> list[str]:
     """Sentences about what a browser does not show of an object, of which it has ``drawn``."""
     said = []
-    if drawn is not found:
+    cut = isinstance(found, Triangles) and len(drawn.points) >= len(found.points)
+    if drawn is not found and not cut:
         said.append(f"Drawn here with {drawn.what} of {found.what}.")
     if isinstance(found, Splats) and found.turning_colors:
         said.append("Drawn here with each Gaussian's mean colour, the same from all sides.")

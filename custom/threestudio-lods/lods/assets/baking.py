@@ -10,7 +10,7 @@ from lods.gaussians.kernel_cache import kernel
 from lods.gaussians.mesh import Mesh as Surface
 from torch import Tensor
 
-PADDING = 4  # texels between charts
+PADDING = (4, 8)  # texels between charts, at least and at most
 FLAT = 1e-9  # of the square of the surface's side: triangles of less area are none
 MARGIN = 1.5  # texels around a triangle that are painted with the nearest point of it
 
@@ -64,7 +64,8 @@ def unwrapped(
     )
     charts, packing = xatlas.ChartOptions(), xatlas.PackOptions()
     charts.max_iterations = 1
-    packing.padding, packing.resolution = PADDING, size
+    # smaller copies of the texture keep the charts apart for as long as there is room for it
+    packing.padding, packing.resolution = min(max(PADDING[0], size // 64), PADDING[1]), size
     atlas.generate(charts, packing)
     if atlas.atlas_count > 1:
         raise ValueError(
@@ -124,7 +125,11 @@ def _draw(corners, face, weights, distance, margin):
 
 
 def texels_of(
-    uv: Float[Tensor, "V 2"], faces: Int[Tensor, "F 3"], height: int, width: int
+    uv: Float[Tensor, "V 2"],
+    faces: Int[Tensor, "F 3"],
+    height: int,
+    width: int,
+    margin: float = MARGIN,
 ) -> tuple[Int[np.ndarray, "H W"], Float[np.ndarray, "H W 3"]]:
     """Which triangle each texel shows, -1 for none, and where in it: barycentric coordinates.
 
@@ -136,8 +141,46 @@ def texels_of(
     face = np.full((height, width), -1, np.int64)
     weights = np.zeros((height, width, 3))
     distance = np.full((height, width), np.inf)
-    _draw(np.ascontiguousarray(places[faces.cpu().numpy()]), face, weights, distance, MARGIN)
+    _draw(np.ascontiguousarray(places[faces.cpu().numpy()]), face, weights, distance, margin)
     return face, weights
+
+
+@kernel()
+def _count(corners, counts):
+    """Add 1 for each triangle of texels (F, 3, 2) that a centre, a whole number, is well within: a
+    hundredth of a texel from its sides, which two triangles share."""
+    height, width = counts.shape
+    for f in range(corners.shape[0]):
+        ax, ay = corners[f, 0, 0], corners[f, 0, 1]
+        bx, by = corners[f, 1, 0], corners[f, 1, 1]
+        cx, cy = corners[f, 2, 0], corners[f, 2, 1]
+        area = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
+        if area == 0.0:
+            continue
+        sign = 1.0 if area > 0.0 else -1.0
+        x0, x1 = max(0, int(np.ceil(min(ax, bx, cx)))), min(width - 1, int(max(ax, bx, cx)))
+        y0, y1 = max(0, int(np.ceil(min(ay, by, cy)))), min(height - 1, int(max(ay, by, cy)))
+        for y in range(y0, y1 + 1):
+            for x in range(x0, x1 + 1):
+                within = True
+                for edge in range(3):
+                    px, py = corners[f, edge, 0], corners[f, edge, 1]
+                    qx, qy = corners[f, (edge + 1) % 3, 0], corners[f, (edge + 1) % 3, 1]
+                    side = sign * ((qx - px) * (y - py) - (qy - py) * (x - px))
+                    if side < 0.01 * np.sqrt((qx - px) ** 2 + (qy - py) ** 2):
+                        within = False
+                if within:
+                    counts[y, x] += 1
+
+
+def shared_texels(
+    uv: Float[Tensor, "V 2"], faces: Int[Tensor, "F 3"], height: int, width: int
+) -> int:
+    """How many texels have their centres in several triangles: parts that are painted alike."""
+    places = uv.detach().cpu().double().numpy() * [width, -height] + [-0.5, height - 0.5]
+    counts = np.zeros((height, width), np.int32)
+    _count(np.ascontiguousarray(places[faces.cpu().numpy()]), counts)
+    return int((counts > 1).sum())
 
 
 def spread(image: Float[np.ndarray, "H W C"], known: np.ndarray) -> Float[np.ndarray, "H W C"]:

@@ -1,4 +1,4 @@
-"""``lods edit``: a picture, or Gaussians, changed by a text."""
+"""``lods edit``: a picture, Gaussians, or the texture of a mesh, changed by a text."""
 
 import argparse
 from pathlib import Path
@@ -8,19 +8,20 @@ from lods.cameras import TOLD
 from lods.commands.parser import Parser, count
 
 ABOUT = """\
-Change what a picture shows, or an object of Gaussians, by a text. What the texts do not tell apart
-stays as it was, as far as the method can.
+Change what a picture shows, an object of Gaussians, or the texture of a mesh, by a text. What the
+texts do not tell apart stays as it was, as far as the method can.
 
     lods edit armchair.png --from "a red armchair" --to "a blue armchair"
     lods edit armchair.png --from "an armchair" --to "a chair" --region 10,40,110,128
     lods edit object.ply --from "a red armchair" --to "a blue armchair" --box -1,-1,0,1,1,1
+    lods edit chair.glb --from "a red armchair" --to "a blue armchair" --where "an armchair"
 
-A picture's result is a folder; lods edit FOLDER goes on with it. Of Gaussians, WHAT is a ply file
-of 3D Gaussians or a RUN, and the result is a run.
+A picture's result is a folder; lods edit FOLDER goes on with it. Of an object, WHAT is a ply file
+of 3D Gaussians, a mesh (glb, gltf, obj, ply, stl, off) or a RUN, and the result is a run.
 """
 METHODS = "dds, pds, ssd, drf or lods-edit"
 PICTURES = "of a picture"
-OBJECTS = "of Gaussians"
+OBJECTS = "of an object"
 OPTIONS = {"source": "--from", "target": "--to"}
 
 
@@ -30,7 +31,7 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
     add(
         "what",
         metavar="WHAT",
-        help="a picture, a ply file of Gaussians, a RUN, or a result to go on with",
+        help="a picture, a ply file of Gaussians, a mesh, a RUN, or a result to go on with",
     )
     add("overrides", nargs="*", metavar="KEY=VALUE", help=f"{OBJECTS}: settings, as of lods train")
     add("--from", dest="source", metavar="TEXT", help="what is there")
@@ -62,7 +63,7 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
         "--mask",
         type=Path,
         metavar="FILE",
-        help="only where this picture, of the same size, is light; of Gaussians those before its "
+        help=f"only where this picture, of the same size, is light; {OBJECTS} what lies before its "
         "light pixels, seen from --azimuth and --elevation",
     )
     add("--where", metavar="WORDS", help=f"only where the model sees these words; {OBJECTS} too")
@@ -84,7 +85,8 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
     three.add_argument(
         "--box",
         metavar="X0,Y0,Z0,X1,Y1,Z1",
-        help="only Gaussians whose centres are in this box may change, all others stay bit for bit",
+        help="only what is in this box may change, in world units: Gaussians by their centres, "
+        "texels by their places on the surface; all others stay bit for bit",
     )
     return parser.parse_intermixed_args(argv)
 

@@ -1,4 +1,5 @@
-"""``lods edit`` of Gaussians: a run of ``lods-gs-system`` that starts from a file."""
+"""``lods edit`` of an object: a run of ``lods-gs-system``, or of ``lods-mesh-system``, that starts
+from a file."""
 
 import argparse
 import json
@@ -6,15 +7,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lods.commands.job import as_typed
-from lods.commands.make import find_method, has_gpu, refuse_unknown_words
-from lods.commands.runs import exported, find_run, start
+from lods.commands.job import OVERLAY_ENDS, as_typed
+from lods.commands.make import find_method, has_gpu, mesh_in, refuse_unknown_words
+from lods.commands.runs import exported_object, find_run, start
 from lods.edits.picture import light_pixels
 from lods.edits.settings import FORCE, level_of, refuse_unseen
-from lods.preflight import EDITED, EDITING
+from lods.preflight import EDITED, EDITED_MESH, EDITING
 
 OF_PICTURES = ("lr", "draws", "every", "negative_prompt", "region", "cameras")
 MOST = 1e6  # of a coordinate
+# the files of a run in which its object is, and whether that is a mesh: the first that there is
+EXPORTED = {"gaussians.ply": False, "mesh.glb": True, "model.glb": True, "model.obj": True}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -31,8 +34,10 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--method {args.method} edits nothing: the methods that do are {names}")
     box = None if args.box is None else read_box(args.box)
     level_of(args.where, args.level)
-    what = gaussians_of(args.what)
-    words = [*configs(args, source, target, method), *settings(args, what, box)]
+    what, mesh = object_of(args.what)
+    if mesh:
+        what = mesh_in(what, str(what))
+    words = [*configs(args, source, target, method, mesh), *settings(args, what, mesh, box)]
     return start([*words, *args.overrides])
 
 
@@ -51,35 +56,41 @@ def read_box(text: str) -> list[float]:
     return box
 
 
-def gaussians_of(word: str) -> Path:
-    """The ply file that is meant: itself, or the newest that the run has exported. Raises
-    ``ValueError``, one line."""
+def object_of(word: str) -> tuple[Path, bool]:
+    """The file that is meant, itself or the newest that the run has exported, and whether it is a
+    mesh, and no Gaussians. Raises ``ValueError``, one line."""
+    from lods.gaussians.mesh_file import FORMATS  # which imports torch
+
     path = Path(word)
-    if path.suffix.lower() == ".ply":
+    suffix = path.suffix.lower()
+    if suffix.removeprefix(".") in FORMATS:
         if not path.is_file():
             raise ValueError(f"there is no file {word}")
-        return path
+        return path, suffix != ".ply" or " face " in _head(path)
     if path.is_file() and path.suffix != ".ckpt":
-        raise ValueError(f"{word} is neither a picture, nor a ply file of Gaussians, nor a run")
+        raise ValueError(
+            f"{word} is neither a picture, nor a ply file of Gaussians, nor a mesh, nor a run"
+        )
     run = find_run(word)
-    found = [file for file in exported(run.folder) if file.name == "gaussians.ply"]
-    if not found:
-        if start([*run.words, "--export", "system.exporter.fmt=ply"]):
-            raise ValueError(f"the Gaussians of {run.folder} cannot be exported: see above")
-        found = [file for file in exported(run.folder) if file.name == "gaussians.ply"]
-    if not found:
-        raise ValueError(f"{run.folder} is no run of Gaussians: there is nothing to edit")
-    return max(found, key=lambda file: file.stat().st_mtime)
+    found = exported_object(run, list(EXPORTED))
+    if found is None:
+        raise ValueError(f"{run.folder} has no Gaussians and no mesh: there is nothing to edit")
+    return found, EXPORTED[found.name]
+
+
+def _head(path: Path) -> str:
+    """The header of a ply file. Raises ``ValueError``, one line, where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(1 << 16).partition(b"end_header")[0].decode("latin-1")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def degree_in(path: Path) -> int:
     """The degree of the spherical harmonics in a ply file, by its header. Raises ``ValueError``,
     one line, for one that holds no Gaussians."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(1 << 16).partition(b"end_header")[0].decode("latin-1")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    head = _head(path)
     if not head.startswith("ply") or " f_dc_0" not in head:
         raise ValueError(f"{path} is no ply file of 3D Gaussians")
     rest = head.count(" f_rest_")
@@ -89,7 +100,9 @@ def degree_in(path: Path) -> int:
     return degrees[rest]
 
 
-def configs(args: argparse.Namespace, source: str, target: str, method: str) -> list[str]:
+def configs(
+    args: argparse.Namespace, source: str, target: str, method: str, mesh: bool
+) -> list[str]:
     """The first words of the training: the configs that suit the model, and the texts."""
     from lods.models import cards, choose
 
@@ -104,14 +117,15 @@ def configs(args: argparse.Namespace, source: str, target: str, method: str) -> 
         if args.where is not None:
             refuse_unseen(args.where, model, FORCE)
     card = cards.all_cards().get(cards.canonical(model))
-    names = ["lods-gs-embedding"]
+    names = [f"lods-{'mesh' if mesh else 'gs'}-embedding"]
     small = bool(card and card.overlay) or not has_gpu()
     if small:
         overlay = (
             card.overlay if card and card.overlay else cards.all_cards()[cards.EMBEDDED].overlay
         )
-        names.append(str(overlay))
-    names += ["edit", *["edit-pocket"] * small]
+        names.append(f"{overlay}{OVERLAY_ENDS['mesh'] if mesh else ''}")
+    kind = "edit-mesh" if mesh else "edit"
+    names += [kind, *[f"{kind}-pocket"] * small]
     prompt, told = "system.prompt_processor", cards.has_camera_encoder(model)
     values: dict[str, Any] = {
         f"{prompt}.prompt": as_typed(target),
@@ -127,17 +141,19 @@ def configs(args: argparse.Namespace, source: str, target: str, method: str) -> 
     return ["--config", *names, "--train", *(f"{key}={value}" for key, value in values.items())]
 
 
-def settings(args: argparse.Namespace, what: Path, box: list[float] | None) -> list[str]:
+def settings(
+    args: argparse.Namespace, what: Path, mesh: bool, box: list[float] | None
+) -> list[str]:
     """The settings of the training that the other options mean."""
-    degree = degree_in(what)
     values: dict[str, Any] = {
-        "system.geometry_type": EDITED,
+        "system.geometry_type": EDITED_MESH if mesh else EDITED,
         "system.geometry.file.path": as_typed(str(what.resolve())),
-        "system.geometry.sh_degree": degree,
-        "system.exporter.fmt": "ply",
+        "system.exporter.fmt": "glb" if mesh else "ply",
     }
-    if degree:
-        values["system.optimizer.params"] = "{geometry.shN: {lr: 2.5e-4}}"
+    if not mesh:
+        values["system.geometry.sh_degree"] = degree = degree_in(what)
+        if degree:
+            values["system.optimizer.params"] = "{geometry.shN: {lr: 2.5e-4}}"
     if box is not None:
         values["system.geometry.box"] = json.dumps(box)
     if args.mask is not None:

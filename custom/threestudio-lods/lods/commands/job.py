@@ -17,11 +17,22 @@ from lods import host
 from lods.commands.runs import PARSED, copy, exported, start
 from lods.models import cards, renamed
 
-BASE = {"gaussians": "gs", "nerf": "ngp"}  # in the names of configs
-OVERLAY_ENDS = {"gaussians": "", "nerf": "-ngp"}
-FORMATS = {"gaussians": "[ply,glb]", "nerf": "glb"}
-# methods that learn a LoRA of the model; what is learned has the rate of the base config
+# representations -> their configs at full size; for methods that learn a LoRA of the model, what is
+# learned has another rate
+BASE = {
+    "gaussians": ("lods-gs-embedding",),
+    "nerf": ("lods-ngp-embedding",),
+    "mesh": ("lods-mesh-embedding",),
+}
+BASE_LORA = {
+    "gaussians": ("lods-gs-lora",),
+    "nerf": ("lods-ngp-lora",),
+    "mesh": ("lods-mesh-embedding", "mesh-lora"),
+}
 LORA = ("lods-lora", "lods-vsd")
+OVERLAY_ENDS = {"gaussians": "", "nerf": "-ngp", "mesh": "-mesh"}
+FORMATS = {"gaussians": "[ply,glb]", "nerf": "glb", "mesh": "glb"}
+OF_FILE = "mesh"  # the representation that a file is the start of
 QUALITIES = ("draft", "good", "best")  # good is the overlay itself
 RESULTS = ("picture.png", "video.mp4")  # and the exported files
 RECORD = "run.json"  # of the host: when it was trained, and for how long
@@ -50,6 +61,8 @@ class Request:
     # channels of the latents, of a model whose name was another's up to version 0.2; else 0
     latents: int = 0
     quality: str = "good"
+    source: str = ""  # the file of the mesh that is painted, and the SHA-256 of what it holds
+    source_hash: str = ""
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Request":
@@ -67,6 +80,10 @@ class Request:
             del told["latents"]
         if self.quality == "good":  # likewise
             del told["quality"]
+        if not self.source:
+            del told["source"]
+        if not self.source_hash:
+            del told["source_hash"]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
 
     def words(self, folder: Path) -> list[str]:
@@ -88,6 +105,9 @@ class Request:
             "checkpoint.save_top_k": 0,
             "checkpoint.every_n_train_steps": 50 if self.small else 500,
         }
+        if self.source:
+            settings["system.geometry.init_type"] = "file"
+            settings["system.geometry.file.path"] = as_typed(self.source)
         if self.steps is not None:
             settings["trainer.max_steps"] = self.steps
         words = [f"{key}={value}" for key, value in settings.items()]
@@ -99,6 +119,7 @@ class Request:
         options = {"--on": self.on, "--method": self.method.removeprefix("lods-")}
         options |= {"--model": self.model, "--quality": self.quality, "--seed": str(self.seed)}
         options |= {} if self.steps is None else {"--steps": str(self.steps)}
+        options |= {"--from": self.source} if self.source else {}
         usual = {"--on": "gaussians", "--quality": "good", "--seed": "0"}
         told = [pair for pair in options.items() if pair not in usual.items()]
         words = [word for pair in told for word in pair]
@@ -106,8 +127,8 @@ class Request:
 
     def configs(self) -> list[str]:
         """The names of its configs, of which each goes over the ones before it."""
-        learned = "lora" if self.method in LORA else "embedding"
-        return [f"lods-{BASE[self.on]}-{learned}", *(self.overlays() if self.small else [])]
+        base = (BASE_LORA if self.method in LORA else BASE)[self.on]
+        return [*base, *(self.overlays() if self.small else [])]
 
     def again(self, run: Path) -> list[str]:
         """The first words of a command line that goes on with the run."""

@@ -1,6 +1,7 @@
 """``lods make``: from prompts to pictures, videos and 3D files, one at a time or many."""
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 from lods import host
 from lods.commands.job import (
     BASE,
+    OF_FILE,
     PAGE,
     QUALITIES,
     RESULTS,
@@ -30,6 +32,7 @@ from lods.commands.parser import (
     viewer_words,
     with_port,
 )
+from lods.commands.runs import exported_object, find_run
 from lods.declared import method_names
 from lods.files import whole_file
 from lods.models.cards import EMBEDDED
@@ -41,11 +44,13 @@ Make 3D objects from prompts: trained, rendered from all sides, exported.
 
     lods make "a blue backpack"
     lods make --prompts list.txt --on nerf --workers 2
+    lods make "a red armchair" --on mesh --from chair.glb
 
 Each object has a folder below --out. The same command goes on where it was stopped or killed, and
 tries again what has failed. A config's settings are changed by KEY=VALUE, as of lods train.
 """
 REQUEST = "request.json"
+SURFACES = ("mesh.glb", "model.glb", "gaussians.glb")  # that runs export
 MAX_REQUEST = 1 << 20  # bytes of one that are read
 MAX_PROMPTS = 10_000
 MAX_PROMPT = 5000  # characters: one word of a command line holds no more than 128 KiB
@@ -61,6 +66,14 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
     add("words", nargs="*", metavar="PROMPT | KEY=VALUE")
     add("--prompts", type=Path, dest="file", metavar="FILE", help="a text file, a prompt a line")
     add("--on", choices=list(BASE), default="gaussians", help="the representation (gaussians)")
+    add(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FILE",
+        help=f"with --on {OF_FILE}: the mesh whose texture is made (glb, gltf, obj, ply, stl, off)"
+        ", or a RUN whose surface is",
+    )
     add("--method", default=DEFAULT_METHOD, help=f"lods-lora, sds, csd, ... ({DEFAULT_METHOD})")
     add(
         "--model",
@@ -152,6 +165,7 @@ def requests(args: argparse.Namespace) -> list[Request]:
     """What is to be made, checked as far as it can be before anything is loaded."""
     from lods.models import cards, choose
 
+    source = source_of(args.on, args.source)
     method = find_method(args.method)
     if f"{method}-guidance" in EDITING:
         raise ValueError(f"{method} changes what is there: lods edit FILE --from TEXT --to TEXT")
@@ -174,10 +188,59 @@ def requests(args: argparse.Namespace) -> list[Request]:
                 "at full size --steps sets the training steps"
             )
         common["quality"] = args.quality
-    common |= {"on": args.on, "method": method, "overrides": overrides, "gpu": args.gpu}
+    common |= {"on": args.on, "method": method, "overrides": overrides, "gpu": args.gpu} | source
     wanted = [Request(prompt=prompt, **common) for prompt in args.prompts]
     wanted[0].overlays()
     return wanted
+
+
+def source_of(on: str, file: Path | None) -> dict[str, str]:
+    """The fields of a request that tell of the mesh to begin with. Raises ``ValueError``, one line,
+    where there is none that can be had, or where none is of use."""
+    if on != OF_FILE:
+        if file is None:
+            return {}
+        more = (
+            ": Gaussians begin with a file by system.geometry.init_type=file "
+            "system.geometry.file.path=FILE"
+            if on == "gaussians"
+            else ""
+        )
+        raise ValueError(f"--from is of --on {OF_FILE}, and this is --on {on}{more}")
+    if file is None:
+        raise ValueError(
+            f"--on {OF_FILE} makes the texture of a mesh that is there: name it by --from FILE "
+            "(glb, gltf, obj, ply, stl or off), or --from RUN for the surface of a run"
+        )
+    from lods.gaussians.mesh_file import FORMATS  # which imports torch
+
+    if not file.is_file() and file.suffix.lower().removeprefix(".") not in FORMATS:
+        run = find_run(str(file))
+        found = exported_object(run, SURFACES, ["system.exporter.fmt=glb"])
+        if found is None:
+            raise ValueError(f"--from: {run.folder} has no surface to be had as a glb")
+        file = found
+    path = mesh_in(file, f"--from {file}")
+    content = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"source": str(path), "source_hash": content[:16]}
+
+
+def mesh_in(file: Path, named: str) -> Path:
+    """The whole path of a file that holds a mesh, which is read to see that it does. Raises
+    ``ValueError``, one line that begins with what it is ``named``, where it does not."""
+    path = file.expanduser().resolve()
+    if "${" in str(path):
+        raise ValueError(f"{named}: the path holds '${{', which configs take for a reference")
+    from lods.meshes.initialize import MeshFileInit
+
+    try:
+        MeshFileInit(str(path)).load()
+    except OSError as error:
+        raise ValueError(f"{named} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        why = str(error).removeprefix(f"'{path}': ")
+        raise ValueError(f"{named}: {why}") from None
+    return path
 
 
 def refuse_unknown_words(
@@ -212,11 +275,12 @@ def has_gpu() -> bool:
 
 
 def folder_of(request: Request, out: Path) -> Path:
-    """One for each prompt, representation, method and seed."""
+    """One for each prompt, representation with the file it begins with, method and seed."""
     safe_name = host.module("threestudio.utils.config").safe_name
     seed = f"-seed{request.seed}" if request.seed else ""
     quality = f"-{request.quality}" if request.quality != "good" else ""
-    name = f"{request.prompt.replace(' ', '_')}-{request.on}-{request.method}{quality}{seed}"
+    on = f"{request.on}-{Path(request.source).stem}" if request.source else request.on
+    name = f"{request.prompt.replace(' ', '_')}-{on}-{request.method}{quality}{seed}"
     return out / safe_name(name)
 
 

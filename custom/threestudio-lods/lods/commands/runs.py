@@ -1,6 +1,7 @@
 """``lods resume``, ``test`` and ``export``: what is done with a run that is there."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,9 @@ ABOUT = {
     "resume": "Go on with the training of a run, from its last checkpoint.",
     "test": "Render the views and the video of a run again.",
     "export": "Write the object of a run: Gaussians as ply (the layout of 3DGS), compressed-ply, "
-    "splat, spz, points or glb, a radiance field as glb, obj, obj-mtl or ply. A glb has a texture "
-    "(system.exporter.glb_colors=vertices: colours at its vertices). Or its views, without "
-    "background: webp and webm, animations, or frames, PNG files.",
+    "splat, spz, points or glb, a radiance field as glb, obj, obj-mtl or ply, a mesh as glb, obj. "
+    "A glb has a texture (system.exporter.glb_colors=vertices: colours at its vertices). Or its "
+    "views, without background: webp and webm, animations, or frames, PNG files.",
 }
 MODES = {"resume": "--train", "test": "--test", "export": "--export"}
 # formats of the views, see lods.threestudio.systems.turntable
@@ -177,6 +178,20 @@ def exported(folder: Path) -> dict[Path, int]:
     kinds = ("save/it*-export/*", f"save/it*-export/{FRAMES}/*.png")
     files = (path for kind in kinds for path in folder.glob(kind) if path.is_file())
     return {path: path.stat().st_mtime_ns for path in files}
+
+
+def exported_object(run: Run, names: Sequence[str], settings: Sequence[str] = ()) -> Path | None:
+    """The newest file that a run has exported by the first of these names that it has; without any
+    it is exported first, with these settings. None where nothing comes of it. Raises ``ValueError``
+    for a run that cannot be exported."""
+    for attempt in range(2):
+        found = [file for file in exported(run.folder) if file.name in names]
+        if found:
+            order = {name: number for number, name in enumerate(names)}
+            return min(found, key=lambda file: (order[file.name], -file.stat().st_mtime))
+        if not attempt and start([*run.words, "--export", *settings]):
+            raise ValueError(f"the object of {run.folder} cannot be exported: see above")
+    return None
 
 
 def copy(file: Path, target: Path) -> None:

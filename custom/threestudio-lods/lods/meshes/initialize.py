@@ -1,15 +1,18 @@
-"""Where a textured mesh starts: a file, or a ball."""
+"""Where a textured mesh starts: a file, the surface of a run, or a ball."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from lods.assets import Mesh
 from lods.gaussians.axes import AXES, PLY_AXES
+from lods.meshes.charts import smaller
 from lods.settings import make
 
-INIT_TYPES = ("ball", "file", "none")
+INIT_TYPES = ("ball", "file", "run", "none")
 
 
 @dataclass
@@ -61,6 +64,40 @@ class MeshFileInit:
         return mesh
 
 
+@dataclass
+class MeshRunInit:
+    """What a run, of Gaussians, of a radiance field or of a mesh, has exported as a glb: its
+    surface with a texture, where and as large as it is in the run."""
+
+    path: str = ""  # the folder of the run
+
+    def load(self) -> Mesh:
+        """The mesh. Raises ``ValueError``, one line, for a folder that is no run's, or of a run
+        that has exported no glb."""
+        if not self.path:
+            raise ValueError("init_type=run needs system.geometry.run.path=<folder of a run>")
+        folder = Path(self.path).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"system.geometry.run.path: there is no folder '{folder}'")
+        found = exported_glb(folder)
+        if found is None:
+            raise ValueError(
+                f"'{folder}' holds no exported glb: lods export {folder} --format glb makes one"
+            )
+        return MeshFileInit(str(found)).load()
+
+
+def exported_glb(run: Path) -> Path | None:
+    """The glb in the folder of a run that was exported at the latest step, of several the newest;
+    None where there is none."""
+    found = []
+    for path in run.glob("save/it*-export/*.glb"):
+        step = re.fullmatch(r"it(\d{1,12})-export", path.parent.name)
+        if step and path.is_file():
+            found.append((int(step[1]), path.stat().st_mtime, path))
+    return max(found)[2] if found else None
+
+
 def textured(mesh: Mesh, size: int, unwrap: bool = False) -> Mesh:
     """The mesh with a texture. One that has ``uv`` and a texture stays as it is, unless ``unwrap``
     asks for charts of its own, as a mesh needs whose charts overlap or repeat.
@@ -99,10 +136,19 @@ def initial_mesh(cfg: Any, where: str = "system.geometry.") -> Mesh:
     # both blocks are looked at, so that a misspelt key is found whichever source is chosen
     ball = make(MeshBallInit, cfg.ball, f"{where}ball.")
     file = make(MeshFileInit, cfg.file, f"{where}file.")
+    run = make(MeshRunInit, cfg.run, f"{where}run.")
     if cfg.init_type == "none":
         nothing = torch.zeros(0, 3)
         return Mesh(nothing, nothing.long(), nothing[:, :2], torch.zeros(1, 1, 3))
     if cfg.init_type not in INIT_TYPES:
-        raise ValueError(f"{where}init_type='{cfg.init_type}' is unknown: use ball, file or none")
-    mesh = ball.load() if cfg.init_type == "ball" else file.load()
-    return textured(mesh, cfg.texture_size, cfg.unwrap)
+        known = ", ".join(INIT_TYPES)
+        raise ValueError(f"{where}init_type='{cfg.init_type}' is unknown: use one of {known}")
+    mesh = {"ball": ball, "file": file, "run": run}[cfg.init_type].load()
+    own = mesh.texture is not None and mesh.uv is not None and not cfg.unwrap
+    mesh = textured(mesh, cfg.texture_size, cfg.unwrap)
+    if own and cfg.most_texels and mesh.texture is not None:
+        level, side = 0, max(mesh.texture.shape[:2])
+        while side >> level > cfg.most_texels:
+            level += 1
+        mesh.texture = smaller(mesh.texture, level) if level else mesh.texture
+    return mesh

@@ -1,5 +1,6 @@
 """A textured mesh as the parameters of a module."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ import torch.nn as nn
 from jaxtyping import Float, Int
 from lods.assets import Mesh, Placement
 from lods.gaussians.cameras import intrinsics, world_to_camera
+from lods.meshes.charts import Charts, charts_of, filled, smaller, with_unseen
 from lods.meshes.rasterize import rasterization
 from lods.meshes.regularize import laplacian, normal_consistency, smoothed
 from lods.meshes.topology import neighbours, weld
 from torch import Tensor
 
+PLAIN = 1 / 512  # half a step of 8 bits: what differs by no more is of one colour
 # name -> (dimensions, sizes of the last ones, whether it holds indices)
 STORED: dict[str, tuple[int, tuple[int, ...], bool]] = {
     "vertices": (2, (3,), False),
     "texture": (3, (3,), False),
     "start": (2, (3,), False),
+    "start_texture": (3, (3,), False),
     "faces": (2, (3,), True),
     "uv": (2, (2,), False),
     "uv_faces": (2, (3,), True),
@@ -31,18 +35,24 @@ class MeshParameters(nn.Module):
 
     Parameters, directly on the module (so that an optimizer names them ``geometry.texture`` and so
     on): ``vertices`` (V, 3) in world units, and ``texture`` (H, W, 3), shown colours (sRGB) 0..1,
-    row 0 at the top. Buffers: ``start`` (V, 3), the vertices before training; ``faces`` (F, 3);
-    texture coordinates ``uv`` (T, 2), the origin at the lower left, and ``uv_faces`` (F, 3), which
-    index them. A vertex on a seam of the texture is there once, so that no training tears a seam.
+    row 0 at the top. Buffers: ``start`` (V, 3) and ``start_texture`` (H, W, 3), the vertices and
+    the texture before training; ``faces`` (F, 3); texture coordinates ``uv`` (T, 2), the origin at
+    the lower left, and ``uv_faces`` (F, 3), which index them. A vertex on a seam of the texture is
+    there once, so that no training tears a seam.
     ``placement`` (13,) has the numbers of a :class:`lods.assets.Placement`: where the mesh stood in
     its file.
 
     All of them are in the state dict; loading one takes over the mesh that is stored in it.
+
+    Of the texture only the texels that belong to a chart are trained (:class:`.charts.Charts`). The
+    others go with the borders of the charts, in what is drawn as in what is written: see
+    :meth:`shown_texture`.
     """
 
     vertices: nn.Parameter
     texture: nn.Parameter
     start: Tensor
+    start_texture: Tensor
     faces: Tensor
     uv: Tensor
     uv_faces: Tensor
@@ -57,13 +67,27 @@ class MeshParameters(nn.Module):
         self.vertices = nn.Parameter(places.clone(), requires_grad=free_vertices)
         self.texture = nn.Parameter(mesh.texture.detach().cpu().float().clone())
         faces = mesh.faces.detach().cpu().long()
-        buffers = {"start": places, "faces": index[faces], "uv": mesh.uv.detach().cpu().float()}
+        buffers = {"start": places, "start_texture": self.texture.detach(), "faces": index[faces]}
+        buffers["uv"] = mesh.uv.detach().cpu().float()
         stood = mesh.placement or Placement.none()
         numbers = np.concatenate([[stood.scale], stood.rotation.ravel(), stood.shift])
         buffers |= {"uv_faces": faces, "placement": torch.from_numpy(numbers)}
         for name, value in buffers.items():
             self.register_buffer(name, value.clone())
         self._neighbours: Tensor | None = None
+        self._charts: tuple[Charts | None] | None = None
+
+    @property
+    def charts(self) -> Charts | None:
+        """The charts of the texture, see :func:`lods.meshes.charts.charts_of`."""
+        if self._charts is None:
+            size = self.texture.shape[:2]
+            self._charts = (charts_of(self.start, self.faces, self.uv, self.uv_faces, *size),)
+        (found,) = self._charts
+        if found is not None and found.number.device != self.texture.device:
+            found = found.to(self.texture.device)
+            self._charts = (found,)
+        return found
 
     @property
     def neighbours(self) -> Int[Tensor, "F 3"]:
@@ -73,10 +97,38 @@ class MeshParameters(nn.Module):
         return self._neighbours
 
     def smooth_gradient(self, sigma: float) -> None:
-        """From now on the texture's gradient is smoothed, see
-        :func:`lods.meshes.regularize.smoothed`; 0: as it is."""
+        """From now on the texture's gradient is smoothed over the surface, see
+        :meth:`lods.meshes.charts.Charts.smoothed`; 0: as it is."""
+
+        def smooth(gradient: Tensor) -> Tensor:
+            charts = self.charts
+            return smoothed(gradient, sigma) if charts is None else charts.smoothed(gradient, sigma)
+
         if sigma > 0:
-            self.texture.register_hook(lambda gradient: smoothed(gradient, sigma))
+            self.texture.register_hook(smooth)
+
+    def shown_texture(self, complete: bool = False) -> Float[Tensor, "H W 3"]:
+        """What is drawn: ``texture``, and beside the charts the colours of their borders, where
+        these have changed (:func:`lods.meshes.charts.filled`), so that no filter finds there what
+        was never trained. A texture that repeats is drawn as it is. ``complete``: with what
+        :meth:`fill_unseen` would fill, and without a gradient."""
+        charts, texture = self.charts, self._complete() if complete else self.texture
+        return texture if charts is None else filled(texture, self.start_texture, charts)
+
+    @torch.no_grad()
+    def fill_unseen(self) -> None:
+        """In place, after the training, before what is final is drawn (a file has it in any case):
+        where the texture was of one colour at the start, texels that no view has changed take the
+        colours of those nearest on the surface that some have
+        (:func:`lods.meshes.charts.with_unseen`). A texture that had something to show keeps it."""
+        self.texture.copy_(self._complete())
+
+    def _complete(self) -> Tensor:
+        charts, start, texture = self.charts, self.start_texture, self.texture.detach()
+        if charts is None or (start - start[0, 0]).abs().max() > PLAIN:
+            return texture
+        mesh = self.vertices, self.faces, self.uv, self.uv_faces
+        return with_unseen(texture, start, charts, *mesh)
 
     @torch.no_grad()
     def limit_colours(self) -> None:
@@ -97,10 +149,16 @@ class MeshParameters(nn.Module):
         Ks: Float[Tensor, "C 3 3"],
         width: int,
         height: int,
+        texture: Float[Tensor, "h w 3"] | None = None,
         **options: Any,
     ) -> tuple[Float[Tensor, "C H W 3"], Float[Tensor, "C H W 1"], dict[str, Any]]:
         """Images, alphas and ``info`` of :func:`lods.meshes.rasterization`, which takes the
-        ``options``."""
+        ``options``; with another ``texture`` of the same size, if given. Of one with two texels a
+        pixel or more a smaller copy is drawn (:func:`lods.meshes.charts.smaller`): it neither
+        aliases, nor has texels between those that pixels look up, which nothing would train."""
+        texture = self.shown_texture() if texture is None else texture
+        if level := self._level(viewmats, Ks):
+            texture = smaller(texture, level)
         return rasterization(
             self.vertices,
             self.faces,
@@ -108,12 +166,25 @@ class MeshParameters(nn.Module):
             Ks,
             width,
             height,
-            texture=self.texture,
+            texture=texture,
             uv=self.uv,
             uv_faces=self.uv_faces,
             neighbours=self.neighbours,
             **options,
         )
+
+    @torch.no_grad()
+    def _level(self, viewmats: Float[Tensor, "C 4 4"], Ks: Float[Tensor, "C 3 3"]) -> int:
+        """How many times the texture may be halved until its texels are as large as the pixels, at
+        the middle of the mesh, the mean over the cameras."""
+        charts = self.charts
+        if charts is None or not charts.texel > 0 or not len(viewmats):
+            return 0
+        low, high = self.start.aminmax(dim=0)
+        depth = viewmats[:, 2, :3].to(low) @ ((low + high) / 2) + viewmats[:, 2, 3].to(low)
+        texels = float((depth.clamp_min(0) / Ks[:, 1, 1].to(low)).mean()) / charts.texel
+        most = max(self.texture.shape[:2]).bit_length() - 1
+        return min(most, int(math.log2(texels))) if 2 <= texels < math.inf else 0
 
     @torch.no_grad()
     def mesh(self) -> Mesh:
@@ -125,7 +196,7 @@ class MeshParameters(nn.Module):
             self.vertices.detach()[pairs[:, 0]].cpu(),
             index.view(-1, 3).cpu(),
             self.uv[pairs[:, 1]].cpu(),
-            self.texture.detach().clamp(0, 1).cpu(),
+            self.shown_texture(complete=True).clamp(0, 1).cpu(),
             placement=self._placement(),
         )
 
@@ -137,6 +208,10 @@ class MeshParameters(nn.Module):
         found = {name: state_dict[prefix + name] for name in STORED if prefix + name in state_dict}
         for name, value in found.items():
             _refuse(prefix + name, value, *STORED[name])
+        if "texture" in found and "start_texture" not in found:
+            # of a run from before there was one: all of it counts as trained
+            found["start_texture"] = torch.full_like(found["texture"], 0.5)
+            state_dict[f"{prefix}start_texture"] = found["start_texture"]
         for indices, of in (("faces", "vertices"), ("uv_faces", "uv")):
             if indices in found and of in found:
                 values, count = found[indices], len(found[of])
@@ -151,11 +226,15 @@ class MeshParameters(nn.Module):
                 )
         if "texture" in found and not found["texture"].numel():
             raise ValueError(f"the checkpoint's {prefix}texture is empty")
+        if "texture" in found and found["texture"].shape != found["start_texture"].shape:
+            raise ValueError(
+                f"the checkpoint's {prefix}texture and start_texture do not agree in size"
+            )
         for name, value in found.items():
             target = getattr(self, name)
             # the object stays the same, so an existing optimizer keeps pointing at it
             target.data = target.data.new_empty(value.shape)
-        self._neighbours = None
+        self._neighbours = self._charts = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -48,19 +48,51 @@ def normal_consistency(
     return (1 - (normals[one] * normals[neighbours[one, corner]]).sum(-1)).mean()
 
 
-def smoothed(values: Float[Tensor, "H W D"], sigma: float) -> Float[Tensor, "H W D"]:
+def smoothed(
+    values: Float[Tensor, "H W D"], sigma: float, charts: Int[Tensor, "H W"] | None = None
+) -> Float[Tensor, "H W D"]:
     """A texture, or its gradient, convolved with a Gaussian of the standard deviation ``sigma`` in
-    texels, over borders that repeat: in frequencies f (cycles a texel) times exp(-2 pi^2 sigma^2
-    |f|^2).
+    texels, over borders that repeat; or, with the numbers of ``charts`` (-1: of none), within each
+    chart, and 0 outside.
 
-    That is symmetric and positive definite, so that steps along a smoothed gradient lead to the
-    same optimum. They get there by its coarse parts first, where an optimizer that scales each
-    element by itself, as Adam does, would step as far along each texel's noise.
+    It is K^T K, K being two passes, along rows and along columns, of a Gaussian of sigma / sqrt(2)
+    that ends after four of its standard deviations: symmetric and never negative, so that steps
+    along a smoothed gradient do not lead away from the optimum. They get there by its coarse parts
+    first, where an optimizer that scales each element by itself, as Adam does, would step as far
+    along each texel's noise. Texels that are farther from all others with a gradient than K^T K
+    reaches have exactly 0, and such an optimizer leaves them alone.
     """
-    height, width = values.shape[:2]
-    rows = torch.fft.fftfreq(height, device=values.device)
-    columns = torch.fft.rfftfreq(width, device=values.device)
-    squares = rows[:, None].square() + columns.square()
-    transfer = (-2 * (math.pi * sigma) ** 2 * squares).exp()[..., None]
-    spectrum = torch.fft.rfft2(values.float(), dim=(0, 1)) * transfer
-    return torch.fft.irfft2(spectrum, s=(height, width), dim=(0, 1)).to(values.dtype)
+    narrow = sigma / math.sqrt(2)
+    reach = max(1, math.ceil(4 * narrow))
+    weights = [math.exp(-0.5 * (i / narrow) ** 2) for i in range(reach + 1)]
+    total = weights[0] + 2 * sum(weights[1:])
+    weights = [weight / total for weight in weights]
+    result = values.float()
+    if charts is not None:
+        result = result * (charts >= 0)[..., None]
+    for axis in (0, 1, 1, 0):
+        result = _passed(result, weights, axis, charts)
+    return result.to(values.dtype)
+
+
+def _passed(
+    values: Float[Tensor, "H W D"],
+    weights: list[float],
+    axis: int,
+    charts: Int[Tensor, "H W"] | None,
+) -> Float[Tensor, "H W D"]:
+    """sum_i weights[|i|] v(x + i) along an axis, over the texels of the same chart."""
+    result = weights[0] * values
+    side = values.shape[axis]
+    for i, weight in enumerate(weights[1:], start=1):
+        if charts is None:
+            result += weight * (values.roll(i, axis) + values.roll(-i, axis))
+            continue
+        if i >= side:
+            break
+        one, other = (values.narrow(axis, at, side - i) for at in (0, i))
+        alike = charts.narrow(axis, 0, side - i) == charts.narrow(axis, i, side - i)
+        share = weight * alike[..., None]
+        result.narrow(axis, 0, side - i).add_(share * other)
+        result.narrow(axis, i, side - i).add_(share * one)
+    return result

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lods import host
-from lods.commands.job import BASE, OVERLAY_ENDS, QUALITIES, Request, fields_of_model, has_config
+from lods.commands.job import OF_FILE, OVERLAY_ENDS, QUALITIES, Request, fields_of_model, has_config
 from lods.commands.make import DEFAULT_METHOD, has_gpu, refuse_unknown_words
 from lods.models import cards
 from lods.models.vocabulary import Vocabulary
+from lods.studio import meshes
+from lods.studio.meshes import Meshes
 from omegaconf import OmegaConf
 
 PRESETS = Path(__file__).resolve().parent / "presets.yaml"
@@ -22,6 +24,7 @@ ANY_WORDS = "system.prompt_processor.allow_unknown_words=true"
 REPRESENTATIONS = {
     "gaussians": ("Gaussians", "soft splats: the quickest, with fine colours"),
     "nerf": ("Radiance field", "a continuous volume: smooth, and a closed mesh"),
+    "mesh": ("Your mesh", "a new texture for a file of yours; its shape stays"),
 }
 # the methods of lods.methods, whose registry would import torch
 METHODS = {
@@ -41,7 +44,7 @@ METHODS = {
     "lods-ucm": ("UCM", "FlowDreamer's: follows the model's own way to noise"),
     "lods-refine": ("Refine", "sharpens what is there: image to image, then fitted"),
 }
-_FIELDS = ("prompt", "on", "method", "model", "quality", "seed", "any_words", "after")
+_FIELDS = ("prompt", "on", "method", "model", "quality", "seed", "any_words", "after", "mesh")
 
 
 class Refused(ValueError):
@@ -65,6 +68,9 @@ def as_data() -> dict[str, Any]:
             "quality": DEFAULT_QUALITY,
         },
         "max_prompt": MAX_PROMPT,
+        "of_file": OF_FILE,
+        "mesh_endings": list(meshes.ENDINGS),
+        "max_mesh": meshes.MAX_BYTES,
     }
 
 
@@ -79,7 +85,7 @@ def _embedded_first() -> list[cards.Card]:
 
 def _model(card: cards.Card) -> dict[str, Any]:
     about: dict[str, Any] = {"name": card.name, "words": None}
-    about["qualities"] = {on: qualities(card.name, on) for on in BASE}
+    about["qualities"] = {on: qualities(card.name, on) for on in REPRESENTATIONS}
     about["steps"] = {}
     if card.overlay is not None:
         offered = about["qualities"].items()
@@ -175,15 +181,18 @@ def check_prompt(text: Any) -> str:
     return text
 
 
-def read_form(form: Any, gpu: Callable[[], bool] = has_gpu) -> tuple[Request, str]:
-    """``(request, quality)`` of what the form has sent. Raises :class:`Refused`, or another
+def read_form(
+    form: Any, kept: Meshes | None = None, gpu: Callable[[], bool] = has_gpu
+) -> tuple[Request, str]:
+    """``(request, quality)`` of what the form has sent; the mesh that it names is among those that
+    are ``kept``. Raises :class:`Refused`, or another
     ``ValueError`` of one line, for anything that cannot be made."""
     if not isinstance(form, dict):
         raise Refused("a request is an object")
     if unknown := [key for key in form if key not in _FIELDS]:
         raise Refused(f"a request has no field {unknown[0][:40]!r}")
     prompt = check_prompt(form.get("prompt"))
-    on = _one_of(form, "on", BASE)
+    on = _one_of(form, "on", REPRESENTATIONS)
     method = _one_of(form, "method", METHODS)
     model = _one_of(form, "model", cards.all_cards())
     seed, any_words = form.get("seed", 0), form.get("any_words", False)
@@ -199,23 +208,39 @@ def read_form(form: Any, gpu: Callable[[], bool] = has_gpu) -> tuple[Request, st
     fields = fields_of_model(model, gpu)
     quality = form.get("quality", DEFAULT_QUALITY)
     fields |= quality_fields(quality, on, model)
+    mesh = form.get("mesh")
+    if on == OF_FILE:
+        if kept is None or not isinstance(mesh, str):
+            raise Refused("choose the file of the mesh that is to be painted")
+        fields |= kept.fields(mesh)
+    elif mesh is not None:
+        raise Refused(f"a mesh is of what is made of {REPRESENTATIONS[OF_FILE][0].lower()}")
     if any_words:
         fields["overrides"] = (*fields.get("overrides", ()), ANY_WORDS)
     return Request(prompt=prompt, on=on, method=method, model=model, seed=seed, **fields), quality
 
 
-def refuse_foreign(request: Request) -> None:
-    """Raise :class:`Refused` for a request that no form makes. Runs are started by themselves, and
+def refuse_foreign(request: Request, kept: Meshes | None = None) -> None:
+    """Raise :class:`Refused` for a request that no form makes, ``kept`` being the meshes that one
+    can name. Runs are started by themselves, and
     their folders may have come from somebody else: what a command line could do beyond a form must
     not be done for them."""
     check_prompt(request.prompt)
-    known = {"on": BASE, "method": METHODS, "model": cards.all_cards(), "quality": QUALITIES}
+    known = {
+        "on": REPRESENTATIONS,
+        "method": METHODS,
+        "model": cards.all_cards(),
+        "quality": QUALITIES,
+    }
     for name, values in known.items():
         if getattr(request, name) not in values:
             raise Refused(f"its {name} is none that the form offers")
     words = {word for preset in presets().values() for word in preset.get("otherwise", ())}
     if not {ANY_WORDS, *words}.issuperset(request.overrides):
         raise Refused("it changes settings that the form does not have")
+    begins = bool(request.source or request.source_hash)
+    if begins != (request.on == OF_FILE) or (begins and not (kept and kept.name_of(request))):
+        raise Refused("the mesh that it begins with is none that the form has been given")
     plain = type(request.small) is bool and type(request.latents) is int
     if not plain or request.gpu is not None or request.steps is not None:
         raise Refused("it has options that the form does not have")

@@ -15,6 +15,7 @@ from typing import Any
 from lods.commands.job import Request
 from lods.commands.make import threads_of
 from lods.studio import choices, processes
+from lods.studio.meshes import Meshes
 from lods.studio.progress import log_end
 from lods.studio.records import LOG, in_use, plain_file
 from lods.studio.shelf import WAITING, Entry, Shelf
@@ -48,6 +49,7 @@ class Queue:
         patience: float = PATIENCE,
     ):
         self.shelf, self.at_once, self.patience = shelf, at_once, patience
+        self.meshes = Meshes(shelf.root)
         self._program = program
         self._lock = threading.RLock()
         self._children: dict[str, Started] = {}  # of this server, by the name of the run
@@ -63,6 +65,14 @@ class Queue:
             name = self.shelf.create(request, quality)
         self._tick_now()
         return name
+
+    def keep_mesh(self, title: str, content: bytes) -> str:
+        """Store a mesh that was sent; returns the name by which a form asks for it. Raises
+        ``ValueError``, one line, for what is none."""
+        with self._lock:
+            entries = [entry for entry in self.shelf.entries() if entry.request is not None]
+        used = {self.meshes.name_of(entry.request) for entry in entries if entry.request}
+        return self.meshes.keep(title, content, used)
 
     def cancel(self, name: str) -> None:
         """Take a run out of the queue, or ask the one under way to save what it has and stop."""
@@ -152,7 +162,7 @@ class Queue:
     def _start(self, entry: Entry) -> None:
         assert entry.request is not None, entry.name
         try:
-            choices.refuse_foreign(entry.request)
+            choices.refuse_foreign(entry.request, self.meshes)
         except choices.Refused as error:
             self._give_up(entry, f"request.json asks for what no form can ask for: {error}")
             return
@@ -283,7 +293,10 @@ def _exporters(entry: Entry, files: dict[str, Path]) -> dict[str, list[str]]:
         for fmt in ("ply", "glb"):
             found[fmt] = [*python, "lods", "export", str(run), "--format", fmt, *out]
         found["video"] = [*python, "lods.studio.finish"] if entry.kind == "studio" else []
-    if entry.request is None or entry.request.on != "gaussians":
+    on = "" if entry.request is None else entry.request.on
+    if on == "mesh":
+        del found["ply"]
+    if on != "gaussians":
         del found["splat"]
     elif "ply" in files:
         target = files["ply"].with_suffix(".splat")

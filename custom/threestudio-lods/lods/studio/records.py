@@ -88,6 +88,7 @@ def request_in(folder: Path) -> Request:
     except KeyError:
         raise ValueError from None
     texts = (found.prompt, found.on, found.method, found.model, *found.overrides)
+    texts += (found.source, found.source_hash)
     if not all(isinstance(text, str) for text in texts) or type(found.seed) is not int:
         raise ValueError
     if not isinstance(found.gpu, str | None) or not isinstance(found.steps, int | None):
@@ -144,9 +145,16 @@ def request_of_config(path: Path) -> Request:
     model = str(prompt["pretrained_model_name_or_path"])
     return Request(
         prompt=str(prompt["prompt"]),
-        on="gaussians" if "gaussians" in str(system.get("geometry_type", "")) else "nerf",
+        on=_representation(str(system.get("geometry_type", ""))),
         method=str(system["guidance_type"]).removesuffix("-guidance"),
         model=cards.shipped_name(model) or model,
         small=True,
         seed=int(config.get("seed", 0)),
     )
+
+
+def _representation(geometry_type: str) -> str:
+    """That of ``lods make`` which a geometry is."""
+    if "gaussians" in geometry_type:
+        return "gaussians"
+    return "mesh" if "mesh" in geometry_type else "nerf"

@@ -15,7 +15,8 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Middleware
 from lods import __version__, host
-from lods.studio import choices, live
+from lods.commands.job import OF_FILE
+from lods.studio import choices, live, meshes
 from lods.studio.connections import Connections
 from lods.studio.guard import MAX_BODY, Guard
 from lods.studio.progress import log_end, progress, steered_to, trained_for
@@ -31,6 +32,7 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 SECONDS = 1.0  # between two looks after the processes
+UPLOAD_SECONDS = 300.0  # in which a mesh has to come
 LEAST_SECONDS = 5.0  # of training before a time left is told
 DRAWN = ("ply", "glb")  # the files whose objects the page draws
 
@@ -38,12 +40,12 @@ DRAWN = ("ply", "glb")  # the files whose objects the page draws
 class Studio:
     """The handlers, for one queue."""
 
-    def __init__(self, queue: Queue, read: Callable[[Any], Any] = choices.read_form):
+    def __init__(self, queue: Queue):
         self.queue, self.shelf = queue, queue.shelf
-        self._read = read
         self._told: dict[str, tuple[tuple[Entry, int], dict[str, Any]]] = {}  # of finished runs
         self._seen: dict[str, tuple[int, str, float, int]] = {}  # for the time left
         self._session: aiohttp.ClientSession | None = None
+        self._receiving = asyncio.Semaphore(2)  # meshes at a time, for the same reason as:
         self._drawing = asyncio.Lock()  # one at a time: a large object takes much memory
 
     def app(self, guard: Guard, *first: Middleware) -> web.Application:
@@ -56,6 +58,7 @@ class Studio:
         add("GET", "/api/choices", self.choices)
         add("GET", "/api/runs", self.runs)
         add("POST", "/api/runs", self.make)
+        add("POST", "/api/meshes", self.mesh)
         add("GET", "/api/runs/{run}", self.run)
         add("POST", "/api/runs/{run}/{verb:cancel|resume|remove|export}", self.command)
         add("GET", "/files/{run}/{kind}", self.file)
@@ -165,11 +168,13 @@ class Studio:
         if state in ("running", "stopping"):
             about["progress"] = self._progress(entry)
             about["live"] = live.view_of(entry) is not None
-        about["can"] = self._can(entry, state)
+        mesh = "" if entry.request is None else self.queue.meshes.name_of(entry.request)
+        about |= {"mesh": mesh, "mesh_title": meshes.title(mesh)}
+        about["can"] = self._can(entry, state, mesh)
         return about
 
     @staticmethod
-    def _can(entry: Entry, state: str) -> list[str]:
+    def _can(entry: Entry, state: str, mesh: str) -> list[str]:
         """The commands that make sense now."""
         can = []
         if entry.kind == "studio":
@@ -178,7 +183,10 @@ class Studio:
             can += ["remove"] * (state not in WAITING)
             unfinished = state in OVER and entry.trained is not None
             can += ["finish"] * unfinished
-        if entry.request is not None and state != "damaged":
+        offered = entry.request is not None and (
+            entry.request.on in choices.REPRESENTATIONS and (entry.request.on != OF_FILE or mesh)
+        )
+        if offered and state != "damaged":
             can.append("again")
         return can
 
@@ -256,10 +264,32 @@ class Studio:
         form = await _body(request)
 
         def add() -> dict[str, Any]:
-            wanted, quality = self._read(form)
+            wanted, quality = choices.read_form(form, self.queue.meshes)
             return {"name": self.queue.add(wanted, quality)}
 
         return await _done(add)
+
+    async def mesh(self, request: web.Request) -> web.StreamResponse:
+        """A mesh that is sent as it is, its name in the query: {"mesh", "title"}, of which a form
+        names the first."""
+        if request.content_type != "application/octet-stream":
+            raise web.HTTPUnsupportedMediaType(reason="a mesh is application/octet-stream")
+        title, content, limit = request.query.get("name", ""), bytearray(), meshes.MAX_BYTES
+        try:
+            async with self._receiving, asyncio.timeout(UPLOAD_SECONDS):
+                async for part in request.content.iter_any():
+                    content += part
+                    if len(content) > limit:
+                        return _error(f"a mesh has at most {limit >> 20} MB", 413)
+        except TimeoutError:
+            return _error("the mesh has not come in time", 408)
+
+        def keep() -> dict[str, Any]:
+            name = self.queue.keep_mesh(title, bytes(content))
+            return {"mesh": name, "title": meshes.title(name)}
+
+        async with self._drawing:  # as what is drawn, it may take much memory
+            return await _done(keep)
 
     async def command(self, request: web.Request) -> web.StreamResponse:
         form = await _body(request)

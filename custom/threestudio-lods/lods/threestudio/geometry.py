@@ -2,17 +2,15 @@
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn as nn
-from lods.edits.picture import light_pixels
-from lods.gaussians.cameras import orbit
-from lods.gaussians.edited import EditedParameters, in_box, in_mask
+from lods.gaussians.edited import EditedParameters
 from lods.gaussians.initialize import INIT_TYPES, BallInit, FileInit, ShapEInit, initial_gaussians
 from lods.gaussians.neighbours import KNN_BACKENDS
 from lods.gaussians.parameters import GaussianParameters, degree_of
+from lods.threestudio.regions import Region, box_of, inside
 
 import threestudio
 from threestudio.models.geometry.base import BaseGeometry
@@ -92,68 +90,19 @@ class EditedGaussians(EditedParameters, Gaussians):
     anchors hold the rest by, is said in :class:`lods.gaussians.edited.EditedParameters`."""
 
     @dataclass
-    class Config(Gaussians.Config):
-        # x0, y0, z0, x1, y1, z1 in world units: only the Gaussians in it change, and they stay in
-        # it; null: all do
-        box: Annotated[list[float] | None, "list (-inf, inf)"] = None
-        # a picture, seen from a camera around the origin: only the Gaussians whose centres lie
-        # before its light pixels change, at whatever depth; null: all do
-        mask: str | None = None
-        mask_azimuth: Annotated[float, "[-360, 360]"] = 0.0  # degrees
-        mask_elevation: Annotated[float, "[-90, 90]"] = 0.0
-        # of that camera, and of those that look for words: world units, degrees
-        view_distance: Annotated[float, "(0, 1e6]"] = 3.6
-        view_fovy: Annotated[float, "(0, 180)"] = 40.0
-
-        def contradictions(self):
-            """A box that is none: (field, what is wrong)."""
-            if self.box is not None and (wrong := no_box(list(self.box))):
-                yield "box", wrong
+    class Config(Region, Gaussians.Config):
+        """Of what the region leaves free, what is in the box stays in it."""
 
     cfg: Config
 
     def configure(self) -> None:
         super().configure()
-        box = None if self.cfg.box is None else tuple(float(v) for v in self.cfg.box)
-        total = self.count
-        inside = torch.ones(total, dtype=torch.bool, device=self.means.device)
-        if box is not None:
-            inside = in_box(self.means.detach(), box)
-        if total and not inside.any():
-            raise ValueError(
-                f"{self.settings_name}box holds none of the {total} Gaussians, whose centres go "
-                f"from {_point(self.means.min(0).values)} to {_point(self.means.max(0).values)}"
-            )
-        if total and self.cfg.mask is not None:
-            inside &= self._in_mask(self.cfg.mask)
-            if not inside.any():
-                raise ValueError(f"{self.settings_name}mask is light before none of the Gaussians")
-        self.begin(inside, box)
-        if total:
-            threestudio.info(f"{self.count} of {total} Gaussians may change")
-
-    def _in_mask(self, path: str) -> torch.Tensor:
-        cfg = self.cfg
-        light = torch.from_numpy(light_pixels(Path(path), f"{self.settings_name}mask {path}"))
-        camera = orbit(1, cfg.view_distance, cfg.mask_elevation, cfg.mask_azimuth)
-        means = self.means.detach()
-        return in_mask(means, light.to(means.device), camera.to(means), cfg.view_fovy)
+        found = inside(self.cfg, self.means, self.settings_name, "Gaussians")
+        self.begin(found, box_of(self.cfg))
+        if len(found):
+            threestudio.info(f"{self.count} of {len(found)} Gaussians may change")
 
     def limit_scales(self) -> None:
         """Also: no centre leaves the box."""
         super().limit_scales()
         self.clamp_to_box()
-
-
-def no_box(box: list[Any]) -> str:
-    """What is wrong with x0, y0, z0, x1, y1, z1; nothing if it is a box."""
-    numbers = [v for v in box if isinstance(v, (int, float)) and math.isfinite(v)]
-    if len(numbers) != 6 or len(box) != 6:
-        return "must be the six numbers x0, y0, z0, x1, y1, z1"
-    if not all(low < high for low, high in zip(box[:3], box[3:])):
-        return f"={box} is empty: x0 < x1, y0 < y1 and z0 < z1 are needed"
-    return ""
-
-
-def _point(values: torch.Tensor) -> str:
-    return "(" + ", ".join(f"{v:.3g}" for v in values.tolist()) + ")"

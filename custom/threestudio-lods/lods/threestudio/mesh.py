@@ -8,9 +8,17 @@ from jaxtyping import Float
 from lods.gaussians.axes import PLY_AXES
 from lods.gaussians.cameras import intrinsics, world_to_camera
 from lods.meshes import backends
-from lods.meshes.initialize import INIT_TYPES, MeshBallInit, MeshFileInit, initial_mesh
+from lods.meshes.edited import Before, EditedTexture
+from lods.meshes.initialize import (
+    INIT_TYPES,
+    MeshBallInit,
+    MeshFileInit,
+    MeshRunInit,
+    initial_mesh,
+)
 from lods.meshes.parameters import MeshParameters
-from lods.threestudio.renderer import drawn
+from lods.threestudio.regions import Region, inside
+from lods.threestudio.renderer import DrawsSources, drawn
 from omegaconf import ListConfig
 from torch import Tensor
 
@@ -29,20 +37,25 @@ class TexturedMeshGeometry(MeshParameters, BaseGeometry):
 
     @dataclass
     class Config(BaseGeometry.Config):
-        init_type: Annotated[str, INIT_TYPES] = "ball"  # ball | file | none
+        init_type: Annotated[str, INIT_TYPES] = "ball"  # ball | file | run | none
         # texels a side of a texture that is made here; a file's own stays as it is
         texture_size: Annotated[int, "[16, 8192]"] = 512
+        # the most texels a side of a file's own, which is halved until it has no more; 0: any
+        most_texels: Annotated[int, "[0, 16384]"] = 0
         # texture coordinates of our own also where the file has some: for charts that overlap,
         # as of a part that is there twice, which else would be painted alike
         unwrap: bool = False
-        # standard deviation in texels by which the texture's gradient is smoothed: its noise stays
-        # out of the texture, and what is coarse is learned first; 0: none
+        # standard deviation in texels by which the texture's gradient is smoothed over the surface,
+        # seams included: its noise stays out of the texture, and what is coarse is learned first;
+        # 0: none
         texture_smoothing: Annotated[float, "[0, 64]"] = 0.0
         # whether vertices are trained too, at the rate of system.optimizer.params.geometry.vertices
         free_vertices: bool = False
-        # the settings of each init_type: MeshBallInit and MeshFileInit in lods/meshes/initialize.py
+        # the settings of each init_type: MeshBallInit, MeshFileInit and MeshRunInit in
+        # lods/meshes/initialize.py
         ball: Annotated[dict, MeshBallInit] = field(default_factory=dict)
         file: Annotated[dict, MeshFileInit] = field(default_factory=dict)
+        run: Annotated[dict, MeshRunInit] = field(default_factory=dict)
 
     cfg: Config
 
@@ -59,8 +72,39 @@ class TexturedMeshGeometry(MeshParameters, BaseGeometry):
             )
 
 
+@threestudio.register("lods-edited-mesh")
+class EditedMesh(EditedTexture, TexturedMeshGeometry):
+    """A mesh of a file whose texture a method of :mod:`lods.methods.editing` changes: the system
+    has renders of it as it was from :attr:`source`, for the same cameras. What is locked is said in
+    :class:`lods.meshes.edited.EditedTexture`."""
+
+    @dataclass
+    class Config(Region, TexturedMeshGeometry.Config):
+        """A texel is in the region if the point of the surface at its centre is."""
+
+        def contradictions(self):
+            """Fields that do not go together: (field, what is wrong)."""
+            if self.free_vertices:
+                yield "free_vertices", "=true: an edit changes the texture, and the shape stays"
+
+    cfg: Config
+
+    def configure(self) -> None:
+        super().configure()
+        self.begin()
+        if self.cfg.box is not None or self.cfg.mask is not None:
+            points = self.points()
+            found = inside(self.cfg, points, "system.geometry.", "texels of the surface")
+            if self.charts is not None:
+                free = torch.zeros_like(self.inside)
+                free[self.charts.own] = found
+                self.restrict(free)
+        if len(self.faces):
+            threestudio.info(f"{self.count} of {self.source.count} texels may change")
+
+
 @threestudio.register("lods-mesh-rasterizer")
-class MeshRasterizer(Rasterizer):
+class MeshRasterizer(DrawsSources):
     """Rasterises a ``lods-mesh`` geometry; the background module paints what is behind."""
 
     @dataclass
@@ -82,6 +126,38 @@ class MeshRasterizer(Rasterizer):
 
     geometry_needs = ("draw", "limit_colours")
 
+    def _draw(self, mesh: Any, c2w: Tensor, fovy: Tensor, height: int, width: int, **more: Any):
+        cfg = self.cfg
+        return mesh.draw(
+            world_to_camera(c2w),
+            intrinsics(fovy, height, width),
+            width,
+            height,
+            near_plane=cfg.near_plane,
+            far_plane=cfg.far_plane,
+            antialias=cfg.antialias,
+            backend=cfg.backend,
+            **more,
+        )
+
+    def draw(
+        self,
+        source: Before,
+        texels: Float[Tensor, "N 3"],
+        c2w: Float[Tensor, "B 4 4"],
+        fovy: Float[Tensor, " B"],
+        height: int,
+        width: int,
+    ) -> tuple[Float[Tensor, "B H W 3"], Float[Tensor, "B H W 1"], dict[str, Any]]:
+        """Images, opacities and ``info`` of what is edited, with these colours of its texels."""
+        return self._draw(source, c2w, fovy, height, width, texels=texels)
+
+    def picture(
+        self, source: Any, c2w: Tensor, fovy: Tensor, height: int, width: int
+    ) -> tuple[Tensor, Tensor]:
+        image, alpha, _ = self._draw(source, c2w, fovy, height, width)
+        return image, alpha
+
     def forward(
         self,
         c2w: Float[Tensor, "B 4 4"],
@@ -98,16 +174,7 @@ class MeshRasterizer(Rasterizer):
         # projections lose too many bits in 16-bit floats
         with torch.autocast(c2w.device.type, enabled=False):
             c2w, fovy = c2w.float(), fovy.float()
-            foreground, alpha, info = self.geometry.draw(
-                world_to_camera(c2w),
-                intrinsics(fovy, height, width),
-                width,
-                height,
-                near_plane=self.cfg.near_plane,
-                far_plane=self.cfg.far_plane,
-                antialias=self.cfg.antialias,
-                backend=self.cfg.backend,
-            )
+            foreground, alpha, info = self._draw(self.geometry, c2w, fovy, height, width)
         return drawn(self.background, foreground, alpha, info["depth"], info, c2w, fovy, rays_d)
 
 

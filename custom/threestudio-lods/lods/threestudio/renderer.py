@@ -47,8 +47,41 @@ def drawn(
     }
 
 
+class DrawsSources(Rasterizer):
+    """A rasteriser that can draw what its geometry was before an edit, see
+    :class:`lods.threestudio.systems.editing.Editing`."""
+
+    def picture(
+        self,
+        source: Any,
+        c2w: Float[Tensor, "B 4 4"],
+        fovy: Float[Tensor, " B"],
+        height: int,
+        width: int,
+    ) -> tuple[Float[Tensor, "B H W 3"], Float[Tensor, "B H W 1"]]:
+        """Colours and opacities of ``source`` before nothing; the arguments are those of
+        :meth:`GaussianRasterizer.forward`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def before(
+        self,
+        source: Any,
+        background: Float[Tensor, "B H W 3"],
+        c2w: Float[Tensor, "B 4 4"],
+        fovy: Float[Tensor, " B"],
+        height: int,
+        width: int,
+        **kwargs: Any,
+    ) -> Float[Tensor, "B H W 3"]:
+        """Images of what there was, ``source``, before this background."""
+        with torch.autocast(c2w.device.type, enabled=False):
+            image, alpha = self.picture(source, c2w.float(), fovy.float(), height, width)
+        return image + (1 - alpha) * background
+
+
 @threestudio.register("lods-gaussian-rasterizer")
-class GaussianRasterizer(Rasterizer):
+class GaussianRasterizer(DrawsSources):
     """Rasterises a ``lods-gaussians`` geometry; the background module paints what is behind."""
 
     @dataclass
@@ -107,23 +140,13 @@ class GaussianRasterizer(Rasterizer):
             backend=self.cfg.backend,
         )
 
-    @torch.no_grad()
-    def before(
-        self,
-        source: Any,
-        background: Float[Tensor, "B H W 3"],
-        c2w: Float[Tensor, "B 4 4"],
-        fovy: Float[Tensor, " B"],
-        height: int,
-        width: int,
-        **kwargs: Any,
-    ) -> Float[Tensor, "B H W 3"]:
-        """Images of other Gaussians than the geometry's, ``source``, before this background."""
-        with torch.autocast(c2w.device.type, enabled=False):
-            c2w, fovy = c2w.float(), fovy.float()
-            colors = source.colors(c2w[:, :3, 3])
-            rendered, alpha, _ = self.draw(source, colors, c2w, fovy, height, width)
-        return rendered[..., :3] + (1 - alpha) * background
+    def picture(
+        self, source: Any, c2w: Tensor, fovy: Tensor, height: int, width: int
+    ) -> tuple[Tensor, Tensor]:
+        rendered, alpha, _ = self.draw(
+            source, source.colors(c2w[:, :3, 3]), c2w, fovy, height, width
+        )
+        return rendered[..., :3], alpha
 
     def forward(
         self,

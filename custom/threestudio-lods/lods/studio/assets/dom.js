@@ -36,11 +36,19 @@ export async function ask(path, body) {
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(body),
   };
-  const answer = await fetch(path, options);
+  return content(await fetch(path, options));
+}
+
+// Send a file as it is.
+export async function send(path, file) {
+  return content(await fetch(path, { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body: file }));
+}
+
+async function content(answer) {
   const type = answer.headers.get("Content-Type") || "";
-  const content = type.startsWith("application/json") ? await answer.json() : { error: await answer.text() };
-  if (!answer.ok) throw new Error(content.error || `the studio answered ${answer.status}`);
-  return content;
+  const found = type.startsWith("application/json") ? await answer.json() : { error: await answer.text() };
+  if (!answer.ok) throw new Error(found.error || `the studio answered ${answer.status}`);
+  return found;
 }
 
 export function time(seconds) {

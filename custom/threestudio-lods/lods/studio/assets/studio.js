@@ -1,5 +1,5 @@
 // The page of the studio: a form, the queue, the gallery, one run, and two side by side.
-import { $, ask, h, keep, time } from "./dom.js";
+import { $, ask, h, keep, send, time } from "./dom.js";
 import { drawCompare, drawRun, leaveView } from "./views.js";
 import { called, fileUrl, runUrl, say } from "./runs.js";
 
@@ -8,7 +8,7 @@ let offered, runs = [], queue = [], chosen = [];
 
 // --- the form ------------------------------------------------------------------------------------
 
-const form = { on: "gaussians", quality: "good" };
+const form = { on: "gaussians", quality: "good", mesh: null };
 
 function segments(box, options, key, after) {
   for (const option of options) {
@@ -32,6 +32,8 @@ function offer() {
   $("method").append(...offered.methods.map((m) => h("option", { value: m.name }, m.title)));
   $("model").append(...offered.models.map((m) => h("option", { value: m.name }, m.name + (m.here ? "" : " (not here)"))));
   $("prompt").maxLength = offered.max_prompt;
+  $("mesh").accept = offered.mesh_endings.join(",");
+  $("mesh").addEventListener("change", take);
   $("method").addEventListener("change", suit);
   $("model").addEventListener("change", suit);
   $("prompt").addEventListener("input", advise);
@@ -58,6 +60,7 @@ export function fill(values) {
   $("model").value = known(offered.models, values.model, usual.model);
   $("seed").value = values.seed ?? 0;
   pick("on", known(offered.representations, values.on, usual.on));
+  if (values.mesh) [form.mesh, $("mesh").value, $("mesh-says").textContent] = [values.mesh, "", values.mesh_title];
   pick("quality", known(offered.qualities, values.quality, usual.quality));
   suit();
 }
@@ -65,6 +68,7 @@ export function fill(values) {
 // What a choice means for the others.
 function suit() {
   const now = model();
+  $("mesh-box").hidden = form.on !== offered.of_file;
   $("method-says").textContent = offered.methods.find((m) => m.name === $("method").value).says;
   $("model-says").textContent = now.says;
   const can = now.qualities[form.on];
@@ -76,6 +80,27 @@ function suit() {
   expect();
   hint(now);
   advise();
+}
+
+// Send the mesh that was chosen; the form names it by what the studio calls it.
+let taking = 0;
+async function take() {
+  const [file] = $("mesh").files, mine = ++taking, says = $("mesh-says");
+  form.mesh = null;
+  says.className = "";
+  says.textContent = "";
+  if (!file) return;
+  try {
+    if (file.size > offered.max_mesh) throw new Error(`a mesh has at most ${offered.max_mesh >> 20} MB`);
+    says.textContent = "is being read …";
+    const answer = await send(`api/meshes?name=${encodeURIComponent(file.name)}`, file);
+    if (mine !== taking) return; // another one was chosen meanwhile
+    [form.mesh, says.textContent] = [answer.mesh, answer.title];
+  } catch (error) {
+    if (mine !== taking) return;
+    says.className = "warn";
+    says.textContent = sentence(error.message);
+  }
 }
 
 // How many steps each quality takes, and how long: as runs here took.
@@ -211,6 +236,10 @@ async function make() {
     prompt: $("prompt").value, on: form.on, quality: form.quality, method: $("method").value,
     model: $("model").value, seed, any_words: $("any-words").checked,
   };
+  if (form.on === offered.of_file) {
+    if (!form.mesh) return complain("Choose the file of the mesh that is to be painted.");
+    wanted.mesh = form.mesh;
+  }
   if (!Number.isSafeInteger(seed) || $("seed").value.trim() === "") return complain("The seed is a whole number.");
   $("make").disabled = true;
   try {

@@ -158,7 +158,7 @@ function oneRun(box, first, offered) {
 
 function facts(run, about, offered, now, refresh) {
   const rows = [
-    ["Made of", title(offered.representations, run.on)], ["Method", title(offered.methods, run.method)], ["Model", run.model],
+    ["Made of", title(offered.representations, run.on)], ["Mesh", run.mesh_title], ["Method", title(offered.methods, run.method)], ["Model", run.model],
     ["Quality", title(offered.qualities, run.quality)], ["Seed", String(run.seed ?? "")],
     ["Time", run.state === "done" && run.seconds ? time(run.seconds) : ""], ["Folder", about.folder],
   ].filter(([, value]) => value);

@@ -4,20 +4,15 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import torch
 from jaxtyping import Float
-from lods.cameras import Cameras
-from lods.edits.trace import maps_of_words, traced
-from lods.gaussians.cameras import orbit
 from lods.gaussians.densify import STRATEGIES, Densifier
 from lods.gaussians.files import write_gaussians
 from lods.gaussians.mesh_file import write_mesh
 from lods.gaussians.ply import write_ply, write_points
-from lods.preflight import refuse_densification
-from lods.threestudio.systems.base import LODSSystem
+from lods.preflight import EDITED, refuse_densification
+from lods.threestudio.systems.editing import Editing
 from lods.threestudio.systems.original import complete
-from lods.threestudio.systems.pictures import grey_cell, rgb_cell
-from lods.threestudio.systems.rates import ScheduledRates
+from lods.threestudio.systems.pictures import grey_cell
 from lods.threestudio.systems.strategy_options import DefaultOptions, McmcOptions
 from torch import Tensor
 
@@ -50,12 +45,8 @@ class StrategyConfig:
                     )
 
 
-WHERE_ELEVATION = 15.0  # degrees, of the views in which words are looked for
-ANCHORS = ("color", "position", "opacity", "scale")
-
-
 @threestudio.register("lods-gs-system")
-class LODSGaussianSplatting(ScheduledRates):
+class LODSGaussianSplatting(Editing):
     """3D Gaussians; see :class:`LODSSystem` for the losses.
 
     Its own regularisers, ``gaussian_opacity`` and ``gaussian_scale``, are the mean opacity and the
@@ -67,15 +58,17 @@ class LODSGaussianSplatting(ScheduledRates):
     (:meth:`lods.gaussians.edited.EditedParameters.anchor_losses`).
     """
 
+    ANCHORS = ("color", "position", "opacity", "scale")
     REGULARISERS = (
-        *LODSSystem.REGULARISERS,
+        *Editing.REGULARISERS,
         "gaussian_opacity",
         "gaussian_scale",
         *(f"anchor_{name}" for name in ANCHORS),
     )
+    EDITED, PIECE = EDITED, "Gaussian"
 
     @dataclass
-    class Config(ScheduledRates.Config):
+    class Config(Editing.Config):
         geometry_type: str = "lods-gaussians"
         material_type: str = "no-material"  # Gaussians carry their colours themselves
         material: dict = field(default_factory=lambda: {"n_output_dims": 0})
@@ -83,11 +76,6 @@ class LODSGaussianSplatting(ScheduledRates):
         renderer_type: str = "lods-gaussian-rasterizer"
         exporter_type: str = "lods-gaussian-exporter"
         strategy: Annotated[dict, StrategyConfig] = field(default_factory=dict)
-        # of lods-edited-gaussians: words that the model sees in the Gaussians that may change, how
-        # strongly (0..1), and from how many sides it is asked
-        where: str | None = None
-        where_level: Annotated[float, "[0, 1]"] = 0.5
-        where_views: Annotated[int, "[1, 1000]"] = 8
         # world units; of the original's YAML, whose unsaid constants it brings: see original.py
         radius: Annotated[float | None, "(0, 1e6]"] = None
 
@@ -105,48 +93,6 @@ class LODSGaussianSplatting(ScheduledRates):
         self.densifier = Densifier(strategy.name, dict(args or {}), strategy.scene_scale)
         super().configure()
         self._rendered: tuple[int, dict, float] | None = None
-        if self.cfg.where is not None and not self.resumed:
-            self._restrict_to(self.cfg.where)
-
-    @torch.no_grad()
-    def _restrict_to(self, words: str) -> None:
-        """Only the Gaussians in which the model sees these words may change."""
-        geometry, model = self.geometry, self.guidance.method.model
-        if not hasattr(geometry, "restrict"):
-            raise ValueError(
-                "system.where is of edits: set system.geometry_type=lods-edited-gaussians"
-            )
-        distance, fovy = geometry.cfg.view_distance, geometry.cfg.view_fovy
-        size, device = model.image_size, model.device
-        angle = torch.deg2rad(torch.full((1,), fovy, device=device))
-        white = torch.ones(1, size, size, 3, device=device)
-        prompts, views, latents, conditions = (
-            self.guidance.prompts_of(self.prompt_utils),
-            [],
-            [],
-            [],
-        )
-        for i in range(self.cfg.where_views):
-            azimuth = 360.0 * i / self.cfg.where_views
-            numbers = torch.tensor([WHERE_ELEVATION, azimuth, distance, fovy], device=device)
-            elevation, side, far, field_ = numbers[:, None]
-            views.append(orbit(1, distance, WHERE_ELEVATION, azimuth).to(device))
-            seen = self.renderer.before(geometry.source, white, views[-1], angle, size, size)
-            latents.append(self.guidance.encode(seen))
-            conditions.append(prompts.conditions(Cameras(elevation, side, far, fovy=field_)))
-
-        def draw(colors: Tensor, c2w: Tensor) -> Tensor:
-            return self.renderer.draw(geometry.source, colors, c2w, angle, size, size)[0][0]
-
-        maps = maps_of_words(model, words, latents, conditions, (size, size))
-        inside = traced(draw, geometry.source.count, maps, views) >= self.cfg.where_level
-        if not (inside & geometry.inside).any():
-            raise ValueError(
-                f"system.where: {words!r} is seen in no Gaussian above system.where_level="
-                f"{self.cfg.where_level:g}"
-            )
-        geometry.restrict(inside)
-        threestudio.info(f"{words!r} is seen in {geometry.count} Gaussians, which may change")
 
     # -- training ------------------------------------------------------------------------------
 
@@ -169,30 +115,11 @@ class LODSGaussianSplatting(ScheduledRates):
         # only where it is of use: the CPU waits for the GPU to tell it
         self._rendered = (step, out["info"], scaler.get_scale() if read else 1.0)
 
-        if (source := self._source(batch, out)) is not None:
-            batch = {**batch, "source_rgb": source}
-        loss = self.loss_of(out, batch)
+        loss = self.loss_of(out, self.with_source(batch, out))
         self.note("train/n_gaussians", self.geometry.count)
         for name, number in self.densifier.census.total.items():
             self.note(f"train/n_{name}", number)
         return {"loss": loss}
-
-    def _source(self, batch: dict[str, Any], out: dict[str, Any]) -> Tensor | None:
-        """What was there, seen as ``out`` is; None where nothing is edited."""
-        source = getattr(self.geometry, "source", None)
-        if source is None:
-            return None
-        if not hasattr(self.renderer, "before"):
-            raise ValueError(
-                f"system.renderer_type={self.cfg.renderer_type} cannot draw what is edited as it "
-                "was: set system.renderer_type=lods-gaussian-rasterizer"
-            )
-        return self.renderer.before(source, out["comp_rgb_bg"].detach(), **batch)
-
-    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
-        out = super().forward(batch)
-        source = self._source(batch, out)
-        return out if source is None else {**out, "source_rgb": source}
 
     def regularisers(self, out: dict[str, Any]) -> dict[str, Float[Tensor, ""]]:
         losses = super().regularisers(out)
@@ -200,15 +127,6 @@ class LODSGaussianSplatting(ScheduledRates):
             losses["gaussian_opacity"] = self.geometry.opacities.sigmoid().mean()
         if self.wants("gaussian_scale"):
             losses["gaussian_scale"] = self.geometry.scales.exp().mean()
-        if any(self.wants(f"anchor_{name}") for name in ANCHORS):
-            if not hasattr(self.geometry, "anchor_losses"):
-                raise ValueError(
-                    "system.loss.lambda_anchor_* hold Gaussians to what they were: set "
-                    "system.geometry_type=lods-edited-gaussians, or leave them out"
-                )
-            found = self.geometry.anchor_losses()
-            wanted = [name for name in ANCHORS if self.wants(f"anchor_{name}")]
-            losses |= {f"anchor_{name}": found[name] for name in wanted}
         return losses
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
@@ -245,13 +163,7 @@ class LODSGaussianSplatting(ScheduledRates):
     # -- pictures and files --------------------------------------------------------------------
 
     def panels(self, out: dict[str, Any], i: int) -> list[dict[str, Any]]:
-        before = [rgb_cell(out["source_rgb"][i])] if "source_rgb" in out else []
-        return [*before, *super().panels(out, i), grey_cell(out["depth"][i, ..., 0], None)]
-
-    def sheet_picture(self, out: dict[str, Any], i: int) -> Float[Tensor, "H W 3"]:
-        """Of an edit what was there and, at its right, what is there now."""
-        now = out["comp_rgb"][i]
-        return torch.cat([out["source_rgb"][i], now], dim=1) if "source_rgb" in out else now
+        return [*super().panels(out, i), grey_cell(out["depth"][i, ..., 0], None)]
 
     def save_gaussian_ply(self, filename: str, axes: str = "z-up", **gaussians: Tensor) -> str:
         """``save_type`` 'gaussian_ply' of an exporter: the standard 3DGS layout."""

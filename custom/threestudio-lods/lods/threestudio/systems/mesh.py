@@ -5,27 +5,33 @@ from typing import Any
 
 from jaxtyping import Float
 from lods.assets import Mesh, Placement, write
+from lods.preflight import EDITED_MESH
+from lods.threestudio.systems.editing import Editing
 from lods.threestudio.systems.pictures import grey_cell
-from lods.threestudio.systems.rates import ScheduledRates
 from torch import Tensor
 
 import threestudio
 
 
 @threestudio.register("lods-mesh-system")
-class LODSTexturedMesh(ScheduledRates):
+class LODSTexturedMesh(Editing):
     """A textured mesh; see :class:`LODSSystem` for the losses.
 
     Its own regularisers are of vertices that are trained (``system.geometry.free_vertices``):
     ``mesh_laplacian`` (:func:`lods.meshes.regularize.laplacian`) and ``mesh_normals``
     (:func:`lods.meshes.regularize.normal_consistency`). Without free vertices they are not
     computed.
+
+    With ``lods-edited-mesh`` the guidance is also given what it was (``source_rgb``), and
+    ``anchor_color`` holds it there (:meth:`lods.meshes.edited.EditedTexture.anchor_losses`).
     """
 
-    REGULARISERS = (*ScheduledRates.REGULARISERS, "mesh_laplacian", "mesh_normals")
+    ANCHORS = ("color",)
+    REGULARISERS = (*Editing.REGULARISERS, "mesh_laplacian", "mesh_normals", "anchor_color")
+    EDITED, PIECE = EDITED_MESH, "texel"
 
     @dataclass
-    class Config(ScheduledRates.Config):
+    class Config(Editing.Config):
         geometry_type: str = "lods-mesh"
         material_type: str = "no-material"  # the texture is the colour
         material: dict = field(default_factory=lambda: {"n_output_dims": 0})
@@ -45,8 +51,8 @@ class LODSTexturedMesh(ScheduledRates):
         super().on_fit_start()
         if not len(self.geometry.faces):
             raise ValueError(
-                "there is no mesh to train: set system.geometry.init_type to ball or file, or "
-                "resume a run"
+                "there is no mesh to train: set system.geometry.init_type to ball, file or run, "
+                "or resume a run"
             )
         names = [group.get("name") for group in self._optimizer.param_groups]
         if self.geometry.vertices.requires_grad and "geometry.vertices" not in names:
@@ -56,7 +62,9 @@ class LODSTexturedMesh(ScheduledRates):
             )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        return {"loss": self.loss_of(self(batch), batch)}
+        out = self(batch)
+        source = {key: out[key] for key in ("source_rgb",) if key in out}
+        return {"loss": self.loss_of(out, {**batch, **source})}
 
     def regularisers(self, out: dict[str, Any]) -> dict[str, Float[Tensor, ""]]:
         losses = super().regularisers(out)
@@ -73,6 +81,15 @@ class LODSTexturedMesh(ScheduledRates):
         which checkpoints are written."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.geometry.limit_colours()
+
+    def on_test_start(self) -> None:
+        """What is final shows no texel that nothing has reached."""
+        super().on_test_start()
+        self.geometry.fill_unseen()
+
+    def on_predict_epoch_start(self) -> None:
+        super().on_predict_epoch_start()
+        self.geometry.fill_unseen()
 
     def panels(self, out: dict[str, Any], i: int) -> list[dict[str, Any]]:
         return [*super().panels(out, i), grey_cell(out["depth"][i, ..., 0], None)]
