@@ -44,8 +44,10 @@ class Charts:
 
     def to(self, device: torch.device) -> "Charts":
         """The same on a device."""
-        parts = (part.to(device) for part in (self.number, self.beside, self.border))
-        return Charts(*parts, self.texel, self.seams.to(device))
+        number, beside, border, seams = (
+            part.to(device) for part in (self.number, self.beside, self.border, self.seams)
+        )
+        return Charts(number, beside, border, self.texel, seams)
 
     @functools.cached_property
     def spreading(self) -> tuple[Tensor, float]:
@@ -144,9 +146,13 @@ def charts_of(
     sides = [values[indices] for values, indices in ((vertices, faces), (uv, uv_faces))]
     area, flat = (_area(side.double()) for side in sides)
     texel = (area / max(flat * height * width, 1e-30)) ** 0.5
-    found = (torch.from_numpy(np.ascontiguousarray(v)) for v in (number, beside, border[beside]))
-    seams = torch.from_numpy(_across(faces, uv, uv_faces, own))
-    return Charts(*(each.long() for each in found), texel, seams)
+    number, beside, border = (
+        torch.from_numpy(np.ascontiguousarray(each)).long()
+        for each in (number, beside, border[beside])
+    )
+    return Charts(
+        number, beside, border, texel, torch.from_numpy(_across(faces, uv, uv_faces, own))
+    )
 
 
 def _across(faces: Tensor, uv: Tensor, uv_faces: Tensor, own: np.ndarray) -> np.ndarray:
