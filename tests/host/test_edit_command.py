@@ -93,12 +93,12 @@ def test_a_run_is_edited_from_what_it_has_exported(ply, config, tmp_path):
 @pytest.mark.parametrize("name", ["box.glb", "box.ply"])
 def test_a_mesh_is_edited_in_its_texture(ply, config, tmp_path, name):
     trimesh.creation.box((1.0, 2, 1)).export(tmp_path / name)
-    cfg = config(name, "--box", "-1,-1,0,1,1,1", "--method", "ssd", "--where", "a seat")
+    cfg = config(name, "--box", "-1,-1,0,1,1,1", "--method", "ssd", "--where", "an armchair")
     preflight(cfg, "train")
     system = cfg.system
     assert cfg.system_type == "lods-mesh-system" and system.geometry_type == "lods-edited-mesh"
     assert system.geometry.file.path == str(tmp_path / name) and system.geometry.most_texels == 0
-    assert list(system.geometry.box) == [-1, -1, 0, 1, 1, 1] and system.where == "a seat"
+    assert list(system.geometry.box) == [-1, -1, 0, 1, 1, 1] and system.where == "an armchair"
     assert (system.exporter.fmt, system.exporter.axes) == ("glb", "file")
     assert system.guidance_type == "lods-ssd-guidance" and cfg.trainer.max_steps == 200
 

@@ -55,7 +55,7 @@ class LODSSystem(Losses, Pictures):
         # of --export: the test views without background, one or a list of webp and webm, which are
         # animations, and frames, PNG files (both: webp and frames), or none; and whether the
         # exporter writes the object
-        turntable: Any = "none"
+        turntable: Annotated[Any, "texts"] = "none"
         export_object: bool = True
         loss: Annotated[dict, dict[str, Annotated[float, "scheduled (-inf, inf)"]]] = field(
             default_factory=dict
