@@ -24,6 +24,7 @@ from lods.cameras import TOLD, Cameras
 from lods.edits.settings import CONFIG
 from lods.files import told, whole_file
 from lods.models.cards import EMBEDDED
+from lods.models.vocabulary import OPTION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,7 +102,7 @@ def parse_arguments(kind: str, argv=None, prog: str | None = None) -> argparse.N
 
     add("--prompt", help=f"what to make {by_model('prompt')}")
     unknown = "take a prompt in which the embedded model knows no object"
-    add("--allow-unknown-words", action="store_true", help=unknown)
+    add(OPTION, action="store_true", help=unknown)
     add(
         "--model",
         help=f"sd15, sd21-base, sd21, sdxl, {EMBEDDED}, hub id or diffusers folder "
@@ -308,7 +309,7 @@ def run(kind: str, args: argparse.Namespace) -> Path:
     print(f"Model: {model} ({why}).", flush=True)
     if settings["prompt"].strip():  # an empty one is refused below
         known = TextSettings(allow_unknown_words=args.allow_unknown_words)
-        check_words(model, settings["prompt"], known, "--allow-unknown-words")
+        check_words(model, settings["prompt"], known, OPTION)
     torch.manual_seed(args.seed)
     method = lods.load(
         f"lods-{kind}",

@@ -6,6 +6,7 @@ from typing import Any
 
 from lods.cameras import TOLD
 from lods.commands.parser import Parser, count
+from lods.models.vocabulary import OPTION
 
 ABOUT = """\
 Change what a picture shows, an object of Gaussians, or the texture of a mesh, by a text. What the
@@ -77,7 +78,7 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
     )
     add("--elevation", type=float, metavar="DEGREES", help="side that is seen")
     add(
-        "--allow-unknown-words",
+        OPTION,
         action="store_true",
         help="take texts without any word that the model knows",
     )

@@ -11,7 +11,7 @@ from lods.commands.job import OVERLAY_ENDS, as_typed
 from lods.commands.make import find_method, has_gpu, mesh_in, refuse_unknown_words
 from lods.commands.runs import exported_object, find_run, start
 from lods.edits.picture import light_pixels
-from lods.edits.settings import FORCE, level_of, refuse_unseen
+from lods.edits.settings import level_of, refuse_unseen
 from lods.preflight import EDITED, EDITED_MESH, EDITING
 
 OF_PICTURES = ("lr", "draws", "every", "negative_prompt", "region", "cameras")
@@ -33,11 +33,11 @@ def main(args: argparse.Namespace) -> int:
         names = ", ".join(name.removesuffix("-guidance") for name in EDITING)
         raise ValueError(f"--method {args.method} edits nothing: the methods that do are {names}")
     box = None if args.box is None else read_box(args.box)
-    level_of(args.where, args.level)
+    level = level_of(args.where, args.level)
     what, mesh = object_of(args.what)
     if mesh:
         what = mesh_in(what, str(what))
-    words = [*configs(args, source, target, method, mesh), *settings(args, what, mesh, box)]
+    words = [*configs(args, source, target, method, mesh), *settings(args, what, mesh, box, level)]
     return start([*words, *args.overrides])
 
 
@@ -113,9 +113,9 @@ def configs(
         model = args.model
         cards.refuse_early(model)
     if not args.allow_unknown_words:
-        refuse_unknown_words([source, target], model, FORCE)
+        refuse_unknown_words([source, target], model)
         if args.where is not None:
-            refuse_unseen(args.where, model, FORCE)
+            refuse_unseen(args.where, model)
     card = cards.all_cards().get(cards.canonical(model))
     names = [f"lods-{'mesh' if mesh else 'gs'}-embedding"]
     small = bool(card and card.overlay) or not has_gpu()
@@ -142,9 +142,9 @@ def configs(
 
 
 def settings(
-    args: argparse.Namespace, what: Path, mesh: bool, box: list[float] | None
+    args: argparse.Namespace, what: Path, mesh: bool, box: list[float] | None, level: float
 ) -> list[str]:
-    """The settings of the training that the other options mean."""
+    """The settings of the training that the other options mean; ``level`` is that of --where."""
     values: dict[str, Any] = {
         "system.geometry_type": EDITED_MESH if mesh else EDITED,
         "system.geometry.file.path": as_typed(str(what.resolve())),
@@ -164,7 +164,6 @@ def settings(
             if args.mask is None:
                 raise ValueError(f"--{name} is the side of --mask here, which is not there")
             values[f"system.geometry.mask_{name}"] = getattr(args, name)
-    level = level_of(args.where, args.level)
     if args.where is not None:
         values |= {"system.where": as_typed(args.where), "system.where_level": level}
     if args.steps is not None:

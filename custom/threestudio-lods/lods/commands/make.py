@@ -36,6 +36,7 @@ from lods.commands.runs import exported_object, find_run
 from lods.declared import method_names
 from lods.files import whole_file
 from lods.models.cards import EMBEDDED
+from lods.models.vocabulary import OPTION
 from lods.preflight import EDITING
 from lods.settings import nearest
 
@@ -55,7 +56,6 @@ MAX_REQUEST = 1 << 20  # bytes of one that are read
 MAX_PROMPTS = 10_000
 MAX_PROMPT = 5000  # characters: one word of a command line holds no more than 128 KiB
 DEFAULT_METHOD = "lods-embedding"
-FORCE = "--allow-unknown-words"
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")  # a prompt that begins so is none
 
 
@@ -94,7 +94,7 @@ def parse_args(argv: list[str], command: str) -> argparse.Namespace:
     add("--workers", type=count, help="objects at a time (1; on Ray: what fits)")
     ray = "carry them out on Ray: one that is started here, or the cluster at ADDRESS"
     add("--ray", nargs="?", const="", metavar="ADDRESS", help=ray)
-    add(FORCE, action="store_true", help="take a prompt without any word that the model knows")
+    add(OPTION, action="store_true", help="take a prompt without any word that the model knows")
     add_viewer(parser)
     add("--status", action="store_true", help="only show how the objects below --out stand")
     args = parser.parse_intermixed_args(with_port(argv))
@@ -244,7 +244,7 @@ def mesh_in(file: Path, named: str) -> Path:
 
 
 def refuse_unknown_words(
-    prompts: list[str], model: str, force: str = FORCE, listed: bool = True
+    prompts: list[str], model: str, force: str = OPTION, listed: bool = True
 ) -> None:
     """Raise ``ValueError``, one line, for prompts that name nothing that the model knows. ``force``
     is what the user sets to have them all the same; ``listed``: whether the line names what the

@@ -11,7 +11,6 @@ from lods.edits.picture import Picture, open_picture
 from lods.edits.run import REGION, RESULT, SHEET, SOURCE, PictureEdit, carry_on
 from lods.edits.settings import (
     CONFIG,
-    FORCE,
     EditSettings,
     defaults,
     level_of,
@@ -20,6 +19,7 @@ from lods.edits.settings import (
 )
 from lods.files import whole_file
 from lods.methods import Method, find, names
+from lods.models.vocabulary import OPTION
 from lods.playground import camera_at, choose_model, dated, new_folder, refuse_folder
 from lods.prompts import TextSettings, check_words
 
@@ -50,9 +50,9 @@ def start(path: Path, asked: dict[str, Any]) -> Path:
     level = level_of(asked["where"], asked["level"])
     known = TextSettings(allow_unknown_words=asked["allow_unknown_words"])
     for text in (found.source_prompt, found.prompt):
-        check_words(model, text, known, FORCE)
+        check_words(model, text, known, OPTION)
     if asked["where"] is not None and not asked["allow_unknown_words"]:
-        refuse_unseen(asked["where"], model, FORCE)
+        refuse_unseen(asked["where"], model)
     print(f"Model: {model} ({why}).", flush=True)
     loaded = _load(found)
     picture = Picture.read(path, loaded.model.image_size)

@@ -10,7 +10,6 @@ from lods.cameras import TOLD
 
 CONFIG = "config.json"
 MAX_CONFIG = 1 << 20  # bytes
-FORCE = "--allow-unknown-words"
 
 # By whose model it is and by the method. Of Stable Diffusion they are the published ones, or for
 # PDS and LODS-edit what moves a picture as far; of the models of this package what tries gave.
@@ -111,15 +110,15 @@ def read_settings(folder: Path) -> EditSettings:
         raise ValueError(f"{path}: {error}") from None
 
 
-def refuse_unseen(where: str, model: str, force: str) -> None:
+def refuse_unseen(where: str, model: str) -> None:
     """Raise ``ValueError``, one line, for words to look for of which the model of this name can see
-    none, where its folder lists the words that it knows. ``force``: how to have them taken."""
+    none, where its folder lists the words that it knows."""
     from lods.models.cards import local_folder
-    from lods.models.vocabulary import Vocabulary
+    from lods.models.vocabulary import OPTION, Vocabulary
 
     folder = local_folder(model)
     vocabulary = Vocabulary.read(folder) if folder else None
-    if vocabulary is not None and (text := vocabulary.unseen(where, force)):
+    if vocabulary is not None and (text := vocabulary.unseen(where, OPTION)):
         raise ValueError(f"--where: {text}")
 
 

@@ -158,8 +158,9 @@ def charts_of(
 def _across(faces: Tensor, uv: Tensor, uv_faces: Tensor, own: np.ndarray) -> np.ndarray:
     """Pairs (M, 2) of texels of charts, as places in h * w, at the same points of seams."""
     height, width = own.shape
-    triangle, corner = (neighbours(faces) >= 0).nonzero().unbind(1)
-    other = neighbours(faces)[triangle, corner]
+    beside = neighbours(faces)
+    triangle, corner = (beside >= 0).nonzero().unbind(1)
+    other = beside[triangle, corner]
     ends, places = [], []
     for turn in (1, 2):
         at = (corner + turn) % 3

@@ -20,6 +20,7 @@ from lods.models.cards import has_renders
 
 FILE = "vocabulary.json"
 FORCE = "system.prompt_processor.allow_unknown_words=true"
+OPTION = "--allow-unknown-words"  # of commands, which means the same
 MAX_BYTES = 1_000_000
 LISTED = 60  # entries of a group that a message lists
 PAINTED = "colored objects"  # the group of those that the model has seen in the colors
