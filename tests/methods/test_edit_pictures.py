@@ -295,6 +295,15 @@ def test_a_picture_of_16_bits_is_as_bright_as_one_of_8(tmp_path, name):
     assert np.array_equal(light, ramp >= 128)
 
 
+def test_details_come_back_unless_they_are_left_out(edit, picture, tmp_path):
+    found = {}
+    for part in ("0", "1"):
+        folder = tmp_path / f"details{part}"
+        assert edit(picture, "--steps", "1", "--details", part, "--out", folder) == 0
+        found[part] = pixels_of(folder / "picture.png")
+    assert (found["0"] != found["1"]).any()
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 
