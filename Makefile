@@ -76,11 +76,11 @@ format: $(VENV)/.ready-dev
 ASSETS ?=
 POCKET := $(BIN)/python -m pocket.make $(if $(ASSETS),--assets "$(ASSETS)")
 pocket: $(VENV)/.ready-dev
-	$(POCKET) --stages render,truth,vae,latents,unet,decoder,save,judge,report
+	$(POCKET) --stages render,truth,vae,vae-on,latents,unet,decoder,save,judge,report
 
 # The flow transformer, from the same work folder.
 pocket-flow: $(VENV)/.ready-dev
-	$(POCKET) --stages render,vae,latents,decoder,flow,save-flow
+	$(POCKET) --stages render,vae,vae-on,latents,decoder,flow,save-flow
 
 # Retrains the model pocket-shapes from nothing (fixed seed; a little under three hours on two cores), then judges it.
 pocket-shapes: $(VENV)/.ready

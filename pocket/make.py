@@ -1,12 +1,12 @@
 """``python -m pocket.make``: the models of real objects from nothing, with a fixed seed.
 
 Stages, each resumable and kept under --work: render the objects, whose models Debian's client
-fetches; write the truth; train the autoencoder; encode the renders; train text encoder, encoder of
-cameras and UNet together; train the decoder on; save a ``StableDiffusionPipeline`` folder; train
-the judge; report what the judge says of the folder; train the flow transformer, and save its
-folder; train the UNet on to see four views at once, and save that folder. More steps than a
-finished UNet, decoder or transformer had train it on from the end of its constant rate; new renders
-are taken in by every stage.
+fetches; write the truth; train the autoencoder, and train it on; encode the renders; train text
+encoder, encoder of cameras and UNet together; train the decoder on; save a
+``StableDiffusionPipeline`` folder; train the judge; report what the judge says of the folder; train
+the flow transformer, and save its folder; train the UNet on to see four views at once, and save
+that folder. More steps than a finished UNet, decoder or transformer had train it on from the end of
+its constant rate; new renders are taken in by every stage.
 
 What a stage is made with, and the seconds that it took so far, are noted in the work folder
 (``made_with.json``, ``times.json``). A stage that has begun is refused under another recipe.
@@ -89,6 +89,7 @@ def main(arguments=None):
         "--painted", type=positive, default=200, help="of these, those in each of its colours"
     )
     parser.add_argument("--vae-steps", type=positive, default=4400)
+    parser.add_argument("--vae-on-steps", type=positive, default=3000)
     parser.add_argument(
         "--latent-views", type=positive, help="encode the first of each series only, for now"
     )
@@ -149,6 +150,12 @@ def _vae(args) -> None:
     from pocket import autoencoder
 
     autoencoder.train(args.work, args.vae_steps, seed=args.seed, device=args.device)
+
+
+def _vae_on(args) -> None:
+    from pocket import autoencoder
+
+    autoencoder.train_on(args.work, args.vae_on_steps, seed=args.seed, device=args.device)
 
 
 def _latents(args) -> None:
@@ -227,6 +234,7 @@ RUN: dict[str, Callable[[argparse.Namespace], None]] = {
     "render": _render,
     "truth": _truth,
     "vae": _vae,
+    "vae-on": _vae_on,
     "latents": _latents,
     "unet": _unet,
     "decoder": _decoder,

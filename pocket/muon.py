@@ -41,20 +41,22 @@ class MuonAndAdamW:
         self.matrices = [p for k, p in named if is_matrix(k, p)]
         rest = [p for k, p in named if not is_matrix(k, p)]
         self.views = [nn.Parameter(_flat(p.data)) for p in self.matrices]
-        self.parts: dict[str, torch.optim.Optimizer] = {
-            "muon": torch.optim.Muon(
+        self.parts: dict[str, torch.optim.Optimizer] = {}  # of those that have parameters
+        if self.views:
+            self.parts["muon"] = torch.optim.Muon(
                 self.views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
-            "adamw": torch.optim.AdamW(
+            )
+        if rest:
+            self.parts["adamw"] = torch.optim.AdamW(
                 rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=True
-            ),
-        }
+            )
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
     def zero_grad(self) -> None:
         for parameter in self.matrices:
             parameter.grad = None
-        self.parts["adamw"].zero_grad()
+        if "adamw" in self.parts:
+            self.parts["adamw"].zero_grad()
 
     def step(self) -> None:
         for parameter, view in zip(self.matrices, self.views, strict=True):
@@ -72,7 +74,7 @@ class MuonAndAdamW:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state of this class. One of AdamW alone is left: both parts start anew then."""
-        if "muon" not in state:
+        if state.keys() != self.parts.keys():
             return
         for name, part in self.parts.items():
             part.load_state_dict(state[name])

@@ -4,6 +4,10 @@
     bash pocket/on_gpu.sh pack.safetensors OUT unet 20000 512     # there
     python -m pocket.pack take --work W --name unet --from OUT    # here again
 
+``python -m pocket.pack adopt --work W --from FOLDER`` makes finished stages ``vae`` and ``unet`` of
+a model's folder, so that the transformer, the four views or the decoder can be trained for the
+autoencoder that is shipped, without the first hours.
+
 The pack holds latents in eight bits (their standard deviation is 1, the step 1/24), all with a
 white background and every fourth also with another, the cameras, and the autoencoder in half
 precision, and it says what they were made with (:mod:`pocket.recipes`). If that is more than the
@@ -19,7 +23,7 @@ import numpy as np
 import torch
 
 from pocket import recipes
-from pocket.autoencoder import load_vae
+from pocket.autoencoder import build, load_vae
 from pocket.latents import NAMES
 from pocket.tools import say, whole_file
 from pocket.training import load_state, save_state
@@ -140,20 +144,55 @@ def take(work: Path, name: str, folder: Path) -> int:
     return step
 
 
+def adopt(work: Path, folder: Path) -> None:
+    """Make the stages ``vae`` and ``unet`` of ``work`` out of the folder of a model, for the stages
+    that build upon them; a training of the UNet would begin with these weights at step 0.
+
+    Raises ``ValueError`` where one of these stages has begun already, and for the folder of
+    another kind of model.
+    """
+    from safetensors.torch import load_file
+    from transformers import CLIPTextModel
+
+    from pocket.diffusion import Model
+    from pocket.latents import tokenizer
+
+    for stage in ("vae", "unet"):
+        if recipes.begun(work, stage):
+            raise ValueError(f"{work} has a stage {stage} already: give another --work")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        model, vae = Model(tokenizer(work)), build()
+        vae.load_state_dict(load_file(folder / "vae/diffusion_pytorch_model.safetensors"))
+        # transformers renames the keys of its files as it reads them
+        text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        model.text_encoder.load_state_dict(text.state_dict())
+        camera = load_file(folder / "camera_encoder/model.safetensors")
+        model.camera_encoder.load_state_dict(camera)
+        model.unet.load_state_dict(load_file(folder / "unet/diffusion_pytorch_model.safetensors"))
+    except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder} is no folder of the model pocket: {said}") from None
+    unet = model.state_dict()
+    save_state(work / "vae.pt", model=vae.state_dict())
+    save_state(work / "unet_state.pt", model=unet, step=0, steps=0, falls=0, weights_only=True)
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m pocket.pack",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("make", "unpack", "weights", "take"))
+    parser.add_argument("what", choices=("make", "unpack", "weights", "take", "adopt"))
     parser.add_argument("--work", type=Path, default=Path("build/pocket"))
     parser.add_argument("--name", choices=NAMES_OF_MODELS, default="unet")
     parser.add_argument("--from", type=Path, dest="source")
     parser.add_argument("--to", type=Path)
     parser.add_argument("--megabytes", type=float, default=40.0)
     args = parser.parse_args(arguments)
-    needed = {"make": "to", "unpack": "source", "weights": "to", "take": "source"}[args.what]
+    directions = {"make": "to", "unpack": "source", "weights": "to"}
+    needed = directions.get(args.what, "source")
     if getattr(args, needed) is None:
         parser.error(f"{args.what} needs --{'from' if needed == 'source' else 'to'}")
     try:
@@ -164,6 +203,9 @@ def main(arguments=None):
             unpack(args.source, args.work)
         elif args.what == "weights":
             say(*weights(args.work, args.name, args.to))
+        elif args.what == "adopt":
+            adopt(args.work, args.source)
+            say(f"{args.work}: the stages vae and unet are those of {args.source}")
         else:
             say(f"{args.name} after {take(args.work, args.name, args.source)} steps")
     except (OSError, ValueError) as error:

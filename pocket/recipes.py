@@ -25,6 +25,7 @@ NEEDS = {  # by stage, in their order: those whose files it takes
     "render": (),
     "truth": ("render",),
     "vae": ("render",),
+    "vae-on": ("vae",),
     "latents": ("render", "vae"),
     "unet": ("latents",),
     "decoder": ("vae",),
@@ -40,6 +41,7 @@ FILES = {  # what is in a work folder where a stage has begun
     "render": "renders/*/cameras.npy",
     "truth": "judged/*.npz",
     "vae": "vae*.pt",
+    "vae-on": "vae_on*.pt",
     "latents": "latents/*.npy",
     "unet": "unet*.pt",
     "decoder": "decoder*.pt",
@@ -67,6 +69,7 @@ def recipes(seed: int) -> dict[str, Recipe]:
             "channels": [*autoencoder.CHANNELS, autoencoder.LATENT_CHANNELS],
             "backgrounds": backgrounds,
         },
+        "vae-on": {"seed": seed},
         "latents": {"backgrounds": backgrounds},
         "unet": {
             "seed": seed,

@@ -26,6 +26,7 @@ RENDERS = {
     "render",
     "truth",
     "vae",
+    "vae-on",
     "latents",
     "unet",
     "decoder",
@@ -217,16 +218,21 @@ def test_views_that_are_there_need_no_models(bare, tmp_path):
         make.main([*few, "--painted", "26"])
 
 
-@pytest.mark.parametrize("stage", [pytest.param("vae", marks=pytest.mark.slow), "decoder"])
+@pytest.mark.parametrize(
+    "stage", [pytest.param("vae", marks=pytest.mark.slow), "vae_on", "decoder"]
+)
 def test_the_autoencoder_that_is_kept_has_the_averaged_weights(tmp_path, monkeypatch, stage):
     """Those of ``_fit``; the whitening that follows is left out."""
     plain_renders(tmp_path / "renders", ("car", "dog"))
     build = autoencoder.build
     monkeypatch.setattr(autoencoder, "build", lambda: build((8, 8), 4, 16))
     monkeypatch.setattr(autoencoder, "whiten", lambda *_: None)
-    if stage == "decoder":
+    if stage != "vae":
         training.save_state(tmp_path / "vae.pt", model=autoencoder.build().state_dict())
+    if stage == "decoder":
         autoencoder.train_decoder(tmp_path, 4, batch=2)
+    elif stage == "vae_on":
+        autoencoder.train_on(tmp_path, 4, batch=2)
     else:
         autoencoder.train(tmp_path, 4, batch=2)
     state = training.load_state(tmp_path / f"{stage}_state.pt")
@@ -238,9 +244,22 @@ def test_the_autoencoder_that_is_kept_has_the_averaged_weights(tmp_path, monkeyp
     assert any(not torch.equal(value, state["model"][name]) for name, value in average.items())
 
 
-def test_a_decoder_without_its_autoencoder_is_one_line(tmp_path, capsys):
+def test_the_autoencoder_that_was_trained_on_is_the_one_that_is_used(tmp_path):
+    first, second = (autoencoder.build().state_dict() for _ in range(2))
+    training.save_state(tmp_path / "vae.pt", model=first)
+    digest = autoencoder.encoder_digest(autoencoder.load_vae(tmp_path))
+    training.save_state(tmp_path / "vae_on.pt", model=second)
+    used = autoencoder.load_vae(tmp_path)
+    for name, value in second.items():
+        assert torch.equal(used.state_dict()[name], value), name
+    assert autoencoder.encoder_digest(used) != digest  # so that latents are made anew
+
+
+@pytest.mark.parametrize("stage", ["decoder", "vae-on"])
+def test_a_decoder_without_its_autoencoder_is_one_line(tmp_path, capsys, stage):
+    plain_renders(tmp_path / "renders", ("car",))
     with pytest.raises(SystemExit):
-        make.main(["--work", str(tmp_path), "--stages", "decoder"])
+        make.main(["--work", str(tmp_path), "--stages", stage])
     assert "no autoencoder yet: run the stage vae first" in capsys.readouterr().err
 
 
