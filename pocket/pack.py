@@ -1,12 +1,13 @@
 """What a training takes to a machine with a GPU, and what comes back, in small files.
 
     python -m pocket.pack make --work W --to pack.safetensors --megabytes 40
-    bash pocket/on_gpu.sh pack.safetensors OUT unet 20000 512     # there
+    bash pocket/on_gpu.sh pack.safetensors OUT unet 20000 512     # there; or flow, or views
     python -m pocket.pack take --work W --name unet --from OUT    # here again
 
 ``python -m pocket.pack adopt --work W --from FOLDER`` makes finished stages ``vae`` and ``unet`` of
 a model's folder, so that the transformer, the four views or the decoder can be trained for the
-autoencoder that is shipped, without the first hours.
+autoencoder that is shipped, without the first hours; with ``--name unet`` the UNet only, for a
+work folder that has the autoencoder already.
 
 The pack holds latents in eight bits (their standard deviation is 1, the step 1/24), all with a
 white background and every fourth also with another, the cameras, and the autoencoder in half
@@ -17,13 +18,14 @@ precision, in parts of at most 15 MiB.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pocket import recipes
-from pocket.autoencoder import build, load_vae
+from pocket.autoencoder import build, encoder_digest, load_vae
 from pocket.latents import NAMES
 from pocket.tools import say, whole_file
 from pocket.training import load_state, save_state
@@ -31,7 +33,7 @@ from pocket.training import load_state, save_state
 STEP = 1 / 24
 COLOURED_EVERY = 4  # of the views, one goes along before its coloured background too
 PART = 15 << 20  # bytes
-NAMES_OF_MODELS = ("unet", "flow")
+NAMES_OF_MODELS = ("unet", "flow", "views")
 
 
 def make(work: Path, file: Path, megabytes: float) -> int:
@@ -144,12 +146,12 @@ def take(work: Path, name: str, folder: Path) -> int:
     return step
 
 
-def adopt(work: Path, folder: Path) -> None:
-    """Make the stages ``vae`` and ``unet`` of ``work`` out of the folder of a model, for the stages
-    that build upon them; a training of the UNet would begin with these weights at step 0.
+def adopt(work: Path, folder: Path, stages: Sequence[str] = ("vae", "unet")) -> None:
+    """Make these stages of ``work`` out of the folder of a model, for the stages that build upon
+    them; a training of the UNet would begin with these weights at step 0.
 
-    Raises ``ValueError`` where one of these stages has begun already, and for the folder of
-    another kind of model.
+    Raises ``ValueError`` where one of them has begun already, for the folder of another kind of
+    model, and for a UNet of another autoencoder than that of ``work``.
     """
     from safetensors.torch import load_file
     from transformers import CLIPTextModel
@@ -157,7 +159,7 @@ def adopt(work: Path, folder: Path) -> None:
     from pocket.diffusion import Model
     from pocket.latents import tokenizer
 
-    for stage in ("vae", "unet"):
+    for stage in stages:
         if recipes.begun(work, stage):
             raise ValueError(f"{work} has a stage {stage} already: give another --work")
     try:
@@ -173,9 +175,15 @@ def adopt(work: Path, folder: Path) -> None:
     except Exception as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{folder} is no folder of the model pocket: {said}") from None
-    unet = model.state_dict()
-    save_state(work / "vae.pt", model=vae.state_dict())
-    save_state(work / "unet_state.pt", model=unet, step=0, steps=0, falls=0, weights_only=True)
+    if "vae" in stages:
+        save_state(work / "vae.pt", model=vae.state_dict())
+    elif encoder_digest(load_vae(work).half()) != encoder_digest(vae.half()):
+        raise ValueError(f"{folder} and {work} have different autoencoders: adopt both stages")
+    if "unet" in stages:
+        weights = model.state_dict()
+        save_state(
+            work / "unet_state.pt", model=weights, step=0, steps=0, falls=0, weights_only=True
+        )
 
 
 def main(arguments=None):
@@ -186,13 +194,15 @@ def main(arguments=None):
     )
     parser.add_argument("what", choices=("make", "unpack", "weights", "take", "adopt"))
     parser.add_argument("--work", type=Path, default=Path("build/pocket"))
-    parser.add_argument("--name", choices=NAMES_OF_MODELS, default="unet")
+    parser.add_argument("--name", choices=NAMES_OF_MODELS)
     parser.add_argument("--from", type=Path, dest="source")
     parser.add_argument("--to", type=Path)
     parser.add_argument("--megabytes", type=float, default=40.0)
     args = parser.parse_args(arguments)
     directions = {"make": "to", "unpack": "source", "weights": "to"}
     needed = directions.get(args.what, "source")
+    if args.what == "adopt" and args.name not in (None, "unet"):
+        parser.error(f"adopt takes no --name but unet, not {args.name}")
     if getattr(args, needed) is None:
         parser.error(f"{args.what} needs --{'from' if needed == 'source' else 'to'}")
     try:
@@ -202,12 +212,14 @@ def main(arguments=None):
         elif args.what == "unpack":
             unpack(args.source, args.work)
         elif args.what == "weights":
-            say(*weights(args.work, args.name, args.to))
+            say(*weights(args.work, args.name or "unet", args.to))
         elif args.what == "adopt":
-            adopt(args.work, args.source)
-            say(f"{args.work}: the stages vae and unet are those of {args.source}")
+            stages = (args.name,) if args.name else ("vae", "unet")
+            adopt(args.work, args.source, stages)
+            say(f"{args.work}: {' and '.join(stages)} of {args.source}")
         else:
-            say(f"{args.name} after {take(args.work, args.name, args.source)} steps")
+            name = args.name or "unet"
+            say(f"{name} after {take(args.work, name, args.source)} steps")
     except (OSError, ValueError) as error:
         parser.error(str(error).splitlines()[0])
 

@@ -183,7 +183,8 @@ def test_the_loss_of_the_autoencoder_is_the_formula_of_its_docstring():
     fine = 0.4 * share + 2 * 0.16 * share + 0.5 * (2 * 4 * 0.4 / (3 * 8 * 7))
     colours = (0.4 * 2 / 3 + 2 * 0.4 / 3) * share + 2 * 0.16 * (4 + 1 + 1) / 9 * share
     small = 2 * (0.4 * share)
-    expected = fine + 0.5 * colours + 2 * small
+    worst = 0.5 * 0.4  # of 12 values, one
+    expected = fine + 0.5 * colours + 2 * small + worst
     assert float(autoencoder.distance(made, x)) == pytest.approx(expected, rel=1e-5)
 
 
@@ -195,7 +196,8 @@ def test_a_small_spot_costs_more_than_the_grain_of_as_large_an_error():
     grain[..., 8:12, 8:12] = sign
     extra = autoencoder.distance(spot, x) + 0.5 * autoencoder.gradients(grain)
     extra -= autoencoder.distance(grain, x) + 0.5 * autoencoder.gradients(spot)
-    assert float(extra) == pytest.approx(2 * 2 * 0.5 * 16 / 32**2, rel=1e-5)
+    # of the 192 values of the averages over 4 x 4 pixels, two count once more, and three are 0.5
+    assert float(extra) == pytest.approx(2 * 2 * 0.5 * 16 / 32**2 + 0.5 * 0.5, rel=1e-5)
 
 
 def test_a_new_autoencoder_carries_each_colour_in_a_channel_of_its_own():
@@ -411,6 +413,25 @@ def test_a_folder_is_adopted_only_where_nothing_has_begun(tmp_path, capsys, befo
         pack.main(["adopt", "--work", str(tmp_path), "--from", str(make.OUT)])
     assert "already: give another --work" in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == [before]
+
+
+def test_a_unet_is_adopted_for_its_own_autoencoder_only(tmp_path, capsys):
+    def adopt(name):
+        pack.main(["adopt", "--name", name, "--work", str(tmp_path), "--from", str(make.OUT)])
+
+    training.save_state(tmp_path / "vae.pt", model=autoencoder.build().state_dict())
+    with pytest.raises(SystemExit):
+        adopt("unet")
+    assert "have different autoencoders: adopt both stages" in capsys.readouterr().err
+    assert not (tmp_path / "unet_state.pt").exists()
+    (tmp_path / "vae.pt").unlink()
+    pack.main(["adopt", "--work", str(tmp_path), "--from", str(make.OUT)])
+    (tmp_path / "unet_state.pt").unlink()
+    adopt("unet")
+    assert (tmp_path / "unet_state.pt").exists()
+    with pytest.raises(SystemExit):
+        adopt("flow")
+    assert "takes no --name but unet" in capsys.readouterr().err
 
 
 def test_the_folder_of_another_model_is_not_adopted(tmp_path, capsys):
