@@ -6,8 +6,10 @@ command goes on.
 
 A table has a row for each edit and method (``edits.csv``): the PSNR of the source, of the result
 and of the result without the details of :mod:`lods.edits.details` to the true target, and the mean
-change, of 255, where neither shows its object. A sheet (``edits.png``) has the source, what the
-autoencoder alone makes of it, the methods, and the true target.
+change, of 255, where neither shows its object; and whether the judge (:mod:`pocket.judge`) takes
+the result for the object and the colour that were asked for, 1 or 0, empty for an object that comes
+in one colour. A sheet (``edits.png``) has the source, what the autoencoder alone makes of it, the
+methods, and the true target.
 """
 
 import sys
@@ -38,7 +40,7 @@ EDITS = (
 METHODS = ("dds", "pds", "ssd", "edit")
 VIEW = 2  # of the 24 true ones: from the front and the side
 COLUMNS = ("source", "target", "method", "source_psnr", "target_psnr", "bare_psnr", "outside")
-COLUMNS += ("steps", "scale")
+COLUMNS += ("object", "colour", "steps", "scale")
 TABLE, SHEET, PLAIN = "edits.csv", "edits.png", "autoencoder"
 Pixels = UInt8[np.ndarray, "S S 3"]
 
@@ -97,6 +99,7 @@ def carry_out(source: str, target: str, method: str, model, folder: Path) -> dic
     found = edit.pixels()
     save(folder / f"{name_of(source, target, PLAIN)}.png", plain)
     save(folder / f"{name_of(source, target, method)}.png", found)
+    said = verdict(found, target)
     change = np.abs(found.astype(float) - seen.before)[seen.outside]
     return {
         "source": source,
@@ -106,9 +109,21 @@ def carry_out(source: str, target: str, method: str, model, folder: Path) -> dic
         "target_psnr": f"{psnr(found, seen.after):.2f}",
         "bare_psnr": f"{psnr(bare, seen.after):.2f}",
         "outside": f"{change.mean():.2f}",
+        **{key: "" if np.isnan(said[key]) else f"{said[key]:.0f}" for key in said},
         "steps": settings.steps,
         "scale": settings.scale,
     }
+
+
+def verdict(pixels: Pixels, target: str) -> dict[str, float]:
+    """Whether the judge sees the ``object`` and the ``colour`` of a prompt in a picture: 1 or 0;
+    NaN for the colour of an object that comes in one."""
+    import torch
+
+    from evaluation.worlds.objects import judged, pictures
+
+    said = judged(pictures(torch.from_numpy(pixels)[None] / 255, None, np.array([VIEW])), target)
+    return {"object": said["object_accuracy"], "colour": said["color_accuracy"]}
 
 
 def save(path: Path, pixels: np.ndarray) -> None:

@@ -21,6 +21,15 @@ def test_every_edit_has_its_true_renders(prompts):
     assert edits.sides(*prompts).outside.any()
 
 
+def test_the_judge_sees_the_target_in_its_true_render_and_not_in_the_source():
+    seen = edits.sides("a red armchair", "a blue armchair")
+    assert edits.verdict(seen.after, "a blue armchair") == {"object": 1.0, "colour": 1.0}
+    assert edits.verdict(seen.before, "a blue armchair") == {"object": 1.0, "colour": 0.0}
+    seen = edits.sides("a cat", "a dog")
+    found = edits.verdict(seen.before, "a dog")
+    assert found["object"] == 0.0 and np.isnan(found["colour"])
+
+
 def test_psnr_is_of_the_mean_square():
     one = np.zeros((4, 4, 3), np.uint8)
     assert edits.psnr(one, one + 255) == pytest.approx(0)
