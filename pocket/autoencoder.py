@@ -3,7 +3,7 @@
 Latents have 8 channels on a grid of an eighth of the picture's side. Loss, with e the error and c
 what is left of it without its mean over red, green and blue: mean |e| + 2 mean e^2 +
 0.5 mean |gradient of e| + 0.5 (mean |c| + 2 mean c^2) + 2 (mean |e_2| + mean |e_4|) +
-0.5 top |e_4| + 1e-7 KL, where e_k is e averaged over k x k pixels and top the mean of the largest
+top |e_4| + 1e-7 KL, where e_k is e averaged over k x k pixels and top the mean of the largest
 hundredth in each picture. The averages keep an eye of four pixels and lose the grain of fur, which
 is most of the error and which no latents can hold, and the largest of them are such eyes: without
 them there were none. It is taken on whole pictures: group norm's statistics and the attention in
@@ -97,7 +97,7 @@ def gradients(e: torch.Tensor) -> torch.Tensor:
 
 def distance(made: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """mean |e| + 2 mean e^2 + 0.5 mean |gradient of e| + 0.5 (mean |c| + 2 mean c^2) +
-    2 (mean |e_2| + mean |e_4|) + 0.5 top |e_4| of pictures in -1..1, with c the part of the error e
+    2 (mean |e_2| + mean |e_4|) + top |e_4| of pictures in -1..1, with c the part of the error e
     that is no grey, e_k its average over k x k pixels, and top the mean of the largest hundredth of
     a picture's values, rounded up."""
     e = made.float() - x
@@ -106,7 +106,7 @@ def distance(made: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     half, quarter = (nn.functional.avg_pool2d(e, k).abs() for k in (2, 4))
     worst = quarter.flatten(1).topk(-(-quarter[0].numel() // 100)).values
     fine = e.abs().mean() + 2 * e.square().mean() + 0.5 * gradients(e)
-    return fine + 0.5 * colours + 2 * (half.mean() + quarter.mean()) + 0.5 * worst.mean()
+    return fine + 0.5 * colours + 2 * (half.mean() + quarter.mean()) + worst.mean()
 
 
 class Pictures:

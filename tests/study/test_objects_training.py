@@ -183,7 +183,7 @@ def test_the_loss_of_the_autoencoder_is_the_formula_of_its_docstring():
     fine = 0.4 * share + 2 * 0.16 * share + 0.5 * (2 * 4 * 0.4 / (3 * 8 * 7))
     colours = (0.4 * 2 / 3 + 2 * 0.4 / 3) * share + 2 * 0.16 * (4 + 1 + 1) / 9 * share
     small = 2 * (0.4 * share)
-    worst = 0.5 * 0.4  # of 12 values, one
+    worst = 0.4  # of 12 values, one
     expected = fine + 0.5 * colours + 2 * small + worst
     assert float(autoencoder.distance(made, x)) == pytest.approx(expected, rel=1e-5)
 
@@ -197,7 +197,7 @@ def test_a_small_spot_costs_more_than_the_grain_of_as_large_an_error():
     extra = autoencoder.distance(spot, x) + 0.5 * autoencoder.gradients(grain)
     extra -= autoencoder.distance(grain, x) + 0.5 * autoencoder.gradients(spot)
     # of the 192 values of the averages over 4 x 4 pixels, two count once more, and three are 0.5
-    assert float(extra) == pytest.approx(2 * 2 * 0.5 * 16 / 32**2 + 0.5 * 0.5, rel=1e-5)
+    assert float(extra) == pytest.approx(2 * 2 * 0.5 * 16 / 32**2 + 0.5, rel=1e-5)
 
 
 def test_a_new_autoencoder_carries_each_colour_in_a_channel_of_its_own():
