@@ -20,6 +20,7 @@ from PIL import Image
 
 from tests.assets.test_colours import LEVELS, textured_chart
 from tests.assets.things import ball, chart_mesh
+from tests.viewer_table import note
 
 BLENDER = os.environ.get("LODS_BLENDER")
 pytestmark = [
@@ -72,8 +73,5 @@ def test_blender_shows_the_colours_of_our_renders(rendered, name, end):
     whole = (theirs[..., 3] > 254) & (own[..., 3] > 254)
     assert whole.mean() > 0.2
     apart = np.abs(theirs - own)[whole][:, :3]
-    print(
-        f"{name}{end}: mean {apart.mean():.3f} of 255, nine tenths below "
-        f"{np.quantile(apart, 0.9):.2f}"
-    )
+    note("Blender", f"{name}{end}", apart)
     assert apart.mean() < LEVELS

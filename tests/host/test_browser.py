@@ -15,6 +15,7 @@ from tests.browser import chromium
 from tests.gaussians.clouds import soft_gaussians
 from tests.glb_files import linear, read_glb, shown
 from tests.mesh_render import draw
+from tests.viewer_table import note
 from threestudio.data.cameras import camera_batch
 from threestudio.models.exporters.mesh_exporter import file_arrays
 from threestudio.models.geometry.base import BaseImplicitGeometry
@@ -102,7 +103,7 @@ def test_a_colour_chart_is_shown_as_it_is(tmp_path, writer, page):
     scale = SIZE / 2 / math.tan(math.radians(FOVY / 2)) / DISTANCE
     columns, rows = (SIZE / 2 + scale * middles * [1, -1]).astype(int).T
     error = np.abs(picture[rows, columns] - colors)
-    print(f"{writer} in {page}: mean {error.mean():.3f}, largest {error.max():.0f}")
+    note(page.removesuffix(".html"), path.name, error)
     assert error.mean() < 1 and error.max() <= (1 if page == "three.html" else 3)
 
 
@@ -127,6 +128,7 @@ def compare(pictures, path, renderer):
         assert solid.sum() > 500
         render = 255 * out["comp_rgb"][0].numpy().clip(0, 1)
         errors.append(np.abs(picture - render)[solid])
+    note("three", path.name, np.concatenate(errors))
     return [(np.median(error), error.mean()) for error in errors]
 
 
@@ -158,9 +160,9 @@ def solid_difference(path, renderer, size=SIZE):
             solid &= np.roll(solid, shift, (0, 1))
         assert solid.sum() > 200
         render = 255 * out["comp_rgb"][0].numpy().clip(0, 1)
-        found.append(np.abs(picture - render)[solid].mean())
-    print(f"{path.name}: {np.round(found, 2)}")
-    return found
+        found.append(np.abs(picture - render)[solid])
+    note("three", path.name, np.concatenate(found))
+    return [apart.mean() for apart in found]
 
 
 def test_a_textured_gaussian_object_is_shown_in_the_colours_of_its_renders(tmp_path):
