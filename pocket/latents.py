@@ -59,10 +59,11 @@ def grounds(key: str, view: int) -> list[np.ndarray]:
     return [white(rng), coloured(rng)]
 
 
-def encode_all(work: Path, device: str = "cpu", most: int | None = None, batch: int = 32) -> None:
+def encode_all(work: Path, device: str = "cpu", most: int | None = None, batch: int = 4) -> None:
     """Encode the views under ``work/renders`` that have no latents yet, object by object, of each
     the first ``most``. Latents of another autoencoder, and of pictures that were rendered anew, are
-    replaced."""
+    replaced. The ``batch`` views before both backgrounds are few enough for a CPU's caches: 64
+    pictures at once take almost three times as long each."""
     renders, vae = Renders(work / "renders"), load_vae(work)
     index_file = work / "latents" / "made_with.json"
     index = json.loads(index_file.read_text()) if index_file.exists() else {}
