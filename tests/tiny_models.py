@@ -107,7 +107,7 @@ def write_pipeline(
 
     down = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
     up = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-    fields = {"attention_head_dim": 8, **down, **up, **(unet or {})}
+    fields = {"attention_head_dim": 8, "layers_per_block": 1, **down, **up, **(unet or {})}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(text_config(width, act))
@@ -116,7 +116,6 @@ def write_pipeline(
             in_channels=4,
             out_channels=4,
             block_out_channels=(16, 32),
-            layers_per_block=1,
             cross_attention_dim=width + width_2,
             norm_num_groups=8,
             **fields,

@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import json
 
 import lods
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.few_steps import LEARNING, METHODS, OWN, cameras, check_resuming, images, trained
 
@@ -78,6 +80,20 @@ def test_stock_diffusers_takes_the_lora(make, tiny_sd3, tmp_path, dual):
     assert (want - plain).abs().max() > 1e-2
     got = method.model.schedule.to_noise(v, x_t, t, "flow")
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_alpha_that_peft_notes_of_a_transformer_counts(make, tmp_path):
+    """alpha = 8 over rank 4, which diffusers writes under the name of the network."""
+    own = {name: value + 1 for name, value in make("lods-lora").lora.state_dict().items()}
+    noted = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})
+    path = tmp_path / "peft.safetensors"
+    tensors = {f"transformer.{name}": value for name, value in own.items()}
+    save_file(tensors, path, {"lora_adapter_metadata": noted})
+    again = make("lods-lora", lora_scale=0.25)
+    again.load(path)
+    for name, value in again.lora.state_dict().items():
+        factor = 2 / 0.25 if "lora_B" in name else 1.0
+        torch.testing.assert_close(value, own[name] * factor)
 
 
 def test_the_lora_is_on_the_attention_of_picture_and_text(make, tiny_sd3):

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from lods.learned.lora import RowLora
+from lods.models import memory, qwen_image
+from lods.models.cards import Location
 from lods.models.qwen_image import QwenImageModel
 
-from tests.stock_flows import edited, load, noisy, pipeline_of
+from tests.stock_flows import edited, load, noisy, pipeline_of, token_counts
 
 TEXTS = ["a red car", "a blue house and a {red} car " * 3]
 
@@ -66,6 +69,53 @@ def test_texts_are_those_of_the_pipeline(model, stock):
     assert lengths[2] < lengths[0] < lengths[1] < lengths[3] == 512
 
 
+def test_a_text_is_counted_as_cut_from_the_first_token_that_is(model, stock):
+    """Of 512; the marks of the chat format count after the text, not before it."""
+    marks = len(stock.tokenizer(stock.prompt_template_encode.format("")).input_ids)
+    fit = 512 - (marks - stock.prompt_template_encode_start_idx)
+    counts = token_counts(model, ["car " * n for n in (0, fit, fit + 1)])
+    rows = model.text_shape[0]
+    assert counts == [rows - fit, rows, rows + 1]
+
+
+def test_the_transformer_sees_no_more_rows_than_the_longest_text_fills(model):
+    texts, seen = model.text(["a red car", ""]), []
+    hook = model.network.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["encoder_hidden_states"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model.predict(noisy(model), torch.tensor([100, 900]), texts)
+    hook.remove()
+    parts = model.text_layout.unpack(texts)
+    longest = int(parts.mask.sum(1).max())
+    assert 0 < longest < 512
+    torch.testing.assert_close(seen[0], parts.tokens[:, :longest])
+
+
+def test_embeddings_of_another_chat_format_are_others(model, monkeypatch):
+    plan = model.text_plan(Location(model.name))
+    monkeypatch.setattr(qwen_image, "template", lambda: ("{} as a drawing", 0))
+    assert model.text_plan(Location(model.name)).note != plan.note
+
+
+def test_a_lora_is_on_every_projection_of_the_attention(tiny_flow):
+    model = load(tiny_flow("qwen"))
+    wanted = {
+        f"{name}.lora_{part}.weight"
+        for name, layer in model.network.named_modules()
+        if isinstance(layer, torch.nn.Linear) and ".attn." in name
+        for part in "AB"
+    }
+    lora = RowLora(model.lora_network(), 1, model.lora_sites)
+    assert len(wanted) == 16 and set(lora.state_dict()) == wanted
+
+
+def test_half_of_it_is_bfloat16():
+    settings = memory.ModelSettings()
+    dtype = memory.weights_dtype(settings, torch.device("cuda"), QwenImageModel.half)
+    assert dtype == torch.bfloat16
+
+
 def test_a_picture_goes_through_the_video_vae_as_one_frame(model):
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     mean, deviation = (
@@ -102,6 +152,8 @@ def test_pictures_have_1024_pixels_unless_the_config_says(model):
     [
         ("model_index.json", {"_class_name": "QwenImageEditPipeline"}, "told more than a text"),
         ("transformer/config.json", {"zero_cond_t": True}, r"\(zero_cond_t\), which is told more"),
+        ("transformer/config.json", {"use_additional_t_cond": True}, r"\(use_additional_t_cond\)"),
+        ("transformer/config.json", {"use_layer3d_rope": True}, r"\(use_layer3d_rope\), which is"),
         ("transformer/config.json", {"guidance_embeds": True}, "was distilled .* take qwen-image$"),
         ("transformer/config.json", {"sample_size": "big"}, "sample_size is big, not 1 to"),
         ("vae/config.json", {"latents_std": [1.0]}, "of other lengths than its 4 channels"),

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import math
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import lods
 import pytest
 import torch
+from lods.models.cards import Location
 from lods.models.sd3 import SD3Model, has_t5
 
-from tests.stock_flows import latents_and_plain, load, noisy
+from tests.stock_flows import edited, latents_and_plain, load, noisy, token_counts
 from threestudio import find
 
 TEXTS = ["a red car", "", "a blue house on the horse"]
@@ -38,6 +42,52 @@ def test_texts_are_embedded_as_in_diffusers(tiny_sd3, t5):
     torch.testing.assert_close(parts.tokens, rows, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(parts.pooled, pooled, rtol=1e-5, atol=1e-5)
     assert bool(parts.tokens[:, 16:].any()) == bool(t5)
+
+
+@pytest.mark.parametrize("t5, limit", [(0, 16), (56, 256)])
+def test_a_text_is_counted_as_cut_where_its_longest_reader_cuts_it(tiny_sd3, t5, limit):
+    from transformers import AutoTokenizer
+
+    folder = tiny_sd3(t5=t5)
+    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder=f"tokenizer_{3 if t5 else 2}")
+    fit = limit - len(tokenizer("").input_ids)
+    model = load(folder)
+    counts = token_counts(model, [" ".join(["car"] * n) for n in (0, fit, fit + 1)])
+    rows = model.text_shape[0]
+    assert counts == [rows - fit, rows, rows + 1]
+
+
+def test_both_encoders_of_clip_read_as_many_tokens_as_the_first(tiny_sd3, tmp_path):
+    """As the pipeline has it, whatever the second tokenizer says."""
+    folder = tiny_sd3()
+    other = edited(folder, tmp_path, "tokenizer_2/tokenizer_config.json", model_max_length=12)
+    assert torch.equal(load(other).text(TEXTS), load(folder).text(TEXTS))
+
+
+def test_embeddings_of_another_width_are_others(tiny_sd3, tmp_path):
+    folder = tiny_sd3()
+    other = edited(folder, tmp_path, "transformer/config.json", joint_attention_dim=64)
+    one, two = (SD3Model.text_plan(Location(str(path))) for path in (folder, other))
+    assert one.note != two.note
+
+
+def test_text_encoders_wider_than_the_transformer_are_refused(tiny_sd3, tmp_path):
+    folder = edited(tiny_sd3(), tmp_path, "transformer/config.json", joint_attention_dim=36)
+    model: Any = SimpleNamespace(name=str(folder), text_plan=SD3Model.text_plan)
+    with pytest.raises(ValueError, match="rows of 40, and the transformer takes 36"):
+        token_counts(model, TEXTS)
+
+
+def test_a_shift_that_depends_on_the_size_counts_the_patches(tiny_sd3, tmp_path):
+    fields = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}
+    file = "scheduler/scheduler_config.json"
+    model = load(edited(tiny_sd3(), tmp_path, file, base_shift=0.5, max_shift=1.1, **fields))
+    patches = model.network.pos_embed(noisy(model)).shape[1]
+    assert patches == 16
+    shift = math.exp(0.5 + (1.1 - 0.5) * (patches - 4) / (64 - 4))
+    u = 500.5 / 1000
+    sigma = model.schedule.alpha_sigma(torch.tensor([500]))[1].item()
+    assert sigma == pytest.approx(shift * u / (1 + (shift - 1) * u), rel=1e-5)
 
 
 @pytest.mark.parametrize("dual", [False, True])
@@ -151,7 +201,6 @@ def test_a_network_that_no_family_serves_is_refused(tiny_sd3, tmp_path):
 
 def test_a_distilled_model_is_refused_with_what_to_take_instead(tiny_sd3, monkeypatch):
     from lods.models import cards
-    from lods.models.cards import Location
 
     folder, card = tiny_sd3(), cards.all_cards()["sd35-large-turbo"]
     monkeypatch.setattr("lods.models.latent.resolve", lambda name: Location(folder, None, card))

@@ -122,6 +122,40 @@ def test_a_file_without_a_part_is_refused_with_what_to_give(lods, folder, tmp_pa
     assert "\n" not in str(error.value) and "cut.safetensors" in str(error.value)
 
 
+def test_the_network_alone_is_refused_with_what_to_give(lods, folder, tmp_path):
+    """A file of the transformer, whose names begin at its blocks."""
+    path = tmp_path / "alone.safetensors"
+    tensors = {
+        name.removeprefix(NETWORK): value.contiguous()
+        for name, value in original(folder).items()
+        if name.startswith(NETWORK)
+    }
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="network of a Stable Diffusion 3 and no autoencoder"):
+        lods.models.load(str(path), "cpu")
+
+
+@pytest.mark.parametrize("width, places", [(64, 63), (72, 64)])
+def test_a_transformer_of_an_unusual_shape_is_refused(width, places):
+    """Places of no square, or a width that is no whole number of heads."""
+    from lods.models.checkpoint_parts import Unfit
+    from lods.models.checkpoint_sd3 import transformer_config
+
+    shapes = {
+        f"{NETWORK}x_embedder.proj.weight": (width, 4, 2, 2),
+        f"{NETWORK}pos_embed": (1, places, width),
+    }
+    with pytest.raises(Unfit, match=f"of {width} numbers for {places} places"):
+        transformer_config(shapes)
+
+
+def test_a_file_that_does_not_say_its_size_has_1024_pixels(lods, folder, tmp_path):
+    path = tmp_path / "unsaid.safetensors"
+    save_file({name: value.contiguous() for name, value in original(folder).items()}, path)
+    model = lods.models.load(str(path), "cpu")
+    assert model.image_size == 1024 and model.latent_shape == (4, 512, 512)
+
+
 def test_a_prediction_type_is_refused_for_a_flow_in_one_file(lods, file):
     with pytest.raises(ValueError, match=r"model_prediction=epsilon: .* is a flow model"):
         lods.models.load(str(file), "cpu", model_prediction="epsilon")

@@ -1,8 +1,10 @@
 """An adapter that lets a Stable Diffusion see six views: its attention, its cameras, its file."""
 
+import dataclasses
 import itertools
 import re
 import shutil
+from pathlib import Path
 
 import lods
 import pytest
@@ -11,11 +13,11 @@ from lods.learned.lora import RowLora
 from lods.models import cards
 from lods.models.families import load_family
 from lods.models.memory import ModelSettings
-from lods.models.view_adapter import RowsOfViews
+from lods.models.view_adapter import AdaptedModel, RowsOfViews
 from safetensors.torch import load_file
 
 from tests.few_steps import check_resuming, images, trained
-from tests.tiny_models import adapter_tensors, write_view_adapter
+from tests.tiny_models import LEVELS, adapter_tensors, make_tiny_adapted, write_view_adapter
 
 VIEWS = 6
 AZIMUTHS = [0.0, 45.0, 90.0, 180.0, 270.0, 315.0]
@@ -176,6 +178,39 @@ def test_a_lora_is_on_the_base_models_attention(tiny_adapted):
     with lora.strength(1.0):
         found = model.predict(x, t, texts, around())
     assert (found - before).abs().max() > 1e-2
+
+
+def test_the_encoder_is_as_deep_as_the_unet(tmp_path):
+    """Stable Diffusion has two layers in each block."""
+    folder = make_tiny_adapted(tmp_path, unet={**LEVELS, "layers_per_block": 2})
+    assert len(loaded(folder).network.camera_adapter.adapter.body[0].resnets) == 2
+
+
+@torch.no_grad()
+def test_what_is_added_has_the_weights_dtype(tiny_adapted, model):
+    short = loaded(tiny_adapted(), weights_dtype="bfloat16")
+    assert {weight.dtype for weight in short.network.parameters()} == {torch.bfloat16}
+    x, t, texts = inputs()
+    found, wanted = (each.predict(x, t, texts, around()) for each in (short, model))
+    torch.testing.assert_close(found, wanted, rtol=0.1, atol=0.1)
+
+
+def test_the_file_of_a_card_is_asked_for_at_its_revision(tiny_adapted, monkeypatch):
+    """In the adapter's repository, beside the base model's folder."""
+    card = dataclasses.replace(
+        cards.all_cards()["mvadapter-sd21"], ids=("new/adapter", "old/adapter"), revision="v1"
+    )
+    folder, asked = tiny_adapted(), []
+    base = shutil.copytree(folder, f"{folder}-base", ignore=lambda *_: ["mv_adapter"])
+    [path] = Path(folder, "mv_adapter").iterdir()
+
+    def download(repo, file, revision=None):
+        asked.append((repo, file, revision))
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    AdaptedModel.load_network(cards.Location(base, None, card), torch.float32)
+    assert asked == [("new/adapter", "mvadapter_t2mv_sd21.safetensors", "v1")]
 
 
 # --- methods --------------------------------------------------------------------------------------
