@@ -106,7 +106,7 @@ def test_the_comparison_has_the_settings_of_the_shipped_overlays(lods, tmp_path)
         )
         there["system.guidance.cameras"] = run.representation.split("-")[1]
         if run.method in ("sds", "vsd"):
-            there["system.loss.lambda_sds"] = 1 / 7.5
+            there["system.loss.lambda_sds"] = 1 / there["system.guidance.guidance_scale"]
         assert here == there, run.title
 
 
