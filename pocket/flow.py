@@ -53,6 +53,7 @@ def build_silent_encoder(tokens):
         num_heads=1,
         pad_token_id=tokens.pad_token_id,
         eos_token_id=tokens.eos_token_id,
+        n_positions=LENGTH,  # read by our own loader, which gives so many rows and not 256
     )
     encoder = T5EncoderModel(config)
     nn.init.zeros_(encoder.encoder.final_layer_norm.weight)

@@ -226,6 +226,7 @@ def test_the_model_that_is_embedded_as_a_flow_is_loaded(tmp_path):
         assert model.text_width == model.text_layout.pooled == sum(flow.WIDTHS)
         texts = model.text(["a car", "a house"])
         assert not texts[:, 16:-1].any() and texts[:, :16].any()  # the silent encoder's
+        assert texts.shape[1] == 16 + 16 + 1  # of which there are no more than it says
         given = None if told == "words" else cameras()
         x_t, t = noisy(model), torch.tensor([100, 900])
         eps = model.predict(x_t, t, texts, given)

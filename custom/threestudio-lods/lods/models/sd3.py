@@ -55,13 +55,13 @@ class SD3Model(FlowModel):
     def text_plan(cls, model: Location) -> TextPlan:
         """Two CLIP text encoders, and T5 where the folder has it."""
         width = load_model_config(model.path, cls.part, model.revision).get("joint_attention_dim")
-        with_t5 = has_t5(model)
+        with_t5, rows = has_t5(model), t5_rows(model)
         parts = tuple(part for each in CLIP for part in each[:2]) + T5 * with_t5
 
         def run(texts: Sequence[str], load: Loader, device: Any):
-            return encode(texts, load, int(width or 0), with_t5, device)
+            return encode(texts, load, int(width or 0), with_t5, device, rows)
 
-        return TextPlan(parts, run, f"sd3-{width}-{T5_TOKENS}")
+        return TextPlan(parts, run, f"sd3-{width}-{rows}")
 
     @functools.cached_property
     def text_layout(self) -> TextLayout:  # type: ignore[override]
@@ -76,7 +76,7 @@ class SD3Model(FlowModel):
                 "(max_position_embeddings): it is not a CLIP text model"
             )
         pooled: int = self.network.config.pooled_projection_dim
-        return TextLayout(tokens + T5_TOKENS, self.text_width, pooled)
+        return TextLayout(tokens + t5_rows(location), self.text_width, pooled)
 
     def layout_of(self, texts) -> TextLayout:
         """With as many tokens as there are, so that no text encoder is asked."""
@@ -113,9 +113,19 @@ def has_t5(model: Location) -> bool:
     return named
 
 
+def t5_rows(model: Location) -> int:
+    """How many rows a text has of T5, or of zeros in its place: the pipeline's 256, or fewer where
+    the encoder's config says ``n_positions``, as that of the flow model in this package does, whose
+    third encoder makes zeros and whose transformer does as well with few of them."""
+    config = load_model_config(model.path, T5[1], model.revision) if has_t5(model) else {}
+    most = config.get("n_positions")
+    return min(T5_TOKENS, most) if isinstance(most, int) and most > 0 else T5_TOKENS
+
+
 def encode(
-    texts: Sequence[str], load: Loader, width: int, with_t5: bool, device: torch.device | str
-) -> tuple[Float[Tensor, "N T D"], list[int]]:
+    texts: Sequence[str], load: Loader, width: int, with_t5: bool, device: torch.device | str,
+    t5_tokens: int = T5_TOKENS,
+) -> tuple[Float[Tensor, "N T D"], list[int]]:  # fmt: skip
     """Embeddings (N, T, D) of texts (:class:`SD3Model`), and for each a number that is above T
     where the text is cut off: by T5 where there is one, which reads more than CLIP, else by CLIP.
     One encoder is in memory at a time; T5 is in bfloat16 on a GPU, all others in float32."""
@@ -132,9 +142,9 @@ def encode(
         )
     rows = F.pad(rows, (0, width - rows.shape[-1]))
     if with_t5:
-        more, counts, limit = *run_t5(texts, load, T5, T5_TOKENS, device), T5_TOKENS
+        more, counts, limit = *run_t5(texts, load, T5, t5_tokens, device), t5_tokens
     else:
-        more, limit = rows.new_zeros(len(texts), T5_TOKENS, width), limit or 0
-    layout = TextLayout(rows.shape[1] + T5_TOKENS, width, vector.shape[-1])
+        more, limit = rows.new_zeros(len(texts), t5_tokens, width), limit or 0
+    layout = TextLayout(rows.shape[1] + t5_tokens, width, vector.shape[-1])
     packed = layout.pack(torch.cat([rows, more.to(rows)], dim=1), vector)
     return packed, [count + layout.shape[0] - limit for count in counts]
