@@ -61,14 +61,14 @@ def hub(cards, tmp_path, monkeypatch):
 
 def test_the_cards_are_whole(cards):
     known = cards.all_cards()
-    flows = ["sd3-medium", "sd35-medium", "sd35-large", "sd35-large-turbo"]
+    flows = ["pocket-flow", "sd3-medium", "sd35-medium", "sd35-large", "sd35-large-turbo"]
     flows += ["openflux1", "flux1-dev", "flux1-schnell"]
     flows += ["flux2-klein-base-4b", "flux2-klein-base-9b", "flux2-klein-4b"]
     flows += ["z-image", "z-image-turbo", "qwen-image"]
     flows += ["sana-1600m", "sana-1600m-512", "sana-600m-512"]
     diffusions = ["sd15", "sd21-base", "sd21", "sdxl", "pocket-shapes", "pocket"]
-    diffusions += ["mvdream-sd21", "mvadapter-sd21"]
-    assert list(known) == [*diffusions, *flows, "pixart-sigma"]
+    several = ["mvdream-sd21", "mvadapter-sd21"]
+    assert list(known) == [*diffusions, flows[0], *several, *flows[1:], "pixart-sigma"]
     assert [name for name, card in known.items() if card.prediction_type == "flow"] == flows
     for name, card in known.items():
         assert bool(card.ids) != bool(card.folder), name

@@ -57,6 +57,8 @@ SETTINGS = {
     | {"steps": 1000, "guidance_scale": 100.0, "prior_lr": 1e-4, "t_max": (0.98, 0.98)},
     ("pocket", "lora"): _POCKET | {"guidance_scale": 7.5, "prior_lr": 4e-3},
     ("pocket", "embedding"): _POCKET | {"guidance_scale": 7.5, "prior_lr": 1e-3},
+    ("pocket-flow", "lora"): _POCKET | {"guidance_scale": 7.5, "prior_lr": 4e-3},
+    ("pocket-flow", "embedding"): _POCKET | {"guidance_scale": 7.5, "prior_lr": 1e-3},
     ("pocket-shapes", "lora"): _SHAPES
     | {"steps": 300, "guidance_scale": 7.5, "prior_lr": 1e-3, "t_max": (0.98, 0.5)},
     ("pocket-shapes", "embedding"): _SHAPES
