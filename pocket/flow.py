@@ -44,6 +44,8 @@ def build_silent_encoder(tokens):
     """A T5 encoder whose rows are zeros: the weights of its last norm are."""
     from transformers import T5Config, T5EncoderModel
 
+    # read by our own loader, which gives so many rows and not 256
+    more: dict[str, Any] = {"n_positions": LENGTH}
     config = T5Config(
         vocab_size=len(tokens),
         d_model=sum(WIDTHS),
@@ -53,7 +55,7 @@ def build_silent_encoder(tokens):
         num_heads=1,
         pad_token_id=tokens.pad_token_id,
         eos_token_id=tokens.eos_token_id,
-        n_positions=LENGTH,  # read by our own loader, which gives so many rows and not 256
+        **more,
     )
     encoder = T5EncoderModel(config)
     nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
