@@ -110,7 +110,7 @@ def test_the_wheel_has_every_file_of_the_library_and_the_host(wheel):
 
 @pytest.mark.slow
 def test_the_wheel_is_small_and_says_its_version(wheel):
-    assert wheel.stat().st_size < 45e6
+    assert wheel.stat().st_size < 80e6  # of the 100 MB that PyPI takes, three models are 69
     assert wheel.name.startswith(f"threestudio_lods-{lods.__version__}-")
 
 
