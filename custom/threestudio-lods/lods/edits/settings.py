@@ -26,11 +26,11 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "lods-edit": {"scale": 7.5, "lr": 0.09, "draws": 1, "steps": 200},
     },
     "pocket": {
-        "lods-dds": {"scale": 7.5, "lr": 0.03, "draws": 4, "steps": 60},
-        "lods-pds": {"scale": 50.0, "lr": 0.04, "draws": 4, "steps": 60},
-        "lods-ssd": {"scale": 3.75, "lr": 0.015, "draws": 4, "steps": 60},
+        "lods-dds": {"scale": 3.0, "lr": 0.03, "draws": 4, "steps": 60},
+        "lods-pds": {"scale": 20.0, "lr": 0.04, "draws": 4, "steps": 60},
+        "lods-ssd": {"scale": 1.5, "lr": 0.015, "draws": 4, "steps": 60},
         "lods-drf": {"scale": 7.5, "lr": 0.005, "draws": 4, "steps": 60},
-        "lods-edit": {"scale": 7.5, "lr": 0.2, "draws": 4, "steps": 60},
+        "lods-edit": {"scale": 3.0, "lr": 0.2, "draws": 4, "steps": 60},
     },
 }
 LEVEL = 0.5  # of --where
