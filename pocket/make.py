@@ -89,7 +89,7 @@ def main(arguments=None):
         "--painted", type=positive, default=200, help="of these, those in each of its colours"
     )
     parser.add_argument("--vae-steps", type=positive, default=4400)
-    parser.add_argument("--vae-on-steps", type=positive, default=3000)
+    parser.add_argument("--vae-on-steps", type=positive, default=5000)
     parser.add_argument(
         "--latent-views", type=positive, help="encode the first of each series only, for now"
     )

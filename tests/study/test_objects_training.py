@@ -160,57 +160,6 @@ def test_a_folder_without_renders_is_one_line(tmp_path):
         data.Renders(tmp_path)
 
 
-def test_whitened_latents_have_mean_0_and_deviation_1_and_pictures_stay():
-    torch.manual_seed(0)
-    vae = autoencoder.build((16, 16), 4, 16).eval()
-    nn.init.normal_(vae.quant_conv.weight)  # deviations that differ from place to place
-    pictures = torch.rand(20, 3, 16, 16) * 2 - 1
-    before = autoencoder.reconstruct(vae, pictures)
-    autoencoder.whiten(vae, pictures)
-    with torch.no_grad():
-        posterior = vae.encode(pictures).latent_dist
-    assert posterior.mean.mean((0, 2, 3)).tolist() == pytest.approx([0] * 4, abs=1e-4)
-    assert posterior.mean.std((0, 2, 3)).tolist() == pytest.approx([1] * 4, abs=1e-4)
-    assert posterior.std.unique().tolist() == pytest.approx([autoencoder.POSTERIOR_STD])
-    assert torch.allclose(autoencoder.reconstruct(vae, pictures), before, atol=1e-4)
-
-
-def test_the_loss_of_the_autoencoder_is_the_formula_of_its_docstring():
-    """An error of 0.4 in red on four by four of 8 x 8 pixels, at a place that 4 x 4 blocks have."""
-    x, made = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
-    made[:, 0, 4:, 4:] = 0.4
-    share = 1 / 4 / 3  # of the values, those that differ
-    fine = 0.4 * share + 2 * 0.16 * share + 0.5 * (2 * 4 * 0.4 / (3 * 8 * 7))
-    colours = (0.4 * 2 / 3 + 2 * 0.4 / 3) * share + 2 * 0.16 * (4 + 1 + 1) / 9 * share
-    small = 2 * (0.4 * share)
-    worst = 0.4  # of 12 values, one
-    expected = fine + 0.5 * colours + 2 * small + worst
-    assert float(autoencoder.distance(made, x)) == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_small_spot_costs_more_than_the_grain_of_as_large_an_error():
-    """Equal sums of |e| and e^2: a spot of 4 x 4 pixels, and as many pixels of either sign."""
-    x, spot, grain = (torch.zeros(1, 3, 32, 32) for _ in range(3))
-    spot[..., 8:12, 8:12] = 0.5
-    sign = torch.tensor([[0.5, -0.5], [-0.5, 0.5]]).repeat(2, 2)
-    grain[..., 8:12, 8:12] = sign
-    extra = autoencoder.distance(spot, x) + 0.5 * autoencoder.gradients(grain)
-    extra -= autoencoder.distance(grain, x) + 0.5 * autoencoder.gradients(spot)
-    # of the 192 values of the averages over 4 x 4 pixels, two count once more, and three are 0.5
-    assert float(extra) == pytest.approx(2 * 2 * 0.5 * 16 / 32**2 + 0.5, rel=1e-5)
-
-
-def test_a_new_autoencoder_carries_each_colour_in_a_channel_of_its_own():
-    vae = autoencoder.build((16, 16), 4, 16).eval()
-    encoder = vae.encoder
-    x = torch.rand(1, 3, 16, 16)
-    with torch.no_grad():
-        h = encoder.conv_in(x)
-        for block in encoder.down_blocks:
-            h = block(h)
-    assert torch.allclose(h[:, :3], nn.functional.avg_pool2d(x, 2), atol=1e-6)
-
-
 def test_objects_that_come_out_worst_are_drawn_more_often_within_bounds(work):
     pictures = autoencoder.Pictures(data.Renders(work / "renders"), 0, 4)
     pictures.errors.update({"hamburger ": 1.0, "armchair ": 0.01, "armchair red": 0.1})
@@ -389,56 +338,6 @@ def test_averaged_weights_come_back_in_parts_and_replace_none_that_saw_more(
     (here / "made_with.json").write_text('{"unet": {"seed": 4}}')
     with pytest.raises(ValueError, match="the stage unet was made with seed 4, not 5"):
         pack.take(here, "unet", tmp_path / "out")
-
-
-def test_the_folder_that_is_shipped_becomes_finished_stages(tmp_path):
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    pack.main(["adopt", "--work", str(tmp_path), "--from", str(make.OUT)])
-    kept = autoencoder.load_vae(tmp_path).state_dict()
-    shipped = AutoencoderKL.from_pretrained(make.OUT, subfolder="vae", torch_dtype=torch.float32)
-    assert all(torch.equal(kept[k], v) for k, v in shipped.state_dict().items())
-    model = load_averaged(tmp_path, "unet", Model(latents.tokenizer(tmp_path)))
-    shipped = UNet2DConditionModel.from_pretrained(make.OUT / "unet", torch_dtype=torch.float32)
-    own = model.unet.state_dict()
-    assert all(torch.equal(own[k], v) for k, v in shipped.state_dict().items())
-    camera = CameraTokens.load(make.OUT).state_dict()
-    assert all(torch.equal(model.camera_encoder.state_dict()[k], v) for k, v in camera.items())
-
-
-@pytest.mark.parametrize("before", ["vae.pt", "unet_state.pt"])
-def test_a_folder_is_adopted_only_where_nothing_has_begun(tmp_path, capsys, before):
-    (tmp_path / before).touch()
-    with pytest.raises(SystemExit):
-        pack.main(["adopt", "--work", str(tmp_path), "--from", str(make.OUT)])
-    assert "already: give another --work" in capsys.readouterr().err
-    assert [f.name for f in tmp_path.iterdir()] == [before]
-
-
-def test_a_unet_is_adopted_for_its_own_autoencoder_only(tmp_path, capsys):
-    def adopt(name):
-        pack.main(["adopt", "--name", name, "--work", str(tmp_path), "--from", str(make.OUT)])
-
-    training.save_state(tmp_path / "vae.pt", model=autoencoder.build().state_dict())
-    with pytest.raises(SystemExit):
-        adopt("unet")
-    assert "have different autoencoders: adopt both stages" in capsys.readouterr().err
-    assert not (tmp_path / "unet_state.pt").exists()
-    (tmp_path / "vae.pt").unlink()
-    pack.main(["adopt", "--work", str(tmp_path), "--from", str(make.OUT)])
-    (tmp_path / "unet_state.pt").unlink()
-    adopt("unet")
-    assert (tmp_path / "unet_state.pt").exists()
-    with pytest.raises(SystemExit):
-        adopt("flow")
-    assert "takes no --name but unet" in capsys.readouterr().err
-
-
-def test_the_folder_of_another_model_is_not_adopted(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        pack.main(["adopt", "--work", str(tmp_path), "--from", str(tmp_path / "none")])
-    assert "is no folder of the model pocket" in capsys.readouterr().err.splitlines()[-1]
-    assert not list(tmp_path.glob("*.pt"))
 
 
 @pytest.mark.parametrize(
