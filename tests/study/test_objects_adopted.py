@@ -10,6 +10,7 @@ from pocket.tools import CameraTokens
 
 def test_the_folder_that_is_shipped_becomes_finished_stages(tmp_path):
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
 
     pack.main(["adopt", "--work", str(tmp_path), "--from", str(make.OUT)])
     kept = autoencoder.load_vae(tmp_path).state_dict()
@@ -19,6 +20,9 @@ def test_the_folder_that_is_shipped_becomes_finished_stages(tmp_path):
     shipped = UNet2DConditionModel.from_pretrained(make.OUT / "unet", torch_dtype=torch.float32)
     own = model.unet.state_dict()
     assert all(torch.equal(own[k], v) for k, v in shipped.state_dict().items())
+    text = CLIPTextModel.from_pretrained(make.OUT / "text_encoder", dtype=torch.float32)
+    own = model.text_encoder.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in text.state_dict().items())
     camera = CameraTokens.load(make.OUT).state_dict()
     assert all(torch.equal(model.camera_encoder.state_dict()[k], v) for k, v in camera.items())
 

@@ -461,3 +461,11 @@ def wide_training(folder):
         return (model(x) - x.prod(1, keepdim=True)).square().mean()
 
     return training.Training(folder / "state.pt", model, loss, 8, peak=1e-2, warm=3, muon=True)
+
+
+def test_a_state_of_adamw_alone_leaves_muon_as_it_began():
+    model = nn.Linear(64, 64)
+    optimizer = muon.MuonAndAdamW(model, 1e-3, (0.9, 0.99), 0.0)
+    before = optimizer.state_dict()
+    optimizer.load_state_dict(torch.optim.AdamW(model.parameters(), lr=0.5).state_dict())
+    assert optimizer.state_dict() == before
